@@ -1,0 +1,209 @@
+"""Every configuration key, with its default, its meaning and its allowed values.
+
+The dataclasses below are the single source: the YAML loader (`config_load.py`), the command line's
+`key=value` overrides and `docs/configuration.md` are all derived from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+MISSING = "???"  # OmegaConf's marker for a value the user must give
+
+
+def key(default: Any, help: str, *, choices: tuple = (), minimum: float | None = None, above: float | None = None):
+    """A configuration field: its default, one sentence of documentation and its allowed values."""
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "above": above}
+    if isinstance(default, type) or isinstance(default, (dict, list)):
+        factory = default if isinstance(default, type) else default.copy
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    path: str = key(MISSING, "Directory of a Hugging Face model (config.json, safetensors, tokenizer).")
+    dtype: str = key("bfloat16", "Precision of parameters and activations.", choices=("float32", "bfloat16"))
+
+
+@dataclass
+class ParallelConfig:
+    tensor: int = key(1, "Tensor-parallel size.", minimum=1)
+    pipeline: int = key(1, "Pipeline-parallel size.", minimum=1)
+    data: int = key(1, "Data-parallel size: number of model replicas.", minimum=1)
+
+
+@dataclass
+class DataConfig:
+    path: str = key(MISSING, "Training questions: a .jsonl or .parquet file, or `reasoning_gym:NAME`.")
+    options: dict[str, Any] = key(dict, "Options of a reasoning_gym dataset (size, seed and the task's own).")
+    batch_questions: int = key(32, "Questions per rollout batch.", minimum=1)
+    max_prompt_tokens: int = key(
+        2048, "Questions whose longer prompt (of the two modes) exceeds this are dropped and counted.", minimum=1
+    )
+
+
+@dataclass
+class ModesConfig:
+    high_entropy_prompt: Optional[str] = key(None, "System prompt of the high-entropy mode; null uses our own default.")
+    high_entropy_prompt_file: Optional[str] = key(None, "Read the high-entropy prompt from this UTF-8 file instead.")
+    template_system: str = key(
+        "keep",
+        "What to do with a system text the chat template inserts by itself: keep it in both modes, or drop it.",
+        choices=("keep", "drop"),
+    )
+    chat_template_kwargs: dict[str, Any] = key(dict, "Passed to the chat template, for example enable_thinking.")
+
+
+@dataclass
+class SamplingConfig:
+    temperature: float = key(1.0, "Sampling temperature; log-probs of this mode are taken at it.", above=0.0)
+    top_p: float = key(1.0, "Nucleus mass; below 1 the log-probs are no longer those of the sampling.", above=0.0)
+    top_k: int = key(-1, "Keep only the k most likely tokens; -1 keeps all.", minimum=-1)
+
+
+@dataclass
+class RolloutConfig:
+    engine: str = key(
+        "local",
+        "Where responses come from: transformers in process, or a dump of an earlier run.",
+        choices=("local", "replay"),
+    )
+    samples_per_question: int = key(
+        8, "Responses per question over all sampling modes (Policy Split takes half from each).", minimum=2
+    )
+    max_response_tokens: int = key(1024, "Longest response, end-of-sequence token included.", minimum=1)
+    normal: SamplingConfig = key(SamplingConfig, "Sampling of the normal mode.")
+    high_entropy: SamplingConfig = key(SamplingConfig, "Sampling of the high-entropy mode.")
+    lot_questions: int = key(16, "Questions a replica's leader takes from the queue at a time.", minimum=1)
+    max_batch_samples: int = key(256, "Samples the local engine generates together.", minimum=1)
+    replay_dir: Optional[str] = key(None, "Directory of rollout dumps (`rollouts/` of a run) for engine=replay.")
+
+
+@dataclass
+class RewardConfig:
+    function: str = key("math", "`math`, `reasoning_gym`, `exact`, or the path `package.module:function`.")
+    workers: int = key(2, "Processes that grade responses.", minimum=1)
+    timeout_seconds: float = key(10.0, "Time limit for one response; past it the reward is 0.", above=0.0)
+
+
+@dataclass
+class AlgorithmConfig:
+    name: str = key("policy_split", "The method.", choices=("grpo", "policy_split"))
+    alpha: float = key(0.5, "Policy Split: weight of the high-entropy log-prob in the bonus (Eq. 6).")
+    eta: float = key(0.03, "Policy Split: scale of the bonus in the high-entropy mode (Eq. 3).")
+    eta_normal: float = key(0.0, "Policy Split: scale of the bonus in the normal mode (the paper's ablation).")
+    kappa: float = key(2.0, "Policy Split: the bonus is clamped to |advantage| / kappa (Eq. 3).", above=0.0)
+    normalization: str = key(
+        "zscore",
+        "Policy Split: normalisation of the bonus over a question's tokens (Eq. 4).",
+        choices=("zscore", "mean", "none"),
+    )
+    entropy_estimate: str = key(
+        "logprob",
+        "Policy Split: the bonus from the sampled token's surprisal, or from the exact entropy.",
+        choices=("logprob", "entropy"),
+    )
+    variant: str = key(
+        "paper",
+        "Policy Split: `authors_code` sets clamp_order=code and double_bonus=true.",
+        choices=("paper", "authors_code"),
+    )
+    clamp_order: Optional[str] = key(
+        None,
+        "Policy Split: `paper` is eta*clip(B), `code` is clip(eta*B); null follows the variant.",
+        choices=("paper", "code"),
+    )
+    double_bonus: Optional[bool] = key(None, "Policy Split: add the bonus twice, as the authors' code does.")
+    clip_low: float = key(0.2, "PPO clip: the ratio counts down to 1 - clip_low.", above=0.0)
+    clip_high: float = key(0.2, "PPO clip: the ratio counts up to 1 + clip_high.", above=0.0)
+    dual_clip: Optional[float] = key(None, "Bound of the loss of negative advantages, times |A|; null is off.", above=1.0)
+    loss_aggregation: str = key(
+        "token_mean",
+        "How token losses become one number.",
+        choices=("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum_norm"),
+    )
+    kl_coef: float = key(0.0, "Weight of the k3 KL to the initial policy; 0 keeps no reference weights.", minimum=0.0)
+    entropy_coef: float = key(0.0, "Weight of a differentiable entropy bonus; 0 is off.", minimum=0.0)
+    importance_cap: Optional[float] = key(
+        None, "Truncation of the actor/engine importance weights; null takes no such weights.", above=0.0
+    )
+    importance_level: str = key(
+        "token", "Importance weights per token, or their product per response.", choices=("token", "sequence")
+    )
+
+
+@dataclass
+class TrainConfig:
+    steps: int = key(100, "Rollout batches to train on.", minimum=1)
+    optimizer_steps_per_batch: int = key(1, "Optimizer steps a rollout batch is split into.", minimum=1)
+    max_tokens_per_micro_batch: int = key(8192, "Bound of a micro-batch, padding included.", minimum=1)
+    learning_rate: float = key(1e-6, "Peak learning rate of AdamW.", minimum=0.0)
+    min_learning_rate: float = key(0.0, "Learning rate at the end of a decay.", minimum=0.0)
+    lr_decay: str = key("constant", "Learning-rate schedule after warm-up.", choices=("constant", "linear", "cosine"))
+    warmup_steps: int = key(0, "Optimizer steps of linear warm-up.", minimum=0)
+    weight_decay: float = key(0.01, "AdamW weight decay.", minimum=0.0)
+    adam_beta1: float = key(0.9, "AdamW beta1.", minimum=0.0)
+    adam_beta2: float = key(0.999, "AdamW beta2.", minimum=0.0)
+    adam_eps: float = key(1e-8, "AdamW epsilon.", above=0.0)
+    clip_grad: float = key(1.0, "Bound of the global gradient norm; 0 is off.", minimum=0.0)
+    distributed_optimizer: bool = key(False, "Shard optimizer state over data-parallel replicas.")
+    overlong: str = key(
+        "grade",
+        "A response cut at max_response_tokens: grade it as it is, or mask it out of the loss.",
+        choices=("grade", "mask"),
+    )
+    max_bad_steps: int = key(3, "Stop after this many steps in a row with a NaN or infinite loss or gradient.", minimum=1)
+
+
+@dataclass
+class EvalConfig:
+    path: Optional[str] = key(None, "Evaluation questions, as data.path; null turns evaluation off.")
+    options: dict[str, Any] = key(dict, "As data.options.")
+    questions: Optional[int] = key(None, "Evaluate only the first so many; null takes all.", minimum=1)
+    every: int = key(0, "Evaluate every so many steps, and at both ends; 0 only at both ends.", minimum=0)
+    samples: int = key(8, "Samples per question and mode (the k of best-of-k).", minimum=1)
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = key(0, "Save every so many steps, and at the end; 0 only at the end.", minimum=0)
+    keep: int = key(2, "Checkpoints kept.", minimum=1)
+    hugging_face: bool = key(True, "Export a Hugging Face directory at the end, and of the best evaluation.")
+
+
+@dataclass
+class LogConfig:
+    console: bool = key(True, "Progress on the terminal.")
+    tensorboard: bool = key(False, "Write TensorBoard event files into the run directory.")
+    wandb_project: Optional[str] = key(None, "Log to this wandb project; null is off.")
+    wandb_mode: str = key("online", "wandb's mode.", choices=("online", "offline"))
+    rollouts: bool = key(True, "Dump every rollout as JSONL into the run directory.")
+    kl_tokens: str = key(
+        "all",
+        "Response tokens whose exact KL between the modes is computed: all, one rollout per question, or none.",
+        choices=("all", "sample", "none"),
+    )
+
+
+@dataclass
+class RunConfig:
+    dir: str = key(MISSING, "Directory of everything the run writes; a run found there is resumed.")
+    seed: int = key(0, "Seed of data order, sampling and initialisation.", minimum=0)
+
+
+@dataclass
+class Config:
+    model: ModelConfig = key(ModelConfig, "The model.")
+    parallel: ParallelConfig = key(ParallelConfig, "Layout of the actor; the world size is the product.")
+    data: DataConfig = key(DataConfig, "Training questions.")
+    modes: ModesConfig = key(ModesConfig, "The two modes' prompts.")
+    rollout: RolloutConfig = key(RolloutConfig, "Generation.")
+    reward: RewardConfig = key(RewardConfig, "Grading.")
+    algorithm: AlgorithmConfig = key(AlgorithmConfig, "The method and its loss.")
+    train: TrainConfig = key(TrainConfig, "Optimisation.")
+    eval: EvalConfig = key(EvalConfig, "Evaluation of both modes.")
+    checkpoint: CheckpointConfig = key(CheckpointConfig, "Checkpoints.")
+    log: LogConfig = key(LogConfig, "Logs.")
+    run: RunConfig = key(RunConfig, "The run.")

