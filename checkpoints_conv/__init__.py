@@ -1,0 +1,16 @@
+"""Hugging Face checkpoints for Megatron-Core and back: tables of names, readers and a writer. Needs no Megatron."""
+
+from checkpoints_conv.architectures import Architecture, MegatronArguments, architecture_of, check_layout
+from checkpoints_conv.reader import SafetensorsReader, check_safetensors, read_hf_config
+from checkpoints_conv.writer import write_hf
+
+__all__ = [
+    "Architecture",
+    "MegatronArguments",
+    "SafetensorsReader",
+    "architecture_of",
+    "check_layout",
+    "check_safetensors",
+    "read_hf_config",
+    "write_hf",
+]

@@ -118,7 +118,7 @@ class AlgorithmConfig:
     double_bonus: Optional[bool] = key(None, "Policy Split: add the bonus twice, as the authors' code does.")
     clip_low: float = key(0.2, "PPO clip: the ratio counts down to 1 - clip_low.", above=0.0)
     clip_high: float = key(0.2, "PPO clip: the ratio counts up to 1 + clip_high.", above=0.0)
-    dual_clip: Optional[float] = key(None, "Bound of the loss of negative advantages, times |A|; null is off.", above=1.0)
+    dual_clip: Optional[float] = key(None, "Bound of a negative advantage's loss, times |A|; null is off.", above=1.0)
     loss_aggregation: str = key(
         "token_mean",
         "How token losses become one number.",
@@ -154,7 +154,7 @@ class TrainConfig:
         "A response cut at max_response_tokens: grade it as it is, or mask it out of the loss.",
         choices=("grade", "mask"),
     )
-    max_bad_steps: int = key(3, "Stop after this many steps in a row with a NaN or infinite loss or gradient.", minimum=1)
+    max_bad_steps: int = key(3, "Stop after so many steps in a row with a NaN or infinite loss or gradient.", minimum=1)
 
 
 @dataclass

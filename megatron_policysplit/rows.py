@@ -8,8 +8,9 @@ balanced over replicas and packed freely.
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Iterable, Mapping, NamedTuple, Sequence
+from typing import NamedTuple
 
 
 class Mode(enum.Enum):
@@ -34,7 +35,7 @@ class Rollout:
     engine_logprobs: the engine's log-prob of each token at the sampling temperature, nats.
     loss_mask: 1 for every token that is trained.
     weight_versions: spans (first token, version): which weights sampled which tokens.
-    finish_reason: "stop" or "length".
+    finish_reason: "stop" or "length". reward_error: why grading failed, if it did (the reward is then 0).
     """
 
     batch: int
@@ -47,6 +48,7 @@ class Rollout:
     weight_versions: list[tuple[int, int]]
     loss_mask: list[int] = field(default_factory=list)
     reward: float = 0.0
+    reward_error: str | None = None
 
     def __post_init__(self):
         self.loss_mask = self.loss_mask or [1] * len(self.tokens)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import AsyncIterator, Iterable, Protocol, Sequence
+from typing import Protocol
 
 from megatron_policysplit.rows import Mode, Rollout
 
@@ -58,3 +59,7 @@ class Engine(Protocol):
 
     async def health(self) -> int:
         """The version of the weights being served; raises if the engine cannot generate."""
+
+
+class EnginePaused(RuntimeError):
+    """`submit` ended because the engine was paused; what had not been delivered must be requested again."""

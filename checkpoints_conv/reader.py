@@ -1,0 +1,192 @@
+"""Reading a Hugging Face model directory: config, safetensors headers, and slices of tensors."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from checkpoints_conv.architectures import architecture_of
+from megatron_policysplit.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a file's header describes it; `dtype` in safetensors' words (F32, BF16, ...)."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_hf_config(path: str | Path) -> dict[str, Any]:
+    """config.json of a model directory; ModelError if either is missing or the file is not a JSON object."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ModelError(f"model directory {path} does not exist; give a directory with config.json and safetensors")
+    return _json_object(path / "config.json", "a Hugging Face model directory needs it")
+
+
+def read_headers(path: str | Path) -> dict[str, TensorInfo]:
+    """Every tensor of a model directory, from the files' headers alone (no tensor is read).
+
+    Raises ModelError naming the file: missing, header unreadable, or cut short (bytes expected and found).
+    """
+    path = Path(path)
+    tensors: dict[str, TensorInfo] = {}
+    for file in _files(path):
+        tensors.update(_read_header(file))
+    if not (path / SINGLE).exists():
+        weight_map = _weight_map(path)
+        for name, file in weight_map.items():
+            if name not in tensors or tensors[name].file.name != file:
+                raise ModelError(f"{path / INDEX} places tensor {name} in {file}, which does not have it")
+    return tensors
+
+
+def check_safetensors(path: str | Path) -> dict[str, TensorInfo]:
+    """Check that the files hold exactly what the architecture needs; return what they hold.
+
+    Reads headers only. Raises ModelError as `read_headers` does, and for a tensor that is missing, has
+    another shape or a dtype that is not a float of 16 or 32 bits, and for tensors the architecture lacks.
+    """
+    hf_config = read_hf_config(path)
+    architecture = architecture_of(hf_config)
+    architecture.megatron_arguments(hf_config)
+    wanted, found = architecture.hf_tensors(hf_config), read_headers(path)
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise ModelError(f"{path} lacks {_listed(missing)} that {architecture.name} needs")
+    for name, shape in wanted.items():
+        _check_tensor(name, found[name], shape)
+    extra = [name for name in found if name not in wanted and not _harmless(name, hf_config)]
+    if extra:
+        raise ModelError(f"{path} has {_listed(extra)} that {architecture.name} does not know")
+    return found
+
+
+class SafetensorsReader:
+    """Reads tensors, or parts of them, of a model directory; a context manager that closes its files."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._stack = ExitStack()
+        self._open: dict[Path, Any] = {}
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Name -> header entry of every tensor."""
+        return read_headers(self.path)
+
+    def get(self, name: str) -> "torch.Tensor":
+        """The whole tensor, on the CPU."""
+        return self._handle(name).get_tensor(name)
+
+    def slice(self, name: str, dim: int, start: int, stop: int) -> "torch.Tensor":
+        """Rows (dim 0) or columns (dim 1) [start, stop) of a tensor; only these are read."""
+        view = self._handle(name).get_slice(name)
+        return view[start:stop] if dim == 0 else view[:, start:stop]
+
+    def _handle(self, name: str) -> Any:
+        from safetensors import safe_open
+
+        if name not in self.tensors:
+            raise ModelError(f"{self.path} lacks tensor {name}")
+        file = self.tensors[name].file
+        if file not in self._open:
+            self._open[file] = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+        return self._open[file]
+
+    def close(self) -> None:
+        self._open.clear()
+        self._stack.close()
+
+    def __enter__(self) -> "SafetensorsReader":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+
+def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], where: Any) -> None:
+    """Raise ModelError naming tensor, shapes and file if the shapes differ."""
+    if tuple(found) != tuple(wanted):
+        raise ModelError(f"tensor {name} in {where} has shape {list(found)}, but config.json makes it {list(wanted)}")
+
+
+def _check_tensor(name: str, info: TensorInfo, shape: tuple[int, ...]) -> None:
+    check_shape(name, info.shape, shape, info.file)
+    if info.dtype not in DTYPES:
+        raise ModelError(f"tensor {name} in {info.file} has dtype {info.dtype}; supported are {', '.join(DTYPES)}")
+
+
+def _harmless(name: str, hf_config: dict[str, Any]) -> bool:
+    """Buffers of old exports, and the second copy of a tied head."""
+    tied = bool(hf_config.get("tie_word_embeddings", False))
+    return name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:most])}{more}"
+
+
+def _files(path: Path) -> list[Path]:
+    if (path / SINGLE).exists():
+        return [path / SINGLE]
+    if not (path / INDEX).exists():
+        raise ModelError(f"{path} has neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read")
+    files = sorted({path / file for file in _weight_map(path).values()})
+    for file in files:
+        if file.parent != path:
+            raise ModelError(f"{path / INDEX} names {file}, which is outside the model directory")
+        if not file.exists():
+            raise ModelError(f"{file} is missing, but {INDEX} names it; download the model again")
+    return files
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = _json_object(path / INDEX, "it says which file holds which tensor").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{path / INDEX} has no `weight_map`; download the model again")
+    return weight_map
+
+
+def _json_object(file: Path, why: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise ModelError(f"{file} is missing; {why}")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} does not hold a JSON object")
+    return value
+
+
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            wanted = 8 + (length if size >= 8 else 0)
+            raise ModelError(f"{file} is cut short or damaged: its header needs {wanted} bytes, the file has {size}")
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            data = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            tensors = {name: TensorInfo(file, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ModelError(f"{file} is not a safetensors file: its header does not parse ({error})") from error
+    if size != 8 + length + data:
+        raise ModelError(f"{file} is cut short or damaged: expected {8 + length + data} bytes, found {size}")
+    return tensors

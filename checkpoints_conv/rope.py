@@ -1,0 +1,70 @@
+"""Rotary position embeddings as config.json words them, old keys and new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_policysplit.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    """Constants of Llama 3's frequency scaling.
+
+    GPTModel's own arguments carry only the factor and fix the others at 1, 4 and 8192, so the model
+    scales its frequencies with these after it is built.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class Rope:
+    """base: theta. linear_factor: position interpolation, None for none. llama3: None for none."""
+
+    base: float
+    linear_factor: float | None
+    llama3: Llama3Rope | None
+
+
+def rope_of(hf_config: Mapping[str, Any]) -> Rope:
+    """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before it).
+
+    Raises ModelError naming the key for a scaling other than default, linear and llama3, for rotary
+    embeddings on a part of the head only, and for a scaling constant that is missing.
+    """
+    # transformers lets a `rope_scaling` that is set win over `rope_parameters`, and so do we.
+    key = "rope_scaling" if hf_config.get("rope_scaling") else "rope_parameters"
+    parameters = hf_config.get(key) or {}
+    base = parameters.get("rope_theta", hf_config.get("rope_theta", 10000.0))
+    partial = parameters.get("partial_rotary_factor", hf_config.get("partial_rotary_factor"))
+    if partial is not None and partial != 1.0:
+        raise ModelError(f"config.json: partial_rotary_factor={partial}; only 1.0 is supported")
+
+    def constant(name: str) -> Any:
+        if parameters.get(name) is None:
+            raise ModelError(f"config.json: {key} has no `{name}`, which rope_type {kind!r} needs")
+        return parameters[name]
+
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return Rope(base, None, None)
+    if kind == "linear":
+        return Rope(base, float(constant("factor")), None)
+    if kind == "llama3":
+        original = parameters.get("original_max_position_embeddings") or hf_config.get("max_position_embeddings")
+        if original is None:
+            raise ModelError(f"config.json: {key} has no `original_max_position_embeddings`, which 'llama3' needs")
+        scaling = Llama3Rope(
+            factor=constant("factor"),
+            low_freq_factor=constant("low_freq_factor"),
+            high_freq_factor=constant("high_freq_factor"),
+            original_max_position_embeddings=hf_config.get("original_max_position_embeddings", original),
+        )
+        return Rope(base, None, scaling)
+    raise ModelError(f"config.json: {key}.rope_type={kind!r} is not supported; use default, linear or llama3")

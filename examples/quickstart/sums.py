@@ -1,0 +1,40 @@
+"""The quickstart's task: given a number, answer with a sum of two or three positive numbers that makes it.
+
+"9" is answered by "4+5", "5+4" or "3+3+3": many answers are right, so exploration can be counted.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Iterable, Union
+
+if TYPE_CHECKING:
+    from megatron_policysplit.data import Question
+
+NUMBERS = range(4, 21)
+_SUM = re.compile(r"[1-9][0-9]*(\+[1-9][0-9]*){1,2}", re.ASCII)
+
+
+def reward(response: str, question: Question) -> float:
+    """1.0 if `response` is exactly two or three positive integers joined by "+" that make `question.answer`.
+
+    Leading zeros, spaces and any other text score 0.0. The order of the terms is part of the text:
+    "4+5" and "5+4" are two different right answers.
+    """
+    right = _SUM.fullmatch(response) is not None and sum(map(int, response.split("+"))) == int(question.answer)
+    return 1.0 if right else 0.0
+
+
+def random_sum(number: int, rng: random.Random) -> str:
+    """A right answer: two or three terms with equal chance, then uniform over the ways to choose them."""
+    cuts = sorted(rng.sample(range(1, number), rng.choice((1, 2))))
+    return "+".join(str(high - low) for low, high in zip([0, *cuts], [*cuts, number]))
+
+
+def write_questions(path: Union[str, Path], numbers: Iterable[int]) -> None:
+    """Writes one JSON object a line: {"question": "9", "answer": "9"}, in the order given."""
+    lines = [json.dumps({"question": str(number), "answer": str(number)}) for number in numbers]
+    Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")

@@ -1,0 +1,142 @@
+"""Megatron-Core on a machine without a GPU. The only place that asks which device there is.
+
+Megatron-Core names CUDA in its allocations, its RNG tracker and a few type checks. Without a GPU,
+`install()` answers those with the CPU: placements on "cuda" go to the CPU, streams and events do
+nothing, the RNG tracker uses the CPU generator, and `Tensor.type()` answers as the optimizer expects.
+With a GPU nothing is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_redirect: "_Redirect | None" = None
+
+
+def active() -> bool:
+    """Whether this process trains on the CPU."""
+    return not torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this rank's parameters (call after `parallel.initialize` on a GPU)."""
+    return torch.device("cpu") if active() else torch.device("cuda", torch.cuda.current_device())
+
+
+def backend() -> str:
+    """torch.distributed backend of the model-parallel and data-parallel groups."""
+    return "gloo" if active() else "nccl"
+
+
+def use_transformer_engine() -> bool:
+    """Transformer Engine layers on a GPU, Megatron's own layers without one."""
+    return not active()
+
+
+def model_options() -> dict[str, Any]:
+    """TransformerConfig fields that differ between the devices: fused kernels exist on the GPU only."""
+    fused = not active()
+    return {
+        "use_cpu_initialization": not fused,
+        "bias_activation_fusion": fused,
+        "bias_dropout_fusion": fused,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": fused,
+        "gradient_accumulation_fusion": False,
+    }
+
+
+def set_device(local_rank: int) -> None:
+    """Bind this process to its GPU, if there is one."""
+    if not active():
+        torch.cuda.set_device(local_rank)
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this rank: allocated on the GPU, or resident on the CPU."""
+    if not active():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def rng_states() -> dict[str, torch.Tensor]:
+    """Generator states of this rank (uint8 tensors): the CPU's and, on a GPU, the device's."""
+    states = {"cpu": torch.get_rng_state()}
+    if not active():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_rng_states(states: dict[str, torch.Tensor]) -> None:
+    """Inverse of `rng_states`."""
+    torch.set_rng_state(states["cpu"])
+    if not active():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def install() -> None:
+    """Redirect Megatron-Core's CUDA calls to the CPU in this thread; once, and only without a GPU."""
+    global _redirect
+    if not active() or _redirect is not None:
+        return
+    cuda = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.set_device = lambda *args, **kwargs: None
+    cuda.Stream = cuda.Event = _NoOp
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.default_stream = cuda.current_stream = lambda *args, **kwargs: _NoOp()
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.random.get_rng_state = cuda.get_rng_state
+
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    _redirect = _Redirect()
+    _redirect.__enter__()
+
+
+class _NoOp:
+    """A stream or event that does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+def _names_cuda(value) -> bool:
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, int):
+        return True
+    if isinstance(value, str):
+        return value.startswith("cuda")
+    return isinstance(value, torch.device) and value.type == "cuda"
+
+
+class _Redirect(TorchFunctionMode):
+    """Sends every CUDA placement to the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if "device" in kwargs and _names_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": "cpu"}
+        name = getattr(func, "__name__", "")
+        if name == "cuda" and types:
+            return args[0]
+        if name == "to" and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        if name == "type" and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.")
+        return func(*args, **kwargs)

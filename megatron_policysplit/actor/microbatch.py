@@ -1,0 +1,67 @@
+"""Rows as padded tensors: what one forward pass of the model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_policysplit.rows import Mode, Row
+
+
+@dataclass
+class MicroBatch:
+    """B rows padded on the right to S tokens (causal attention never looks at the padding).
+
+    tokens [B, S] int64. rows [B]: the rows' indices in the batch. predictors [T]: flat positions (b * S + s)
+    whose hidden states predict the T response tokens `targets` [T]. lengths [B]: response tokens per row.
+    temperature [T]: of the row's mode. pair_of [B]: for each row, a number shared by rows of one rollout if
+    its exact KL is wanted, else -1.
+    """
+
+    tokens: Tensor
+    rows: list[int]
+    predictors: Tensor
+    targets: Tensor
+    lengths: list[int]
+    temperature: Tensor
+    pair_of: list[int]
+
+    @property
+    def position_ids(self) -> Tensor:
+        return torch.arange(self.tokens.shape[1]).expand_as(self.tokens)
+
+    def select(self, hidden: Tensor) -> Tensor:
+        """Hidden states [S, B, H] of the model to those that predict response tokens, [T, H]."""
+        by_row = hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])
+        return by_row[self.predictors.to(hidden.device)]
+
+
+def make_microbatch(
+    rows: Sequence[Row],
+    indices: Sequence[int],
+    temperatures: Mapping[Mode, float],
+    pair_of: Mapping[int, int],
+) -> MicroBatch:
+    """The rows at `indices` as one micro-batch; pair_of: row index -> pair number where KL is wanted."""
+    width = max(rows[i].length for i in indices)
+    tokens = torch.zeros(len(indices), width, dtype=torch.int64)
+    predictors, targets, temperature = [], [], []
+    for b, index in enumerate(indices):
+        row = rows[index]
+        start, length = len(row.prompt), row.response_length
+        tokens[b, : row.length] = torch.tensor([*row.prompt, *row.rollout.tokens])
+        predictors.append(torch.arange(start - 1, start + length - 1) + b * width)
+        targets.append(torch.tensor(row.rollout.tokens))
+        temperature.append(torch.full((length,), temperatures[row.mode]))
+    return MicroBatch(
+        tokens=tokens,
+        rows=list(indices),
+        predictors=torch.cat(predictors),
+        targets=torch.cat(targets),
+        lengths=[rows[i].response_length for i in indices],
+        temperature=torch.cat(temperature),
+        pair_of=[pair_of.get(i, -1) for i in indices],
+    )

@@ -1,0 +1,122 @@
+"""The policy: Megatron-Core's GPTModel, built from a Hugging Face config, that stops at the hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from checkpoints_conv import architecture_of, check_layout
+from checkpoints_conv.rope import Llama3Rope
+from megatron_policysplit.actor import cpu
+
+
+class PolicyModel(GPTModel):
+    """A pipeline stage whose forward gives hidden states; `logits` applies the head where and when wanted.
+
+    forward(input_ids[b, s], position_ids[b, s], attention_mask) -> hidden[s, b, h]; on the last stage they
+    have passed the final norm. `vocab_size` is the true one, `padded_vocab_size` a multiple of TP.
+    """
+
+    def __init__(self, *, vocab_size: int, tensor: int, llama3_rope: Llama3Rope | None, **arguments: Any):
+        padded = -(-vocab_size // tensor) * tensor
+        super().__init__(vocab_size=padded, **arguments)
+        self.vocab_size = vocab_size
+        self.padded_vocab_size = padded
+        if llama3_rope is not None:
+            rope = self.rotary_pos_emb
+            rope.inv_freq = rope._apply_scaling(
+                rope.inv_freq,
+                factor=llama3_rope.factor,
+                low_freq_factor=llama3_rope.low_freq_factor,
+                high_freq_factor=llama3_rope.high_freq_factor,
+                original_max_position_embeddings=llama3_rope.original_max_position_embeddings,
+            )
+
+    def _postprocess(self, hidden_states: Tensor, **unused: Any) -> Tensor:
+        return hidden_states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden[T, h] -> this tensor-parallel rank's logits[T, padded_vocab_size / TP]; last stage only.
+
+        The columns are vocabulary rows [tp_rank * n, (tp_rank + 1) * n) with n = padded_vocab_size / TP; those
+        at or past `vocab_size` are padding, with logit 0. Forward communicates nothing; backward sums the
+        gradient of `hidden` over the tensor-parallel group (one all-reduce).
+        """
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden[:, None, :], weight=tied)
+        return logits[:, 0]
+
+
+def build_model(
+    hf_config: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    pre_process: bool | None = None,
+    post_process: bool | None = None,
+    transformer_engine: bool | None = None,
+) -> PolicyModel:
+    """This rank's stage of the model, with zero weights; `weights.load_weights` fills them.
+
+    Needs initialized parallel state. `pre_process` (embedding) and `post_process` (final norm and head)
+    follow the pipeline rank, and `transformer_engine` the device, unless given. Raises ModelError for a config
+    that Megatron-Core cannot express and ConfigError for a layout that does not divide the model.
+    """
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+    check_layout(hf_config, tensor, pipeline)
+    arguments = architecture_of(hf_config).megatron_arguments(hf_config)
+    if pre_process is None:
+        pre_process = parallel_state.is_pipeline_first_stage()
+    if post_process is None:
+        post_process = parallel_state.is_pipeline_last_stage()
+    if transformer_engine is None:
+        transformer_engine = cpu.use_transformer_engine()
+    config = TransformerConfig(
+        **arguments.transformer,
+        **cpu.model_options(),
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        # Micro-batches have their own lengths; Megatron refuses that with its default MoE dispatcher, MoE or not.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        calculate_per_token_loss=True,
+        # Initialization also marks parameters as tensor-parallel, which gradient norms rely on; so it stays on.
+        init_method=torch.nn.init.zeros_,
+        output_layer_init_method=torch.nn.init.zeros_,
+        embedding_init_method=torch.nn.init.zeros_,
+    )
+    qk_layernorm = arguments.transformer["qk_layernorm"]
+    spec = (
+        get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+        if transformer_engine
+        else get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization="RMSNorm")
+    )
+    gpt = dict(arguments.gpt)
+    return PolicyModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=gpt.pop("vocab_size"),
+        tensor=tensor,
+        llama3_rope=arguments.llama3_rope,
+        pre_process=pre_process,
+        post_process=post_process,
+        **gpt,
+    )

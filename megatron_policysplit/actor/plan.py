@@ -1,0 +1,96 @@
+"""Which replica trains which rows, in which optimizer step and micro-batch. Pure, and alike on every rank.
+
+The unit of placement is a rollout: its rows (one per training mode) go to the same replica and optimizer
+step, and stand next to each other when micro-batches are cut, so that the exact KL between the modes needs
+no communication between replicas and little waiting. The assignment of rollouts to optimizer steps depends
+on the seed alone, never on the layout.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megatron_policysplit.rows import Row
+
+
+@dataclass
+class Share:
+    """Micro-batches (lists of row indices) of one replica in one optimizer step.
+
+    train: rows that are scored and trained, in the same micro-batches both times.
+    score_only: rows that cannot change the weights; scored for metrics, then skipped.
+    """
+
+    train: list[list[int]] = field(default_factory=list)
+    score_only: list[list[int]] = field(default_factory=list)
+
+
+@dataclass
+class Plan:
+    """steps[k] holds the row indices of optimizer step k; shares[k][d] what replica d does of it."""
+
+    steps: list[list[int]]
+    shares: list[list[Share]]
+
+
+def make_plan(
+    rows: Sequence[Row],
+    live: Sequence[bool],
+    *,
+    replicas: int,
+    optimizer_steps: int,
+    max_tokens: int,
+    seed: int,
+) -> Plan:
+    """Plan for `rows` (sorted by key); live[r] tells whether row r can change the weights.
+
+    A micro-batch holds at most `max_tokens` tokens, padding included (a single longer row is alone in one).
+    """
+    rollouts: dict[tuple, list[int]] = {}
+    for index, row in enumerate(rows):
+        rollouts.setdefault(row.rollout.key, []).append(index)
+    members = list(rollouts.values())
+    order = list(range(len(members)))
+    random.Random(seed).shuffle(order)
+
+    steps, shares = [], []
+    for step in range(optimizer_steps):
+        chosen = order[len(order) * step // optimizer_steps : len(order) * (step + 1) // optimizer_steps]
+        groups = [members[i] for i in sorted(chosen)]
+        steps.append(sorted(index for group in groups for index in group))
+        per_replica = [Share() for _ in range(replicas)]
+        for wanted, name in ((True, "train"), (False, "score_only")):
+            kept = [kept for group in groups if (kept := [i for i in group if live[i] == wanted])]
+            for share, part in zip(per_replica, _balance(kept, rows, replicas), strict=True):
+                setattr(share, name, _cut(part, rows, max_tokens))
+        shares.append(per_replica)
+    return Plan(steps, shares)
+
+
+def _balance(groups: list[list[int]], rows: Sequence[Row], replicas: int) -> list[list[list[int]]]:
+    """Rollouts to replicas: the costliest first, always to the least loaded replica."""
+    cost = [sum(rows[i].length for i in group) for group in groups]
+    load = [0] * replicas
+    parts: list[list[list[int]]] = [[] for _ in range(replicas)]
+    for g in sorted(range(len(groups)), key=lambda g: (-cost[g], g)):
+        target = min(range(replicas), key=lambda d: (load[d], d))
+        parts[target].append(groups[g])
+        load[target] += cost[g]
+    return parts
+
+
+def _cut(groups: list[list[int]], rows: Sequence[Row], max_tokens: int) -> list[list[int]]:
+    """Rows of similar length together, partners adjacent, until padding would exceed `max_tokens`."""
+    batches: list[list[int]] = []
+    longest = 0
+    for group in sorted(groups, key=lambda group: (max(rows[i].length for i in group), group)):
+        for index in group:
+            longest = max(longest, rows[index].length)
+            if batches and (len(batches[-1]) + 1) * longest <= max_tokens:
+                batches[-1].append(index)
+            else:
+                batches.append([index])
+                longest = rows[index].length
+    return batches

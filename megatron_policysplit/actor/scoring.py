@@ -1,0 +1,114 @@
+"""Forward-only statistics of rows: log-prob, exact entropy, and the exact KL between a response's two prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_policysplit.actor.microbatch import MicroBatch
+from megatron_policysplit.actor.parallel import Layout
+from megatron_policysplit.advantages import TokenStatistics
+from megatron_policysplit.vocab_parallel import VocabularyShard, kl_divergence, token_statistics
+
+
+@dataclass
+class _Waiting:
+    """A row whose partner has not been scored yet: its hidden states [T, H] and temperature [T]."""
+
+    row: int
+    hidden: Tensor
+    temperature: Tensor
+
+
+class Scorer:
+    """Runs the pipeline forward over micro-batches. Moves no RNG, keeps no graph.
+
+    For a row whose KL is wanted, the response's hidden states [T, H] wait on the last stage until its
+    partner's forward pass has run; both then meet at the same response tokens. The plan puts partners
+    next to each other, so few wait at a time.
+    """
+
+    def __init__(self, ddp: torch.nn.Module, model: torch.nn.Module, shard: VocabularyShard, layout: Layout):
+        self.ddp, self.model, self.shard, self.layout = ddp, model, shard, layout
+
+    @torch.no_grad()
+    def score(self, batches: Sequence[MicroBatch]) -> dict[int, TokenStatistics]:
+        """Row index -> statistics (CPU) on the last pipeline stage; {} on other stages.
+
+        Collective over the replica's ranks, which all pass the same micro-batches.
+        """
+        if not batches:
+            return {}
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        self.ddp.eval()
+        results: dict[int, TokenStatistics] = {}
+        waiting: dict[int, _Waiting] = {}
+
+        def step(iterator, model):
+            batch = next(iterator)
+
+            def collect(hidden: Tensor, non_loss_data: bool):
+                self._collect(batch, hidden, results, waiting)
+
+            return self.forward(model, batch), collect
+
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter(batches),
+            model=[self.ddp],
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens.shape[1],
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        if waiting:
+            alone = sorted(partner.row for partner in waiting.values())
+            raise RuntimeError(f"rows {alone} were scored without their partner")
+        return results
+
+    def forward(self, model: torch.nn.Module, batch: MicroBatch) -> Tensor:
+        """Hidden states [S, B, H] of this pipeline stage. Causal attention needs no mask: padding is on the right."""
+        device = next(self.model.parameters()).device
+        return model(
+            input_ids=batch.tokens.to(device), position_ids=batch.position_ids.to(device), attention_mask=None
+        )
+
+    def _collect(self, batch: MicroBatch, hidden: Tensor, results: dict, waiting: dict) -> None:
+        selected = batch.select(hidden)
+        temperature = batch.temperature.to(hidden.device)
+        logits = self.model.logits(selected)
+        logprobs, entropy = token_statistics(logits, batch.targets.to(hidden.device), temperature, self.shard)
+        met: list[tuple[int, slice, _Waiting]] = []
+        start = 0
+        for row, length, pair in zip(batch.rows, batch.lengths, batch.pair_of, strict=True):
+            span = slice(start, start + length)
+            start += length
+            results[row] = TokenStatistics(logprobs[span].cpu(), entropy[span].cpu())
+            if pair in waiting:
+                met.append((row, span, waiting.pop(pair)))
+            elif pair >= 0:
+                waiting[pair] = _Waiting(row, selected[span].clone(), temperature[span])
+        if met:
+            self._kl(logits, temperature, met, results)
+
+    def _kl(self, logits: Tensor, temperature: Tensor, met: list, results: dict) -> None:
+        """KL both ways for the rows whose partner has been met: one collective for all of them."""
+        mine = torch.cat([logits[span] for _, span, _ in met])
+        partners = self.model.logits(torch.cat([partner.hidden for _, _, partner in met]))
+        forward, backward = kl_divergence(
+            mine,
+            partners,
+            torch.cat([temperature[span] for _, span, _ in met]),
+            torch.cat([partner.temperature for _, _, partner in met]),
+            self.shard,
+        )
+        start = 0
+        for row, _, partner in met:
+            span = slice(start, start + len(partner.hidden))
+            start = span.stop
+            results[row].kl, results[partner.row].kl = forward[span].cpu(), backward[span].cpu()

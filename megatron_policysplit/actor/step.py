@@ -1,0 +1,271 @@
+"""The actor: scores rows and trains on them, with Megatron-Core's schedules, DDP and optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_policysplit.actor import cpu
+from megatron_policysplit.actor.microbatch import MicroBatch, make_microbatch
+from megatron_policysplit.actor.model import build_model
+from megatron_policysplit.actor.optimizer import PolicyOptimizer
+from megatron_policysplit.actor.parallel import Layout
+from megatron_policysplit.actor.plan import Plan, make_plan
+from megatron_policysplit.actor.scoring import Scorer
+from megatron_policysplit.actor.weights import load_weights
+from megatron_policysplit.advantages import TokenStatistics
+from megatron_policysplit.config import Config
+from megatron_policysplit.losses import LossInputs, denominators, policy_loss, token_weight
+from megatron_policysplit.rows import Mode, Row
+from megatron_policysplit.vocab_parallel import VocabularyShard, token_statistics
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class PlacedBatch:
+    """A rollout batch in place: the plan (leaders only) and this replica's micro-batches per optimizer step."""
+
+    plan: Plan | None
+    train: list[list[MicroBatch]]
+    score_only: list[list[MicroBatch]]
+
+
+@dataclass
+class TrainSignal:
+    """What training a row needs beside its tokens, [T] fp32 each over its response tokens (made on leaders)."""
+
+    old_logprobs: Tensor
+    advantages: Tensor
+    importance: Tensor
+    mask: Tensor
+    reference_logprobs: Tensor | None = None
+
+
+@dataclass
+class UpdateMetrics:
+    """Of one rollout batch: means over its optimizer steps; ratio_off_one is max |ratio - 1| at the first."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    clip_fraction: float
+    ratio_mean: float
+    first_ratio_off_one: float
+    bad_steps: int
+    optimizer_steps: int
+
+
+class Actor:
+    """One replica's share of the policy on this rank. Every method is collective over all ranks."""
+
+    def __init__(self, config: Config, hf_config: dict[str, Any], layout: Layout):
+        from megatron.core import parallel_state
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+        self.config, self.hf_config, self.layout = config, hf_config, layout
+        self.model = build_model(
+            hf_config,
+            dtype=DTYPES[config.model.dtype],
+            pre_process=layout.is_first_stage,
+            post_process=layout.is_last_stage,
+            transformer_engine=cpu.use_transformer_engine(),
+        ).to(cpu.device())
+        load_weights(self.model, config.model.path)
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=config.train.distributed_optimizer,
+        )
+        self.ddp = DistributedDataParallel(self.model.config, ddp, self.model)
+        self.optimizer = PolicyOptimizer(self.ddp, config)
+        self.model.config.finalize_model_grads_func = _sum_gradients
+        self.shard = VocabularyShard.of(
+            self.model.vocab_size,
+            self.model.padded_vocab_size // layout.tensor,
+            layout.tensor_rank,
+            parallel_state.get_tensor_model_parallel_group(),
+        )
+        self.scorer = Scorer(self.ddp, self.model, self.shard, layout)
+        self.reference = None
+        if config.algorithm.kl_coef > 0:
+            self.reference = [parameter.detach().clone() for parameter in self.model.parameters()]
+
+    def place(self, rows: Sequence[Row], live: Sequence[bool], seed: int) -> PlacedBatch:
+        """Send every replica its rows. `rows` and `live` are read on leaders, which hold the whole batch."""
+        plan, mine = None, None
+        if self.layout.is_leader:
+            train = self.config.train
+            plan = make_plan(
+                rows,
+                live,
+                replicas=self.layout.data,
+                optimizer_steps=train.optimizer_steps_per_batch,
+                max_tokens=train.max_tokens_per_micro_batch,
+                seed=seed,
+            )
+            mine = self._microbatches(rows, plan)
+        train, score_only = self.layout.from_leader(mine)
+        return PlacedBatch(plan, train, score_only)
+
+    def score(self, placed: PlacedBatch) -> list[TokenStatistics]:
+        """Statistics of every row of the batch before the update, on leaders in row order; [] elsewhere."""
+        batches = [batch for step in (*placed.train, *placed.score_only) for batch in step]
+        return self._gather(self.scorer.score(batches))
+
+    def score_reference(self, placed: PlacedBatch) -> list[Tensor]:
+        """Log-probs [T] of every row under the initial policy, on leaders; needs algorithm.kl_coef > 0."""
+        batches = [batch for step in (*placed.train, *placed.score_only) for batch in step]
+        current = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self._set_weights(self.reference)
+        try:
+            statistics = self._gather(self.scorer.score(batches))
+        finally:
+            self._set_weights(current)
+        return [row.logprobs for row in statistics]
+
+    def update(self, placed: PlacedBatch, signals: Sequence[TrainSignal]) -> UpdateMetrics:
+        """Train on the batch: `optimizer_steps_per_batch` steps. `signals` in row order, read on leaders."""
+        steps = self.layout.from_leader(self._loss_inputs(placed, signals) if self.layout.is_leader else None)
+        results, totals, first_off_one = [], [], 0.0
+        for number, (batches, inputs) in enumerate(zip(placed.train, steps, strict=True)):
+            self.ddp.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            sums, off_one = self._sum_over_world(self._forward_backward(batches, inputs))
+            results.append(self.optimizer.step(loss_is_finite=math.isfinite(sums[0])))
+            totals.append(sums)
+            if number == 0:
+                first_off_one = off_one
+        loss, ratio, clipped, tokens = torch.tensor(totals, dtype=torch.float64).sum(0).tolist()
+        return UpdateMetrics(
+            loss=loss / len(results),
+            grad_norm=sum(result.grad_norm for result in results) / len(results),
+            learning_rate=results[-1].learning_rate,
+            clip_fraction=clipped / max(tokens, 1),
+            ratio_mean=ratio / max(tokens, 1) if tokens else 1.0,
+            first_ratio_off_one=first_off_one,
+            bad_steps=sum(not result.stepped for result in results),
+            optimizer_steps=len(results),
+        )
+
+    def _microbatches(self, rows: Sequence[Row], plan: Plan) -> tuple:
+        rollout = self.config.rollout
+        temperatures = {Mode.NORMAL: rollout.normal.temperature, Mode.HIGH_ENTROPY: rollout.high_entropy.temperature}
+        pairs = _kl_pairs(rows, self.config.log.kl_tokens)
+        shares = [step[self.layout.data_rank] for step in plan.shares]
+        make = partial(make_microbatch, rows, temperatures=temperatures, pair_of=pairs)
+        train = [[make(indices) for indices in share.train] for share in shares]
+        score_only = [[make(indices) for indices in share.score_only] for share in shares]
+        return train, score_only
+
+    def _gather(self, mine: dict[int, TokenStatistics]) -> list[TokenStatistics]:
+        everywhere: dict[int, TokenStatistics] = {}
+        for part in self.layout.gather_leaders(mine):
+            everywhere.update(part)
+        return [everywhere[index] for index in sorted(everywhere)]
+
+    def _loss_inputs(self, placed: PlacedBatch, signals: Sequence[TrainSignal]) -> list[list[dict[str, Tensor]]]:
+        """Per optimizer step and micro-batch, the constant fields of LossInputs, weights included."""
+        algorithm, rollout = self.config.algorithm, self.config.rollout
+        counts = [int(signal.mask.sum()) for signal in signals]
+        steps = []
+        for indices, batches in zip(placed.plan.steps, placed.train, strict=True):
+            total = denominators([counts[i] for i in indices])
+            inputs = []
+            for batch in batches:
+                mine = [signals[i] for i in batch.rows]
+                weights = [
+                    signals[i].mask
+                    * token_weight(counts[i], total, algorithm.loss_aggregation, rollout.max_response_tokens)
+                    for i in batch.rows
+                ]
+                fields = {
+                    "old_logprobs": torch.cat([signal.old_logprobs for signal in mine]),
+                    "advantages": torch.cat([signal.advantages for signal in mine]),
+                    "importance": torch.cat([signal.importance for signal in mine]),
+                    "weights": torch.cat(weights),
+                }
+                if algorithm.kl_coef > 0:
+                    fields["reference_logprobs"] = torch.cat([signal.reference_logprobs for signal in mine])
+                inputs.append(fields)
+            steps.append(inputs)
+        return steps
+
+    def _forward_backward(self, batches: list[MicroBatch], inputs: list[dict[str, Tensor]]) -> Tensor:
+        """Gradients of one optimizer step. Returns [loss, ratio sum, clipped, tokens, max |ratio - 1|] (this rank)."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        self.ddp.train()
+        if not batches:
+            _sum_gradients([self.ddp])
+            return torch.zeros(5, dtype=torch.float64)
+        outputs = get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=iter(zip(batches, inputs, strict=True)),
+            model=[self.ddp],
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens.shape[1],
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        if not self.layout.is_last_stage:
+            return torch.zeros(5, dtype=torch.float64)
+        stacked = torch.stack(outputs).cpu()
+        return torch.cat([stacked[:, :4].sum(0), stacked[:, 4:].max(0).values])
+
+    def _forward_step(self, iterator, model):
+        batch, constants = next(iterator)
+        return self.scorer.forward(model, batch), partial(self._loss, batch, constants)
+
+    def _loss(self, batch: MicroBatch, constants: dict[str, Tensor], hidden: Tensor):
+        device = hidden.device
+        logits = self.model.logits(batch.select(hidden))
+        targets, temperature = batch.targets.to(device), batch.temperature.to(device)
+        logprobs, entropy = token_statistics(logits, targets, temperature, self.shard)
+        constants = {name: value.to(device) for name, value in constants.items()}
+        out = policy_loss(LossInputs(logprobs=logprobs, entropy=entropy, **constants), self.config.algorithm)
+        metrics = [out.loss.detach(), out.ratio_sum, out.clipped_tokens, out.tokens, out.ratio_off_one]
+        return out.loss, out.tokens.int(), torch.stack([value.double() for value in metrics])
+
+    def _sum_over_world(self, values: Tensor) -> tuple[list[float], float]:
+        """Sum of the first four over replicas, max of the last, alike on every rank (one all-reduce each)."""
+        mine = values if self.layout.tensor_rank == 0 else torch.zeros_like(values)
+        sums, largest = mine[:4].clone(), mine[4:].clone()
+        torch.distributed.all_reduce(sums, group=self.layout.world)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=self.layout.world)
+        return sums.tolist(), float(largest)
+
+    @torch.no_grad()
+    def _set_weights(self, weights: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.model.parameters(), weights, strict=True):
+            parameter.copy_(value)
+
+
+def _sum_gradients(model, num_tokens=None, **kwargs):
+    """Megatron's gradient reduction without its division by tokens: our losses are sums over global denominators."""
+    from megatron.core.distributed import finalize_model_grads
+
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _kl_pairs(rows: Sequence[Row], kl_tokens: str) -> dict[int, int]:
+    """Row index -> rollout number, for the rollouts whose exact KL between the modes is wanted."""
+    if kl_tokens == "none":
+        return {}
+    keys = {row.key: index for index, row in enumerate(rows)}
+    pairs: dict[int, int] = {}
+    seen: set[tuple] = set()
+    for index, row in enumerate(rows):
+        partner = keys.get(row.key.partner)
+        question = (row.key.batch, row.key.question)
+        if partner is None or row.mode is Mode.HIGH_ENTROPY or (kl_tokens == "sample" and question in seen):
+            continue
+        seen.add(question)
+        pairs[index] = pairs[partner] = index
+    return pairs

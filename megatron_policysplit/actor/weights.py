@@ -1,0 +1,205 @@
+"""Weights in from a Hugging Face directory, and out again under their Hugging Face names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from checkpoints_conv import SafetensorsReader, architecture_of, read_hf_config
+from checkpoints_conv.architectures import in_hf_order
+from checkpoints_conv.mapping import Pair, Sizes
+from checkpoints_conv.reader import check_shape
+from megatron_policysplit.errors import ModelError, TrainingError
+
+Destination = Literal["every_rank", "rank0"]
+Result = TypeVar("Result")
+
+
+def load_weights(model: nn.Module, hf_path: str | Path) -> None:
+    """Fill this rank's parameters from safetensors, reading only the rows and columns it holds.
+
+    Not a collective. Padding rows of the vocabulary become zero; values are cast to the parameters' dtype.
+    Raises ModelError naming the tensor if one is missing or its shape does not follow from config.json.
+    """
+    hf_config = read_hf_config(hf_path)
+    architecture = architecture_of(hf_config)
+    sizes = architecture.sizes(hf_config)
+    table = architecture.by_megatron_name(hf_config)
+    rank, tensor = _tensor_rank(), _tensor_size()
+    with SafetensorsReader(hf_path) as reader, torch.no_grad():
+        for name, parameter in global_parameters(model, sizes).items():
+            if name not in table:
+                raise ModelError(f"Megatron parameter {name} has no row in the table of {architecture.name}")
+            pair = table[name]
+            check_shape(name, pair.local_shape(sizes, tensor), tuple(parameter.shape), "the mapping table")
+            for src in pair.sources:
+                if src.name not in reader.tensors:
+                    raise ModelError(f"{hf_path} lacks tensor {src.name} that {architecture.name} needs")
+                info = reader.tensors[src.name]
+                check_shape(src.name, info.shape, src.shape(sizes), info.file)
+            parameter.zero_()
+            for piece in pair.pieces(sizes, rank, tensor):
+                block = parameter.narrow(piece.dim, piece.offset, piece.stop - piece.start)
+                block.copy_(reader.slice(piece.source, piece.dim, piece.start, piece.stop))
+
+
+def global_parameters(model: nn.Module, sizes: Sizes) -> dict[str, nn.Parameter]:
+    """This rank's parameters by name, wrappers' `module.` removed and layers numbered over the whole model."""
+    layers = sizes.layers // parallel_state.get_pipeline_model_parallel_world_size()
+    first = parallel_state.get_pipeline_model_parallel_rank() * layers
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        while parts[0] == "module":
+            parts.pop(0)
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(int(parts[2]) + first)
+        parameters[".".join(parts)] = parameter
+    return parameters
+
+
+def export_weights(
+    model: nn.Module, hf_config: Mapping[str, Any], destination: Destination
+) -> Iterator[tuple[str, Tensor]]:
+    """Full Hugging Face tensors on the CPU, in transformers' order, in the parameters' dtype.
+
+    A collective over the TP x PP ranks of a replica: all of them must iterate to the end, and every replica
+    does so on its own. With "rank0" only the replica's first rank (TP rank 0 of the first stage) gets tensors;
+    the others' iterators yield nothing. A tied head comes once, as the embedding; vocabulary padding is cut.
+
+    Weights travel in buckets known beforehand: the embedding, each layer, and the final norm with the head. A
+    bucket costs one all-reduce of a flag over the replica, one broadcast from the owning stage if PP > 1,
+    and one all-gather if TP > 1; no more than one bucket is held at a time. If another rank's consumer failed
+    (see `consume_weights`), TrainingError is raised at the next bucket.
+    """
+    sizes = architecture_of(hf_config).sizes(hf_config)
+    tensor = _tensor_size()
+    parameters = global_parameters(model, sizes)
+    example = next(iter(parameters.values()))
+    receives = destination == "every_rank" or (
+        _tensor_rank() == 0 and parallel_state.get_pipeline_model_parallel_rank() == 0
+    )
+    for bucket in export_plan(hf_config, tensor, parallel_state.get_pipeline_model_parallel_world_size()):
+        _agree(failed=False, device=example.device)
+        shards = _gather(bucket, parameters, example)
+        if receives:
+            yield from _assemble(bucket, shards, sizes).items()
+
+
+def consume_weights(
+    model: nn.Module,
+    hf_config: Mapping[str, Any],
+    destination: Destination,
+    consumer: Callable[[Iterator[tuple[str, Tensor]]], Result],
+) -> Result:
+    """Hand `consumer` the stream of `export_weights`; if it raises on any rank, all ranks of the replica raise.
+
+    The rank that failed raises its own error, the others TrainingError, at their next bucket or at the
+    end: nobody hangs. A consumer need not take all tensors. Costs one all-reduce of a flag more than
+    `export_weights`.
+    """
+    device = next(model.parameters()).device
+    stream = export_weights(model, hf_config, destination)
+    try:
+        result = consumer(stream)
+        for _ in stream:
+            pass
+    except _PeerFailed:
+        raise
+    except BaseException:
+        _agree(failed=True, device=device, raises=False)
+        raise
+    _agree(failed=False, device=device)
+    return result
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters that travel together: their rows of the table, and each one's shape on a rank."""
+
+    stage: int
+    pairs: tuple[Pair, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def numel(self) -> int:
+        """Elements that one tensor-parallel rank contributes."""
+        return sum(prod(shape) for shape in self.shapes)
+
+
+def export_plan(hf_config: Mapping[str, Any], tensor: int, pipeline: int) -> list[Bucket]:
+    """The buckets of `export_weights` and the pipeline stage that owns each; the same on every rank."""
+    architecture = architecture_of(hf_config)
+    sizes = architecture.sizes(hf_config)
+    parts = architecture.pairs(hf_config)
+    plan = []
+    for index, (layer, pairs) in enumerate(parts):
+        if layer is None:
+            stage = 0 if index == 0 else pipeline - 1
+        else:
+            stage = layer // (sizes.layers // pipeline)
+        plan.append(Bucket(stage, tuple(pairs), tuple(pair.local_shape(sizes, tensor) for pair in pairs)))
+    return plan
+
+
+def _gather(bucket: Bucket, parameters: dict[str, nn.Parameter], example: Tensor) -> list[Tensor]:
+    """The bucket's parameters, flat, of every tensor-parallel rank (shards[TP] of bucket.numel elements)."""
+    if bucket.stage == parallel_state.get_pipeline_model_parallel_rank():
+        owned = [next(parameters[name] for name in pair.megatron if name in parameters) for pair in bucket.pairs]
+        flat = torch.cat([parameter.detach().reshape(-1) for parameter in owned])
+    else:
+        flat = torch.empty(bucket.numel, dtype=example.dtype, device=example.device)
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        group = parallel_state.get_pipeline_model_parallel_group()
+        dist.broadcast(flat, src=dist.get_global_rank(group, bucket.stage), group=group)
+    if _tensor_size() == 1:
+        return [flat]
+    shards = [torch.empty_like(flat) for _ in range(_tensor_size())]
+    dist.all_gather(shards, flat, group=parallel_state.get_tensor_model_parallel_group())
+    return shards
+
+
+def _assemble(bucket: Bucket, shards: list[Tensor], sizes: Sizes) -> dict[str, Tensor]:
+    """Full Hugging Face tensors of a bucket from the shards of all tensor-parallel ranks."""
+    full = {
+        src.name: torch.empty(src.shape(sizes), dtype=shards[0].dtype, device=shards[0].device)
+        for src in in_hf_order(list(bucket.pairs))
+    }
+    for rank, flat in enumerate(shards):
+        parameters = flat.split([prod(shape) for shape in bucket.shapes])
+        for pair, shape, values in zip(bucket.pairs, bucket.shapes, parameters, strict=True):
+            local = values.view(shape)
+            for piece in pair.pieces(sizes, rank, len(shards)):
+                length = piece.stop - piece.start
+                target = full[piece.source].narrow(piece.dim, piece.start, length)
+                target.copy_(local.narrow(piece.dim, piece.offset, length))
+    return {name: tensor.cpu() for name, tensor in full.items()}
+
+
+class _PeerFailed(TrainingError):
+    """Raised on all ranks alike, so it needs no further agreement."""
+
+
+def _agree(*, failed: bool, device: torch.device, raises: bool = True) -> None:
+    """All ranks of the replica learn whether one failed (one all-reduce); they raise then, if `raises`."""
+    flag = torch.tensor([int(failed)], dtype=torch.int32, device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=parallel_state.get_model_parallel_group())
+    if raises and flag.item():
+        raise _PeerFailed("another rank failed while it took the exported weights; its own message says why")
+
+
+def _tensor_rank() -> int:
+    return parallel_state.get_tensor_model_parallel_rank()
+
+
+def _tensor_size() -> int:
+    return parallel_state.get_tensor_model_parallel_world_size()

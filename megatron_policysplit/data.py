@@ -1,0 +1,256 @@
+"""Questions from JSONL, Parquet or reasoning_gym, and the resumable stream of batches over them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import random
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_policysplit.errors import CheckpointError, DataError
+from megatron_policysplit.rows import Mode
+
+_GYM = "reasoning_gym:"
+_NEEDED = "`prompt` (text or messages) or `messages` or `question`, and for the answer `reward_model` or `answer`"
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    id: its index in the file or data set, the same in every run.
+    messages: chat messages, each with a `role` and a text `content`; at least one.
+    answer: the reference answer as text; None where the task has many right answers.
+    record: the whole row it came from, for the reward function.
+    """
+
+    id: int
+    messages: list[dict[str, str]]
+    answer: str | None
+    record: dict[str, Any]
+
+
+def load_questions(path: str, options: Mapping[str, Any] | None = None) -> list[Question]:
+    """Every question of a .jsonl or .parquet file or of `reasoning_gym:NAME`.
+
+    options: for reasoning_gym only: size (default 500), seed (default 0), the rest goes to the task.
+    Raises DataError naming the file and line (the row for Parquet) of what cannot be used.
+    """
+    options = dict(options or {})
+    if path.startswith(_GYM):
+        return _load_gym(path.removeprefix(_GYM), options)
+    if options:
+        raise DataError(f"{path} takes no options, but {', '.join(sorted(options))} given; they are for {_GYM}NAME")
+    file = Path(path)
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if file.suffix not in readers:
+        raise DataError(f"{path} is neither .jsonl nor .parquet nor {_GYM}NAME; convert it or give another path")
+    if not file.is_file():
+        raise DataError(f"{path} does not exist or is not a file; check the path")
+    questions = [_question(index, where, row) for index, (where, row) in enumerate(readers[file.suffix](file))]
+    if not questions:
+        raise DataError(f"{path} holds no questions")
+    return questions
+
+
+class QuestionStream:
+    """Batches of questions, shuffled anew each epoch by the seed, resumable at any batch.
+
+    A batch may run over the end of an epoch. Over any number of whole epochs every question comes equally
+    often, and a batch holds a question twice only if it is larger than the set.
+    """
+
+    def __init__(self, questions: Sequence[Question], batch_questions: int, seed: int):
+        if not questions:
+            raise DataError("there are no questions to train on")
+        self._questions = list(questions)
+        self._batch_questions = batch_questions
+        self._seed = seed
+        self._fingerprint = _fingerprint(self._questions)
+        self._epoch = 0
+        self._position = 0
+        self._order = self._shuffle(0)
+
+    def next_batch(self) -> list[Question]:
+        batch: list[int] = []
+        while len(batch) < self._batch_questions:
+            if self._position == len(self._order):
+                self._epoch += 1
+                self._position = 0
+                self._order = self._defer(self._shuffle(self._epoch), set(batch))
+            take = self._order[self._position :][: self._batch_questions - len(batch)]
+            batch += take
+            self._position += len(take)
+        return [self._questions[index] for index in batch]
+
+    def state(self) -> dict[str, int]:
+        """A small JSON-able cursor for `restore`."""
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "questions": len(self._questions),
+            "fingerprint": self._fingerprint,
+            "batch_questions": self._batch_questions,
+            "seed": self._seed,
+        }
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on after the batch at which `state` was taken.
+
+        Raises CheckpointError if the questions, the batch size or the seed are not those of the state.
+        """
+        for name, now in self.state().items():
+            if name not in state:
+                raise CheckpointError(f"the data cursor of the checkpoint lacks `{name}`; it is damaged")
+            if name not in ("epoch", "position") and state[name] != now:
+                raise CheckpointError(
+                    f"the checkpoint was made with {name}={state[name]} but the data now has {name}={now}; "
+                    "restore the data set and the data.* and run.seed keys of the run, or start a new run"
+                )
+        if state["epoch"] < 0 or not 0 <= state["position"] <= len(self._questions):
+            raise CheckpointError(
+                f"the data cursor of the checkpoint is damaged: epoch {state['epoch']}, position {state['position']}"
+            )
+        self._epoch, self._position = state["epoch"], state["position"]
+        self._order = self._order_of(self._epoch)
+
+    def _order_of(self, epoch: int) -> list[int]:
+        """The order of an epoch from (seed, epoch, batch size) alone, as `next_batch` makes it.
+
+        Its start depends on the last questions of the epoch before (see `_defer`), and so on back to the first.
+        """
+        order = self._shuffle(0)
+        for number in range(1, epoch + 1):
+            carried = number * len(order) % self._batch_questions
+            order = self._defer(self._shuffle(number), set(order[len(order) - min(carried, len(order)) :]))
+        return order
+
+    def _defer(self, order: list[int], taken: set[int]) -> list[int]:
+        """Move the questions that the open batch already holds behind what fills it up."""
+        free = [index for index in order if index not in taken]
+        fill = free[: self._batch_questions - len(taken)]
+        filled = set(fill)
+        return fill + [index for index in order if index not in filled]
+
+    def _shuffle(self, epoch: int) -> list[int]:
+        order = list(range(len(self._questions)))
+        random.Random(f"{self._seed}/{epoch}").shuffle(order)
+        return order
+
+
+def _fingerprint(questions: Sequence[Question]) -> int:
+    checksum = 0
+    for question in questions:
+        checksum = zlib.crc32(repr((question.id, question.messages, question.answer)).encode(), checksum)
+    return checksum
+
+
+def drop_overlong(
+    questions: Sequence[Question], prompt_lengths: Mapping[int, Mapping[Mode, int]], max_prompt_tokens: int
+) -> tuple[list[Question], int]:
+    """The questions whose longer prompt has at most `max_prompt_tokens`, and how many were dropped.
+
+    prompt_lengths: question id -> mode -> tokens. Raises DataError if none is left.
+    """
+    longest = {question.id: max(prompt_lengths[question.id].values()) for question in questions}
+    kept = [question for question in questions if longest[question.id] <= max_prompt_tokens]
+    if questions and not kept:
+        raise DataError(
+            f"data.max_prompt_tokens={max_prompt_tokens} drops all {len(questions)} questions; "
+            f"the shortest needs {min(longest.values())} tokens in its longer mode"
+        )
+    return kept, len(questions) - len(kept)
+
+
+def _read_jsonl(file: Path) -> Iterator[tuple[str, dict]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{file}:{number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{where} is not JSON ({error}); every line must be one JSON object") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{where} is a JSON {type(row).__name__}; every line must be one JSON object")
+            yield where, row
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[str, dict]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            number = 0
+            for batch in table.iter_batches(1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file} row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file} is not a readable Parquet file ({error}); restore it") from error
+
+
+def _question(index: int, where: str, row: dict) -> Question:
+    source = next((name for name in ("prompt", "messages", "question") if row.get(name) is not None), None)
+    if source is None or not ("reward_model" in row or "answer" in row):
+        raise DataError(f"{where} has the columns {', '.join(sorted(row)) or '(none)'}; needed are {_NEEDED}")
+    messages = row[source]
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    return Question(index, _messages(where, source, messages), _answer(where, row), row)
+
+
+def _messages(where: str, source: str, messages: Any) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: `{source}` is neither text nor a list of messages")
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in _ROLES:
+            raise DataError(f"{where}: `{source}` has a message without a role of {', '.join(_ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise DataError(f"{where}: `{source}` has a message whose content is not text; only text is supported")
+    if messages[-1]["role"] == "assistant":
+        raise DataError(f"{where}: `{source}` ends with an assistant message; the last one must ask for a response")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _answer(where: str, row: dict) -> str | None:
+    answer, source = row.get("answer"), "answer"
+    if row.get("reward_model") is not None:
+        source = "reward_model.ground_truth"
+        if not isinstance(row["reward_model"], dict) or "ground_truth" not in row["reward_model"]:
+            raise DataError(f"{where}: `reward_model` has no `ground_truth`; needed are {_NEEDED}")
+        answer = row["reward_model"]["ground_truth"]
+    if answer is None or isinstance(answer, str):
+        return answer
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        return str(answer)
+    raise DataError(f"{where}: `{source}` is a {type(answer).__name__}; it must be text or a number")
+
+
+def _load_gym(name: str, options: dict[str, Any]) -> list[Question]:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see the names in reasoning_gym's gallery"
+        raise DataError(f"{_GYM}{name} is not a task of reasoning_gym; {hint}")
+    options = {"size": 500, "seed": 0, **options}
+    try:
+        entries = list(reasoning_gym.create_dataset(name, **options))
+    except (TypeError, ValueError, AssertionError) as error:
+        raise DataError(f"{_GYM}{name} does not take the options {options}: {error}") from error
+    questions = []
+    for index, entry in enumerate(entries):
+        # Some scorers depend on the task's options, so a record carries them.
+        record = {**entry, "reasoning_gym": {"name": name, "options": options}}
+        message = {"role": "user", "content": entry["question"]}
+        questions.append(Question(index, [message], entry["answer"], record))
+    return questions

@@ -1,0 +1,38 @@
+"""TensorBoard event files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_policysplit.logs.sink import Sink
+
+
+class TensorBoardSink(Sink):
+    """One scalar per metric under its own name. On resume the points of later steps are purged."""
+
+    def __init__(self, directory: Path, resolved_config: dict):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer_class = SummaryWriter
+        self.directory = directory
+        self.resolved_config = resolved_config
+        self.writer = None
+
+    def start(self, step: int) -> None:
+        # Readers hide the points of older files from purge_step on; a run that trained nothing keeps none.
+        self.writer = self.writer_class(str(self.directory), purge_step=step + 1 if step else 0)
+        config = json.dumps(self.resolved_config, indent=2, default=str)
+        self.writer.add_text("config", "\n".join("    " + line for line in config.splitlines()), step)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        self.log(step, metrics)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()

@@ -1,0 +1,380 @@
+"""What a run did: its metrics read back, curves, a summary, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_policysplit.errors import DataError
+from megatron_policysplit.logs.jsonl import read_jsonl, read_metrics_file
+from megatron_policysplit.rows import MODES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+MODE_LABELS = {"normal": "normal", "high_entropy": "high-entropy"}
+SUMMARY_METRICS = ("accuracy", "entropy_nats", "kl_nats", "unique_correct")
+PANELS = (
+    ("accuracy", "Accuracy", "share of right answers"),
+    ("entropy_nats", "Entropy", "nats per token"),
+    ("unique_correct", "Unique right answers", "per question"),
+    ("kl_nats", "KL between the modes", "nats per token"),
+)
+TRAIN_KL = {"normal": "kl/normal_to_high_entropy", "high_entropy": "kl/high_entropy_to_normal"}
+SAMPLE_QUESTIONS, SAMPLES_PER_MODE, SAMPLE_CHARACTERS = 3, 4, 1500
+
+
+def read_metrics(run_dir: str | Path) -> tuple[list[dict], list[dict]]:
+    """(training records, evaluation records) of a run, each sorted by `step`; a value that was not finite is None.
+
+    Raises DataError naming the file when it is missing, empty or damaged.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.exists():
+        raise DataError(f"{path} does not exist; give the directory of a run (run.dir) that has started")
+    records = sorted(read_metrics_file(path), key=lambda record: record["step"])
+    if not records:
+        raise DataError(f"{path} holds no metrics yet; wait for the run's first step or evaluation")
+    return [r for r in records if r["kind"] == "train"], [r for r in records if r["kind"] == "eval"]
+
+
+def summary(runs: Mapping[str, str | Path], seconds: Mapping[str, float]) -> dict:
+    """The first and the last evaluation of every run.
+
+    Returns {"runs": {name: {mode: {"first": E, "last": E}}}, "seconds": {phase: seconds}} where E has
+    `accuracy`, `entropy_nats`, `kl_nats`, `unique_correct` and `best_of_<k>`; None is not measured.
+    Raises DataError for a run without an evaluation.
+    """
+    result = {}
+    for name, run_dir in runs.items():
+        _, evals = read_metrics(run_dir)
+        if not evals:
+            raise DataError(f"{Path(run_dir) / 'metrics.jsonl'} holds no evaluation; set eval.path and run again")
+        result[name] = endpoints(evals)
+    return {"runs": result, "seconds": dict(seconds)}
+
+
+def endpoints(evals: list[dict]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """mode -> "first" | "last" -> metric -> value, for every mode that was evaluated."""
+    result = {}
+    for mode in (mode.value for mode in MODES):
+        measured = [record for record in evals if any(name.startswith(f"eval/{mode}/") for name in record)]
+        if measured:
+            result[mode] = {"first": _point(measured[0], mode), "last": _point(measured[-1], mode)}
+    return result
+
+
+def summary_table(summary: dict) -> Table:
+    """The summary as a table for the terminal: a row per run and mode, cells `first -> last`."""
+    from rich.table import Table
+
+    table = Table(title="First -> last evaluation")
+    columns = _columns(summary["runs"])
+    for title in ("run", "mode"):
+        table.add_column(title)
+    for column in columns:
+        table.add_column(_title(column), justify="right")
+    for name, modes in summary["runs"].items():
+        for mode, ends in modes.items():
+            cells = (f"{_number(ends['first'].get(c), c)} -> {_number(ends['last'].get(c), c)}" for c in columns)
+            table.add_row(name, MODE_LABELS[mode], *cells)
+        table.add_section()
+    return table
+
+
+def write_curves(runs: Mapping[str, str | Path], path_png: str | Path) -> None:
+    """Both modes of every run over training steps: accuracy, entropy, unique right answers, KL."""
+    figure = _figure({name: read_metrics(run_dir) for name, run_dir in runs.items()}, dark=False)
+    figure.savefig(path_png, format="png", dpi=150)
+
+
+def write_report(runs: Mapping[str, str | Path], output: str | Path) -> None:
+    """One HTML file without external resources: table, curves, seconds, samples and config of every run."""
+    from jinja2 import Environment
+
+    metrics = {name: read_metrics(run_dir) for name, run_dir in runs.items()}
+    ends = {name: endpoints(_evaluations(*records)) for name, records in metrics.items()}
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.globals.update(number=_number, title=_title, mode_labels=MODE_LABELS)
+    page = environment.from_string(PAGE).render(
+        runs=[
+            {
+                "name": name,
+                "steps": max((record["step"] for record in train), default=0),
+                "evaluations": len(evals),
+                "ends": ends[name],
+                "samples": _samples(Path(runs[name])),
+                "config": _config(Path(runs[name])),
+            }
+            for name, (train, evals) in metrics.items()
+        ],
+        columns=_columns(ends),
+        curves={theme: _data_url(_figure(metrics, dark=theme == "dark")) for theme in ("light", "dark")},
+        seconds={name: _seconds(train + evals) for name, (train, evals) in metrics.items()},
+    )
+    Path(output).write_text(page, encoding="utf-8", errors="replace")
+
+
+def _point(record: dict, mode: str) -> dict[str, float | None]:
+    prefix = f"eval/{mode}/"
+    best = [name for name in record if re.fullmatch(re.escape(prefix) + r"best_of_\d+", name)]
+    return {name.removeprefix(prefix): record.get(name) for name in [*(prefix + m for m in SUMMARY_METRICS), *best]}
+
+
+def _evaluations(train: list[dict], evals: list[dict]) -> list[dict]:
+    """The evaluations; of a run without any, its training batches under the names of evaluations."""
+    if evals:
+        return evals
+    names = {f"{mode.value}/{metric}" for mode in MODES for metric in SUMMARY_METRICS}
+    result = []
+    for record in train:
+        point = {"step": record["step"], **{f"eval/{name}": record[name] for name in names & record.keys()}}
+        point.update({f"eval/{mode}/kl_nats": record[kl] for mode, kl in TRAIN_KL.items() if kl in record})
+        result.append(point)
+    return result
+
+
+def _columns(runs: dict) -> list[str]:
+    """Every metric that any run has, in the order of first appearance."""
+    return list(dict.fromkeys(c for modes in runs.values() for ends in modes.values() for c in ends["last"]))
+
+
+def _title(metric: str) -> str:
+    names = {"entropy_nats": "entropy (nats)", "kl_nats": "KL (nats)", "unique_correct": "unique right answers"}
+    return names.get(metric, re.sub(r"^best_of_(\d+)$", r"best-of-\1", metric))
+
+
+def _number(value: float | None, metric: str = "") -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if metric == "kl_nats" else f"{value:.3f}"
+
+
+def _seconds(records: list[dict]) -> list[dict]:
+    """Phase, total seconds and mean seconds over the records that name the phase, in order of appearance."""
+    phases: dict[str, list[float]] = {}
+    for record in records:
+        for name, value in record.items():
+            if name.startswith("time/") and value is not None:
+                phases.setdefault(name.removeprefix("time/").removesuffix("_s"), []).append(value)
+    return [{"phase": p, "total": sum(values), "mean": sum(values) / len(values)} for p, values in phases.items()]
+
+
+def _config(run_dir: Path) -> str | None:
+    path = run_dir / "config.json"
+    if not path.exists():
+        return None
+    import yaml
+
+    return yaml.safe_dump(json.loads(path.read_text(encoding="utf-8")), sort_keys=False, allow_unicode=True)
+
+
+def _samples(run_dir: Path) -> dict | None:
+    """A few questions of the last rollout dump, those sampled in both modes first; None without a dump."""
+    dumps = sorted(run_dir.glob("rollouts/step_*.jsonl"), key=lambda path: int(path.stem.removeprefix("step_")))
+    if not dumps:
+        return None
+    questions: dict[tuple, dict[str, list[dict]]] = {}
+    for record in read_jsonl(dumps[-1]):
+        questions.setdefault((record["batch"], record["question"]), {}).setdefault(record["mode"], []).append(record)
+    chosen = sorted(questions.values(), key=lambda modes: -len(modes))[:SAMPLE_QUESTIONS]
+    return {
+        "file": dumps[-1].name,
+        "questions": [
+            {
+                "prompt": _clip(next(iter(modes.values()))[0]["prompt"]),
+                "answer": _clip(str(next(iter(modes.values()))[0]["answer"])),
+                "modes": {mode: [_response(r) for r in _spread(modes[mode])] for mode in MODE_LABELS if mode in modes},
+            }
+            for modes in chosen
+        ],
+    }
+
+
+def _spread(records: list[dict]) -> list[dict]:
+    return sorted(records, key=lambda record: record["sample"])[:SAMPLES_PER_MODE]
+
+
+def _response(record: dict) -> dict:
+    return {**record, "response": _clip(record["response"])}
+
+
+def _clip(text: str) -> str:
+    more = len(text) - SAMPLE_CHARACTERS
+    return text if more <= 0 else f"{text[:SAMPLE_CHARACTERS]} … ({more} more characters in the dump)"
+
+
+def _figure(metrics: dict[str, tuple[list[dict], list[dict]]], dark: bool) -> Figure:
+    """A colour per run, a line style per mode; thin lines are training batches. Okabe-Ito colours."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    ink, paper = ("#d7dade", "#16191d") if dark else ("#24292f", "#ffffff")
+    light_palette = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+    palette = ("#56B4E9", "#E69F00", "#2DC89B", "#CC79A7", "#F0E442", "#D55E00") if dark else light_palette
+    theme = {"text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink, "axes.edgecolor": ink}
+    with matplotlib.rc_context({**theme, "font.family": "sans-serif", "font.size": 9.5, "figure.facecolor": paper}):
+        figure = Figure(figsize=(9.6, 7.2), layout="constrained")
+        figure.suptitle("Policy Split training: the two modes over training steps", fontsize=13, fontweight="bold")
+        axes = figure.subplots(2, 2).flat
+        legend = {}
+        for axis, (metric, title, unit) in zip(axes, PANELS, strict=True):
+            axis.set_facecolor(paper)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(axis="y", color=ink, alpha=0.15, linewidth=0.8)
+            axis.set_title(title, loc="left", fontweight="bold")
+            axis.set(xlabel="training step", ylabel=unit)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            for run, (name, (train, evals)) in enumerate(metrics.items()):
+                colour = palette[run % len(palette)]
+                for mode, mode_label in MODE_LABELS.items():
+                    style = {"color": colour, "linestyle": "-" if mode == "normal" else (0, (4, 2))}
+                    batches = _series(_evaluations(train, []), f"eval/{mode}/{metric}")
+                    if batches[0]:
+                        axis.plot(*batches, **style, linewidth=0.8, alpha=0.4 if evals else 1)
+                    points = _series(evals, f"eval/{mode}/{metric}")
+                    look = {"marker": "o" if mode == "normal" else "s", "markersize": 4.5, "linewidth": 2}
+                    fill = colour if mode == "normal" else paper
+                    (line,) = axis.plot(*points, **style, **look, markerfacecolor=fill)
+                    if points[0] or batches[0]:
+                        legend.setdefault(f"{name}, {mode_label} mode", line)
+            if not axis.lines or all(len(line.get_xdata()) == 0 for line in axis.lines):
+                axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=ink)
+            elif metric in ("accuracy", "unique_correct"):
+                axis.set_ylim(bottom=0)
+        columns = 2 if len(metrics) == 1 else min(4, 2 * len(metrics))
+        figure.legend(
+            legend.values(),
+            legend.keys(),
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            title="thick: evaluations    thin: training batches",
+            title_fontsize=8.5,
+            handlelength=3.5,
+        )
+    return figure
+
+
+def _series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of one metric; a value that was not finite is a gap."""
+    measured = [record for record in records if name in record]
+    values = [float("nan") if record[name] is None else record[name] for record in measured]
+    return [record["step"] for record in measured], values
+
+
+def _data_url(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>Policy Split: {{ runs | map(attribute="name") | join(", ") }}</title>
+<style>
+:root { color-scheme: light dark; --ink: #24292f; --soft: #57606a; --paper: #fff; --card: #f6f8fa; --line: #d0d7de;
+  --good: #00664b; --bad: #a33d00; }
+@media (prefers-color-scheme: dark) { :root { --ink: #d7dade; --soft: #9aa4ae; --paper: #16191d; --card: #1f242a;
+  --line: #3a424b; --good: #2dc89b; --bad: #f0a15a; } }
+body { margin: 2rem auto; max-width: 64rem; padding: 0 1rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin-top: 2.2rem; } h3 { font-size: 1rem; }
+p, figcaption { color: var(--soft); margin: .3rem 0; }
+figure, .wide { margin: 0; overflow-x: auto; } img { max-width: 100%; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; } .name { text-align: left; }
+.first { color: var(--soft); } .last { font-weight: 600; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-size: 13px; }
+details > pre, .box { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem;
+  margin: .4rem 0; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 0 1rem; }
+.right { color: var(--good); } .wrong { color: var(--bad); } small { color: var(--soft); }
+summary { cursor: pointer; }
+</style>
+</head>
+<body>
+<h1>Policy Split training report</h1>
+{% for run in runs %}
+<p><b>{{ run.name }}</b>: {{ run.steps }} training steps, {{ run.evaluations }} evaluations
+{%- if not run.evaluations %}; the table shows its training batches{% endif %}</p>
+{% endfor %}
+
+<h2>First → last evaluation</h2>
+<div class="wide"><table>
+<tr><th class="name">run</th><th class="name">mode</th>
+{% for column in columns %}<th>{{ title(column) }}</th>{% endfor %}</tr>
+{% for run in runs %}{% for mode, ends in run.ends.items() %}
+<tr><td class="name">{{ run.name }}</td><td class="name">{{ mode_labels[mode] }}</td>
+{% for column in columns %}
+<td><span class="first">{{ number(ends.first.get(column), column) }} →</span>
+<span class="last">{{ number(ends.last.get(column), column) }}</span></td>
+{% endfor %}</tr>
+{% endfor %}{% endfor %}
+</table></div>
+<p>Entropy and KL are means per response token. KL is between the two modes of the same weights.
+– means not measured.</p>
+
+<h2>Curves</h2>
+<figure><picture><source srcset="{{ curves.dark }}" media="(prefers-color-scheme: dark)">
+<img src="{{ curves.light }}" alt="Accuracy, entropy, unique right answers and KL between the modes over training steps">
+</picture></figure>
+
+<h2>Seconds per phase</h2>
+<div class="pair">
+{% for name, phases in seconds.items() %}
+<div><h3>{{ name }}</h3>
+{% if phases %}
+<table><tr><th class="name">phase</th><th>total (s)</th><th>mean (s)</th></tr>
+{% for row in phases %}
+<tr><td class="name">{{ row.phase }}</td><td>{{ "%.1f" | format(row.total) }}</td>
+<td>{{ "%.3f" | format(row.mean) }}</td></tr>
+{% endfor %}
+</table>
+{% else %}<p>No times were logged.</p>{% endif %}
+</div>
+{% endfor %}
+</div>
+
+<h2>Sample responses</h2>
+{% for run in runs %}
+<h3>{{ run.name }}</h3>
+{% if run.samples %}
+<p>From {{ run.samples.file }}. Prompts are those of the normal mode.</p>
+{% for question in run.samples.questions %}
+<div class="box"><pre>{{ question.prompt }}</pre><small>answer: {{ question.answer }}</small></div>
+<div class="pair">
+{% for mode, responses in question.modes.items() %}
+<div><p><b>{{ mode_labels[mode] }} mode</b></p>
+{% for sample in responses %}
+<div class="box"><pre>{{ sample.response }}</pre>
+<small><b class="{{ "right" if sample.reward > 0 else "wrong" }}">reward {{ "%.3g" | format(sample.reward) }}</b>,
+{{ sample.tokens | length }} tokens, finish: {{ sample.finish_reason }}
+{%- if sample.reward_error %}, reward error: {{ sample.reward_error }}{% endif %}</small></div>
+{% endfor %}</div>
+{% endfor %}
+</div>
+{% endfor %}
+{% else %}<p>No rollout dump (log.rollouts=false).</p>{% endif %}
+{% endfor %}
+
+<h2>Configuration</h2>
+{% for run in runs %}
+<details><summary>{{ run.name }}</summary>
+<pre>{{ run.config if run.config is not none else "config.json is not in the run directory" }}</pre></details>
+{% endfor %}
+</body>
+</html>
+"""

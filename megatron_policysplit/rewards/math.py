@@ -1,0 +1,60 @@
+"""`math`: mathematical equality with the reference answer, by math-verify."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+
+import math_verify
+
+from megatron_policysplit.data import Question
+
+# math-verify's own time limits are signals, which the pool's time limit makes needless; it warns of their absence.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?%?")
+_BOXED = re.compile(r"\\boxed\s*\{")
+
+
+def reward(response: str, question: Question) -> float:
+    """1 if the last boxed expression, or without one the last number of the text, equals the answer, else 0."""
+    if question.answer is None:
+        raise ValueError(f"question {question.id} has no answer, which reward.function=math needs")
+    gold = _parse_gold(question.answer)
+    if not gold:
+        raise ValueError(f"math-verify cannot read the answer {question.answer!r} of question {question.id}")
+    answer = final_answer(response)
+    if answer is None:
+        return 0.0
+    return float(math_verify.verify(gold, _parse(answer), timeout_seconds=None))
+
+
+def final_answer(response: str) -> str | None:
+    """The contents of the last closed `\\boxed{..}`, else the last number, else None."""
+    boxed = [content for match in _BOXED.finditer(response) if (content := _braced(response, match.end())) is not None]
+    if boxed:
+        return boxed[-1]
+    numbers = _NUMBER.findall(response)
+    return numbers[-1].rstrip(",") if numbers else None
+
+
+def _braced(text: str, start: int) -> str | None:
+    depth = 1
+    for position in range(start, len(text)):
+        if text[position] in "{}" and text[position - 1] != "\\":
+            depth += 1 if text[position] == "{" else -1
+            if depth == 0:
+                return text[start:position]
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse_gold(answer: str) -> list:
+    boxed = _BOXED.search(answer)
+    return _parse(final_answer(answer) if boxed else answer.strip().strip("$"))
+
+
+def _parse(expression: str) -> list:
+    """As LaTeX in a box, which math-verify reads without guessing where the expression is."""
+    return math_verify.parse(f"\\boxed{{{expression}}}", parsing_timeout=None)

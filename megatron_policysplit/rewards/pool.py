@@ -1,0 +1,163 @@
+"""Worker processes that grade responses, each within a time limit."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import numbers
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_policysplit.data import Question
+from megatron_policysplit.errors import TrainingError
+
+# Workers have this long to start, and to be replaced, before the pool is taken for broken.
+_STALL_SECONDS = 120.0
+# A worker that hangs ends itself this long after its time limit, should nobody be left to end it.
+_ORPHAN_SECONDS = 10.0
+_MAX_REBUILDS = 3
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A reward, and why it is 0 if grading failed."""
+
+    reward: float
+    error: str | None = None
+
+
+class RewardPool:
+    """Grades responses in `workers` processes; nothing that a reward function does ends or blocks the caller.
+
+    function: as `reward.function`; it is loaded once here, so that a wrong one raises ConfigError at once.
+    Workers are spawned and import the reward function anew: a script that uses a pool needs the guard
+    `if __name__ == "__main__":`, and what its module imports at the top each worker imports too.
+    Use it as a context manager, or call `close`.
+    """
+
+    def __init__(self, function: str, workers: int, timeout_seconds: float):
+        from megatron_policysplit.rewards import load_reward
+
+        load_reward(function)
+        self._function = function
+        self._workers = workers
+        self._timeout = timeout_seconds
+        self._lock = threading.Lock()
+        self._pool = None
+
+    def __enter__(self) -> "RewardPool":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def grade(self, items: Sequence[tuple[str, Question]]) -> list[Graded]:
+        """Grade (response, question) pairs; the result has their order.
+
+        A reward that raises, exceeds the time limit, kills its process or returns anything but a finite number
+        is graded 0 with the reason in `error`. Raises TrainingError if workers cannot be kept alive.
+        """
+        with self._lock:
+            results: list[Graded | None] = [None] * len(items)
+            rebuilds = 0
+            while todo := [index for index, result in enumerate(results) if result is None]:
+                if self._grade_some(items, todo, results):
+                    break
+                # A worker killed from outside (out of memory, a signal to all) can break the whole pool.
+                self._stop()
+                rebuilds = rebuilds + 1 if len(todo) == results.count(None) else 0
+                if rebuilds == _MAX_REBUILDS:
+                    raise TrainingError(
+                        f"the worker processes of reward.function={self._function} end before they grade anything; "
+                        "see their output above, and check that the function's module imports in a fresh process"
+                    )
+            return results
+
+    def close(self) -> None:
+        """End all workers; a later `grade` starts new ones."""
+        with self._lock:
+            self._stop()
+
+    def _grade_some(self, items, todo: list[int], results: list[Graded | None]) -> bool:
+        """Fill in the results of `todo`; False if the pool broke before all were there."""
+        from pebble import ProcessExpired
+
+        try:
+            pending = {self._schedule(*items[index]): index for index in todo}
+        except RuntimeError:  # the pool broke while it was idle
+            return False
+        broken = False
+        while pending and not broken:
+            done, _ = wait(pending, timeout=self._timeout + _STALL_SECONDS, return_when=FIRST_COMPLETED)
+            broken = not done
+            for future in done:
+                index = pending.pop(future)
+                error = future.exception()
+                if error is None:
+                    results[index] = future.result()
+                elif isinstance(error, TimeoutError):
+                    results[index] = Graded(0.0, f"no result within the time limit of {self._timeout:g} s")
+                elif isinstance(error, ProcessExpired):
+                    results[index] = Graded(0.0, f"the grading process died with exit code {error.exitcode}")
+                else:
+                    broken = True
+        return not broken
+
+    def _schedule(self, response: str, question: Question) -> Future:
+        if self._pool is None:
+            from pebble import ProcessPool
+
+            self._pool = ProcessPool(
+                max_workers=self._workers,
+                initializer=_start_worker,
+                initargs=(self._function, self._timeout),
+                context=multiprocessing.get_context("spawn"),
+            )
+        return self._pool.schedule(_grade, args=(response, question), timeout=self._timeout)
+
+    def _stop(self) -> None:
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
+
+
+_reward: Any = None
+_guard_seconds = 0.0
+
+
+def _start_worker(function: str, timeout_seconds: float) -> None:
+    from megatron_policysplit.rewards import load_reward
+
+    global _reward, _guard_seconds
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _reward = load_reward(function)
+    _guard_seconds = timeout_seconds + _ORPHAN_SECONDS
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _grade(response: str, question: Question) -> Graded:
+    # The kernel ends a process that hangs in C code, where no Python thread or handler runs.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, _guard_seconds)
+    try:
+        value = _reward(response, question)
+        value = value.item() if hasattr(value, "item") else value
+        if not isinstance(value, numbers.Real):
+            return Graded(0.0, f"the reward is a {type(value).__name__}, not a number")
+        if not math.isfinite(value):
+            return Graded(0.0, f"the reward is {float(value)}, not a finite number")
+        return Graded(float(value))
+    except BaseException as error:  # SystemExit too: whatever a reward raises is its own failure
+        return Graded(0.0, f"{type(error).__name__}: {error}"[:2000])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)

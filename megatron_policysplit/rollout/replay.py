@@ -1,0 +1,118 @@
+"""The `replay` engine: rollouts from the dump of an earlier run, to work on training without an engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterable, Sequence
+from pathlib import Path
+
+from megatron_policysplit.errors import DataError
+from megatron_policysplit.rollout.engine import EnginePaused, Request
+from megatron_policysplit.rows import Mode, Rollout
+
+
+class ReplayEngine:
+    """Serves the rollouts of `directory`: files step_NNNNNN.jsonl, one rollout batch each, a JSON record a line.
+
+    Needed fields of a record: batch, question, mode, sample, tokens, engine_logprobs, finish_reason,
+    weight_versions; reward and loss_mask are taken when there. Raises DataError when the directory has no dumps.
+    """
+
+    def __init__(self, directory: str | Path):
+        self._directory = Path(directory)
+        paths = sorted(self._directory.glob("step_*.jsonl"))
+        if not paths:
+            raise DataError(
+                f"rollout.replay_dir={directory} holds no step_NNNNNN.jsonl; give the rollouts/ directory of a run "
+                "made with log.rollouts=true"
+            )
+        self._files = {_first_batch(path): path for path in paths}  # batch -> its file
+        self._cached: tuple[int, dict[tuple, Rollout]] | None = None
+        self._version = 0
+        self._paused = False
+
+    async def submit(self, requests: Sequence[Request]) -> AsyncIterator[Rollout]:
+        """The stored rollouts; raises DataError for one that was not dumped, EnginePaused after `pause`."""
+        for request in requests:
+            for sample in request.samples:
+                if self._paused:
+                    raise EnginePaused("the replay engine is paused; call resume() and submit the requests again")
+                yield self._find((request.batch, request.question, request.mode.value, sample))
+
+    def _find(self, key: tuple[int, int, str, int]) -> Rollout:
+        batch = key[0]
+        path = self._files.get(batch)
+        if path is None:
+            raise DataError(
+                f"{self._directory} holds no rollouts of batch {batch} (its batches are {min(self._files)} to "
+                f"{max(self._files)}); set train.steps to at most what the dumped run trained"
+            )
+        if self._cached is None or self._cached[0] != batch:
+            self._cached = (batch, _read(path))
+        rollout = self._cached[1].get(key)
+        if rollout is None:
+            raise DataError(
+                f"{path} has no rollout with (batch, question, mode, sample) = {key}; replay with the data, run.seed, "
+                "data.batch_questions, algorithm.name and rollout.samples_per_question of the dumped run"
+            )
+        return rollout
+
+    async def load(self, tensors: Iterable[tuple[str, "torch.Tensor"]], version: int) -> None:  # noqa: F821
+        """Read the tensors to their end, for the sake of the ranks that export them, and note the version."""
+        for _ in tensors:
+            pass
+        self._version = version
+
+    async def pause(self) -> None:
+        self._paused = True
+
+    async def resume(self) -> None:
+        self._paused = False
+
+    async def release(self) -> None:
+        """Forget the batch read last; it is read again when asked for."""
+        self._cached = None
+
+    async def restore(self) -> None:
+        """Nothing is held that would have to come back before `submit`."""
+
+    async def health(self) -> int:
+        """The version loaded last; the stored rollouts keep the versions they were sampled with."""
+        return self._version
+
+
+def _first_batch(path: Path) -> int:
+    with path.open(encoding="utf-8") as lines:
+        return _record(lines.readline(), path, 1).batch
+
+
+def _read(path: Path) -> dict[tuple, Rollout]:
+    rollouts: dict[tuple, Rollout] = {}
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            rollout = _record(line, path, number)
+            if rollout.key in rollouts:
+                raise DataError(f"{path}, line {number}: {rollout.key} is there twice; remove one of the lines")
+            rollouts[rollout.key] = rollout
+    return rollouts
+
+
+def _record(line: str, path: Path, number: int) -> Rollout:
+    try:
+        record = json.loads(line)
+        return Rollout(
+            batch=record["batch"],
+            question=record["question"],
+            mode=Mode(record["mode"]),
+            sample=record["sample"],
+            tokens=record["tokens"],
+            engine_logprobs=record["engine_logprobs"],
+            finish_reason=record["finish_reason"],
+            weight_versions=[(first, version) for first, version in record["weight_versions"]],
+            loss_mask=record.get("loss_mask", []),
+            reward=record.get("reward", 0.0),
+        )
+    except KeyError as error:
+        raise DataError(f"{path}, line {number}: the record has no {error}; dump the rollouts again") from error
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}, line {number}: not a rollout record ({error}); dump the rollouts again") from error

@@ -1,0 +1,21 @@
+"""Seconds per phase of a step."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+
+
+class Phases:
+    """`with phases.measure("score"): ...` adds to `seconds["score"]`."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, name: str):
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
