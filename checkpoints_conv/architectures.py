@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import gcd
 from typing import Any
 
-from checkpoints_conv.mapping import Pair, Sizes, columns, gated, qkv, replicated, source, vocab_rows
+from checkpoints_conv.mapping import Pair, Sizes, Source, columns, gated, qkv, replicated, source, vocab_rows
 from checkpoints_conv.rope import Llama3Rope, rope_of
 from megatron_policysplit.errors import ConfigError, ModelError
 
@@ -212,7 +213,7 @@ ARCHITECTURES = (
 )
 
 
-def in_hf_order(part: list[Pair]) -> list:
+def in_hf_order(part: list[Pair]) -> list[Source]:
     """Sources of a part in the order of transformers' state dict: a module's bias follows its weight."""
     sources = [src for pair in part for src in pair.sources]
     modules = list(dict.fromkeys(src.name.rpartition(".")[0] for src in sources))
@@ -233,19 +234,23 @@ def architecture_of(hf_config: Mapping[str, Any]) -> Architecture:
 def check_layout(hf_config: Mapping[str, Any], tensor: int, pipeline: int) -> None:
     """Raise ConfigError if the model cannot be cut into `tensor` x `pipeline` equal parts."""
     sizes = architecture_of(hf_config).sizes(hf_config)
-    for key, value, total, remedy_of in (
-        ("num_attention_heads", sizes.heads, tensor, "parallel.tensor"),
-        ("num_key_value_heads", sizes.kv_heads, tensor, "parallel.tensor"),
-        ("intermediate_size", sizes.ffn, tensor, "parallel.tensor"),
-        ("num_hidden_layers", sizes.layers, pipeline, "parallel.pipeline"),
-    ):
-        if value % total:
-            raise ConfigError(
-                f"{remedy_of}={total} does not divide {key}={value} of the model; use {_possible(sizes, remedy_of)}"
-            )
+    parts = {
+        "parallel.tensor": {
+            "num_attention_heads": sizes.heads,
+            "num_key_value_heads": sizes.kv_heads,
+            "intermediate_size": sizes.ffn,
+        },
+        "parallel.pipeline": {"num_hidden_layers": sizes.layers},
+    }
+    for key, size in (("parallel.tensor", tensor), ("parallel.pipeline", pipeline)):
+        for dimension, total in parts[key].items():
+            if total % size:
+                possible = _common_divisors(parts[key].values())
+                raise ConfigError(f"{key}={size} does not divide {dimension}={total} of the model; use {possible}")
 
 
-def _possible(sizes: Sizes, key: str) -> str:
-    wholes = (sizes.layers,) if key == "parallel.pipeline" else (sizes.heads, sizes.kv_heads, sizes.ffn)
-    choices = [str(n) for n in range(1, min(wholes) + 1) if all(whole % n == 0 for whole in wholes)]
-    return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"
+def _common_divisors(totals: Iterable[int]) -> str:
+    """The common divisors in words: `1, 2 or 4`."""
+    greatest = gcd(*totals)
+    *others, last = (str(n) for n in range(1, greatest + 1) if greatest % n == 0)
+    return f"{', '.join(others)} or {last}" if others else last

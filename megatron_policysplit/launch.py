@@ -259,5 +259,5 @@ def check_world(config, started: Mapping[str, str]) -> None:
         raise ConfigError(
             f"WORLD_SIZE={started['WORLD_SIZE']} ranks were started, but parallel.tensor={parallel.tensor} x "
             f"parallel.pipeline={parallel.pipeline} x parallel.data={parallel.data} = {wanted}; start {wanted} "
-            "ranks or change the layout"
+            "ranks, change the layout, or unset RANK and WORLD_SIZE to let policysplit start them"
         )

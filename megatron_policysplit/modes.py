@@ -30,7 +30,7 @@ _MARK = "zqmarkersystemzq"
 _PROBE = "zqprobequestionzq"
 _SEPARATOR = "\n\n"
 _RESERVED_KWARGS = ("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "tokenize")
-_STRFTIME = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
+_STRFTIME = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])([^"']*)\1\s*\)""")
 
 Messages = Sequence[Mapping[str, str]]
 

@@ -71,19 +71,22 @@ def endpoints(evals: list[dict]) -> dict[str, dict[str, dict[str, float | None]]
 
 
 def summary_table(summary: dict) -> Table:
-    """The summary as a table for the terminal: a row per run and mode, cells `first -> last`."""
+    """The summary for the terminal: two rows per run and mode, the first and the last evaluation; fits 80 columns."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="First -> last evaluation")
+    table = Table(title="First and last evaluation", box=box.SIMPLE_HEAD, padding=0)
     columns = _columns(summary["runs"])
-    for title in ("run", "mode"):
-        table.add_column(title)
+    for title in ("run", "mode", ""):
+        table.add_column(title, no_wrap=True)
     for column in columns:
-        table.add_column(_title(column), justify="right")
+        table.add_column(_title(column).replace("-", " "), justify="right")
     for name, modes in summary["runs"].items():
         for mode, ends in modes.items():
-            cells = (f"{_number(ends['first'].get(c), c)} -> {_number(ends['last'].get(c), c)}" for c in columns)
-            table.add_row(name, MODE_LABELS[mode], *cells)
+            for end in ("first", "last"):
+                heading = (name, MODE_LABELS[mode]) if end == "first" else ("", "")
+                cells = (_number(ends[end].get(column), column) for column in columns)
+                table.add_row(*heading, end, *cells, style="bold" if end == "last" else "dim")
         table.add_section()
     return table
 
@@ -167,7 +170,7 @@ def _seconds(records: list[dict]) -> list[dict]:
 
 
 def _config(run_dir: Path) -> str | None:
-    path = run_dir / "config.json"
+    path = run_dir / "resolved_config.json"
     if not path.exists():
         return None
     import yaml
@@ -202,7 +205,9 @@ def _spread(records: list[dict]) -> list[dict]:
 
 
 def _response(record: dict) -> dict:
-    return {**record, "response": _clip(record["response"])}
+    reward = record["reward"]
+    shown = {"reward_text": "–" if reward is None else f"{reward:.3g}", "right": reward is not None and reward > 0}
+    return {**record, **shown, "response": _clip(record["response"])}
 
 
 def _clip(text: str) -> str:
@@ -231,7 +236,7 @@ def _figure(metrics: dict[str, tuple[list[dict], list[dict]]], dark: bool) -> Fi
             axis.grid(axis="y", color=ink, alpha=0.15, linewidth=0.8)
             axis.set_title(title, loc="left", fontweight="bold")
             axis.set(xlabel="training step", ylabel=unit)
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 2.5, 5, 10]))
             for run, (name, (train, evals)) in enumerate(metrics.items()):
                 colour = palette[run % len(palette)]
                 for mode, mode_label in MODE_LABELS.items():
@@ -245,16 +250,15 @@ def _figure(metrics: dict[str, tuple[list[dict], list[dict]]], dark: bool) -> Fi
                     (line,) = axis.plot(*points, **style, **look, markerfacecolor=fill)
                     if points[0] or batches[0]:
                         legend.setdefault(f"{name}, {mode_label} mode", line)
-            if not axis.lines or all(len(line.get_xdata()) == 0 for line in axis.lines):
+            if not any(len(line.get_xdata()) for line in axis.lines):
                 axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=ink)
-            elif metric in ("accuracy", "unique_correct"):
+            else:
                 axis.set_ylim(bottom=0)
-        columns = 2 if len(metrics) == 1 else min(4, 2 * len(metrics))
         figure.legend(
             legend.values(),
             legend.keys(),
             loc="outside lower center",
-            ncols=columns,
+            ncols=min(3, len(metrics)),
             frameon=False,
             title="thick: evaluations    thin: training batches",
             title_fontsize=8.5,
@@ -301,8 +305,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-size: 13px
 details > pre, .box { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem;
   margin: .4rem 0; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 0 1rem; }
-.right { color: var(--good); } .wrong { color: var(--bad); } small { color: var(--soft); }
-summary { cursor: pointer; }
+.pair > p { grid-column: 1 / -1; } .right { color: var(--good); } .wrong { color: var(--bad); }
+small { color: var(--soft); } summary { cursor: pointer; }
 </style>
 </head>
 <body>
@@ -329,7 +333,7 @@ summary { cursor: pointer; }
 
 <h2>Curves</h2>
 <figure><picture><source srcset="{{ curves.dark }}" media="(prefers-color-scheme: dark)">
-<img src="{{ curves.light }}" alt="Accuracy, entropy, unique right answers and KL between the modes over training steps">
+<img src="{{ curves.light }}" alt="Accuracy, entropy, unique right answers and KL between the modes by training step">
 </picture></figure>
 
 <h2>Seconds per phase</h2>
@@ -357,10 +361,10 @@ summary { cursor: pointer; }
 <div class="box"><pre>{{ question.prompt }}</pre><small>answer: {{ question.answer }}</small></div>
 <div class="pair">
 {% for mode, responses in question.modes.items() %}
-<div><p><b>{{ mode_labels[mode] }} mode</b></p>
+<div{% if question.modes | length == 1 %} class="pair"{% endif %}><p><b>{{ mode_labels[mode] }} mode</b></p>
 {% for sample in responses %}
 <div class="box"><pre>{{ sample.response }}</pre>
-<small><b class="{{ "right" if sample.reward > 0 else "wrong" }}">reward {{ "%.3g" | format(sample.reward) }}</b>,
+<small><b class="{{ "right" if sample.right else "wrong" }}">reward {{ sample.reward_text }}</b>,
 {{ sample.tokens | length }} tokens, finish: {{ sample.finish_reason }}
 {%- if sample.reward_error %}, reward error: {{ sample.reward_error }}{% endif %}</small></div>
 {% endfor %}</div>
@@ -373,7 +377,7 @@ summary { cursor: pointer; }
 <h2>Configuration</h2>
 {% for run in runs %}
 <details><summary>{{ run.name }}</summary>
-<pre>{{ run.config if run.config is not none else "config.json is not in the run directory" }}</pre></details>
+<pre>{{ run.config if run.config is not none else "resolved_config.json is not in the run directory" }}</pre></details>
 {% endfor %}
 </body>
 </html>

@@ -1,14 +1,15 @@
 """Makes the quickstart's tiny Qwen3-shaped model and teaches it the answer format, partly wrong.
 
-    python -m examples.quickstart.make_model runs/quickstart/model
+python -m examples.quickstart.make_model runs/quickstart/model
 """
 
 from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, Optional, Union
+from typing import Optional, Union
 
 from examples.quickstart.sums import NUMBERS, random_sum
 

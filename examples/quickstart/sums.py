@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterable, Union
+from typing import TYPE_CHECKING, Union
 
 if TYPE_CHECKING:
     from megatron_policysplit.data import Question
@@ -31,7 +32,7 @@ def reward(response: str, question: Question) -> float:
 def random_sum(number: int, rng: random.Random) -> str:
     """A right answer: two or three terms with equal chance, then uniform over the ways to choose them."""
     cuts = sorted(rng.sample(range(1, number), rng.choice((1, 2))))
-    return "+".join(str(high - low) for low, high in zip([0, *cuts], [*cuts, number]))
+    return "+".join(str(high - low) for low, high in zip([0, *cuts], [*cuts, number], strict=True))
 
 
 def write_questions(path: Union[str, Path], numbers: Iterable[int]) -> None:

@@ -133,7 +133,7 @@ class _Redirect(TorchFunctionMode):
         if "device" in kwargs and _names_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": "cpu"}
         name = getattr(func, "__name__", "")
-        if name == "cuda" and types:
+        if name == "cuda" and args and isinstance(args[0], torch.Tensor):
             return args[0]
         if name == "to" and len(args) > 1 and _names_cuda(args[1]):
             args = (args[0], "cpu", *args[2:])

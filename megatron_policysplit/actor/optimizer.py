@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -44,6 +45,8 @@ class PolicyOptimizer:
             ),
             [model],
         )
+        for optimizer in self.megatron.chained_optimizers:
+            _create_adam_state(optimizer.optimizer)
         total = train.steps * train.optimizer_steps_per_batch
         self.schedule = OptimizerParamScheduler(
             self.megatron,
@@ -79,11 +82,59 @@ class PolicyOptimizer:
         self.megatron.step()
         return StepResult(norm, learning_rate, stepped=True)
 
+    def load_state_dict(self, state: dict[str, Any], steps_taken: int) -> None:
+        """Restore what `self.megatron.sharded_state_dict` gave, and the schedule after `steps_taken` steps."""
+        for optimizer in self.megatron.chained_optimizers:
+            _accept_missing_step(optimizer)
+        self.megatron.load_state_dict(state)
+        for optimizer in self.megatron.chained_optimizers:
+            _separate_steps(optimizer.optimizer)
+        self.schedule.num_steps = 0
+        self.schedule.step(increment=steps_taken)
+
     @property
     def steps_taken(self) -> int:
         return self.schedule.num_steps
 
-    def resume_schedule(self, steps_taken: int) -> None:
-        """Put the learning-rate schedule where it was after `steps_taken` optimizer steps."""
-        self.schedule.num_steps = 0
-        self.schedule.step(increment=steps_taken)
+
+def _create_adam_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give torch's AdamW its zero state now: it would do so at its first step, but checkpoints want it before.
+
+    Transformer Engine's and Apex's Adam, used where they are installed, make their own.
+    """
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def _accept_missing_step(optimizer) -> None:
+    """Let Megatron's distributed optimizer load into torch's AdamW.
+
+    It copies every entry of the Adam state from the checkpoint, which holds `step` elsewhere; torch's AdamW,
+    unlike Transformer Engine's, has `step` among those entries, and the copy would fail for want of it.
+    """
+    if not isinstance(optimizer.optimizer, torch.optim.AdamW):
+        return
+    copy = getattr(optimizer, "_set_main_param_and_optimizer_states", None)
+    if copy is None:
+        return
+
+    def copy_with_step(model_parameter, tensors):
+        group, order = optimizer.model_param_group_index_map[model_parameter]
+        main = optimizer.optimizer.param_groups[group]["params"][order]
+        copy(model_parameter, {"step": optimizer.optimizer.state[main]["step"], **tensors})
+
+    optimizer._set_main_param_and_optimizer_states = copy_with_step
+
+
+def _separate_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Megatron restores one `step` tensor for all parameters; torch's AdamW would count it up once for each."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        for state in optimizer.state.values():
+            state["step"] = state["step"].clone()

@@ -76,7 +76,7 @@ class Actor:
             pre_process=layout.is_first_stage,
             post_process=layout.is_last_stage,
             transformer_engine=cpu.use_transformer_engine(),
-        ).to(cpu.device())
+        ).to(cpu.device(), DTYPES[config.model.dtype])
         load_weights(self.model, config.model.path)
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,

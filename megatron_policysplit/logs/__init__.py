@@ -12,7 +12,7 @@ from megatron_policysplit.logs.sink import Sink, without_secrets
 class Logger:
     """Hands metrics, rollouts and messages to every sink that the `log` section of the config asks for.
 
-    Files are always written: metrics.jsonl, messages.log and config.json, and rollouts/ unless
+    Files are always written: metrics.jsonl, messages.log and resolved_config.json, and rollouts/ unless
     `log.rollouts` is false. Create it on the chief rank only. Metric values are numbers; a value
     that is not finite is stored as null in files and as it is elsewhere.
 

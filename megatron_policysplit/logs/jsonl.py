@@ -1,4 +1,4 @@
-"""Files that are always written: metrics.jsonl, rollouts/step_NNNNNN.jsonl, messages.log, config.json."""
+"""Files that are always written: metrics.jsonl, rollouts/step_NNNNNN.jsonl, messages.log, resolved_config.json."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class JsonlSink(Sink):
         self.written: set[tuple[int, str]] = set()
 
     def start(self, step: int) -> None:
-        replace(self.run_dir / "config.json", [json.dumps(self.resolved_config, indent=2, default=str)])
+        replace(self.run_dir / "resolved_config.json", [json.dumps(self.resolved_config, indent=2, default=str)])
         self._keep(lambda record: record["step"] <= step)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

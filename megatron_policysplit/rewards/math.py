@@ -56,5 +56,9 @@ def _parse_gold(answer: str) -> list:
 
 
 def _parse(expression: str) -> list:
-    """As LaTeX in a box, which math-verify reads without guessing where the expression is."""
-    return math_verify.parse(f"\\boxed{{{expression}}}", parsing_timeout=None)
+    """As LaTeX in a box, which math-verify reads without guessing where the expression is.
+
+    LaTeX only: its reader of plain expressions hands the text to eval(), and a model wrote that text.
+    """
+    latex = [math_verify.LatexExtractionConfig()]
+    return math_verify.parse(f"\\boxed{{{expression}}}", extraction_config=latex, parsing_timeout=None)

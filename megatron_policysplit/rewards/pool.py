@@ -64,10 +64,11 @@ class RewardPool:
         """
         with self._lock:
             results: list[Graded | None] = [None] * len(items)
+            deaths: set[int] = set()
             rebuilds = 0
             while todo := [index for index, result in enumerate(results) if result is None]:
-                if self._grade_some(items, todo, results):
-                    break
+                if self._grade_some(items, todo, results, deaths):
+                    continue
                 # A worker killed from outside (out of memory, a signal to all) can break the whole pool.
                 self._stop()
                 rebuilds = rebuilds + 1 if len(todo) == results.count(None) else 0
@@ -83,8 +84,12 @@ class RewardPool:
         with self._lock:
             self._stop()
 
-    def _grade_some(self, items, todo: list[int], results: list[Graded | None]) -> bool:
-        """Fill in the results of `todo`; False if the pool broke before all were there."""
+    def _grade_some(self, items, todo: list[int], results: list[Graded | None], deaths: set[int]) -> bool:
+        """Fill in the results of `todo`; False if the pool broke on the way.
+
+        A response whose process died goes into `deaths` and is left open the first time: the process may have
+        been killed from outside, and a reward must not suffer from that.
+        """
         from pebble import ProcessExpired
 
         try:
@@ -103,7 +108,9 @@ class RewardPool:
                 elif isinstance(error, TimeoutError):
                     results[index] = Graded(0.0, f"no result within the time limit of {self._timeout:g} s")
                 elif isinstance(error, ProcessExpired):
-                    results[index] = Graded(0.0, f"the grading process died with exit code {error.exitcode}")
+                    if index in deaths:
+                        results[index] = Graded(0.0, f"the grading process died with exit code {error.exitcode}, twice")
+                    deaths.add(index)
                 else:
                     broken = True
         return not broken

@@ -27,12 +27,17 @@ def run_distributed(function: Callable, world_size: int, *args: Any, timeout_sec
     try:
         for process in processes:
             process.start()
-        return _collect(processes, answers, time.monotonic() + timeout_seconds)
+        results = _collect(processes, answers, time.monotonic() + timeout_seconds)
+        for process in processes:
+            process.join(timeout=5)
+        return results
     finally:
         for process in processes:
             if process.is_alive():
                 process.kill()
-            process.join()
+            if process.pid is not None:
+                process.join()
+        answers.close()
 
 
 def free_port() -> int:

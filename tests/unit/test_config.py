@@ -66,14 +66,15 @@ def test_file_errors(tmp_path):
     assert message(load_config, str(missing), GIVEN) == f"configuration file {missing} does not exist"
     path = tmp_path / "run.yaml"
     for text, end in [
-        ("train: [1\n", ", line 2 is not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("train: {}\ntrain: {}\n", ", line 2 is not valid YAML: found duplicate key train"),
         ("- train\n", " is not a mapping of keys to values: it holds a list"),
         ("5\n", " is not a mapping of keys to values: its content is a single value"),
-        ("train\n", " is not a mapping of keys to values: its content is a single value"),
     ]:
         path.write_text(text)
         assert message(load_config, str(path), GIVEN) == f"configuration file {path}{end}"
+    path.write_text("train: [1\n")
+    start = f"configuration file {path}, line 2 is not valid YAML: "  # the reason is the YAML parser's
+    assert message(load_config, str(path), GIVEN).startswith(start)
     path.write_bytes(b"run: \xff\xfe")
     assert message(load_config, str(path), GIVEN).endswith("is not valid YAML: it cannot be read as UTF-8 text")
 

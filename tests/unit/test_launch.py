@@ -277,5 +277,5 @@ def test_world_size_must_match_the_layout():
         check_world(config, TORCHRUN)
     assert str(error.value) == (
         "WORLD_SIZE=4 ranks were started, but parallel.tensor=2 x parallel.pipeline=1 x parallel.data=3 = 6; "
-        "start 6 ranks or change the layout"
+        "start 6 ranks, change the layout, or unset RANK and WORLD_SIZE to let policysplit start them"
     )

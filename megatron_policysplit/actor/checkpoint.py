@@ -1,0 +1,200 @@
+"""Training checkpoints: Megatron's torch_dist for weights and optimizer, JSON and safetensors for the rest.
+
+A checkpoint is written beside its place and renamed, so a directory named `step_NNNNNN` is complete.
+It loads at any TP x PP x DP layout; the RNG states come back only at the layout that saved them.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from megatron_policysplit.actor import cpu
+from megatron_policysplit.actor.parallel import Layout
+from megatron_policysplit.actor.step import Actor
+from megatron_policysplit.errors import CheckpointError
+
+NAME = re.compile(r"step_(\d{6,})")
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+MODEL_KEYS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands. Everything after `step` is made again on resume.
+
+    step: rollout batches trained. optimizer_steps: taken so far. stream: the data cursor after the last
+    trained batch. bad_steps_in_a_row, bad_steps: skipped for a NaN or infinite loss or gradient.
+    best: best evaluation so far. date: the day the chat template is pinned to.
+    """
+
+    step: int = 0
+    optimizer_steps: int = 0
+    weight_version: int = 0
+    stream: dict[str, int] = field(default_factory=dict)
+    bad_steps_in_a_row: int = 0
+    bad_steps: int = 0
+    best: float = -1.0
+    date: str = ""
+
+
+def path_of(directory: Path, step: int) -> Path:
+    return directory / f"step_{step:06d}"
+
+
+def complete(directory: Path) -> list[Path]:
+    """Complete checkpoints in `directory`, oldest first."""
+    found = [(int(match[1]), path) for path in directory.glob("step_*") if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def save(actor: Actor, state: TrainerState, directory: Path, keep: int) -> Path:
+    """Save under `directory` (collective over all ranks) and drop all but the newest `keep`."""
+    from megatron.core import dist_checkpointing
+
+    layout = actor.layout
+    final = path_of(directory, state.step)
+    partial = final.with_name(final.name + ".partial")
+    if layout.rank == 0:
+        for left in directory.glob("*.partial"):
+            shutil.rmtree(left)
+        partial.mkdir(parents=True)
+    dist.barrier(group=layout.world)
+    dist_checkpointing.save(_sharded_state(actor, is_loading=False), str(partial), content_metadata=METADATA)
+    save_file(_rng_states(), partial / f"rng_rank{layout.rank:05d}.safetensors")
+    dist.barrier(group=layout.world)
+    if layout.rank == 0:
+        meta = {"state": asdict(state), "model": _model(actor.hf_config), "layout": _layout(layout)}
+        (partial / "trainer.json").write_text(json.dumps(meta, indent=2))
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        for old in complete(directory)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier(group=layout.world)
+    return final
+
+
+def load(actor: Actor, path: Path) -> TrainerState:
+    """Restore weights, optimizer, schedule and (at the same layout) RNG states; returns the trainer's state.
+
+    Raises CheckpointError if the checkpoint is damaged or belongs to another model.
+    """
+    from megatron.core import dist_checkpointing
+
+    meta = read_trainer_json(path)
+    check_model(meta["model"], actor.hf_config, path)
+    check_metadata(path / ".metadata")
+    loaded = dist_checkpointing.load(_sharded_state(actor, is_loading=True), str(path))
+    actor.model.load_state_dict(loaded["model"])
+    state = TrainerState(**meta["state"])
+    actor.optimizer.load_state_dict(loaded["optimizer"], state.optimizer_steps)
+    if meta["layout"] == _layout(actor.layout):
+        _restore_rng(load_file(path / f"rng_rank{actor.layout.rank:05d}.safetensors"))
+    return state
+
+
+def read_trainer_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "trainer.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a complete checkpoint ({error}); delete it to resume from an older one")
+
+
+def check_model(saved: dict[str, Any], hf_config: dict[str, Any], path: Path) -> None:
+    """Raise CheckpointError naming the first key in which the checkpoint's model differs from `hf_config`'s."""
+    for key, value in _model(hf_config).items():
+        if saved.get(key) != value:
+            raise CheckpointError(
+                f"{path} was saved from another model: {key}={saved.get(key)} there but {value} in model.path; "
+                "use that model or another run.dir"
+            )
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads torch_dist's `.metadata` and nothing else: only these modules' plain data classes may be named."""
+
+    ALLOWED = {
+        "torch.distributed.checkpoint.metadata",
+        "torch.distributed.checkpoint.filesystem",
+        "torch.distributed.checkpoint.planner",
+        "torch.distributed._shard.sharded_tensor.metadata",
+        "torch.distributed._shard.metadata",
+        "torch.serialization",
+    }
+    NAMES = {
+        ("torch", "Size"),
+        ("torch", "device"),
+        ("torch._utils", "_rebuild_device"),
+        ("collections", "OrderedDict"),
+        ("builtins", "set"),
+        ("pathlib", "PosixPath"),
+        ("_codecs", "encode"),
+    }
+
+    def find_class(self, module: str, name: str):
+        import torch
+
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if module in self.ALLOWED or is_dtype or (module, name) in self.NAMES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def check_metadata(path: Path) -> None:
+    """Raise CheckpointError unless `path` unpickles with torch_dist's own data classes alone.
+
+    Megatron reads this file with pickle; after this check those bytes can run nothing.
+    """
+    try:
+        with path.open("rb") as file:
+            _MetadataUnpickler(file).load()
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not torch_dist metadata ({error}); delete the checkpoint") from error
+
+
+def _sharded_state(actor: Actor, is_loading: bool) -> dict[str, Any]:
+    model = actor.model.sharded_state_dict(metadata=METADATA)
+    optimizer = actor.optimizer.megatron.sharded_state_dict(model, is_loading=is_loading, metadata=METADATA)
+    return {"model": model, "optimizer": optimizer}
+
+
+def _rng_states():
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    tracker = {f"tracker/{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
+    return {**cpu.rng_states(), **tracker}
+
+
+def _restore_rng(states) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    tracker = {name.removeprefix("tracker/"): s for name, s in states.items() if name.startswith("tracker/")}
+    get_cuda_rng_tracker().set_states(tracker)
+    cpu.restore_rng_states(states)
+
+
+def _model(hf_config: dict[str, Any]) -> dict[str, Any]:
+    return {key: hf_config.get(key) for key in MODEL_KEYS}
+
+
+def _layout(layout: Layout) -> dict[str, int]:
+    return {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data}

@@ -1,0 +1,168 @@
+"""Responses of a Hugging Face directory in both modes, without a run: what `generate` and `eval` need."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from megatron_policysplit.config import ModesConfig
+from megatron_policysplit.data import Question
+from megatron_policysplit.errors import ModelError
+from megatron_policysplit.rewards import Graded
+from megatron_policysplit.rollout.engine import Request, Sampling
+from megatron_policysplit.rollout.seeds import sample_seed
+from megatron_policysplit.rows import Mode
+
+RIGHT = 0.5  # a response with a reward above this counts as right
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response. surprisals: -log-prob of each token at the sampling temperature, nats."""
+
+    question: int
+    mode: Mode
+    sample: int
+    text: str
+    surprisals: list[float]
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class ModeScores:
+    """Over all questions in one mode.
+
+    accuracy: share of right responses (pass@1). best_of_k: share of questions with a right response.
+    unique_correct: mean number of distinct right texts per question. mean_surprisal_nats: per token.
+    grading_errors: responses whose reward function failed; they count as wrong.
+    """
+
+    accuracy: float
+    best_of_k: float
+    unique_correct: float
+    mean_surprisal_nats: float
+    mean_tokens: float
+    truncated: float
+    grading_errors: int
+
+
+def load_tokenizer(path: str):
+    """The tokenizer of a model directory; no code of the directory is run. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    from checkpoints_conv import read_hf_config
+
+    read_hf_config(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise many kinds; each means an unreadable tokenizer
+        raise ModelError(f"cannot load the tokenizer in {path}: {error}") from error
+
+
+class Responder:
+    """A model directory behind the prompts of both modes.
+
+    dtype: "float32" or "bfloat16". device: as torch names it. max_batch_samples: generated together.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        modes: ModesConfig,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        max_batch_samples: int = 64,
+    ):
+        from transformers.utils import logging
+
+        from megatron_policysplit.modes import PromptBuilder, stop_token_ids
+        from megatron_policysplit.rollout.local import LocalEngine
+
+        logging.disable_progress_bar()
+        self._tokenizer = load_tokenizer(path)
+        self._prompts = PromptBuilder(self._tokenizer, modes)
+        stops = stop_token_ids(path, self._tokenizer)
+        self._engine = LocalEngine(path, stops, dtype=dtype, max_batch_samples=max_batch_samples, device=device)
+
+    def respond(
+        self,
+        questions: Sequence[Question],
+        modes: Sequence[Mode],
+        samples: int,
+        sampling: Sampling,
+        seed: int,
+        on_response: Callable[[], None] = lambda: None,
+    ) -> list[Response]:
+        """`samples` responses to every question in every mode, sorted by question, mode and sample."""
+        requests = []
+        for question in questions:
+            prompts = self._prompts.build(question.messages)
+            for mode in modes:
+                seeds = [sample_seed(seed, 0, question.id, mode, index, "evaluation") for index in range(samples)]
+                requests.append(Request(0, question.id, mode, prompts[mode], sampling, range(samples), seeds))
+        rollouts = asyncio.run(self._collect(requests, on_response))
+        return [
+            Response(
+                rollout.question,
+                rollout.mode,
+                rollout.sample,
+                self._tokenizer.decode(rollout.tokens, skip_special_tokens=True),
+                [-logprob for logprob in rollout.engine_logprobs],
+                rollout.finish_reason == "length",
+            )
+            for rollout in sorted(rollouts, key=lambda rollout: rollout.key)
+        ]
+
+    async def _collect(self, requests: Sequence[Request], on_response: Callable[[], None]) -> list:
+        rollouts = []
+        async for rollout in self._engine.submit(requests):
+            rollouts.append(rollout)
+            on_response()
+        return rollouts
+
+
+def score(responses: Sequence[Response], graded: Sequence[Graded]) -> dict[str, ModeScores]:
+    """Mode -> scores. graded[i] belongs to responses[i]; every question has equally many responses."""
+    scores = {}
+    for mode in Mode:
+        pairs = [(response, grade) for response, grade in zip(responses, graded, strict=True) if response.mode is mode]
+        if not pairs:
+            continue
+        right: dict[int, list[str]] = {response.question: [] for response, _ in pairs}
+        for response, grade in pairs:
+            if grade.reward > RIGHT:
+                right[response.question].append(response.text.strip())
+        surprisals = [value for response, _ in pairs for value in response.surprisals]
+        scores[mode.value] = ModeScores(
+            accuracy=sum(map(len, right.values())) / len(pairs),
+            best_of_k=sum(bool(texts) for texts in right.values()) / len(right),
+            unique_correct=sum(len(set(texts)) for texts in right.values()) / len(right),
+            mean_surprisal_nats=sum(surprisals) / len(surprisals),
+            mean_tokens=len(surprisals) / len(pairs),
+            truncated=sum(response.truncated for response, _ in pairs) / len(pairs),
+            grading_errors=sum(grade.error is not None for _, grade in pairs),
+        )
+    return scores
+
+
+def scores_table(scores: dict[str, ModeScores], samples: int):
+    """A row per measure and a column per mode, as a rich table."""
+    from rich.table import Table
+
+    table = Table("", *scores)
+    names = {
+        "accuracy": "accuracy (pass@1)",
+        "best_of_k": f"best of {samples}",
+        "unique_correct": f"unique right answers of {samples}",
+        "mean_surprisal_nats": "mean surprisal (nats/token)",
+        "mean_tokens": "mean response (tokens)",
+        "truncated": "truncated share",
+        "grading_errors": "grading errors",
+    }
+    columns = [asdict(mode_scores) for mode_scores in scores.values()]
+    for key, name in names.items():
+        values = [column[key] for column in columns]
+        table.add_row(name, *(str(value) if isinstance(value, int) else f"{value:.3f}" for value in values))
+    return table

@@ -1,0 +1,145 @@
+"""Everything that can be checked before a process starts or a weight is read; imports no torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_policysplit.config import Config
+from megatron_policysplit.config_load import (
+    check_config,
+    fingerprint,
+    first_difference,
+    load_config,
+    show,
+    to_yaml,
+    world_size,
+)
+from megatron_policysplit.errors import ConfigError, ModelError
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found. parameters counts every stored weight; eval_questions is 0 without evaluation."""
+
+    architecture: str
+    parameters: int
+    train_questions: int
+    eval_questions: int
+    ranks: int
+    resumes: bool
+    warnings: list[str]
+
+    def lines(self, config: Config) -> list[str]:
+        """For the terminal, warnings last."""
+        layout = config.parallel
+        evaluation = f", {self.eval_questions} for evaluation" if self.eval_questions else ""
+        return [
+            f"model    {config.model.path} ({self.architecture}, {self.parameters / 1e6:,.1f} M parameters)",
+            f"data     {self.train_questions} questions{evaluation}",
+            f"layout   tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {self.ranks} rank{'s' * (self.ranks > 1)}",
+            f"run      {config.run.dir}{' (resumed if it holds a checkpoint)' if self.resumes else ''}",
+            *(f"warning: {warning}" for warning in self.warnings),
+        ]
+
+
+def preflight(config: Config) -> Preflight:
+    """Checks keys, model files, data, reward and run directory; raises a UserError for the first that is wrong."""
+    warnings = check_config(config)
+    architecture, parameters = _check_model(config)
+    train, evaluation = _check_data(config)
+    _check_reward(config)
+    resumes = check_run_dir(config)
+    return Preflight(architecture, parameters, train, evaluation, world_size(config), resumes, warnings)
+
+
+def _check_model(config: Config) -> tuple[str, int]:
+    from checkpoints_conv import architecture_of, check_layout, check_safetensors, read_hf_config
+    from megatron_policysplit.modes import _read_prompt, has_chat_template
+
+    path = config.model.path
+    hf_config = read_hf_config(path)
+    architecture = architecture_of(hf_config)
+    check_layout(hf_config, config.parallel.tensor, config.parallel.pipeline)
+    tensors = check_safetensors(path)
+    if not has_chat_template(path):
+        raise ModelError(
+            f"the tokenizer of model.path={path} has no chat template; put a chat_template.jinja into that directory "
+            "or use an instruction-tuned model"
+        )
+    _read_prompt(config.modes)
+    return architecture.name, sum(math.prod(tensor.shape) for tensor in tensors.values())
+
+
+def _check_data(config: Config) -> tuple[int, int]:
+    from megatron_policysplit.data import load_questions
+
+    questions = len(load_questions(config.data.path, config.data.options))
+    if config.data.batch_questions > questions:
+        raise ConfigError(
+            f"data.batch_questions={config.data.batch_questions} is more than the {questions} questions of "
+            f"data.path={config.data.path}; use at most {questions}"
+        )
+    replay = config.rollout.replay_dir
+    if config.rollout.engine == "replay" and not Path(replay).is_dir():
+        raise ConfigError(f"rollout.replay_dir={replay} is not a directory; give the rollouts/ directory of a run")
+    if config.eval.path is None:
+        return questions, 0
+    available = len(load_questions(config.eval.path, config.eval.options))
+    return questions, min(available, config.eval.questions or available)
+
+
+def _check_reward(config: Config) -> None:
+    from megatron_policysplit.rewards import load_reward
+
+    load_reward(config.reward.function)
+
+
+def check_run_dir(config: Config) -> bool:
+    """Whether run.dir holds this very run already.
+
+    Raises ConfigError if it holds another one, or cannot be created or written.
+    """
+    directory = Path(config.run.dir)
+    existing = next(parent for parent in [directory, *directory.absolute().parents] if parent.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"run.dir={directory} cannot be a directory: {existing} is a file; give another run.dir")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"run.dir={directory} cannot be written: no permission in {existing}; give another run.dir")
+    file = directory / CONFIG_FILE
+    if not file.exists():
+        return False
+    try:
+        there = fingerprint(load_config(str(file), []))
+    except ConfigError as error:
+        raise ConfigError(
+            f"run.dir={directory} holds a run whose configuration cannot be read ({error}); "
+            f"give another run.dir, or delete {directory}"
+        ) from error
+    difference = first_difference(there, fingerprint(config))
+    if difference is not None:
+        name, old, new = difference
+        raise ConfigError(
+            f"run.dir={directory} holds another run, with {name}={show(old)} where this one has {show(new)}; "
+            f"give another run.dir, or delete {directory}"
+        )
+    return True
+
+
+def prepare_run_dir(config: Config) -> None:
+    """Creates run.dir and writes the configuration into it, complete or not at all."""
+    directory = Path(config.run.dir)
+    partial = directory / f".{CONFIG_FILE}.partial"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(to_yaml(config))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, directory / CONFIG_FILE)
+    except OSError as error:
+        raise ConfigError(f"run.dir={directory} cannot be written: {error.strerror}; give another run.dir") from error

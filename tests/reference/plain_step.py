@@ -1,0 +1,253 @@
+"""A whole training step of GRPO and Policy Split in plain torch on a transformers model: one process, loops.
+
+The reference that the Megatron actor, the advantages and the losses are tested against. It shares
+nothing with them but the row and configuration dataclasses: one row at a time, no padding, no
+packing, no parallelism. Run it on an fp32 or fp64 model; everything follows the model's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_policysplit.config import AlgorithmConfig, TrainConfig
+from megatron_policysplit.rows import Mode, Row, RowKey
+
+EPS = 1e-6
+ONES = {Mode.NORMAL: 1.0, Mode.HIGH_ENTROPY: 1.0}
+
+
+@dataclass
+class Scored:
+    """Of one row's response tokens under its own prompt: log-probs [T], entropy [T] (nats), all log-probs [T, V]."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    distribution: Tensor
+
+
+@dataclass
+class StepResult:
+    """One optimizer step: the loss before it and the global gradient norm before clipping."""
+
+    loss: float
+    grad_norm: float
+
+
+# --- scoring -----------------------------------------------------------------------------------------
+
+
+def score_row(model, row: Row, temperature: float = 1.0) -> Scored:
+    """One unpadded forward of prompt + response; differentiable unless called under no_grad."""
+    tokens = torch.tensor([[*row.prompt, *row.rollout.tokens]])
+    logits = model(input_ids=tokens, use_cache=False).logits[0]
+    first = len(row.prompt) - 1  # the logits at a token predict the next one
+    distribution = (logits[first:-1] / temperature).log_softmax(-1)
+    response = torch.tensor(row.rollout.tokens)
+    logprobs = distribution[torch.arange(len(response)), response]
+    entropy = -(distribution.exp() * distribution).sum(-1)
+    return Scored(logprobs, entropy, distribution)
+
+
+@torch.no_grad()
+def score(model, rows: Sequence[Row], temperatures: Mapping[Mode, float] = ONES) -> dict[RowKey, Scored]:
+    """Every row scored at the sampling temperature of its training mode."""
+    return {row.key: score_row(model, row, temperatures[row.mode]) for row in rows}
+
+
+def mode_kl(scored: Mapping[RowKey, Scored], key: RowKey) -> Tensor:
+    """Exact KL(mode of `key` || the other mode), full vocabulary, nats, at each response token [T]."""
+    own, other = scored[key].distribution, scored[key.partner].distribution
+    return (own.exp() * (own - other)).sum(-1)
+
+
+# --- advantages --------------------------------------------------------------------------------------
+
+
+def grpo_advantages(rewards: Sequence[float]) -> list[float]:
+    """A_i = (r_i - mean r) / (std r + 1e-6), the standard deviation unbiased."""
+    mean = sum(rewards) / len(rewards)
+    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1))
+    return [(r - mean) / (std + EPS) for r in rewards]
+
+
+def normalised(values: Tensor, how: str) -> Tensor:
+    """`values` [N], all tokens of a group, by z-score (unbiased), by range, or untouched."""
+    if how == "none":
+        return values
+    centred = values - values.mean()
+    if how == "mean":
+        return centred / (values.max() - values.min() + EPS)
+    return centred / (values.std(unbiased=True) + EPS)
+
+
+def surprise(scored: Mapping[RowKey, Scored], key: RowKey, config: AlgorithmConfig) -> Tensor:
+    """b [T] of Eq. 6: alpha x the row's own mode + (1 - alpha) x the other mode, by surprisal or by entropy."""
+    own, other = scored[key], scored[key.partner]
+    if config.entropy_estimate == "entropy":
+        return config.alpha * own.entropy + (1 - config.alpha) * other.entropy
+    return -config.alpha * own.logprobs - (1 - config.alpha) * other.logprobs
+
+
+def bonus(normalised_surprise: Tensor, advantage: float, eta: float, config: AlgorithmConfig) -> Tensor:
+    """Eq. 3's second term [T] for one response: eta clip(B, |A|/kappa), or the authors' clip(eta B, |A|/kappa)."""
+    bound = abs(advantage) / config.kappa
+    from_code = config.variant == "authors_code"
+    order = config.clamp_order or ("code" if from_code else "paper")
+    double = from_code if config.double_bonus is None else config.double_bonus
+    if order == "paper":
+        once = eta * normalised_surprise.clamp(-bound, bound)
+    else:
+        once = (eta * normalised_surprise).clamp(-bound, bound)
+    return 2 * once if double else once
+
+
+def advantages(rows: Sequence[Row], scored: Mapping[RowKey, Scored], config: AlgorithmConfig) -> dict[RowKey, Tensor]:
+    """Per-token advantage [T] of every row: A_i, and under Policy Split plus the bonus of the row's mode."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.key.group, []).append(row)
+    result = {}
+    for group in groups.values():
+        correctness = grpo_advantages([row.rollout.reward for row in group])
+        shaped = [torch.full_like(scored[row.key].logprobs, a) for row, a in zip(group, correctness, strict=True)]
+        eta = config.eta if group[0].mode is Mode.HIGH_ENTROPY else config.eta_normal
+        if config.name == "policy_split" and eta != 0:
+            masks = [trained(row) for row in group]
+            tokens = [surprise(scored, row.key, config)[mask] for row, mask in zip(group, masks, strict=True)]
+            pieces = normalised(torch.cat(tokens), config.normalization).split([len(piece) for piece in tokens])
+            for values, mask, piece, a in zip(shaped, masks, pieces, correctness, strict=True):
+                values[mask] += bonus(piece, a, eta, config)
+        result.update({row.key: values for row, values in zip(group, shaped, strict=True)})
+    return result
+
+
+# --- loss --------------------------------------------------------------------------------------------
+
+
+def trained(row: Row) -> Tensor:
+    """[T] bool: the response tokens that count in statistics and loss."""
+    return torch.tensor(row.rollout.loss_mask, dtype=torch.bool)
+
+
+def clipped_losses(logprobs: Tensor, old: Tensor, advantage: Tensor, config: AlgorithmConfig) -> Tensor:
+    """[T]: minus PPO's min(r A, clip(r) A), token by token; for A < 0 never above dual_clip |A|."""
+    losses = []
+    for new, before, a in zip(logprobs, old, advantage, strict=True):
+        ratio = (new - before).exp()
+        gain = torch.minimum(ratio * a, ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * a)
+        if config.dual_clip is not None and a < 0:
+            gain = torch.maximum(gain, config.dual_clip * a)
+        losses.append(-gain)
+    return torch.stack(losses)
+
+
+def importance(row: Row, scored: Mapping[RowKey, Scored], config: AlgorithmConfig) -> Tensor:
+    """[T]: min(actor / engine probability, cap), both under the prompt the response was sampled under."""
+    sampling = row.key._replace(training_mode=row.key.sampling_mode)
+    actor = scored[sampling].logprobs
+    if config.importance_cap is None:
+        return torch.ones_like(actor)
+    difference = actor - torch.tensor(row.rollout.engine_logprobs, dtype=actor.dtype)
+    if config.importance_level == "sequence":
+        difference = difference[trained(row)].sum().expand_as(actor)
+    return difference.exp().clamp(max=config.importance_cap)
+
+
+def row_losses(
+    model,
+    row: Row,
+    old: Mapping[RowKey, Scored],
+    advantage: Tensor,
+    config: AlgorithmConfig,
+    temperature: float = 1.0,
+    reference: Mapping[RowKey, Scored] | None = None,
+) -> Tensor:
+    """[T] token losses of one row: clipped loss, entropy bonus, k3 KL to the reference policy."""
+    now = score_row(model, row, temperature)
+    losses = clipped_losses(now.logprobs, old[row.key].logprobs, advantage, config) * importance(row, old, config)
+    if config.entropy_coef:
+        losses = losses - config.entropy_coef * now.entropy
+    if config.kl_coef:
+        log_ratio = reference[row.key].logprobs - now.logprobs
+        losses = losses + config.kl_coef * (log_ratio.exp() - 1 - log_ratio)
+    return losses
+
+
+def aggregate(token_losses: Sequence[Tensor], masks: Sequence[Tensor], how: str, max_response_tokens: int) -> Tensor:
+    """The loss of one optimizer step from all its rows; a row without a trained token does not count."""
+    kept = [losses[mask] for losses, mask in zip(token_losses, masks, strict=True) if mask.any()]
+    if how == "token_mean":
+        return torch.cat(kept).mean()
+    if how == "sequence_mean_token_mean":
+        return torch.stack([losses.mean() for losses in kept]).mean()
+    if how == "sequence_mean_token_sum_norm":
+        return torch.stack([losses.sum() / max_response_tokens for losses in kept]).mean()
+    raise ValueError(how)
+
+
+# --- optimisation ------------------------------------------------------------------------------------
+
+
+def make_optimizer(model, train: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; as in Megatron, vectors (norms, biases) are not decayed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    betas = (train.adam_beta1, train.adam_beta2)
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=train.adam_eps)
+
+
+def clip_gradients(model, bound: float) -> float:
+    """Scales all gradients by bound / (norm + 1e-6) if that is below 1; returns the norm before. 0 is off."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = math.sqrt(sum(gradient.double().pow(2).sum().item() for gradient in gradients))
+    coefficient = bound / (norm + EPS)
+    if bound > 0 and coefficient < 1:
+        for gradient in gradients:
+            gradient.mul_(coefficient)
+    return norm
+
+
+def train_batch(
+    model,
+    optimizer: torch.optim.Optimizer,
+    rows: Sequence[Row],
+    partition: Sequence[Sequence[RowKey]],
+    algorithm: AlgorithmConfig,
+    train: TrainConfig,
+    max_response_tokens: int,
+    temperatures: Mapping[Mode, float] = ONES,
+    reference_model=None,
+) -> list[StepResult]:
+    """One rollout batch: scores and advantages once, then an optimizer step for each part of `partition`.
+
+    The parts must hold every row key exactly once. The model is changed in place.
+    """
+    by_key = {row.key: row for row in rows}
+    if sorted(key for part in partition for key in part) != sorted(by_key):
+        raise ValueError("the partition does not hold every row exactly once")
+    old = score(model, rows, temperatures)
+    shaped = advantages(rows, old, algorithm)
+    reference = score(reference_model, rows, temperatures) if algorithm.kl_coef else None
+    results = []
+    for part in partition:
+        step_rows = [by_key[key] for key in part]
+        losses = [
+            row_losses(model, row, old, shaped[row.key], algorithm, temperatures[row.mode], reference)
+            for row in step_rows
+        ]
+        masks = [trained(row) for row in step_rows]
+        loss = aggregate(losses, masks, algorithm.loss_aggregation, max_response_tokens)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = clip_gradients(model, train.clip_grad)
+        optimizer.step()
+        results.append(StepResult(loss.item(), norm))
+    return results

@@ -1,0 +1,284 @@
+"""The commands as a user calls them, on a tiny random model; exit codes, messages, and who starts the ranks."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from megatron_policysplit import __version__, cli, launch
+from megatron_policysplit.config import ModesConfig
+from megatron_policysplit.config_load import load_config, to_dict
+from megatron_policysplit.data import Question
+from megatron_policysplit.errors import ConfigError, DataError, ModelError
+from megatron_policysplit.modes import DEFAULT_HIGH_ENTROPY_PROMPT
+from megatron_policysplit.offline import Responder, Response, load_tokenizer, score
+from megatron_policysplit.rewards import Graded
+from megatron_policysplit.rollout.engine import Sampling
+from megatron_policysplit.rows import MODES, Mode
+from tests.support.toy_chat import make_chat_model
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_chat_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def config(model, tmp_path) -> Path:
+    rows = [{"question": f"What is {i}+1?", "answer": i + 1} for i in range(4)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {
+        "model": {"path": str(model)},
+        "data": {"path": str(tmp_path / "data.jsonl"), "batch_questions": 4},
+        "run": {"dir": str(tmp_path / "run")},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "run.yaml"
+
+
+@pytest.fixture
+def environ(monkeypatch):
+    """os.environ as no launcher left it; the test's own changes are undone."""
+    before = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    monkeypatch.setattr(os, "environ", before)
+    return before
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """A worker in place of the real one: records its arguments and environment, returns `code`."""
+    module = types.ModuleType("megatron_policysplit.worker")
+    module.calls, module.code = [], 0
+
+    def main(argv):
+        module.calls.append((argv, {name: os.environ[name] for name in RANK_VARIABLES if name in os.environ}))
+        return module.code
+
+    module.main = main
+    monkeypatch.setitem(sys.modules, "megatron_policysplit.worker", module)
+    monkeypatch.setattr(sys.modules["megatron_policysplit"], "worker", module, raising=False)
+    return module
+
+
+def invoke(*arguments) -> str:
+    """Standard output of a command that succeeds."""
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def call(*arguments, **environ) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "megatron_policysplit.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environ)
+
+
+def test_help_answers_at_once():
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert "train" in call("--help").stdout
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5
+    heavy = "{'torch', 'transformers', 'megatron', 'pyarrow', 'matplotlib', 'sympy', 'omegaconf', 'numpy'}"
+    code = f"import sys, megatron_policysplit.cli; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_version_and_documented_exit_codes():
+    assert invoke("--version") == f"policysplit {__version__}\n"
+    text = " ".join(invoke("train", "--help").split())
+    assert "0 done; 1 failed; 2 bad input, nothing was started; 75 stopped by SIGTERM or SIGINT" in text
+    assert (launch.DONE, launch.FAILED, launch.BAD_INPUT, launch.STOPPED) == (0, 1, 2, os.EX_TEMPFAIL)
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
+    missing = tmp_path / "no.yaml"
+    for command in ("train", "config"):
+        result = call(command, missing)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == f"error: configuration file {missing} does not exist\n"
+    started = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1234"}
+    other = call("train", missing, **started)
+    assert (other.returncode, other.stdout, other.stderr) == (2, "", "")
+
+
+def test_train_with_one_rank_runs_in_this_process(config, environ, worker, capsys):
+    worker.code = 75
+    assert cli.run_training([str(config), "train.steps=3"]) == 75
+    [(argv, ranks)] = worker.calls
+    assert argv == [str(config), "train.steps=3"]
+    assert ranks | {"MASTER_PORT": ""} == launch.rank_environment(0, 1, 0) | {"MASTER_PORT": ""}
+    written = load_config(str(config.parent / "run" / "config.yaml"), [])
+    assert written == load_config(str(config), ["train.steps=3"])
+    assert "data     4 questions\n" in capsys.readouterr().out
+
+
+def test_train_returns_the_exit_code(config, environ, worker):
+    worker.code = 75
+    assert CliRunner().invoke(cli.app, ["train", str(config)]).exit_code == 75
+
+
+def test_train_with_several_ranks_launches_them(config, environ, worker, monkeypatch):
+    launched = []
+    monkeypatch.setattr(launch, "launch", lambda argv, nproc: launched.append((argv, nproc)) or 7)
+    argv = [str(config), "parallel.tensor=2", "parallel.pipeline=2"]
+    assert cli.run_training(argv) == 7
+    assert launched == [(argv, 4)]
+    assert worker.calls == [] and (config.parent / "run" / "config.yaml").exists()
+
+
+def test_train_checks_before_anything_starts(config, environ, worker):
+    with pytest.raises(ConfigError, match="^parallel.tensor=4 does not divide num_key_value_heads=2"):
+        cli.run_training([str(config), "parallel.tensor=4"])
+    assert worker.calls == [] and not (config.parent / "run").exists()
+
+
+def test_train_under_torchrun(config, environ, worker, capsys):
+    started = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    environ.update(started)
+    assert cli.run_training([str(config), "parallel.data=2"]) == 0
+    assert worker.calls == [([str(config), "parallel.data=2"], started)]
+    assert capsys.readouterr().out == "" and not (config.parent / "run").exists()
+    with pytest.raises(ConfigError, match="^WORLD_SIZE=2 ranks were started, but parallel.tensor=1 x "):
+        cli.run_training([str(config)])
+
+
+def test_config_prints_the_resolved_configuration_and_both_prompts(config):
+    output = invoke("config", config, "train.steps=9")
+    resolved, normal, high_entropy = output.split("\n--- ")
+    assert yaml.safe_load(resolved) == to_dict(load_config(str(config), ["train.steps=9"]))
+    question = "<|im_start|>user\nWhat is 0+1?<|im_end|>\n<|im_start|>assistant\n"
+    assert normal == f"normal prompt of the first question ---\n{question}\n"
+    system = f"<|im_start|>system\n{DEFAULT_HIGH_ENTROPY_PROMPT}<|im_end|>\n"
+    assert high_entropy == f"high_entropy prompt of the first question ---\n{system}{question}\n"
+
+
+def test_config_refuses_and_warns(config):
+    result = call("config", config, "rollout.samples_per_question=7")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: rollout.samples_per_question=7 cannot be halved ")
+    result = call("config", config, "rollout.normal.top_k=7")
+    assert result.returncode == 0
+    assert "warning: rollout.normal.top_k=7 cut the sampling" in result.stderr
+
+
+def test_generate_shows_the_modes_side_by_side(model):
+    arguments = ["generate", "--model", model, "--max-tokens", 6, "Why?"]
+    both = invoke(*arguments)
+    assert "normal" in both and "high_entropy" in both and both.count("[6 tokens, cut, ") == 2
+    assert both == invoke(*arguments)
+    assert both != invoke(*arguments, "--seed", 1)
+    assert both != invoke(*arguments, "--temperature", 0.2)
+    assert both != invoke(*arguments, "--high-entropy-prompt", "Be wild.")
+    one = invoke(*arguments, "--mode", "high_entropy", "--samples", 3)
+    assert "normal" not in one and one.count("[6 tokens, cut, ") == 3
+
+
+def test_generate_with_bad_input(tmp_path, model):
+    result = call("generate", "--model", tmp_path / "no", "Why?")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: model directory {tmp_path / 'no'} does not exist; ")
+    assert call("generate", "--model", model, "--mode", "wild", "Why?").returncode == 2
+
+
+def test_a_tokenizer_that_cannot_be_loaded(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match=f"^cannot load the tokenizer in {tmp_path}: "):
+        load_tokenizer(str(tmp_path))
+
+
+def test_responses_are_sorted_seeded_and_differ_by_mode(model):
+    responder = Responder(str(model), ModesConfig(), max_batch_samples=3)
+    questions = [Question(index, [{"role": "user", "content": f"{index}?"}], None, {}) for index in (4, 2)]
+    seen = []
+    responses = responder.respond(questions, MODES, 2, Sampling(1.0, 1.0, -1, 5), 0, lambda: seen.append(1))
+    assert len(seen) == len(responses) == 8
+    keys = [(response.question, response.mode.value, response.sample) for response in responses]
+    assert keys == sorted((q, mode.value, sample) for q in (2, 4) for mode in MODES for sample in range(2))
+    assert all(len(r.surprisals) == 5 or not r.truncated for r in responses)
+    assert len({tuple(response.surprisals) for response in responses}) == 8
+    # A response depends neither on the other questions nor on the other mode.
+    alone = responder.respond(questions[1:], [Mode.NORMAL], 1, Sampling(1.0, 1.0, -1, 5), 0)
+    match = next(r for r in responses if (r.question, r.mode, r.sample) == (2, Mode.NORMAL, 0))
+    assert alone[0].text == match.text and alone[0].surprisals == pytest.approx(match.surprisals, abs=1e-5)
+
+
+def test_scores_by_hand():
+    def response(question, sample, text, mode=Mode.NORMAL, surprisals=(1.0,), truncated=False):
+        return Response(question, mode, sample, text, list(surprisals), truncated)
+
+    responses = [
+        response(0, 0, "a"),
+        response(0, 1, " a\n", surprisals=(2.0, 3.0, 4.0)),
+        response(0, 2, "b"),
+        response(1, 0, "c", truncated=True),
+        response(1, 1, "d"),
+        response(1, 2, "d"),
+        response(0, 0, "z", mode=Mode.HIGH_ENTROPY, surprisals=(0.5, 0.5)),
+    ]
+    graded = [Graded(1.0), Graded(0.9), Graded(0.51), Graded(0.5), Graded(0.0, "it raised"), Graded(-1.0), Graded(1.0)]
+    scores = score(responses, graded)
+    normal, high_entropy = scores["normal"], scores["high_entropy"]
+    assert (normal.accuracy, normal.best_of_k, normal.unique_correct) == (3 / 6, 1 / 2, 2 / 2)
+    assert (normal.mean_surprisal_nats, normal.mean_tokens) == (14 / 8, 8 / 6)
+    assert (normal.truncated, normal.grading_errors) == (1 / 6, 1)
+    assert (high_entropy.accuracy, high_entropy.unique_correct, high_entropy.mean_surprisal_nats) == (1, 1, 0.5)
+    assert list(score(responses[:6], graded[:6])) == ["normal"]
+
+
+def test_eval_measures_both_modes(model, config, tmp_path, monkeypatch):
+    (tmp_path / "toy_reward.py").write_text("def reward(response, question):\n    return float(len(response) % 2)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = ["eval", "--model", model, "--data", tmp_path / "data.jsonl", "--reward", "toy_reward:reward"]
+    arguments += ["--samples", 3, "--questions", 2, "--max-tokens", 6, "--seed", 5, "--workers", 1]
+    table = invoke(*arguments, "--output", "numbers.json")
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert (numbers["questions"], numbers["samples"], numbers["seed"]) == (2, 3, 5)
+
+    questions = [Question(i, [{"role": "user", "content": f"What is {i}+1?"}], str(i + 1), {}) for i in range(2)]
+    responses = Responder(str(model), ModesConfig()).respond(questions, MODES, 3, Sampling(1.0, 1.0, -1, 6), 5)
+    for mode in MODES:
+        texts = [[r.text for r in responses if r.mode is mode and r.question == q.id] for q in questions]
+        right = [[text for text in row if len(text) % 2] for row in texts]
+        found = numbers["modes"][mode.value]
+        assert found["accuracy"] == pytest.approx((len(right[0]) + len(right[1])) / 6)
+        assert found["best_of_k"] == (bool(right[0]) + bool(right[1])) / 2
+        assert found["unique_correct"] == (len({*map(str.strip, right[0])}) + len({*map(str.strip, right[1])})) / 2
+        assert f"{found['accuracy']:.3f}" in table
+
+
+def test_eval_with_bad_input(model, tmp_path):
+    arguments = ["eval", "--model", model, "--data", tmp_path / "no.jsonl"]
+    result = call(*arguments)
+    assert result.returncode == 2 and result.stderr.startswith(f"error: {tmp_path / 'no.jsonl'} does not exist")
+    output = tmp_path / "no" / "numbers.json"
+    result = call(*arguments, "--output", output)
+    assert result.stderr == f"error: --output {output}: the directory {output.parent} does not exist; create it first\n"
+
+
+def test_report_of_runs(tmp_path):
+    runs = [tmp_path / "a" / "grpo", tmp_path / "a" / "split", tmp_path / "b" / "split"]
+    for number, run in enumerate(runs):
+        run.mkdir(parents=True)
+        evaluation = {f"eval/normal/{name}": 0.1 + number / 10 for name in ("accuracy", "entropy_nats")}
+        records = [{"kind": "eval", "step": step, **evaluation} for step in (0, 5)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert invoke("report", *runs).strip() == str(runs[0] / "report.html")
+    page = (runs[0] / "report.html").read_text()
+    assert "grpo" in page and str(runs[1]) in page and str(runs[2]) in page
+    assert invoke("report", runs[1], "--output", tmp_path / "one.html").strip() == str(tmp_path / "one.html")
+    assert (tmp_path / "one.html").read_text().startswith("<!doctype html>")
+    with pytest.raises(DataError, match="does not exist; give the directory of a run"):
+        invoke("report", tmp_path)

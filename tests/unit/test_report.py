@@ -1,0 +1,195 @@
+import base64
+import html.parser
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from megatron_policysplit import report
+from megatron_policysplit.config import LogConfig
+from megatron_policysplit.errors import DataError
+from megatron_policysplit.logs import Logger
+
+MODES = ("normal", "high_entropy")
+HOSTILE = "<script>alert(1)</script><img src=http://example.org/x.png>&\"'"
+
+
+def evaluation(base, k=8):
+    values = {"accuracy": base, "entropy_nats": base + 1, "kl_nats": base / 10, "unique_correct": base + 2}
+    values[f"best_of_{k}"] = base + 0.1
+    return {f"eval/{mode}/{name}": v + i for i, mode in enumerate(MODES) for name, v in values.items()} | {
+        f"eval/{mode}/response_tokens": 5.0 for mode in MODES
+    }
+
+
+def record(question, mode, sample, response="3+4", reward=1.0):
+    return {
+        "batch": 2, "question": question, "mode": mode, "sample": sample, "prompt": f"Make {question}. {HOSTILE}",
+        "response": response, "tokens": [1, 2], "engine_logprobs": [-0.1, -0.2], "finish_reason": "stop",
+        "weight_versions": [[0, 2]], "reward": reward, "answer": "7", "reward_error": None,
+    }  # fmt: skip
+
+
+def make_run(run_dir, evals=True, rollouts=True):
+    log = Logger(LogConfig(console=False), run_dir, 2, {"model": {"path": HOSTILE}, "train": {"steps": 2}})
+    log.start(0)
+    if evals:
+        log.evaluation(0, evaluation(0.25))
+    for step in (1, 2):
+        train = {f"{mode}/{name}": 0.5 * step for mode in MODES for name in ("accuracy", "entropy_nats")}
+        log.log(step, {**train, "kl/high_entropy_to_normal": float("nan"), "time/generate_s": 1.5, "time/step_s": 4.0})
+    if evals:
+        log.evaluation(2, evaluation(0.75))
+    if rollouts:
+        log.rollouts(1, [record(1, "normal", 0, "from an earlier step")])
+        pair = [record(q, mode, i, HOSTILE) for q in (7, 8) for mode in MODES for i in range(2)]
+        log.rollouts(2, [record(5, "normal", 0, "only normal"), *pair, record(9, "normal", 0, "x" * 5000, None)])
+    log.close()
+    return run_dir
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags are balanced and collects tags, attributes and the text outside style."""
+
+    VOID = {"meta", "img", "source", "link", "br"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text += data
+
+
+def test_read_metrics_sorts_by_step_and_splits_kinds(tmp_path):
+    train, evals = report.read_metrics(make_run(tmp_path))
+    assert [r["step"] for r in train] == [1, 2] and [r["step"] for r in evals] == [0, 2]
+    assert train[0]["kl/high_entropy_to_normal"] is None
+
+
+@pytest.mark.parametrize("content", [None, "", '{"step": 1, "kind": "tr'])
+def test_missing_or_empty_metrics_name_the_file(tmp_path, content):
+    path = tmp_path / "metrics.jsonl"
+    if content is not None:
+        path.write_text(content)
+    for read in (report.read_metrics, lambda run: report.summary({"a": run}, {})):
+        with pytest.raises(DataError, match=re.escape(str(path))):
+            read(tmp_path)
+
+
+def test_summary_has_the_first_and_the_last_evaluation(tmp_path):
+    result = report.summary({"grpo": make_run(tmp_path)}, {"install": 12.5})
+    point = {"accuracy": 0.25, "entropy_nats": 1.25, "kl_nats": 0.025, "unique_correct": 2.25, "best_of_8": 0.35}
+    assert set(result) == {"runs", "seconds"} and result["seconds"] == {"install": 12.5}
+    assert list(result["runs"]["grpo"]) == list(MODES)
+    assert result["runs"]["grpo"]["normal"]["first"] == point
+    assert result["runs"]["grpo"]["high_entropy"]["last"]["accuracy"] == 1.75
+    assert set(result["runs"]["grpo"]["high_entropy"]["last"]) == set(point)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_summary_follows_k_and_leaves_unmeasured_values_empty(tmp_path):
+    values = {"step": 0, "kind": "eval", "eval/normal/accuracy": 0.5, "eval/normal/best_of_16": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(values) + "\n")
+    runs = report.summary({"a": tmp_path}, {})["runs"]
+    assert runs["a"]["normal"]["last"] == {
+        "accuracy": 0.5, "entropy_nats": None, "kl_nats": None, "unique_correct": None, "best_of_16": 1.0,
+    }  # fmt: skip
+    assert "high_entropy" not in runs["a"]
+
+
+def test_summary_of_a_run_without_evaluation_is_refused(tmp_path):
+    with pytest.raises(DataError, match="set eval.path"):
+        report.summary({"a": make_run(tmp_path, evals=False)}, {})
+
+
+def test_summary_table_fits_a_terminal(tmp_path, capsys):
+    table = report.summary_table(report.summary({"policy_split": make_run(tmp_path)}, {}))
+    Console(width=80).print(table)
+    shown = capsys.readouterr().out
+    for part in ("policy_split", "high-entropy", "first", "last", "0.250", "1.750", "0.0250"):
+        assert part in shown
+    assert "…" not in shown
+
+
+def test_curves_are_a_png(tmp_path):
+    path = tmp_path / "curves.png"
+    run = make_run(tmp_path / "a")
+    report.write_curves({"a": run, "no evaluation": make_run(tmp_path / "b", evals=False)}, path)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_curves_hold_the_logged_numbers(tmp_path):
+    figure = report._figure({"a": report.read_metrics(make_run(tmp_path))}, dark=False)
+    accuracy, entropy, unique, kl = figure.axes
+    drawn = {tuple(line.get_ydata()) for line in accuracy.lines}
+    assert drawn == {(0.5, 1.0), (0.25, 0.75), (1.25, 1.75)}  # batches of both modes coincide; evaluations
+    assert [tuple(line.get_xdata()) for line in unique.lines] == [(0, 2), (0, 2)]
+    assert [axis.get_title(loc="left") for axis in (entropy, kl)] == ["Entropy", "KL between the modes"]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["a, normal mode", "a, high-entropy mode"]
+
+
+def test_report_is_one_valid_file_without_outside_resources(tmp_path):
+    runs = {"grpo": make_run(tmp_path / "a"), "<b>split</b>": make_run(tmp_path / "b", rollouts=False)}
+    path = tmp_path / "report.html"
+    report.write_report(runs, path)
+    text = path.read_text()
+    page = Page(text)
+    assert "script" not in page.tags and "link" not in page.tags and "b>split" not in page.tags
+    links = [value for name, value in page.attributes if name in ("src", "href", "srcset")]
+    assert len(links) == 2 and all(value.startswith("data:image/png;base64,") for value in links)
+    assert all(base64.b64decode(value.partition(",")[2]).startswith(b"\x89PNG") for value in links)
+    assert "url(" not in text and "@import" not in text
+    for part in ("<b>split</b>", "0.750", "best-of-8", "generate", "3.0", HOSTILE, "steps: 2", "step_000002.jsonl"):
+        assert part in page.text
+    assert "No rollout dump" in page.text and "from an earlier step" not in page.text
+
+
+def test_report_shows_both_modes_of_the_same_questions_first(tmp_path):
+    samples = report._samples(make_run(tmp_path))
+    modes = [sorted(question["modes"]) for question in samples["questions"]]
+    assert modes == [sorted(MODES), sorted(MODES), ["normal"]]
+    assert [question["prompt"][:7] for question in samples["questions"]] == ["Make 7.", "Make 8.", "Make 5."]
+
+
+def test_report_cuts_long_responses_and_takes_a_reward_that_is_not_a_number(tmp_path):
+    log = Logger(LogConfig(console=False), tmp_path, 1, {})
+    log.start(0)
+    log.log(1, {"normal/accuracy": 0.5})
+    log.rollouts(1, [record(9, "normal", 0, "x" * 5000, float("nan"))])
+    log.close()
+    report.write_report({"a": tmp_path}, tmp_path / "report.html")
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "reward –" in text and "3500 more characters" in text
+
+
+def test_report_without_evaluations_shows_training_batches(tmp_path):
+    report.write_report({"a": make_run(tmp_path, evals=False)}, tmp_path / "report.html")
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "the table shows its training batches" in text and "0.500" in text and "1.000" in text
+
+
+def test_import_stays_light():
+    heavy = "torch transformers matplotlib jinja2 yaml wandb tensorboard megatron.core"
+    program = (
+        "import sys, megatron_policysplit.report, megatron_policysplit.logs\n"
+        f"print([name for name in {heavy.split()!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
