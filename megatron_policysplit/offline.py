@@ -49,11 +49,11 @@ class ModeScores:
 
 def load_tokenizer(path: str):
     """The tokenizer of a model directory; no code of the directory is run. Raises ModelError."""
-    from transformers import AutoTokenizer
-
     from checkpoints_conv import read_hf_config
 
-    read_hf_config(path)
+    read_hf_config(path)  # a wrong directory is told before the slow import
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise many kinds; each means an unreadable tokenizer
@@ -75,13 +75,13 @@ class Responder:
         device: str = "cpu",
         max_batch_samples: int = 64,
     ):
+        self._tokenizer = load_tokenizer(path)
         from transformers.utils import logging
 
         from megatron_policysplit.modes import PromptBuilder, stop_token_ids
         from megatron_policysplit.rollout.local import LocalEngine
 
         logging.disable_progress_bar()
-        self._tokenizer = load_tokenizer(path)
         self._prompts = PromptBuilder(self._tokenizer, modes)
         stops = stop_token_ids(path, self._tokenizer)
         self._engine = LocalEngine(path, stops, dtype=dtype, max_batch_samples=max_batch_samples, device=device)

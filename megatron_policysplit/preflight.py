@@ -37,11 +37,12 @@ class Preflight:
     def lines(self, config: Config) -> list[str]:
         """For the terminal, warnings last."""
         layout = config.parallel
+        ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
         evaluation = f", {self.eval_questions} for evaluation" if self.eval_questions else ""
         return [
             f"model    {config.model.path} ({self.architecture}, {self.parameters / 1e6:,.1f} M parameters)",
             f"data     {self.train_questions} questions{evaluation}",
-            f"layout   tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {self.ranks} rank{'s' * (self.ranks > 1)}",
+            f"layout   tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {ranks}",
             f"run      {config.run.dir}{' (resumed if it holds a checkpoint)' if self.resumes else ''}",
             *(f"warning: {warning}" for warning in self.warnings),
         ]

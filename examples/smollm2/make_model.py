@@ -18,6 +18,19 @@ from typing import Union
 from megatron_policysplit.errors import ModelError
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HF_NAMES = {
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -60,35 +73,56 @@ def make_model(directory: Union[str, Path]) -> bool:
 
 def _convert(gguf: Path, target: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # transformers refuses to save a model that came from GGUF, so its weights move to one with a plain config.
-    source = loaded.config
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=source.vocab_size,
-            hidden_size=source.hidden_size,
-            intermediate_size=source.intermediate_size,
-            num_hidden_layers=source.num_hidden_layers,
-            num_attention_heads=source.num_attention_heads,
-            num_key_value_heads=source.num_key_value_heads,
-            max_position_embeddings=source.max_position_embeddings,
-            rms_norm_eps=source.rms_norm_eps,
-            rope_parameters=source.rope_parameters,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    reader = GGUFReader(gguf)
+
+    def field(name: str):
+        return reader.fields[f"llama.{name}"].contents()
+
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = LlamaConfig(
+        vocab_size=field("vocab_size"),
+        hidden_size=field("embedding_length"),
+        intermediate_size=field("feed_forward_length"),
+        num_hidden_layers=field("block_count"),
+        num_attention_heads=field("attention.head_count"),
+        num_key_value_heads=field("attention.head_count_kv"),
+        max_position_embeddings=field("context_length"),
+        rms_norm_eps=float(f"{field('attention.layer_norm_rms_epsilon'):.6g}"),  # stored as float32
+        rope_parameters={"rope_type": "default", "rope_theta": float(field("rope.freq_base"))},
+        tie_word_embeddings=True,
+        **special,
     )
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    model.save_pretrained(target, max_shard_size="2GB")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    weights = _weights(reader, config.num_attention_heads, config.num_key_value_heads)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    model.generation_config = GenerationConfig(**special)
+    model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _weights(reader, heads: int, kv_heads: int) -> dict:
+    """Every tensor of the file, dequantised to float32, under its Hugging Face name."""
+    import torch
+    from gguf.quants import dequantize
+
+    weights = {}
+    for tensor in reader.tensors:
+        block, _, name = tensor.name.removeprefix("blk.").rpartition(".weight")[0].rpartition(".")
+        value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        if name in ("attn_q", "attn_k"):
+            # GGUF keeps the two rotary halves of each head interleaved, transformers one after the other.
+            value = value.unflatten(0, (heads if name == "attn_q" else kv_heads, -1, 2)).transpose(1, 2)
+            value = value.flatten(0, 2).contiguous()
+        layer = f"layers.{block}." if block else ""
+        weights[f"model.{layer}{HF_NAMES[name]}.weight"] = value
+    return weights
 
 
 def main(arguments: list[str]) -> None:

@@ -116,7 +116,9 @@ def read_trainer_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads((path / "trainer.json").read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a complete checkpoint ({error}); delete it to resume from an older one")
+        raise CheckpointError(
+            f"{path} is not a complete checkpoint ({error}); delete it to resume from an older one"
+        ) from error
 
 
 def check_model(saved: dict[str, Any], hf_config: dict[str, Any], path: Path) -> None:

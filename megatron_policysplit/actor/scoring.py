@@ -74,9 +74,7 @@ class Scorer:
     def forward(self, model: torch.nn.Module, batch: MicroBatch) -> Tensor:
         """Hidden states [S, B, H] of this pipeline stage. Causal attention needs no mask: padding is on the right."""
         device = next(self.model.parameters()).device
-        return model(
-            input_ids=batch.tokens.to(device), position_ids=batch.position_ids.to(device), attention_mask=None
-        )
+        return model(input_ids=batch.tokens.to(device), position_ids=batch.position_ids.to(device), attention_mask=None)
 
     def _collect(self, batch: MicroBatch, hidden: Tensor, results: dict, waiting: dict) -> None:
         selected = batch.select(hidden)

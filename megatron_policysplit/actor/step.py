@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -59,7 +59,10 @@ class UpdateMetrics:
     ratio_mean: float
     first_ratio_off_one: float
     bad_steps: int
-    optimizer_steps: int
+
+    def named(self) -> dict[str, float]:
+        """For the logs."""
+        return {f"actor/{name}": float(value) for name, value in asdict(self).items()}
 
 
 class Actor:
@@ -151,7 +154,6 @@ class Actor:
             ratio_mean=ratio / max(tokens, 1) if tokens else 1.0,
             first_ratio_off_one=first_off_one,
             bad_steps=sum(not result.stepped for result in results),
-            optimizer_steps=len(results),
         )
 
     def _microbatches(self, rows: Sequence[Row], plan: Plan) -> tuple:

@@ -20,7 +20,7 @@ from checkpoints_conv.mapping import Pair, Sizes
 from checkpoints_conv.reader import check_shape
 from megatron_policysplit.errors import ModelError, TrainingError
 
-Destination = Literal["every_rank", "rank0"]
+Destination = Literal["every_rank", "leader"]
 Result = TypeVar("Result")
 
 
@@ -73,8 +73,8 @@ def export_weights(
     """Full Hugging Face tensors on the CPU, in transformers' order, in the parameters' dtype.
 
     A collective over the TP x PP ranks of a replica: all of them must iterate to the end, and every replica
-    does so on its own. With "rank0" only the replica's first rank (TP rank 0 of the first stage) gets tensors;
-    the others' iterators yield nothing. A tied head comes once, as the embedding; vocabulary padding is cut.
+    does so on its own. With "leader" only the replica's leader (TP rank 0 of the last stage) gets tensors; the
+    others' iterators yield nothing. A tied head comes once, as the embedding; vocabulary padding is cut.
 
     Weights travel in buckets known beforehand: the embedding, each layer, and the final norm with the head. A
     bucket costs one all-reduce of a flag over the replica, one broadcast from the owning stage if PP > 1,
@@ -85,9 +85,7 @@ def export_weights(
     tensor = _tensor_size()
     parameters = global_parameters(model, sizes)
     example = next(iter(parameters.values()))
-    receives = destination == "every_rank" or (
-        _tensor_rank() == 0 and parallel_state.get_pipeline_model_parallel_rank() == 0
-    )
+    receives = destination == "every_rank" or (_tensor_rank() == 0 and parallel_state.is_pipeline_last_stage())
     for bucket in export_plan(hf_config, tensor, parallel_state.get_pipeline_model_parallel_world_size()):
         _agree(failed=False, device=example.device)
         shards = _gather(bucket, parameters, example)

@@ -111,8 +111,10 @@ class RewardPool:
                     if index in deaths:
                         results[index] = Graded(0.0, f"the grading process died with exit code {error.exitcode}, twice")
                     deaths.add(index)
-                else:
+                elif isinstance(error, RuntimeError):
                     broken = True
+                else:
+                    results[index] = Graded(0.0, f"the question cannot be sent to a grading process: {error}")
         return not broken
 
     def _schedule(self, response: str, question: Question) -> Future:

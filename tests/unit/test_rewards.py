@@ -257,6 +257,13 @@ def test_pool_replaces_workers_that_were_killed_while_idle(spoiled):
         assert third.reward == 0.5
 
 
+def test_a_record_that_cannot_be_sent(spoiled):
+    with RewardPool(spoiled, 1, 5.0) as pool:
+        bad, good = pool.grade([("good", question(record={"lock": threading.Lock()})), ("good", question())])
+    assert bad.reward == 0.0 and "cannot be sent to a grading process: cannot pickle" in bad.error
+    assert good.reward == 0.5
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_from_outside_costs_no_reward(spoiled, number):
     with RewardPool(spoiled, 2, 10.0) as pool:

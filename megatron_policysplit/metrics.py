@@ -1,0 +1,82 @@
+"""What a batch of graded, scored rows says: per mode, and between the modes. Entropies and KL in nats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from megatron_policysplit.advantages import TokenStatistics
+from megatron_policysplit.rows import MODES, Mode, Rollout, Row
+
+RIGHT = 0.5  # a reward above this counts as a right answer
+
+
+def mode_metrics(rows: Sequence[Row], statistics: Sequence[TokenStatistics], mode: Mode) -> dict[str, float]:
+    """Of what `mode` sampled, under its own prompt; {} if it sampled nothing.
+
+    reward, accuracy, truncated_share: means over responses. entropy_nats, kl_nats (this mode || the other,
+    where scored): means over response tokens. response_tokens: mean length.
+    """
+    own = [(row.rollout, s) for row, s in zip(rows, statistics, strict=True) if row.mode is mode and row.on_policy]
+    if not own:
+        return {}
+    rollouts = [rollout for rollout, _ in own]
+    result = {
+        "reward": _mean([rollout.reward for rollout in rollouts]),
+        "accuracy": _mean([rollout.reward > RIGHT for rollout in rollouts]),
+        "entropy_nats": float(torch.cat([s.entropy for _, s in own]).mean()),
+        "response_tokens": _mean([len(rollout.tokens) for rollout in rollouts]),
+        "truncated_share": _mean([rollout.finish_reason == "length" for rollout in rollouts]),
+    }
+    kl = [s.kl for _, s in own if s.kl is not None]
+    if kl:
+        result["kl_nats"] = float(torch.cat(kl).mean())
+    return result
+
+
+def training_metrics(rows: Sequence[Row], statistics: Sequence[TokenStatistics], live: Sequence[bool]) -> dict:
+    """Flat names for the logs: per mode, KL both ways, agreement of engine and actor, skipped rows."""
+    result: dict[str, float] = {}
+    for mode in MODES:
+        metrics = mode_metrics(rows, statistics, mode)
+        kl = metrics.pop("kl_nats", None)
+        if kl is not None:
+            result[f"kl/{mode.value}_to_{mode.other.value}"] = kl
+        result |= {f"{mode.value}/{name}": value for name, value in metrics.items()}
+    differences = [
+        (s.logprobs - torch.tensor(row.rollout.engine_logprobs)).abs()
+        for row, s in zip(rows, statistics, strict=True)
+        if row.on_policy
+    ]
+    result["actor/engine_logprob_difference"] = float(torch.cat(differences).mean())
+    result["actor/skipped_rows"] = float(len(live) - sum(live))
+    result["actor/rows"] = float(len(live))
+    result["reward/errors"] = float(sum(row.rollout.reward_error is not None for row in rows if row.on_policy))
+    return result
+
+
+def evaluation_metrics(
+    rows: Sequence[Row], statistics: Sequence[TokenStatistics], text: Callable[[Rollout], str], samples: int
+) -> dict[str, float]:
+    """`eval/<mode>/...`: mode_metrics, and over the k samples of each question best_of_<k> and unique_correct.
+
+    unique_correct: how many different right texts are among a question's samples, mean over questions.
+    """
+    result: dict[str, float] = {}
+    for mode in MODES:
+        per_question: dict[int, set[str]] = {}
+        for row in rows:
+            if row.mode is mode and row.on_policy:
+                right = per_question.setdefault(row.rollout.question, set())
+                if row.rollout.reward > RIGHT:
+                    right.add(text(row.rollout).strip())
+        metrics = mode_metrics(rows, statistics, mode)
+        metrics[f"best_of_{samples}"] = _mean([bool(texts) for texts in per_question.values()])
+        metrics["unique_correct"] = _mean([len(texts) for texts in per_question.values()])
+        result |= {f"eval/{mode.value}/{name}": value for name, value in metrics.items()}
+    return result
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,216 @@
+"""Builds a run on every rank: process groups, data, prompts, actor, engine, logs; and takes it down again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoints_conv import read_hf_config, write_hf
+from megatron_policysplit.actor import checkpoint, cpu, parallel
+from megatron_policysplit.actor.checkpoint import TrainerState
+from megatron_policysplit.actor.parallel import Layout
+from megatron_policysplit.actor.step import DTYPES, Actor
+from megatron_policysplit.actor.weights import consume_weights
+from megatron_policysplit.advantages import METHODS, Method
+from megatron_policysplit.config import Config
+from megatron_policysplit.config_load import to_dict
+from megatron_policysplit.control import Control, StopSignal
+from megatron_policysplit.data import Question, QuestionStream, drop_overlong, load_questions
+from megatron_policysplit.errors import TrainingError
+from megatron_policysplit.logs import Logger
+from megatron_policysplit.modes import PromptBuilder, stop_token_ids
+from megatron_policysplit.offline import load_tokenizer
+from megatron_policysplit.rewards import RewardPool
+from megatron_policysplit.rollout.driver import Driver, Leader
+from megatron_policysplit.rollout.engine import Engine
+from megatron_policysplit.rows import Mode, Rollout
+
+Prompts = dict[int, dict[Mode, list[int]]]
+
+
+class SilentLog:
+    """The log of ranks that do not log."""
+
+    def message(self, text: str) -> None:
+        pass
+
+
+@dataclass
+class Run:
+    """Everything the trainer works with. Prompts are held on leaders only; questions on every rank."""
+
+    config: Config
+    layout: Layout
+    control: Control
+    actor: Actor
+    method: Method
+    driver: Driver
+    leader: Leader | None
+    log: Any
+    stream: QuestionStream
+    questions: Mapping[int, Question]
+    prompts: Prompts
+    eval_questions: Sequence[Question]
+    eval_prompts: Prompts
+    state: TrainerState
+    resources: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.run.dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    @property
+    def samples_per_mode(self) -> Mapping[Mode, int]:
+        return self.method.samples_per_mode(self.config.rollout.samples_per_question)
+
+    def text(self, rollout: Rollout) -> str:
+        """A response as text (leaders only)."""
+        return self.leader.text(rollout)
+
+    def prompt_text(self, question: int) -> str:
+        """The normal mode's prompt as text (leaders only)."""
+        return self.leader.tokenizer.decode(self.prompts[question][Mode.NORMAL])
+
+    def load_engine(self, version: int) -> None:
+        """Stream the actor's weights into every leader's engine (collective over each replica)."""
+
+        def take(stream) -> None:
+            if self.leader is not None:
+                self.control.run(self.leader.engine.load(stream, version))
+
+        consume_weights(self.actor.model, self.actor.hf_config, "leader", take)
+
+    def export(self, name: str) -> None:
+        """Write the weights as a Hugging Face directory `run.dir/name` (collective over the first replica)."""
+        if self.layout.data_rank != 0:
+            return
+        config = self.config
+
+        def take(stream) -> None:
+            if self.layout.is_chief:
+                write_hf(self.directory / name, config.model.path, stream, DTYPES[config.model.dtype])
+
+        consume_weights(self.actor.model, self.actor.hf_config, "leader", take)
+
+    def dump(self, path: Path, records: Sequence[dict]) -> None:
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        os.replace(partial, path)
+
+    def close(self) -> None:
+        self.resources.close()
+
+
+def start(config: Config) -> Run:
+    """Build the run, resumed from the newest complete checkpoint in its directory if there is one.
+
+    Collective over all ranks. Raises a UserError for input that cannot be used.
+    """
+    resources = ExitStack()
+    stop = StopSignal()
+    stop.install()
+    layout = parallel.initialize(config.parallel, config.run.seed)
+    control = Control(layout.control, stop)
+    resources.callback(control.close)
+
+    log: Any = SilentLog()
+    if layout.is_chief:
+        log = Logger(config.log, config.run.dir, config.train.steps, to_dict(config))
+        resources.callback(log.close)
+
+    hf_config = read_hf_config(config.model.path)
+    actor = Actor(config, hf_config, layout)
+    found = checkpoint.complete(Path(config.run.dir) / "checkpoints")
+    found = layout.from_chief(found[-1] if found else None)
+    state = checkpoint.load(actor, found) if found else TrainerState()
+    if layout.is_chief:
+        log.start(state.step)
+        if found:
+            log.message(f"resumed from {found}")
+
+    leader, builder = None, None
+    if layout.is_leader:
+        tokenizer = load_tokenizer(config.model.path)
+        builder = PromptBuilder(tokenizer, config.modes, date=state.date or None)
+        engine = _engine(config, tokenizer)
+        rewards = RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_seconds)
+        resources.callback(rewards.close)
+        leader = Leader(engine, rewards, tokenizer)
+        state.date = builder.date
+    state.date = layout.from_chief(state.date)
+
+    questions, prompts, dropped = _questions(config.data.path, config.data.options, config, layout, builder)
+    if dropped:
+        log.message(f"dropped {dropped} questions whose prompt exceeds {config.data.max_prompt_tokens} tokens")
+    eval_questions, eval_prompts = [], {}
+    if config.eval.path is not None:
+        eval_questions, eval_prompts, _ = _questions(config.eval.path, config.eval.options, config, layout, builder)
+        eval_questions = eval_questions[: config.eval.questions]
+
+    stream = QuestionStream(questions, config.data.batch_questions, config.run.seed)
+    if state.stream:
+        stream.restore(state.stream)
+    state.stream = stream.state()
+    return Run(
+        config=config,
+        layout=layout,
+        control=control,
+        actor=actor,
+        method=METHODS[config.algorithm.name],
+        driver=Driver(config, layout, control, leader),
+        leader=leader,
+        log=log,
+        stream=stream,
+        questions={question.id: question for question in questions},
+        prompts=prompts,
+        eval_questions=eval_questions,
+        eval_prompts=eval_prompts,
+        state=state,
+        resources=resources,
+    )
+
+
+def _engine(config: Config, tokenizer) -> Engine:
+    if config.rollout.engine == "replay":
+        from megatron_policysplit.rollout.replay import ReplayEngine
+
+        return ReplayEngine(config.rollout.replay_dir)
+    from megatron_policysplit.rollout.local import LocalEngine
+
+    return LocalEngine(
+        config.model.path,
+        stop_token_ids(config.model.path, tokenizer),
+        dtype=config.model.dtype,
+        max_batch_samples=config.rollout.max_batch_samples,
+        device=cpu.device(),
+    )
+
+
+def _questions(
+    path: str, options: Mapping, config: Config, layout: Layout, builder: PromptBuilder | None
+) -> tuple[list[Question], Prompts, int]:
+    """Questions that fit, their prompts (on leaders) and how many were dropped; the same on every rank."""
+    questions = load_questions(path, options)
+    prompts: Prompts = {}
+    kept: list[int] | None = None
+    if builder is not None:
+        prompts = {question.id: builder.build(question.messages) for question in questions}
+        lengths = {id: {mode: len(ids) for mode, ids in modes.items()} for id, modes in prompts.items()}
+        kept = [q.id for q in drop_overlong(questions, lengths, config.data.max_prompt_tokens)[0]]
+    kept = layout.from_chief(kept)
+    if len(kept) < config.data.batch_questions and path == config.data.path:
+        raise TrainingError(
+            f"data.batch_questions={config.data.batch_questions} is more than the {len(kept)} questions of {path} "
+            f"that fit data.max_prompt_tokens={config.data.max_prompt_tokens}; lower the one or raise the other"
+        )
+    wanted = set(kept)
+    return [question for question in questions if question.id in wanted], prompts, len(questions) - len(kept)

@@ -1,0 +1,153 @@
+"""The training loop: generate, grade, share, score, update, sync, log, evaluate, save."""
+
+from __future__ import annotations
+
+from megatron_policysplit import run as runs
+from megatron_policysplit.actor import checkpoint
+from megatron_policysplit.config import Config
+from megatron_policysplit.control import StopRequested
+from megatron_policysplit.errors import TrainingError
+from megatron_policysplit.metrics import evaluation_metrics, training_metrics
+from megatron_policysplit.records import rollout_records
+from megatron_policysplit.rows import MODES, share
+from megatron_policysplit.training_signals import live_rows, train_signals
+from megatron_policysplit.timing import Phases
+
+DONE, STOPPED = 0, 75  # exit codes; 75 is EX_TEMPFAIL: the same command goes on where this one stopped
+
+
+class Trainer:
+    """One rank's view of a run. Every method is collective over all ranks."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.run = runs.start(config)
+
+    def train(self) -> int:
+        """Train to `train.steps`; returns DONE, or STOPPED after a signal (state saved)."""
+        run, config = self.run, self.config
+        try:
+            self.sync()
+            if run.state.step == 0:
+                self.evaluate()
+            while run.state.step < config.train.steps:
+                self.step()
+                last = run.state.step == config.train.steps
+                if last or _due(run.state.step, config.eval.every):
+                    self.evaluate()
+                if last or _due(run.state.step, config.checkpoint.every):
+                    self.save()
+            if config.checkpoint.hugging_face:
+                run.export("hf")
+            return DONE
+        except StopRequested:
+            self.save()
+            run.log.message(f"stopped by a signal after step {run.state.step}; run the same command to go on")
+            return STOPPED
+        finally:
+            run.close()
+
+    def step(self) -> None:
+        """One rollout batch."""
+        run, config, phases = self.run, self.config, Phases()
+        batch = run.state.step
+        with phases.measure("step"):
+            questions = run.stream.next_batch()
+            rollouts = run.driver.generate(
+                batch, questions, run.prompts, run.samples_per_mode, purpose="train", phases=phases
+            )
+            rows = share(rollouts, run.prompts, run.method.training_modes)
+            live = live_rows(rows, run.method, config)
+            with phases.measure("score"):
+                placed = run.actor.place(rows, live, seed=config.run.seed * 1_000_003 + batch)
+                old = run.actor.score(placed)
+                reference = run.actor.score_reference(placed) if config.algorithm.kl_coef > 0 else None
+            with phases.measure("update"):
+                signals = train_signals(rows, old, run.method, config, reference)
+                update = run.actor.update(placed, signals)
+            run.state.step += 1
+            run.state.stream = run.stream.state()
+            run.state.optimizer_steps = run.actor.optimizer.steps_taken
+            run.state.weight_version += 1
+            self.sync(phases)
+        if run.layout.is_chief:
+            metrics = training_metrics(rows, old, live)
+            run.log.log(run.state.step, metrics | update.named() | _speed(rows, phases))
+            run.log.rollouts(run.state.step, rollout_records(rollouts, run.questions, run.prompt_text, run.text))
+        self._count_bad(update, rollouts)
+
+    def sync(self, phases: Phases | None = None) -> None:
+        """Give every replica's engine the actor's weights."""
+        with (phases or Phases()).measure("sync"):
+            self.run.load_engine(self.run.state.weight_version)
+
+    def evaluate(self) -> None:
+        """Sample every evaluation question in both modes, grade, score; keep the best weights."""
+        run, phases = self.run, Phases()
+        if not run.eval_questions:
+            return
+        samples = self.config.eval.samples
+        with phases.measure("eval"):
+            rollouts = run.driver.generate(
+                run.state.step,
+                run.eval_questions,
+                run.eval_prompts,
+                dict.fromkeys(MODES, samples),
+                purpose="evaluation",
+                phases=Phases(),
+            )
+            rows = share(rollouts, run.eval_prompts)
+            scores = run.actor.score(run.actor.place(rows, [False] * len(rows), seed=0))
+        metrics = None
+        if run.layout.is_chief:
+            metrics = evaluation_metrics(rows, scores, run.text, samples) | _seconds(phases)
+            run.log.evaluation(run.state.step, metrics)
+        accuracy = run.layout.from_chief(metrics and metrics["eval/normal/accuracy"])
+        if accuracy > run.state.best:
+            run.state.best = accuracy
+            if self.config.checkpoint.hugging_face and run.state.step > 0:
+                run.export("best")
+
+    def save(self) -> None:
+        """Save a checkpoint of the state after the last trained batch, unless it is there already."""
+        run, phases = self.run, Phases()
+        if checkpoint.path_of(run.checkpoints, run.state.step).exists():
+            return
+        with phases.measure("checkpoint"):
+            path = checkpoint.save(run.actor, run.state, run.checkpoints, self.config.checkpoint.keep)
+        run.log.message(f"saved {path} in {phases.seconds['checkpoint']:.1f} s")
+
+    def _count_bad(self, update, rollouts) -> None:
+        """Count skipped optimizer steps; stop after `train.max_bad_steps` batches in a row, with the batch dumped."""
+        run, limit = self.run, self.config.train.max_bad_steps
+        if not update.bad_steps:
+            run.state.bad_steps_in_a_row = 0
+            return
+        run.state.bad_steps += update.bad_steps
+        run.state.bad_steps_in_a_row += 1
+        run.log.message(f"step {run.state.step}: the loss or the gradient was not finite; the update was skipped")
+        if run.state.bad_steps_in_a_row >= limit:
+            dump = run.directory / f"bad_batch_step_{run.state.step:06d}.jsonl"
+            if run.layout.is_chief:
+                run.dump(dump, rollout_records(rollouts, run.questions, run.prompt_text, run.text))
+            raise TrainingError(
+                f"the loss or the gradient was NaN or infinite {limit} steps in a row (train.max_bad_steps); the last "
+                f"batch is in {dump}; lower train.learning_rate, or look at the batch"
+            )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _seconds(phases: Phases) -> dict[str, float]:
+    return {f"time/{name}_s": seconds for name, seconds in phases.seconds.items()}
+
+
+def _speed(rows, phases: Phases) -> dict[str, float]:
+    """Seconds per phase; tokens per second of generation (responses) and of score and update (whole rows)."""
+    generated = sum(row.response_length for row in rows if row.on_policy)
+    processed = sum(row.length for row in rows)
+    tokens = {"generate": generated, "score": processed, "update": processed}
+    speed = {f"throughput/{name}_tokens_per_s": count / phases.seconds[name] for name, count in tokens.items()}
+    return _seconds(phases) | speed
