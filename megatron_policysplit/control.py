@@ -8,7 +8,6 @@ them learn the same three things: is anyone still busy, did anyone get a stop si
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Coroutine
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_policysplit.errors import TrainingError
+from megatron_policysplit.stopping import StopSignal
 
 HEARTBEAT_SECONDS = 2.0
 MISSING_SECONDS = 10.0
@@ -26,20 +26,6 @@ T = TypeVar("T")
 
 class StopRequested(Exception):
     """SIGTERM or SIGINT reached some rank: every rank raises this at the same point."""
-
-
-class StopSignal:
-    """Remembers SIGTERM and SIGINT instead of dying of them."""
-
-    def __init__(self):
-        self.received: signal.Signals | None = None
-
-    def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number, frame) -> None:
-        self.received = signal.Signals(number)
 
 
 class Control:

@@ -59,7 +59,7 @@ class PromptBuilder:
     """
 
     def __init__(self, tokenizer, config: ModesConfig, date: str | None = None):
-        self.high_entropy_prompt = _read_prompt(config)
+        self.high_entropy_prompt = read_prompt(config)
         self.date = date or datetime.date.today().isoformat()
         self._tokenizer = tokenizer
         self._where = getattr(tokenizer, "name_or_path", "") or "this model"
@@ -210,7 +210,7 @@ def stop_token_ids(model_path: str | Path, tokenizer) -> list[int]:
     return [tokenizer.eos_token_id]
 
 
-def _read_prompt(config: ModesConfig) -> str:
+def read_prompt(config: ModesConfig) -> str:
     text, file = config.high_entropy_prompt, config.high_entropy_prompt_file
     if text is not None and file is not None:
         raise ConfigError(

@@ -60,7 +60,7 @@ def preflight(config: Config) -> Preflight:
 
 def _check_model(config: Config) -> tuple[str, int]:
     from checkpoints_conv import architecture_of, check_layout, check_safetensors, read_hf_config
-    from megatron_policysplit.modes import _read_prompt, has_chat_template
+    from megatron_policysplit.modes import has_chat_template, read_prompt
 
     path = config.model.path
     hf_config = read_hf_config(path)
@@ -72,7 +72,7 @@ def _check_model(config: Config) -> tuple[str, int]:
             f"the tokenizer of model.path={path} has no chat template; put a chat_template.jinja into that directory "
             "or use an instruction-tuned model"
         )
-    _read_prompt(config.modes)
+    read_prompt(config.modes)
     return architecture.name, sum(math.prod(tensor.shape) for tensor in tensors.values())
 
 

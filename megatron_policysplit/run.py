@@ -19,9 +19,9 @@ from megatron_policysplit.actor.weights import consume_weights
 from megatron_policysplit.advantages import METHODS, Method
 from megatron_policysplit.config import Config
 from megatron_policysplit.config_load import to_dict
-from megatron_policysplit.control import Control, StopSignal
+from megatron_policysplit.control import Control
 from megatron_policysplit.data import Question, QuestionStream, drop_overlong, load_questions
-from megatron_policysplit.errors import TrainingError
+from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.logs import Logger
 from megatron_policysplit.modes import PromptBuilder, stop_token_ids
 from megatron_policysplit.offline import load_tokenizer
@@ -29,6 +29,7 @@ from megatron_policysplit.rewards import RewardPool
 from megatron_policysplit.rollout.driver import Driver, Leader
 from megatron_policysplit.rollout.engine import Engine
 from megatron_policysplit.rows import Mode, Rollout
+from megatron_policysplit.stopping import StopSignal
 
 Prompts = dict[int, dict[Mode, list[int]]]
 
@@ -110,14 +111,18 @@ class Run:
         self.resources.close()
 
 
-def start(config: Config) -> Run:
+def start(config: Config, stop: StopSignal) -> Run:
     """Build the run, resumed from the newest complete checkpoint in its directory if there is one.
 
     Collective over all ranks. Raises a UserError for input that cannot be used.
     """
-    resources = ExitStack()
-    stop = StopSignal()
-    stop.install()
+    with ExitStack() as resources:
+        run = _build(config, stop, resources)
+        run.resources = resources.pop_all()
+        return run
+
+
+def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
     layout = parallel.initialize(config.parallel, config.run.seed)
     control = Control(layout.control, stop)
     resources.callback(control.close)
@@ -175,7 +180,6 @@ def start(config: Config) -> Run:
         eval_questions=eval_questions,
         eval_prompts=eval_prompts,
         state=state,
-        resources=resources,
     )
 
 
@@ -208,7 +212,7 @@ def _questions(
         kept = [q.id for q in drop_overlong(questions, lengths, config.data.max_prompt_tokens)[0]]
     kept = layout.from_chief(kept)
     if len(kept) < config.data.batch_questions and path == config.data.path:
-        raise TrainingError(
+        raise ConfigError(
             f"data.batch_questions={config.data.batch_questions} is more than the {len(kept)} questions of {path} "
             f"that fit data.max_prompt_tokens={config.data.max_prompt_tokens}; lower the one or raise the other"
         )

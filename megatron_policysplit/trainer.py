@@ -10,8 +10,9 @@ from megatron_policysplit.errors import TrainingError
 from megatron_policysplit.metrics import evaluation_metrics, training_metrics
 from megatron_policysplit.records import rollout_records
 from megatron_policysplit.rows import MODES, share
-from megatron_policysplit.training_signals import live_rows, train_signals
+from megatron_policysplit.stopping import StopSignal
 from megatron_policysplit.timing import Phases
+from megatron_policysplit.training_signals import live_rows, train_signals
 
 DONE, STOPPED = 0, 75  # exit codes; 75 is EX_TEMPFAIL: the same command goes on where this one stopped
 
@@ -19,9 +20,9 @@ DONE, STOPPED = 0, 75  # exit codes; 75 is EX_TEMPFAIL: the same command goes on
 class Trainer:
     """One rank's view of a run. Every method is collective over all ranks."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, stop: StopSignal):
         self.config = config
-        self.run = runs.start(config)
+        self.run = runs.start(config, stop)
 
     def train(self) -> int:
         """Train to `train.steps`; returns DONE, or STOPPED after a signal (state saved)."""

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_policysplit.actor.step import TrainSignal
 from megatron_policysplit.advantages import Method, TokenStatistics, make_batch
 from megatron_policysplit.advantages.grpo import response_advantages
 from megatron_policysplit.config import Config
 from megatron_policysplit.losses import importance_weights
 from megatron_policysplit.rows import Row
+
+
+@dataclass
+class TrainSignal:
+    """What training a row needs beside its tokens, [T] fp32 each over its response tokens."""
+
+    old_logprobs: Tensor
+    advantages: Tensor
+    importance: Tensor
+    mask: Tensor
+    reference_logprobs: Tensor | None = None
 
 
 def trained_mask(row: Row, overlong: str) -> Tensor:

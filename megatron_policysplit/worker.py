@@ -15,16 +15,21 @@ FAILED, BAD_INPUT = 1, 2
 
 def main(argv: list[str]) -> int:
     """Run this rank; returns the exit code (see `policysplit train --help`)."""
+    from megatron_policysplit.stopping import StopSignal
+
+    stop = StopSignal().install()
     import warnings
 
-    warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
+    # Megatron-Core says once a rank what it falls back to without a GPU; docs/architecture.md says it too.
+    for text in (".*Apex (is|are) not installed.*", ".*full scope is deprecated.*", ".*CUDA_DEVICE_MAX_CONNECTIONS.*"):
+        warnings.filterwarnings("ignore", message=text)
     from megatron_policysplit.config_load import load_config
     from megatron_policysplit.errors import TrainingError, UserError
 
     try:
         from megatron_policysplit.trainer import Trainer
 
-        return Trainer(load_config(argv[0], argv[1:])).train()
+        return Trainer(load_config(argv[0], argv[1:]), stop).train()
     except TrainingError as error:
         _report(f"error: {error}")
         return FAILED

