@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -81,6 +81,8 @@ def export_weights(
     and one all-gather if TP > 1; no more than one bucket is held at a time. If another rank's consumer failed
     (see `consume_weights`), TrainingError is raised at the next bucket.
     """
+    if destination not in get_args(Destination):
+        raise ValueError(f"destination={destination!r} is not one of {get_args(Destination)}")
     sizes = architecture_of(hf_config).sizes(hf_config)
     tensor = _tensor_size()
     parameters = global_parameters(model, sizes)
