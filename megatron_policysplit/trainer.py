@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_policysplit import run as runs
-from megatron_policysplit.actor import checkpoint
+from megatron_policysplit.actor import checkpoint, cpu
 from megatron_policysplit.config import Config
 from megatron_policysplit.control import StopRequested
 from megatron_policysplit.errors import TrainingError
@@ -71,9 +71,10 @@ class Trainer:
             run.state.optimizer_steps = run.actor.optimizer.steps_taken
             run.state.weight_version += 1
             self.sync(phases)
+        memory = run.layout.largest(cpu.peak_memory_bytes())
         if run.layout.is_chief:
-            metrics = training_metrics(rows, old, live)
-            run.log.log(run.state.step, metrics | update.named() | _speed(rows, phases))
+            metrics = training_metrics(rows, old, live) | update.named() | _speed(rows, phases)
+            run.log.log(run.state.step, metrics | {"memory/peak_gib": memory / 2**30})
             run.log.rollouts(run.state.step, rollout_records(rollouts, run.questions, run.prompt_text, run.text))
         self._count_bad(update, rollouts)
 

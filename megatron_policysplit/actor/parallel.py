@@ -77,6 +77,12 @@ class Layout:
         """The chief's `value` on every rank (a broadcast; collective over the world)."""
         return _broadcast(value, self.chief, self.world)
 
+    def largest(self, value: float) -> float:
+        """The largest `value` of all ranks (one all-reduce over the world)."""
+        box = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.world)
+        return box.item()
+
     def gather_leaders(self, value: Any) -> list[Any]:
         """Every leader's `value` in replica order, on leaders (an all-gather over leaders); [] elsewhere."""
         if self.leaders is None:

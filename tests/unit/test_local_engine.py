@@ -1,7 +1,6 @@
 """The local engine against transformers' own forward pass and its own definition in plain numpy."""
 
 import asyncio
-import threading
 import time
 
 import numpy as np
@@ -208,19 +207,18 @@ def test_a_tensor_that_comes_twice_is_refused(qwen3):
 
 
 def long_request():
-    return [request(max_tokens=4000, samples=2)]
+    return [request(max_tokens=100_000, samples=2)]  # minutes, unless it is interrupted
 
 
 def test_pause_ends_generation_at_the_next_token(qwen3):
     async def scenario():
         engine = LocalEngine(qwen3[0], [])
-        threads = threading.active_count()
         task = asyncio.create_task(anext(engine.submit(long_request())))
         await asyncio.sleep(0.3)
-        assert not task.done() and threading.active_count() > threads  # the event loop is alive meanwhile
+        assert not task.done() and engine._busy.locked()  # it generates, and the event loop is alive
         began = time.monotonic()
         await engine.pause()
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 5
         await engine.resume()  # a resume must not bring the interrupted one back
         with pytest.raises(EnginePaused):
             await task
@@ -243,7 +241,7 @@ def test_a_cancelled_submit_stops_generating(qwen3):
             await task
         began = time.monotonic()
         assert len([r async for r in engine.submit([request()])]) == 6  # waits for the model to be free
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 5
 
     asyncio.run(scenario())
 

@@ -1,0 +1,104 @@
+"""The quickstart: make a tiny model, train it with GRPO and with Policy Split from the same start, compare.
+
+    python -m examples.quickstart.run [--out runs/quickstart] [--seed 0] [key=value ...]
+
+Both runs are `policysplit train examples/quickstart/quickstart.yaml` on real Megatron-Core with tensor
+parallelism 2; only `algorithm.name` differs. `key=value` goes to both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+CONFIG = Path(__file__).with_name("quickstart.yaml")
+RUNS = {"grpo": "GRPO", "policy_split": "Policy Split"}
+
+
+def prepare(out: Path, seed: int, seconds: dict[str, float]) -> None:
+    """The model, warmed up, and the questions, in `out`."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from examples.quickstart.make_model import WARM_UP_STEPS, make_model, warm_up
+    from examples.quickstart.sums import NUMBERS, write_questions
+
+    with _timed(seconds, "model_s"):
+        make_model(out / "model", seed)
+    write_questions(out / "questions.jsonl", NUMBERS)
+    columns = (TextColumn("warm-up"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+    with _timed(seconds, "warm_up_s"), Progress(*columns, TimeRemainingColumn()) as progress:
+        task = progress.add_task("warm-up", total=WARM_UP_STEPS, loss="")
+
+        def show(step: int, steps: int, loss: float) -> None:
+            progress.update(task, completed=step, loss=f"loss {loss:.3f} nats per token")
+
+        warm_up(out / "model", seed, progress=show)
+
+
+def train(out: Path, name: str, overrides: list[str]) -> Path:
+    """One run of `policysplit train` into `out/name`; ends this process if it fails."""
+    paths = [
+        f"model.path={out / 'model'}",
+        f"data.path={out / 'questions.jsonl'}",
+        f"eval.path={out / 'questions.jsonl'}",
+        f"run.dir={out / name}",
+    ]
+    command = [sys.executable, "-m", "megatron_policysplit.cli", "train", str(CONFIG), *paths, *overrides]
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise SystemExit(code)
+    return out / name
+
+
+def report(out: Path, seconds: dict[str, float]) -> None:
+    """summary.json, curves.png and report.html of the runs in `out`, and the table on the terminal."""
+    from rich.console import Console
+
+    from megatron_policysplit.report import summary, summary_table, write_curves, write_report
+
+    runs = {name: out / name for name in RUNS}
+    with _timed(seconds, "report_s"):
+        write_curves(runs, out / "curves.png")
+        write_report(runs, out / "report.html")
+    result = summary(runs, seconds)
+    (out / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    console = Console()
+    console.print(summary_table(result))
+    console.print("seconds: " + ", ".join(f"{name.removesuffix('_s')} {value:.0f}" for name, value in seconds.items()))
+    console.print(f"report   {out / 'report.html'}\ncurves   {out / 'curves.png'}\nnumbers  {out / 'summary.json'}")
+    console.print(f"model    {out / 'policy_split' / 'hf'} (a Hugging Face directory)")
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str):
+    began = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - began, 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("overrides", nargs="*", help="key=value for both runs")
+    arguments = parser.parse_args()
+    out, seconds = arguments.out, {}
+    for name in ("model", *RUNS):  # of an earlier quickstart
+        shutil.rmtree(out / name, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    prepare(out, arguments.seed, seconds)
+    for name, title in RUNS.items():
+        print(f"\n{title}", flush=True)
+        with _timed(seconds, f"{name}_s"):
+            train(out, name, [f"algorithm.name={name}", f"run.seed={arguments.seed}", *arguments.overrides])
+    report(out, seconds)
+
+
+if __name__ == "__main__":
+    main()
