@@ -27,6 +27,9 @@ def main(argv: list[str]) -> int:
     from megatron_policysplit.errors import TrainingError, UserError
 
     try:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
         from megatron_policysplit.trainer import Trainer
 
         return Trainer(load_config(argv[0], argv[1:]), stop).train()

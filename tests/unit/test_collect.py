@@ -270,5 +270,5 @@ def test_seeds_are_the_same_in_another_process():
         "from megatron_policysplit.rollout.seeds import sample_seed; from megatron_policysplit.rows import Mode; "
         "print(sample_seed(1, 2, 3, Mode.HIGH_ENTROPY, 4))"
     )
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=None)
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(other.stdout) == sample_seed(1, 2, 3, Mode.HIGH_ENTROPY, 4)
