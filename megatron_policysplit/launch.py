@@ -80,6 +80,7 @@ class _Group:
         self.failed_rank = -1
         self.announced = False
         self.terminated_at: float | None = None
+        self.stopped_early = False
 
     def stop(self, number: int, frame) -> None:
         """Signal handler: remembers the first signal; `watch` forwards it."""
@@ -116,6 +117,11 @@ class _Group:
             name = signal.Signals(self.stop_signal).name
             _say(f"{name}: waiting up to {self.patience.save:g} s for {self.nproc} ranks to save and exit")
             self.signal_all(self.stop_signal)
+        if self.stop_signal is not None and any(p.returncode == -self.stop_signal for p in self.ranks):
+            # It had no handler yet, so the group had not met and there is nothing to save: nobody need wait.
+            self.stopped_early = True
+            self.signal_all(signal.SIGKILL)
+            return
         if self.failed_at is None:
             for rank, process in enumerate(self.ranks):
                 if process.returncode not in (None, DONE) and not self.stopped_as_asked(process.returncode):
@@ -160,7 +166,7 @@ class _Group:
         """The exit code of the whole group, once no rank runs."""
         self.watch()
         codes = {process.returncode for process in self.ranks}
-        if self.terminated_at is None and all(self.stopped_as_asked(code) for code in codes):
+        if self.stopped_early or self.terminated_at is None and all(self.stopped_as_asked(code) for code in codes):
             return STOPPED
         agreed = codes.pop() if len(codes) == 1 else None
         if self.failed_at is not None and not self.announced and agreed is None:

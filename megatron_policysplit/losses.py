@@ -7,7 +7,7 @@ denominators, so micro-batch losses simply add up, whatever the packing and the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> LossOutputs:
     A < 0, l = min(l, -A dual_clip). Times the importance weight. Then + kl_coef * k3 KL to the reference
     policy and - entropy_coef * entropy.
     """
+    trained = inputs.weights > 0
+    inputs = _zero_where_untrained(inputs, trained)
     ratio = torch.exp(inputs.logprobs - inputs.old_logprobs)
     clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     plain, clipped = -inputs.advantages * ratio, -inputs.advantages * clipped_ratio
@@ -63,8 +65,7 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> LossOutputs:
         token_loss = token_loss + config.kl_coef * k3(inputs.logprobs, inputs.reference_logprobs)
     if config.entropy_coef > 0:
         token_loss = token_loss - config.entropy_coef * inputs.entropy
-    trained = inputs.weights > 0
-    loss = (token_loss * inputs.weights).where(trained, 0.0).sum()
+    loss = (token_loss * inputs.weights).sum()
     with torch.no_grad():
         return LossOutputs(
             loss=loss,
@@ -73,6 +74,12 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> LossOutputs:
             clipped_tokens=((clipped > plain) & trained).sum(),
             tokens=trained.sum(),
         )
+
+
+def _zero_where_untrained(inputs: LossInputs, trained: Tensor) -> LossInputs:
+    """Untrained tokens may hold anything, NaN too; left in, 0 * NaN would reach the gradient."""
+    values = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
+    return LossInputs(**{name: None if value is None else value.where(trained, 0.0) for name, value in values.items()})
 
 
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
@@ -111,15 +118,16 @@ def token_weight(trained_tokens: int, step: Denominators, aggregation: str, max_
     raise ValueError(f"unknown loss aggregation {aggregation!r}")
 
 
-def importance_weights(actor: Tensor, engine: Tensor, config: AlgorithmConfig) -> Tensor:
+def importance_weights(actor: Tensor, engine: Tensor, mask: Tensor, config: AlgorithmConfig) -> Tensor:
     """Truncated weights [T] for what the engine sampled and the actor would have (one response).
 
-    actor, engine: log-probs [T] of the response under its *sampling* prompt. The weight is
-    min(exp(actor - engine), cap), per token or for the whole response; both of its rows use it.
+    actor, engine: log-probs [T] of the response under its *sampling* prompt. mask: bool [T], the trained
+    tokens. The weight is min(exp(actor - engine), cap), per token, or for the whole response with the
+    difference summed over its trained tokens; both of its rows use it.
     """
     if config.importance_cap is None:
         return torch.ones_like(actor)
     difference = actor - engine
     if config.importance_level == "sequence":
-        difference = difference.sum().expand_as(difference)
+        difference = difference[mask].sum().expand_as(difference)
     return torch.exp(difference).clamp(max=config.importance_cap)

@@ -49,12 +49,13 @@ class Preflight:
 
 
 def preflight(config: Config) -> Preflight:
-    """Checks keys, model files, data, reward and run directory; raises a UserError for the first that is wrong."""
+    """Checks keys, model, data, reward, run directory and checkpoint; raises a UserError for the first wrong one."""
     warnings = check_config(config)
     architecture, parameters = _check_model(config)
     train, evaluation = _check_data(config)
     _check_reward(config)
     resumes = check_run_dir(config)
+    _check_checkpoint(config)
     return Preflight(architecture, parameters, train, evaluation, world_size(config), resumes, warnings)
 
 
@@ -129,6 +130,15 @@ def check_run_dir(config: Config) -> bool:
             f"give another run.dir, or delete {directory}"
         )
     return True
+
+
+def _check_checkpoint(config: Config) -> None:
+    """Raises CheckpointError unless the checkpoint that the run would go on from is of this model."""
+    from checkpoints_conv import read_hf_config
+    from megatron_policysplit.actor.checkpoint_files import check_model, complete, read_trainer_json
+
+    for path in complete(Path(config.run.dir) / "checkpoints")[-1:]:
+        check_model(read_trainer_json(path)["model"], read_hf_config(config.model.path), path)
 
 
 def prepare_run_dir(config: Config) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch.distributed as dist
 
 from checkpoints_conv import read_hf_config, write_hf
 from megatron_policysplit.actor import checkpoint, cpu, parallel
 from megatron_policysplit.actor.checkpoint import TrainerState
+from megatron_policysplit.actor.checkpoint_files import complete
 from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.actor.step import DTYPES, Actor
 from megatron_policysplit.actor.weights import consume_weights
@@ -21,7 +24,7 @@ from megatron_policysplit.config import Config
 from megatron_policysplit.config_load import to_dict
 from megatron_policysplit.control import Control
 from megatron_policysplit.data import Question, QuestionStream, drop_overlong, load_questions
-from megatron_policysplit.errors import ConfigError
+from megatron_policysplit.errors import ConfigError, UserError
 from megatron_policysplit.logs import Logger
 from megatron_policysplit.modes import PromptBuilder, stop_token_ids
 from megatron_policysplit.offline import load_tokenizer
@@ -32,12 +35,19 @@ from megatron_policysplit.rows import Mode, Rollout
 from megatron_policysplit.stopping import StopSignal
 
 Prompts = dict[int, dict[Mode, list[int]]]
+T = TypeVar("T")
 
 
 class SilentLog:
     """The log of ranks that do not log."""
 
+    def start(self, step: int) -> None:
+        pass
+
     def message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -114,7 +124,8 @@ class Run:
 def start(config: Config, stop: StopSignal) -> Run:
     """Build the run, resumed from the newest complete checkpoint in its directory if there is one.
 
-    Collective over all ranks. Raises a UserError for input that cannot be used.
+    Collective over all ranks. Raises a UserError for input that cannot be used, the same on every rank; StopRequested
+    after a signal during the slow imports.
     """
     with ExitStack() as resources:
         run = _build(config, stop, resources)
@@ -126,32 +137,26 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
     layout = parallel.initialize(config.parallel, config.run.seed)
     control = Control(layout.control, stop)
     resources.callback(control.close)
+    control.check()
 
-    log: Any = SilentLog()
-    if layout.is_chief:
-        log = Logger(config.log, config.run.dir, config.train.steps, to_dict(config))
-        resources.callback(log.close)
+    log = _agreed(layout, lambda: _log(config, layout))
+    resources.callback(log.close)
 
     hf_config = read_hf_config(config.model.path)
     actor = Actor(config, hf_config, layout)
-    found = checkpoint.complete(Path(config.run.dir) / "checkpoints")
+    found = complete(Path(config.run.dir) / "checkpoints")
     found = layout.from_chief(found[-1] if found else None)
     state = checkpoint.load(actor, found) if found else TrainerState()
-    if layout.is_chief:
-        log.start(state.step)
-        if found:
-            log.message(f"resumed from {found}")
+    _agreed(layout, lambda: log.start(state.step))
+    if found:
+        log.message(f"resumed from {found}")
 
-    leader, builder = None, None
-    if layout.is_leader:
-        tokenizer = load_tokenizer(config.model.path)
-        builder = PromptBuilder(tokenizer, config.modes, date=state.date or None)
-        engine = _engine(config, tokenizer)
-        rewards = RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_seconds)
-        resources.callback(rewards.close)
-        leader = Leader(engine, rewards, tokenizer)
-        state.date = builder.date
-    state.date = layout.from_chief(state.date)
+    leader = _agreed(layout, lambda: _leader(config) if layout.is_leader else None)
+    builder = None
+    if leader is not None:
+        resources.callback(leader.rewards.close)
+        builder = PromptBuilder(leader.tokenizer, config.modes, date=state.date or None)
+    state.date = layout.from_chief(builder and builder.date)
 
     questions, prompts, dropped = _questions(config.data.path, config.data.options, config, layout, builder)
     if dropped:
@@ -183,6 +188,33 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
     )
 
 
+def _agreed(layout: Layout, work: Callable[[], T]) -> T:
+    """This rank's `work()`; a UserError on any rank is raised on every rank (an all-gather over the world)."""
+    result, error = None, None
+    try:
+        result = work()
+    except UserError as raised:
+        error = raised
+    errors: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error, group=layout.world)
+    for error in errors:
+        if error is not None:
+            raise error
+    return result
+
+
+def _log(config: Config, layout: Layout) -> Any:
+    if not layout.is_chief:
+        return SilentLog()
+    return Logger(config.log, config.run.dir, config.train.steps, to_dict(config))
+
+
+def _leader(config: Config) -> Leader:
+    tokenizer = load_tokenizer(config.model.path)
+    rewards = RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_seconds)
+    return Leader(_engine(config, tokenizer), rewards, tokenizer)
+
+
 def _engine(config: Config, tokenizer) -> Engine:
     if config.rollout.engine == "replay":
         from megatron_policysplit.rollout.replay import ReplayEngine
@@ -205,12 +237,15 @@ def _questions(
     """Questions that fit, their prompts (on leaders) and how many were dropped; the same on every rank."""
     questions = load_questions(path, options)
     prompts: Prompts = {}
-    kept: list[int] | None = None
-    if builder is not None:
-        prompts = {question.id: builder.build(question.messages) for question in questions}
+
+    def build_and_drop() -> list[int]:
+        if builder is None:
+            return []
+        prompts.update({question.id: builder.build(question.messages) for question in questions})
         lengths = {id: {mode: len(ids) for mode, ids in modes.items()} for id, modes in prompts.items()}
-        kept = [q.id for q in drop_overlong(questions, lengths, config.data.max_prompt_tokens)[0]]
-    kept = layout.from_chief(kept)
+        return [q.id for q in drop_overlong(questions, lengths, config.data.max_prompt_tokens)[0]]
+
+    kept = layout.from_chief(_agreed(layout, build_and_drop))
     if len(kept) < config.data.batch_questions and path == config.data.path:
         raise ConfigError(
             f"data.batch_questions={config.data.batch_questions} is more than the {len(kept)} questions of {path} "

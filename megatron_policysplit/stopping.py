@@ -5,6 +5,10 @@ from __future__ import annotations
 import signal
 
 
+class StopRequested(Exception):
+    """SIGTERM or SIGINT reached some rank: every rank raises this at the same point."""
+
+
 class StopSignal:
     """Remembers SIGTERM and SIGINT instead of dying of them."""
 

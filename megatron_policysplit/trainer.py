@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from megatron_policysplit import run as runs
 from megatron_policysplit.actor import checkpoint, cpu
+from megatron_policysplit.actor.checkpoint_files import path_of
 from megatron_policysplit.config import Config
-from megatron_policysplit.control import StopRequested
 from megatron_policysplit.errors import TrainingError
 from megatron_policysplit.metrics import evaluation_metrics, training_metrics
 from megatron_policysplit.records import rollout_records
 from megatron_policysplit.rows import MODES, share
-from megatron_policysplit.stopping import StopSignal
+from megatron_policysplit.stopping import StopRequested, StopSignal
 from megatron_policysplit.timing import Phases
 from megatron_policysplit.training_signals import live_rows, train_signals
 
@@ -29,15 +29,10 @@ class Trainer:
         run, config = self.run, self.config
         try:
             self.sync()
-            if run.state.step == 0:
-                self.evaluate()
+            self.evaluate_and_save()
             while run.state.step < config.train.steps:
                 self.step()
-                last = run.state.step == config.train.steps
-                if last or _due(run.state.step, config.eval.every):
-                    self.evaluate()
-                if last or _due(run.state.step, config.checkpoint.every):
-                    self.save()
+                self.evaluate_and_save()
             if config.checkpoint.hugging_face:
                 run.export("hf")
             return DONE
@@ -78,6 +73,19 @@ class Trainer:
             run.log.rollouts(run.state.step, rollout_records(rollouts, run.questions, run.prompt_text, run.text))
         self._count_bad(update, rollouts)
 
+    def evaluate_and_save(self) -> None:
+        """What is due after the batches trained so far, at the start of a run and at its end too.
+
+        An evaluation that a stop signal interrupted is due again when the run goes on.
+        """
+        state, config = self.run.state, self.config
+        at_end = state.step == config.train.steps
+        if state.evaluated < state.step and (state.step == 0 or at_end or _due(state.step, config.eval.every)):
+            self.evaluate()
+            state.evaluated = state.step
+        if state.step > 0 and (at_end or _due(state.step, config.checkpoint.every)):
+            self.save()
+
     def sync(self, phases: Phases | None = None) -> None:
         """Give every replica's engine the actor's weights."""
         with (phases or Phases()).measure("sync"):
@@ -113,7 +121,7 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint of the state after the last trained batch, unless it is there already."""
         run, phases = self.run, Phases()
-        if checkpoint.path_of(run.checkpoints, run.state.step).exists():
+        if path_of(run.checkpoints, run.state.step).exists():
             return
         with phases.measure("checkpoint"):
             path = checkpoint.save(run.actor, run.state, run.checkpoints, self.config.checkpoint.keep)

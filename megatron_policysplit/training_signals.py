@@ -64,9 +64,9 @@ def train_signals(
     advantages = method.advantages(batch, config.algorithm).split(batch.offsets.diff().tolist())
     importance = {
         row.rollout.key: importance_weights(
-            statistics.logprobs, torch.tensor(row.rollout.engine_logprobs), config.algorithm
+            statistics.logprobs, torch.tensor(row.rollout.engine_logprobs), mask, config.algorithm
         )
-        for row, statistics in zip(rows, old, strict=True)
+        for row, statistics, mask in zip(rows, old, masks, strict=True)
         if row.on_policy
     }
     return [

@@ -10,12 +10,12 @@ import os
 import sys
 import traceback
 
-FAILED, BAD_INPUT = 1, 2
+FAILED, BAD_INPUT, STOPPED = 1, 2, 75
 
 
 def main(argv: list[str]) -> int:
     """Run this rank; returns the exit code (see `policysplit train --help`)."""
-    from megatron_policysplit.stopping import StopSignal
+    from megatron_policysplit.stopping import StopRequested, StopSignal
 
     stop = StopSignal().install()
     import warnings
@@ -33,6 +33,8 @@ def main(argv: list[str]) -> int:
         from megatron_policysplit.trainer import Trainer
 
         return Trainer(load_config(argv[0], argv[1:]), stop).train()
+    except StopRequested:  # before the first weights were loaded: there is nothing to save
+        return STOPPED
     except TrainingError as error:
         _report(f"error: {error}")
         return FAILED

@@ -24,10 +24,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-WARM_UP_STEPS = 1000
+WARM_UP_STEPS = 700
 WARM_UP_BATCH = 128
 WARM_UP_RATE = 3e-3
-RIGHT_SHARE = 0.5  # of the warm-up's targets; the others miss the number by one to four
+RIGHT_SHARE = 0.65  # of the warm-up's targets; the others miss the number by one to four
 
 
 def make_tokenizer():

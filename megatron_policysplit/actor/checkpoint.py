@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,23 +17,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from megatron_policysplit.actor import cpu
+from megatron_policysplit.actor.checkpoint_files import check_model, complete, model_keys, path_of, read_trainer_json
 from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.actor.step import Actor
 from megatron_policysplit.errors import CheckpointError
 
-NAME = re.compile(r"step_(\d{6,})")
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-MODEL_KEYS = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "tie_word_embeddings",
-)
 
 
 @dataclass
@@ -43,7 +31,8 @@ class TrainerState:
 
     step: rollout batches trained. optimizer_steps: taken so far. stream: the data cursor after the last
     trained batch. bad_steps_in_a_row, bad_steps: skipped for a NaN or infinite loss or gradient.
-    best: best evaluation so far. date: the day the chat template is pinned to.
+    evaluated: step of the last evaluation; -1 before the first. best: best evaluation so far.
+    date: the day the chat template is pinned to.
     """
 
     step: int = 0
@@ -52,18 +41,9 @@ class TrainerState:
     stream: dict[str, int] = field(default_factory=dict)
     bad_steps_in_a_row: int = 0
     bad_steps: int = 0
+    evaluated: int = -1
     best: float = -1.0
     date: str = ""
-
-
-def path_of(directory: Path, step: int) -> Path:
-    return directory / f"step_{step:06d}"
-
-
-def complete(directory: Path) -> list[Path]:
-    """Complete checkpoints in `directory`, oldest first."""
-    found = [(int(match[1]), path) for path in directory.glob("step_*") if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
 
 
 def save(actor: Actor, state: TrainerState, directory: Path, keep: int) -> Path:
@@ -82,7 +62,7 @@ def save(actor: Actor, state: TrainerState, directory: Path, keep: int) -> Path:
     save_file(_rng_states(), partial / f"rng_rank{layout.rank:05d}.safetensors")
     dist.barrier(group=layout.world)
     if layout.rank == 0:
-        meta = {"state": asdict(state), "model": _model(actor.hf_config), "layout": _layout(layout)}
+        meta = {"state": asdict(state), "model": model_keys(actor.hf_config), "layout": _layout(layout)}
         (partial / "trainer.json").write_text(json.dumps(meta, indent=2))
         if final.exists():
             shutil.rmtree(final)
@@ -110,25 +90,6 @@ def load(actor: Actor, path: Path) -> TrainerState:
     if meta["layout"] == _layout(actor.layout):
         _restore_rng(load_file(path / f"rng_rank{actor.layout.rank:05d}.safetensors"))
     return state
-
-
-def read_trainer_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads((path / "trainer.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not a complete checkpoint ({error}); delete it to resume from an older one"
-        ) from error
-
-
-def check_model(saved: dict[str, Any], hf_config: dict[str, Any], path: Path) -> None:
-    """Raise CheckpointError naming the first key in which the checkpoint's model differs from `hf_config`'s."""
-    for key, value in _model(hf_config).items():
-        if saved.get(key) != value:
-            raise CheckpointError(
-                f"{path} was saved from another model: {key}={saved.get(key)} there but {value} in model.path; "
-                "use that model or another run.dir"
-            )
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -192,10 +153,6 @@ def _restore_rng(states) -> None:
     tracker = {name.removeprefix("tracker/"): s for name, s in states.items() if name.startswith("tracker/")}
     get_cuda_rng_tracker().set_states(tracker)
     cpu.restore_rng_states(states)
-
-
-def _model(hf_config: dict[str, Any]) -> dict[str, Any]:
-    return {key: hf_config.get(key) for key in MODEL_KEYS}
 
 
 def _layout(layout: Layout) -> dict[str, int]:

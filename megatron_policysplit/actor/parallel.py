@@ -77,6 +77,10 @@ class Layout:
         """The chief's `value` on every rank (a broadcast; collective over the world)."""
         return _broadcast(value, self.chief, self.world)
 
+    def meet(self) -> None:
+        """Wait for all ranks, however long one was busy writing (a barrier over the world)."""
+        dist.barrier(group=self.world)
+
     def largest(self, value: float) -> float:
         """The largest `value` of all ranks (one all-reduce over the world)."""
         box = torch.tensor(value, dtype=torch.float64)

@@ -247,7 +247,10 @@ def _sum_gradients(model, num_tokens=None, **kwargs):
 
 
 def _kl_pairs(rows: Sequence[Row], kl_tokens: str) -> dict[int, int]:
-    """Row index -> rollout number, for the rollouts whose exact KL between the modes is wanted."""
+    """Row index -> rollout number, for the rollouts whose exact KL between the modes is wanted.
+
+    `sample` takes one rollout per question and sampling mode.
+    """
     if kl_tokens == "none":
         return {}
     keys = {row.key: index for index, row in enumerate(rows)}
@@ -255,9 +258,9 @@ def _kl_pairs(rows: Sequence[Row], kl_tokens: str) -> dict[int, int]:
     seen: set[tuple] = set()
     for index, row in enumerate(rows):
         partner = keys.get(row.key.partner)
-        question = (row.key.batch, row.key.question)
-        if partner is None or row.mode is Mode.HIGH_ENTROPY or (kl_tokens == "sample" and question in seen):
+        sampled = (row.key.batch, row.key.question, row.key.sampling_mode)
+        if partner is None or row.mode is Mode.HIGH_ENTROPY or (kl_tokens == "sample" and sampled in seen):
             continue
-        seen.add(question)
+        seen.add(sampled)
         pairs[index] = pairs[partner] = index
     return pairs

@@ -47,7 +47,8 @@ class RewardPool:
         self._function = function
         self._workers = workers
         self._timeout = timeout_seconds
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # held while grading
+        self._interrupted: Future = Future()  # done as soon as `close` is called
         self._pool = None
 
     def __enter__(self) -> "RewardPool":
@@ -60,7 +61,7 @@ class RewardPool:
         """Grade (response, question) pairs; the result has their order.
 
         A reward that raises, exceeds the time limit, kills its process or returns anything but a finite number
-        is graded 0 with the reason in `error`. Raises TrainingError if workers cannot be kept alive.
+        is graded 0 with the reason in `error`. Raises TrainingError if workers cannot be kept alive, or on `close`.
         """
         with self._lock:
             results: list[Graded | None] = [None] * len(items)
@@ -80,9 +81,11 @@ class RewardPool:
             return results
 
     def close(self) -> None:
-        """End all workers; a later `grade` starts new ones."""
+        """End all workers at once; a `grade` that runs in another thread raises. A later one starts new workers."""
+        self._interrupted.set_result(None)
         with self._lock:
             self._stop()
+            self._interrupted = Future()
 
     def _grade_some(self, items, todo: list[int], results: list[Graded | None], deaths: set[int]) -> bool:
         """Fill in the results of `todo`; False if the pool broke on the way.
@@ -98,7 +101,10 @@ class RewardPool:
             return False
         broken = False
         while pending and not broken:
-            done, _ = wait(pending, timeout=self._timeout + _STALL_SECONDS, return_when=FIRST_COMPLETED)
+            waited_for = [*pending, self._interrupted]
+            done, _ = wait(waited_for, timeout=self._timeout + _STALL_SECONDS, return_when=FIRST_COMPLETED)
+            if self._interrupted in done:
+                raise TrainingError("the reward pool was closed while it graded")
             broken = not done
             for future in done:
                 index = pending.pop(future)

@@ -71,6 +71,7 @@ class Driver:
             store = dist.distributed_c10d._get_default_store() if self.layout.data > 1 else None
             queue = QuestionQueue(store, f"policysplit/lots/{purpose}/{batch}/{self._calls}", len(lots))
             work = self._lead(queue, lots, {question.id: question for question in questions}, phases)
+        self.layout.meet()  # the control group's short time-out begins when the last rank is here
         rollouts = self.control.attend(work) or []
         everywhere = self.layout.gather_leaders(rollouts)
         return sorted((r for part in everywhere for r in part), key=lambda rollout: rollout.key)

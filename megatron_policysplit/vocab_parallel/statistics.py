@@ -2,7 +2,8 @@
 
 Each rank reduces its shard of the logits to a few floats per token. One all-gather of those floats,
 merged in rank order, gives every rank the same bits. Padded vocabulary columns are left out before
-anything is reduced, and the sampling temperature divides the logits first.
+anything is reduced. The sampling temperature divides logits of which the maximum has been subtracted,
+so a common shift of a token's logits costs no digits.
 """
 
 from __future__ import annotations
@@ -46,28 +47,31 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, temperature, shard):
-        scaled = _scaled(logits, temperature, shard)
-        highest, total, moment = _reduce(scaled)
+        z, temperature = _true_columns(logits, shard), temperature.to(_dtype(logits))
+        highest, shifted = _shift(z, temperature)
+        e = shifted.exp()
         local = targets - shard.start
         owned = (local >= 0) & (local < shard.columns)
-        at_target = scaled.new_zeros(len(scaled))
+        at_target = z.new_zeros(len(z))
         if shard.columns:
-            picked = scaled.gather(1, local.clamp(0, shard.columns - 1)[:, None])[:, 0]
+            picked = z.gather(1, local.clamp(0, shard.columns - 1)[:, None])[:, 0]
             at_target = picked.where(owned, 0.0)
 
-        gathered = _all_gather(torch.stack([highest, total, moment, at_target]), shard.group)
-        log_total, shift, mean_shifted = _merge(gathered[:, 0], gathered[:, 1], gathered[:, 2])
-        logprobs = (gathered[:, 3].sum(0) - shift) - log_total
+        gathered = _all_gather(torch.stack([highest, e.sum(1), (e * shifted).sum(1), at_target]), shard.group)
+        highest, total, moment = gathered[:, 0], gathered[:, 1], gathered[:, 2]
+        top, step = _steps(highest, temperature)
+        log_total, mean_shifted = _merge(total, moment, step, step)
+        logprobs = (gathered[:, 3].sum(0) - top) / temperature - log_total
         entropy = log_total - mean_shifted
         ctx.shard = shard
-        ctx.save_for_backward(logits, temperature, local, owned, shift, log_total, entropy)
+        ctx.save_for_backward(logits, temperature, local, owned, top, log_total, entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
-        logits, temperature, local, owned, shift, log_total, entropy = ctx.saved_tensors
+        logits, temperature, local, owned, top, log_total, entropy = ctx.saved_tensors
         columns = ctx.shard.columns
-        log_p = _scaled(logits, temperature, ctx.shard) - shift[:, None] - log_total[:, None]
+        log_p = (_true_columns(logits, ctx.shard) - top[:, None]) / temperature[:, None] - log_total[:, None]
         p = log_p.exp()
         grad = -p * grad_logprobs[:, None] - p * (log_p + entropy[:, None]) * grad_entropy[:, None]
         if columns:
@@ -84,34 +88,36 @@ def kl_divergence(
     """Exact KL(a || b) and KL(b || a) over the whole vocabulary, nats, per token: ([T], [T]).
 
     logits_* [T, padded columns] of this rank's shard; temperature_* [T]. One all-gather of 6 floats per
-    token and rank. With d = z_a - z_b, KL(a || b) = E_a[d] - (lse_a - lse_b), so equal logits give exactly 0.
+    token and rank. With z shifted to a maximum of 0 in each policy and d = z_a - z_b, KL(a || b) = E_a[d] -
+    (lse_a - lse_b), so equal logits give exactly 0.
     """
-    a, b = _scaled(logits_a, temperature_a, shard), _scaled(logits_b, temperature_b, shard)
-    difference = a - b
-    highest_a, total_a, cross_a = _reduce(a, difference)
-    highest_b, total_b, cross_b = _reduce(b, -difference)
-    local = torch.stack([highest_a, total_a, cross_a, highest_b, total_b, cross_b])
+    dtype = _dtype(logits_a)
+    temperature_a, temperature_b = temperature_a.to(dtype), temperature_b.to(dtype)
+    highest_a, a = _shift(_true_columns(logits_a, shard), temperature_a)
+    highest_b, b = _shift(_true_columns(logits_b, shard), temperature_b)
+    e_a, e_b, d = a.exp(), b.exp(), a - b
+    local = torch.stack([highest_a, e_a.sum(1), (e_a * d).sum(1), highest_b, e_b.sum(1), (e_b * -d).sum(1)])
     gathered = _all_gather(local, shard.group).double()
-    log_a, shift_a, mean_a = _merge(gathered[:, 0], gathered[:, 1], gathered[:, 2], shifted=False)
-    log_b, shift_b, mean_b = _merge(gathered[:, 3], gathered[:, 4], gathered[:, 5], shifted=False)
-    gap = (log_a + shift_a) - (log_b + shift_b)
-    return (mean_a - gap).to(a.dtype), (mean_b + gap).to(a.dtype)
+    _, step_a = _steps(gathered[:, 0], temperature_a.double())
+    _, step_b = _steps(gathered[:, 3], temperature_b.double())
+    log_a, mean_a = _merge(gathered[:, 1], gathered[:, 2], step_a, step_a - step_b)
+    log_b, mean_b = _merge(gathered[:, 4], gathered[:, 5], step_b, step_b - step_a)
+    gap = log_a - log_b
+    return (mean_a - gap).to(dtype), (mean_b + gap).to(dtype)
 
 
-def _scaled(logits: Tensor, temperature: Tensor, shard: VocabularyShard) -> Tensor:
-    dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
-    return logits[:, : shard.columns].to(dtype) / temperature[:, None].to(dtype)
+def _dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _reduce(z: Tensor, weighted: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """max z, sum e, and sum e * weighted with e = exp(z - max); weighted defaults to z - max. [T, v] -> 3 x [T]."""
-    if z.shape[1] == 0:
-        zero = z.new_zeros(len(z))
-        return zero - torch.inf, zero, zero
-    highest = z.max(1).values
-    shifted = z - highest[:, None]
-    e = shifted.exp()
-    return highest, e.sum(1), (e * (shifted if weighted is None else weighted)).sum(1)
+def _true_columns(logits: Tensor, shard: VocabularyShard) -> Tensor:
+    return logits[:, : shard.columns].to(_dtype(logits))
+
+
+def _shift(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum of each row and (z - maximum) / temperature: [T], [T, v]. Minus infinity if the shard is empty."""
+    highest = z.max(1).values if z.shape[1] else z.new_full((len(z),), -torch.inf)
+    return highest, (z - highest[:, None]) / temperature[:, None]
 
 
 def _all_gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -123,14 +129,23 @@ def _all_gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return torch.stack(pieces)
 
 
-def _merge(highest: Tensor, total: Tensor, moment: Tensor, shifted: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Shards' [ranks, T] to (log sum e, max, E[weighted]) of the whole row, each [T].
+def _steps(highest: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """From the shards' maxima [ranks, T]: the row's, [T], and how far each lies below it, [ranks, T] (<= 0).
 
-    `shifted`: the moment was taken of z - (its shard's max), so it moves with the max.
+    An empty shard is no step below; its sums are 0 anyway.
     """
     top = highest.max(0).values
-    step = (highest - top).where(total > 0, 0.0)
-    scale = step.exp() * (total > 0)
+    step = (highest - top) / temperature
+    return top, step.where(highest != -torch.inf, 0.0)
+
+
+def _merge(total: Tensor, moment: Tensor, step: Tensor, moment_step: Tensor) -> tuple[Tensor, Tensor]:
+    """Shards' [ranks, T] to (log sum e, E[x]) over the whole row, [T] each.
+
+    total: a shard's sum e with e = exp of logits shifted by its own maximum; moment: its sum e * x with x
+    shifted likewise. step, moment_step: what the shifted logits and x gain when the shift is the row's.
+    """
+    scale = step.exp()
     total_all = (scale * total).sum(0)
-    moment_all = (scale * (moment + step * total if shifted else moment)).sum(0)
-    return total_all.log(), top, moment_all / total_all
+    moment_all = (scale * (moment + moment_step * total)).sum(0)
+    return total_all.log(), moment_all / total_all

@@ -1,0 +1,142 @@
+"""The quickstart over several seeds, with the ablations that give its claim a meaning.
+
+    python -m examples.quickstart.study [--out runs/quickstart_study] [--seeds 5]
+
+For every seed, from the same warmed-up model: GRPO, Policy Split, and Policy Split at eta 0 (the second
+prompt and the sharing alone). Every final model answers every question in 8 batches of 8 samples. GRPO is also
+sampled at the temperature at which its normal mode is as surprising as Policy Split's high-entropy mode: what
+turning a knob at test time gives. Writes study.json and prints a Markdown table. A finished seed is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+from examples.quickstart.make_model import HIGH_ENTROPY_PROMPT
+from examples.quickstart.run import prepare, train
+
+RUNS = {
+    "grpo": ["algorithm.name=grpo"],
+    "policy_split": ["algorithm.name=policy_split"],
+    "eta_0": ["algorithm.name=policy_split", "algorithm.eta=0"],
+}
+SAMPLES, REPEATS, MAX_TOKENS = 8, 8, 8
+
+
+def answer(model: Path, questions: Path, temperature: float, modes) -> dict[str, dict[str, float]]:
+    """Mode -> accuracy, unique right answers of 8, best of 8, mean surprisal, over REPEATS batches of samples."""
+    from examples.quickstart.sums import reward
+    from megatron_policysplit.config import ModesConfig
+    from megatron_policysplit.data import load_questions
+    from megatron_policysplit.offline import Responder, score
+    from megatron_policysplit.rewards import Graded
+    from megatron_policysplit.rollout.engine import Sampling
+
+    asked = load_questions(str(questions))
+    by_id = {question.id: question for question in asked}
+    responder = Responder(str(model), ModesConfig(high_entropy_prompt=HIGH_ENTROPY_PROMPT), max_batch_samples=512)
+    sampling = Sampling(temperature, 1.0, -1, MAX_TOKENS)
+    batches = []
+    for seed in range(REPEATS):
+        responses = responder.respond(asked, modes, SAMPLES, sampling, seed)
+        batches.append(score(responses, [Graded(reward(r.text, by_id[r.question])) for r in responses]))
+    names = ("accuracy", "unique_correct", "best_of_k", "mean_surprisal_nats")
+    return {
+        mode: {name: statistics.fmean(getattr(batch[mode], name) for batch in batches) for name in names}
+        for mode in batches[0]
+    }
+
+
+def matched_temperature(model: Path, questions: Path, surprisal: float) -> float:
+    """Temperature at which the normal mode's mean surprisal is `surprisal` nats per token (bisection, 0.2 to 8)."""
+    from megatron_policysplit.rows import Mode
+
+    low, high = 0.2, 8.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        found = answer(model, questions, middle, [Mode.NORMAL])["normal"]["mean_surprisal_nats"]
+        low, high = (middle, high) if found < surprisal else (low, middle)
+    return (low + high) / 2
+
+
+def run_seed(out: Path, seed: int, overrides: list[str]) -> dict:
+    """All runs of one seed, and what their final models do."""
+    from megatron_policysplit.report import endpoints, read_metrics
+    from megatron_policysplit.rows import MODES, Mode
+
+    for name in ("model", *RUNS):  # of an interrupted study
+        shutil.rmtree(out / name, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    prepare(out, seed, {})
+    questions, result = out / "questions.jsonl", {}
+    for name, settings in RUNS.items():
+        run = train(out, name, [*settings, f"run.seed={seed}", "log.rollouts=false", *overrides])
+        last = {mode: ends["last"] for mode, ends in endpoints(read_metrics(run)[1]).items()}
+        result[name] = answer(run / "hf", questions, 1.0, MODES)
+        for mode, scores in result[name].items():
+            scores |= {"entropy_nats": last[mode]["entropy_nats"], "kl_nats": last[mode]["kl_nats"]}
+    target = result["policy_split"]["high_entropy"]["mean_surprisal_nats"]
+    temperature = matched_temperature(out / "grpo" / "hf", questions, target)
+    matched = answer(out / "grpo" / "hf", questions, temperature, [Mode.NORMAL])
+    result["grpo_matched"] = matched | {"temperature": temperature}
+    return result
+
+
+def ratios(seed: dict) -> dict[str, float]:
+    """What the study asks of a seed."""
+    grpo, split = seed["grpo"]["normal"], seed["policy_split"]
+    return {
+        "unique, high-entropy / GRPO": split["high_entropy"]["unique_correct"] / grpo["unique_correct"],
+        "unique, high-entropy / GRPO at matched entropy": split["high_entropy"]["unique_correct"]
+        / seed["grpo_matched"]["normal"]["unique_correct"],
+        "KL(high-entropy || normal) / that at eta 0": split["high_entropy"]["kl_nats"]
+        / seed["eta_0"]["high_entropy"]["kl_nats"],
+        "accuracy, normal / GRPO": split["normal"]["accuracy"] / grpo["accuracy"],
+    }
+
+
+def markdown(seeds: dict[str, dict]) -> str:
+    """Every seed, mean and standard deviation, as Markdown tables."""
+    columns = [*seeds, "mean", "std"]
+    lines = ["| | " + " | ".join(f"seed {c}" if c.isdigit() else c for c in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+
+    def row(title: str, values: list[float]) -> None:
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        cells = [f"{value:.3g}" for value in (*values, statistics.fmean(values), spread)]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+
+    for run in (*RUNS, "grpo_matched"):
+        for mode in ("normal", "high_entropy"):
+            if mode not in next(iter(seeds.values()))[run]:
+                continue
+            for name in next(iter(seeds.values()))[run][mode]:
+                row(f"{run}, {mode}: {name}", [seed[run][mode][name] for seed in seeds.values()])
+    row("grpo_matched: temperature", [seed["grpo_matched"]["temperature"] for seed in seeds.values()])
+    for name in ratios(next(iter(seeds.values()))):
+        row(f"**{name}**", [ratios(seed)[name] for seed in seeds.values()])
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart_study"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("overrides", nargs="*", help="key=value for all runs")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    file = arguments.out / "study.json"
+    seeds = json.loads(file.read_text()) if file.exists() else {}
+    for seed in range(arguments.seeds):
+        if str(seed) not in seeds:
+            seeds[str(seed)] = run_seed(arguments.out / f"seed_{seed}", seed, arguments.overrides)
+            file.write_text(json.dumps(seeds, indent=2) + "\n")
+    print(markdown(seeds))
+
+
+if __name__ == "__main__":
+    main()

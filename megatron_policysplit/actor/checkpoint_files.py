@@ -1,0 +1,57 @@
+"""What a checkpoint directory says without reading a weight; imports no torch, so that preflight can ask."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_policysplit.errors import CheckpointError
+
+NAME = re.compile(r"step_(\d{6,})")
+MODEL_KEYS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+
+
+def path_of(directory: Path, step: int) -> Path:
+    return directory / f"step_{step:06d}"
+
+
+def complete(directory: Path) -> list[Path]:
+    """Complete checkpoints in `directory`, oldest first."""
+    found = [(int(match[1]), path) for path in directory.glob("step_*") if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def read_trainer_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "trainer.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a complete checkpoint ({error}); delete it to resume from an older one"
+        ) from error
+
+
+def check_model(saved: dict[str, Any], hf_config: dict[str, Any], path: Path) -> None:
+    """Raise CheckpointError naming the first key in which the checkpoint's model differs from `hf_config`'s."""
+    for key, value in model_keys(hf_config).items():
+        if saved.get(key) != value:
+            raise CheckpointError(
+                f"{path} was saved from another model: {key}={saved.get(key)} there but {value} in model.path; "
+                "use that model or another run.dir"
+            )
+
+
+def model_keys(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """The entries of config.json that a checkpoint's model must share with model.path."""
+    return {key: hf_config.get(key) for key in MODEL_KEYS}

@@ -1,0 +1,403 @@
+"""The actor's whole step in real process groups: the same at every layout, and the same as plain torch.
+
+Each layout runs all cases in one set of processes. The reference (`tests/reference/plain_step.py`) runs in
+fp64, one row at a time.
+"""
+
+import copy
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_policysplit.actor.plan import make_plan
+from megatron_policysplit.training_signals import live_rows, train_signals
+from tests.reference import plain_step
+from tests.support.dist import run_distributed
+from tests.support.hf_models import make_model
+from tests.support.training_cases import SEED, VOCAB, Case
+
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2)]  # TP, PP, DP
+HIGH_ENTROPY_T, NORMAL_T = "rollout.high_entropy.temperature", "rollout.normal.temperature"
+CASES = [
+    Case("grpo", settings={"algorithm.name": "grpo"}),
+    Case(
+        "paper_two_steps",
+        settings={
+            "algorithm.eta": 0.5,
+            "algorithm.loss_aggregation": "sequence_mean_token_mean",
+            "train.optimizer_steps_per_batch": 2,
+            "train.clip_grad": 0.05,
+            HIGH_ENTROPY_T: 1.0,
+            NORMAL_T: 0.6,
+        },
+    ),
+    Case(
+        "code_untied",
+        model="llama",
+        settings={
+            "algorithm.variant": "authors_code",
+            "algorithm.eta": 0.3,
+            "algorithm.eta_normal": -0.1,
+            "algorithm.loss_aggregation": "sequence_mean_token_sum_norm",
+            "algorithm.importance_cap": 2.0,
+            "train.optimizer_steps_per_batch": 2,
+        },
+    ),
+    Case(
+        "kl_and_entropy",
+        batches=2,
+        settings={
+            "algorithm.kl_coef": 0.3,
+            "algorithm.entropy_coef": 0.02,
+            "algorithm.dual_clip": 1.1,
+            "algorithm.importance_cap": 1.5,
+            "algorithm.importance_level": "sequence",
+            "algorithm.entropy_estimate": "entropy",
+            "algorithm.clip_high": 0.05,
+            "train.optimizer_steps_per_batch": 2,
+        },
+    ),
+    Case("one_live", rollouts="one_live", settings={"algorithm.eta": 0.5, "log.kl_tokens": "none"}),
+    Case("none_live", rollouts="none_live", batches=2, settings={"algorithm.name": "grpo"}),
+    Case(
+        "distributed_optimizer",
+        batches=2,
+        settings={"algorithm.eta": 0.5, "train.distributed_optimizer": True, "log.kl_tokens": "sample"},
+    ),
+]
+BY_NAME = {case.name: case for case in CASES}
+FAMILIES = {"qwen3": True, "llama": False}  # family: tied head
+RELATIVE = 1e-4
+
+
+@dataclass
+class Outcome:
+    """What one run gave. Per batch: the mean loss and gradient norm of its optimizer steps; per row, in row
+    order, log-probs, entropies, KL (or None) and advantages (leaders only); the plan (leaders only)."""
+
+    loss: list
+    grad_norm: list
+    bad_steps: list
+    first_ratio_off_one: list
+    statistics: list
+    advantages: list
+    plans: list
+    weights: dict
+    steps_taken: int
+
+
+# --- the actor, in every process ---------------------------------------------------------------------
+
+
+def run_cases(rank, shape, paths):
+    from megatron_policysplit.actor.parallel import initialize
+    from megatron_policysplit.config import ParallelConfig
+
+    tensor, pipeline, data = shape
+    layout = initialize(ParallelConfig(tensor=tensor, pipeline=pipeline, data=data), seed=1, timeout_seconds=60)
+    outcomes = {case.name: run_case(case, paths[case.model], layout) for case in CASES}
+    outcomes["nan"] = run_case(BY_NAME["grpo"], paths["qwen3"], layout, poison=True)
+    return outcomes
+
+
+def run_case(case, path, layout, poison=False):
+    """With `poison`, each update is tried first with one NaN advantage; `bad_steps` is then what that gave."""
+    from checkpoints_conv import read_hf_config
+    from megatron_policysplit.actor.step import Actor
+
+    config = case.config(path)
+    actor = Actor(config, read_hf_config(path), layout)
+    outcome = Outcome([], [], [], [], [], [], [], {}, 0)
+    for batch in range(case.batches):
+        rows = case.rows(batch) if layout.is_leader else []
+        live = live_rows(rows, case.method, config)
+        placed = actor.place(rows, live, seed=SEED + batch)
+        old = actor.score(placed)
+        reference = actor.score_reference(placed) if config.algorithm.kl_coef > 0 else None
+        signals = train_signals(rows, old, case.method, config, reference)
+        if poison:
+            outcome.bad_steps.append(poisoned_update(actor, placed, signals, live))
+        update = actor.update(placed, signals)
+        outcome.loss.append(update.loss)
+        outcome.grad_norm.append(update.grad_norm)
+        outcome.first_ratio_off_one.append(update.first_ratio_off_one)
+        if not poison:
+            outcome.bad_steps.append(update.bad_steps)
+        outcome.statistics.append([(as_numpy(s.logprobs), as_numpy(s.entropy), as_numpy(s.kl)) for s in old])
+        outcome.advantages.append([as_numpy(signal.advantages) for signal in signals])
+        outcome.plans.append(placed.plan)
+    outcome.weights = exported(actor)
+    outcome.steps_taken = actor.optimizer.steps_taken
+    return outcome
+
+
+def poisoned_update(actor, placed, signals, live):
+    """Number of bad steps of an update in which one token of one row has a NaN advantage."""
+    before = exported(actor)
+    poisoned = copy.deepcopy(signals)
+    if poisoned:
+        poisoned[live.index(True)].advantages[0] = float("nan")
+    update = actor.update(placed, poisoned)
+    after = exported(actor)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert actor.optimizer.steps_taken == 0
+    return update.bad_steps
+
+
+def exported(actor):
+    from megatron_policysplit.actor.weights import export_weights
+
+    return {name: as_numpy(tensor) for name, tensor in export_weights(actor.model, actor.hf_config, "every_rank")}
+
+
+def as_numpy(tensor):
+    return None if tensor is None else tensor.detach().numpy().copy()
+
+
+# --- the reference, in this process ------------------------------------------------------------------
+
+
+def hf_model(path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager").eval()
+
+
+def run_reference(case, path):
+    config = case.config(path)
+    model, initial = hf_model(path), hf_model(path)
+    temperatures = plain_temperatures(config)
+    optimizer = plain_step.make_optimizer(model, config.train)
+    outcome = Outcome([], [], [], [], [], [], [], {}, 0)
+    for batch in range(case.batches):
+        rows = case.rows(batch)
+        scored = plain_step.score(model, rows, temperatures)
+        shaped = plain_step.advantages(rows, scored, config.algorithm)
+        paired = len(case.method.training_modes) == 2
+        outcome.statistics.append(
+            [
+                (
+                    as_numpy(scored[row.key].logprobs),
+                    as_numpy(scored[row.key].entropy),
+                    as_numpy(plain_step.mode_kl(scored, row.key)) if paired else None,
+                )
+                for row in rows
+            ]
+        )
+        outcome.advantages.append([as_numpy(shaped[row.key]) for row in rows])
+        steps = partition(case, config, rows, batch)
+        results = plain_step.train_batch(
+            model,
+            optimizer,
+            rows,
+            [[rows[index].key for index in step] for step in steps],
+            config.algorithm,
+            config.train,
+            config.rollout.max_response_tokens,
+            temperatures,
+            reference_model=initial,
+        )
+        outcome.loss.append(sum(result.loss for result in results) / len(results))
+        outcome.grad_norm.append(sum(result.grad_norm for result in results) / len(results))
+    tied = FAMILIES[case.model]
+    outcome.weights = {
+        name: as_numpy(tensor) for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")
+    }
+    return outcome
+
+
+def partition(case, config, rows, batch):
+    """Row indices of each optimizer step, which no layout may change: those of a plan for one replica."""
+    return make_plan(
+        rows,
+        live_rows(rows, case.method, config),
+        replicas=1,
+        optimizer_steps=config.train.optimizer_steps_per_batch,
+        max_tokens=10**6,
+        seed=SEED + batch,
+    ).steps
+
+
+def plain_temperatures(config):
+    from megatron_policysplit.rows import Mode
+
+    rollout = config.rollout
+    return {Mode.NORMAL: rollout.normal.temperature, Mode.HIGH_ENTROPY: rollout.high_entropy.temperature}
+
+
+# --- fixtures ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny tensors: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {
+        family: str(make_model(root / family, family, tied=tied, vocab=VOCAB, num_hidden_layers=2))
+        for family, tied in FAMILIES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def initial(paths):
+    return {
+        family: {name: as_numpy(w) for name, w in hf_model(path).state_dict().items()} for family, path in paths.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(paths):
+    return functools.cache(lambda name: run_reference(BY_NAME[name], paths[BY_NAME[name].model]))
+
+
+@pytest.fixture(scope="module")
+def outcomes(paths):
+    """layout -> every rank's outcomes by case."""
+    return functools.cache(
+        lambda shape: run_distributed(run_cases, int(np.prod(shape)), shape, paths, timeout_seconds=240)
+    )
+
+
+def leaders(outcomes, shape, name):
+    """Outcomes of the ranks that hold the whole batch: one a replica."""
+    found = [results[name] for results in outcomes(shape) if results[name].plans[0] is not None]
+    assert len(found) == shape[2]
+    return found
+
+
+# --- tests -------------------------------------------------------------------------------------------
+
+every_layout = pytest.mark.parametrize("shape", LAYOUTS, ids=lambda shape: "tp{}-pp{}-dp{}".format(*shape))
+every_case = pytest.mark.parametrize("name", BY_NAME)
+
+
+@every_layout
+@every_case
+def test_statistics_equal_transformers(outcomes, reference, shape, name):
+    config = BY_NAME[name].config("")
+    for outcome in leaders(outcomes, shape, name):
+        # Later batches are scored with trained weights, and inherit their tolerance.
+        assert_statistics(outcome.statistics[0], reference(name).statistics[0], config, 1e-5)
+        assert_statistics(outcome.statistics[-1], reference(name).statistics[-1], config, 1e-3)
+
+
+def assert_statistics(found, expected, config, tolerance):
+    assert len(found) == len(expected)
+    with_kl = sum(kl is not None for _, _, kl in found)
+    wanted = {"all": len(found), "sample": 2 * 3, "none": 0}[config.log.kl_tokens]
+    assert with_kl == (wanted if config.algorithm.name == "policy_split" else 0)
+    for (logprobs, entropy, kl), (plain_logprobs, plain_entropy, plain_kl) in zip(found, expected, strict=True):
+        np.testing.assert_allclose(logprobs, plain_logprobs, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(entropy, plain_entropy, rtol=0, atol=tolerance)
+        if kl is not None:
+            np.testing.assert_allclose(kl, plain_kl, rtol=0, atol=tolerance)
+
+
+@every_layout
+@every_case
+def test_advantages_equal_plain_torch(outcomes, reference, shape, name):
+    """Advantages of groups whose rows were scored on another stage or on two replicas, too; 0 where masked."""
+    rows = BY_NAME[name].rows(0)
+    for outcome in leaders(outcomes, shape, name):
+        for row, found, expected in zip(rows, outcome.advantages[0], reference(name).advantages[0], strict=True):
+            mask = np.array(row.rollout.loss_mask, dtype=bool)
+            np.testing.assert_allclose(found[mask], expected[mask], rtol=1e-4, atol=1e-5)
+            assert (found[~mask] == 0).all()
+
+
+@every_layout
+@every_case
+def test_loss_and_gradient_norm_equal_plain_torch(outcomes, reference, shape, name):
+    for results in outcomes(shape):
+        np.testing.assert_allclose(results[name].loss, reference(name).loss, rtol=RELATIVE, atol=1e-6)
+        np.testing.assert_allclose(results[name].grad_norm, reference(name).grad_norm, rtol=RELATIVE, atol=1e-7)
+        assert results[name].bad_steps == [0] * BY_NAME[name].batches
+
+
+@every_layout
+@every_case
+def test_new_weights_equal_plain_torch(outcomes, reference, initial, shape, name):
+    for results in outcomes(shape):
+        assert_same_training(results[name].weights, reference(name).weights, initial[BY_NAME[name].model])
+
+
+def assert_same_training(found, expected, start):
+    """Weights to 1e-4 relative, and of each tensor the *change* to 1e-3, which a wrong gradient cannot pass."""
+    assert list(found) == list(expected)
+    for name, weights in found.items():
+        np.testing.assert_allclose(weights, expected[name], rtol=RELATIVE, atol=1e-5, err_msg=name)
+        moved, error = expected[name] - start[name], weights - expected[name]
+        # The weights are fp32: each carries a rounding of 6e-8 of itself.
+        assert np.linalg.norm(error) <= 1e-3 * np.linalg.norm(moved) + 1e-7 * np.linalg.norm(start[name]), name
+
+
+@every_layout
+@every_case
+def test_every_layout_trains_alike(outcomes, initial, shape, name):
+    alone = outcomes((1, 1, 1))[0][name]
+    for results in outcomes(shape):
+        np.testing.assert_allclose(results[name].loss, alone.loss, rtol=RELATIVE, atol=1e-6)
+        np.testing.assert_allclose(results[name].grad_norm, alone.grad_norm, rtol=RELATIVE, atol=1e-7)
+        assert_same_training(results[name].weights, alone.weights, initial[BY_NAME[name].model])
+    for outcome in leaders(outcomes, shape, name):
+        for found, expected in zip(outcome.advantages[0], alone.advantages[0], strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@every_layout
+@every_case
+def test_first_ratio_is_exactly_one(outcomes, shape, name):
+    """Bit for bit, at the first optimizer step of every batch: scored and trained by the same computation."""
+    for results in outcomes(shape):
+        assert results[name].first_ratio_off_one == [0.0] * BY_NAME[name].batches
+
+
+@every_layout
+def test_nan_step_is_skipped_everywhere(outcomes, reference, initial, shape):
+    """A NaN in one row of one replica: no rank's weights move, and the next step is as if it had not been."""
+    for results in outcomes(shape):
+        assert results["nan"].bad_steps == [1]
+        assert results["nan"].steps_taken == 1
+        assert_same_training(results["nan"].weights, reference("grpo").weights, initial["qwen3"])
+
+
+@every_layout
+def test_optimizer_steps_are_the_same_everywhere(outcomes, shape):
+    for name, case in BY_NAME.items():
+        config = case.config("")
+        for outcome in leaders(outcomes, shape, name):
+            for batch, plan in enumerate(outcome.plans):
+                assert plan.steps == partition(case, config, case.rows(batch), batch)
+
+
+def test_cases_cover_what_they_should(outcomes, reference):
+    """Two replicas have unequal work, one of them none, groups are spread over both, and clipping happens."""
+    plans = {name: leaders(outcomes, (1, 1, 2), name)[0].plans for name in BY_NAME}
+    counts = {name: [[len(share.train) for share in step] for step in plans[name][0].shares] for name in plans}
+    assert any(len(set(step)) == 2 and min(step) > 0 for steps in counts.values() for step in steps)
+    assert sorted(counts["one_live"][0])[0] == 0 < sorted(counts["one_live"][0])[1]
+    assert counts["none_live"] == [[0, 0]]
+    rows = BY_NAME["paper_two_steps"].rows(0)
+    replicas_of = {}
+    for step in plans["paper_two_steps"][0].shares:
+        for replica, part in enumerate(step):
+            for index in sum(part.train + part.score_only, []):
+                replicas_of.setdefault(rows[index].key.group, set()).add(replica)
+    assert {0, 1} in replicas_of.values()
+    assert reference("paper_two_steps").grad_norm[0] > BY_NAME["paper_two_steps"].settings["train.clip_grad"]
+    assert {case.config("").algorithm.loss_aggregation for case in CASES} == {
+        "token_mean",
+        "sequence_mean_token_mean",
+        "sequence_mean_token_sum_norm",
+    }

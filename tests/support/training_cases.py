@@ -1,0 +1,107 @@
+"""Fabricated rollout batches and configurations for tests of a whole training step, and how the actor runs them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_policysplit.advantages import METHODS, Method
+from megatron_policysplit.config import Config
+from megatron_policysplit.rows import Mode, Rollout, Row, share
+
+VOCAB = 67  # odd, so that tensor parallelism pads it
+MAX_RESPONSE_TOKENS = 12
+SEED = 17
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of `batches` rollout batches from a fresh actor.
+
+    rollouts: "mixed" (unequal lengths, one question answered all alike, a few masked tokens), "one_live" (a
+    single rollout can change the weights) or "none_live". settings: dotted configuration keys.
+    """
+
+    name: str
+    model: str = "qwen3"
+    rollouts: str = "mixed"
+    batches: int = 1
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.config("").algorithm.name]
+
+    def config(self, model_path: str) -> Config:
+        config = Config()
+        config.model.path, config.model.dtype = model_path, "float32"
+        config.rollout.max_response_tokens = MAX_RESPONSE_TOKENS
+        # Adam's first step is the sign of the gradient down to adam_eps; below it stands rounding noise.
+        defaults = {
+            "train.learning_rate": 1e-2,
+            "train.adam_eps": 1e-4,
+            "train.weight_decay": 0.1,
+            "train.max_tokens_per_micro_batch": 70,
+        }
+        for name, value in (defaults | self.settings).items():
+            section, key = name.rsplit(".", 1)
+            target = config
+            for part in section.split("."):
+                target = getattr(target, part)
+            if not hasattr(target, key):
+                raise KeyError(name)
+            setattr(target, key, value)
+        return config
+
+    def rows(self, batch: int) -> list[Row]:
+        """The batch's rows, the same in every process."""
+        draw = random.Random(f"{self.rollouts}-{batch}")
+        questions = {"mixed": mixed_questions, "one_live": one_live_rollout, "none_live": none_live}[self.rollouts](
+            draw
+        )
+        method, prompts, rollouts = self.method, {}, []
+        for question, answers in enumerate(questions):
+            normal = [draw.randrange(VOCAB) for _ in range(draw.randint(2, 5))]
+            prompts[question] = {Mode.NORMAL: normal, Mode.HIGH_ENTROPY: [3, 1, 4, 1, 5, *normal]}
+            per_mode = len(answers) // len(method.sampling_modes)
+            for index, (reward, length, masked) in enumerate(answers):
+                rollouts.append(
+                    Rollout(
+                        batch=batch,
+                        question=question,
+                        mode=method.sampling_modes[index // per_mode],
+                        sample=index % per_mode,
+                        tokens=[draw.randrange(VOCAB) for _ in range(length)],
+                        engine_logprobs=[-4.2 - draw.random() for _ in range(length)],
+                        finish_reason="stop",
+                        weight_versions=[(0, batch)],
+                        loss_mask=[0 if position in masked else 1 for position in range(length)],
+                        reward=reward,
+                    )
+                )
+        draw.shuffle(rollouts)  # an engine finishes in any order
+        return share(rollouts, prompts, method.training_modes)
+
+
+Answer = tuple[float, int, set[int]]  # reward, tokens, masked positions
+
+
+def mixed_questions(draw: random.Random) -> list[list[Answer]]:
+    def answers(rewards):
+        return [(reward, draw.randint(1, MAX_RESPONSE_TOKENS), set()) for reward in rewards]
+
+    questions = [answers([1.0, 0.0, 0.0, 1.0]), answers([0.1] * 4), answers([1.0, 0.25, 0.0, 0.0])]
+    # Masked: two tokens in the middle of one response, and a whole response.
+    questions[0][1] = (0.0, MAX_RESPONSE_TOKENS, {2, 3})
+    questions[2][3] = (0.0, 5, set(range(5)))
+    return questions
+
+
+def one_live_rollout(draw: random.Random) -> list[list[Answer]]:
+    """Of two questions; the only other rollout with an advantage is masked."""
+    return [[(1.0, 9, set()), (0.0, 4, set(range(4)))], [(1.0, 6, set()), (1.0, 3, set())]]
+
+
+def none_live(draw: random.Random) -> list[list[Answer]]:
+    return [[(1.0, draw.randint(1, 6), set()) for _ in range(2)] for _ in range(2)]
