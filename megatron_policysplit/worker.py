@@ -1,7 +1,7 @@
 """One rank of a training run: `python -m megatron_policysplit.worker CONFIG [key=value ...]`.
 
-Started by `policysplit train`, torchrun or srun. Imports stay inside `main`: checkpointing spawns helper
-processes that import this module again.
+Started by `policysplit train`, torchrun or srun. Imports stay inside `main`: reward workers are
+spawned processes that import this module again.
 """
 
 from __future__ import annotations

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+
+# Two ranks share the cores; more threads than cores would cost many times their worth.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CONFIG = Path(__file__).with_name("quickstart.yaml")
 RUNS = {"grpo": "GRPO", "policy_split": "Policy Split"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import queue
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -58,6 +59,7 @@ def save(actor: Actor, state: TrainerState, directory: Path, keep: int) -> Path:
             shutil.rmtree(left)
         partial.mkdir(parents=True)
     dist.barrier(group=layout.world)
+    _keep_results_in_process()
     dist_checkpointing.save(_sharded_state(actor, is_loading=False), str(partial), content_metadata=METADATA)
     save_file(_rng_states(), partial / f"rng_rank{layout.rank:05d}.safetensors")
     dist.barrier(group=layout.world)
@@ -132,6 +134,16 @@ def check_metadata(path: Path) -> None:
             _MetadataUnpickler(file).load()
     except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path} is not torch_dist metadata ({error}); delete the checkpoint") from error
+
+
+def _keep_results_in_process() -> None:
+    """Give Megatron's writer a plain queue for its results, which a synchronous save puts and gets in this process.
+
+    Left to itself it starts a manager process for that, which takes seconds and outlives a rank that is killed.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()
 
 
 def _sharded_state(actor: Actor, is_loading: bool) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class ConsoleSink(Sink):
         self._show(lambda: f"evaluation after step {step}{plain_line(self.evals, shown={})}")
 
     def message(self, text: str) -> None:
-        self.console.print(Text(text))
+        self.console.print(Text(text), soft_wrap=self.live is None)
 
     def close(self) -> None:
         if self.live is not None:

@@ -17,57 +17,9 @@ from megatron_policysplit.training_signals import live_rows, train_signals
 from tests.reference import plain_step
 from tests.support.dist import run_distributed
 from tests.support.hf_models import make_model
-from tests.support.training_cases import SEED, VOCAB, Case
+from tests.support.training_cases import CASES, SEED, VOCAB
 
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2)]  # TP, PP, DP
-HIGH_ENTROPY_T, NORMAL_T = "rollout.high_entropy.temperature", "rollout.normal.temperature"
-CASES = [
-    Case("grpo", settings={"algorithm.name": "grpo"}),
-    Case(
-        "paper_two_steps",
-        settings={
-            "algorithm.eta": 0.5,
-            "algorithm.loss_aggregation": "sequence_mean_token_mean",
-            "train.optimizer_steps_per_batch": 2,
-            "train.clip_grad": 0.05,
-            HIGH_ENTROPY_T: 1.0,
-            NORMAL_T: 0.6,
-        },
-    ),
-    Case(
-        "code_untied",
-        model="llama",
-        settings={
-            "algorithm.variant": "authors_code",
-            "algorithm.eta": 0.3,
-            "algorithm.eta_normal": -0.1,
-            "algorithm.loss_aggregation": "sequence_mean_token_sum_norm",
-            "algorithm.importance_cap": 2.0,
-            "train.optimizer_steps_per_batch": 2,
-        },
-    ),
-    Case(
-        "kl_and_entropy",
-        batches=2,
-        settings={
-            "algorithm.kl_coef": 0.3,
-            "algorithm.entropy_coef": 0.02,
-            "algorithm.dual_clip": 1.1,
-            "algorithm.importance_cap": 1.5,
-            "algorithm.importance_level": "sequence",
-            "algorithm.entropy_estimate": "entropy",
-            "algorithm.clip_high": 0.05,
-            "train.optimizer_steps_per_batch": 2,
-        },
-    ),
-    Case("one_live", rollouts="one_live", settings={"algorithm.eta": 0.5, "log.kl_tokens": "none"}),
-    Case("none_live", rollouts="none_live", batches=2, settings={"algorithm.name": "grpo"}),
-    Case(
-        "distributed_optimizer",
-        batches=2,
-        settings={"algorithm.eta": 0.5, "train.distributed_optimizer": True, "log.kl_tokens": "sample"},
-    ),
-]
 BY_NAME = {case.name: case for case in CASES}
 FAMILIES = {"qwen3": True, "llama": False}  # family: tied head
 RELATIVE = 1e-4
@@ -295,7 +247,8 @@ def test_statistics_equal_transformers(outcomes, reference, shape, name):
 def assert_statistics(found, expected, config, tolerance):
     assert len(found) == len(expected)
     with_kl = sum(kl is not None for _, _, kl in found)
-    wanted = {"all": len(found), "sample": 2 * 3, "none": 0}[config.log.kl_tokens]
+    # "sample": one rollout of each of the 3 questions and 2 sampling modes, in both its rows
+    wanted = {"all": len(found), "sample": 3 * 2 * 2, "none": 0}[config.log.kl_tokens]
     assert with_kl == (wanted if config.algorithm.name == "policy_split" else 0)
     for (logprobs, entropy, kl), (plain_logprobs, plain_entropy, plain_kl) in zip(found, expected, strict=True):
         np.testing.assert_allclose(logprobs, plain_logprobs, rtol=0, atol=tolerance)

@@ -21,7 +21,7 @@ def run_distributed(function: Callable, world_size: int, *args: Any, timeout_sec
     answers = context.Queue()
     port = free_port()
     processes = [
-        context.Process(target=_child, args=(function, rank, world_size, port, answers, args), daemon=True)
+        context.Process(target=_child, args=(function, rank, world_size, port, answers, args))
         for rank in range(world_size)
     ]
     try:

@@ -105,3 +105,53 @@ def one_live_rollout(draw: random.Random) -> list[list[Answer]]:
 
 def none_live(draw: random.Random) -> list[list[Answer]]:
     return [[(1.0, draw.randint(1, 6), set()) for _ in range(2)] for _ in range(2)]
+
+
+HIGH_ENTROPY_T, NORMAL_T = "rollout.high_entropy.temperature", "rollout.normal.temperature"
+CASES = [
+    Case("grpo", settings={"algorithm.name": "grpo"}),
+    Case(
+        "paper_two_steps",
+        settings={
+            "algorithm.eta": 0.5,
+            "algorithm.loss_aggregation": "sequence_mean_token_mean",
+            "train.optimizer_steps_per_batch": 2,
+            "train.clip_grad": 0.05,
+            HIGH_ENTROPY_T: 1.0,
+            NORMAL_T: 0.6,
+        },
+    ),
+    Case(
+        "code_untied",
+        model="llama",
+        settings={
+            "algorithm.variant": "authors_code",
+            "algorithm.eta": 0.3,
+            "algorithm.eta_normal": -0.1,
+            "algorithm.loss_aggregation": "sequence_mean_token_sum_norm",
+            "algorithm.importance_cap": 2.0,
+            "train.optimizer_steps_per_batch": 2,
+        },
+    ),
+    Case(
+        "kl_and_entropy",
+        batches=2,
+        settings={
+            "algorithm.kl_coef": 0.3,
+            "algorithm.entropy_coef": 0.02,
+            "algorithm.dual_clip": 1.1,
+            "algorithm.importance_cap": 1.5,
+            "algorithm.importance_level": "sequence",
+            "algorithm.entropy_estimate": "entropy",
+            "algorithm.clip_high": 0.05,
+            "train.optimizer_steps_per_batch": 2,
+        },
+    ),
+    Case("one_live", rollouts="one_live", settings={"algorithm.eta": 0.5, "log.kl_tokens": "none"}),
+    Case("none_live", rollouts="none_live", batches=2, settings={"algorithm.name": "grpo"}),
+    Case(
+        "distributed_optimizer",
+        batches=2,
+        settings={"algorithm.eta": 0.5, "train.distributed_optimizer": True, "log.kl_tokens": "sample"},
+    ),
+]

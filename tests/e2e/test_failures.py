@@ -1,0 +1,118 @@
+"""Signals before and after training, a rank that is killed, weights that diverge."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from tests.support import e2e
+from tests.support.dist import run_distributed
+
+
+def test_sigterm_before_the_ranks_handle_it(config, tmp_path):
+    running = e2e.start(config, tmp_path / "run")
+    running.wait_for(lambda: "run      " in running.text())
+    running.process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert running.finish(seconds=60) == 75, running.text()
+    assert time.monotonic() - began < 45
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_sigint_while_the_ranks_import(config, tmp_path):
+    running = e2e.start(config, tmp_path / "run")
+    handling = running.rank(1)
+    # The handler is there as soon as the kernel's mask of caught signals says so.
+    caught = 1 << (signal.SIGTERM - 1)
+    running.wait_for(lambda: int(_status(handling.pid, "SigCgt"), 16) & caught)
+    running.process.send_signal(signal.SIGINT)
+    assert running.finish(seconds=90) == 75, running.text()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not any(line.startswith("error") for line in running.errors), running.text()
+
+
+def _status(pid: int, name: str) -> str:
+    with open(f"/proc/{pid}/status") as file:
+        return next(line.split()[1] for line in file if line.startswith(f"{name}:"))
+
+
+def test_signal_before_anything_is_checked(config, tmp_path, monkeypatch):
+    from megatron_policysplit import cli, preflight
+
+    monkeypatch.setattr(preflight, "preflight", lambda config: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("sys.argv", ["policysplit", "train", str(config), f"run.dir={tmp_path / 'run'}"])
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 75
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def stop_at_the_end(rank: int, argv: list[str]) -> int:
+    from megatron_policysplit import worker
+    from megatron_policysplit.run import Run
+
+    export = Run.export
+
+    def signalled(self, name):
+        os.kill(os.getpid(), signal.SIGTERM)
+        export(self, name)
+
+    Run.export = signalled
+    return worker.main(argv)
+
+
+def test_signal_while_the_last_model_is_written(config, straight, tmp_path):
+    """Everything is done by then but the export, which is finished."""
+    directory = e2e.at_step(straight.directory, tmp_path / "run", 6)
+    assert run_distributed(stop_at_the_end, 2, [str(config), f"run.dir={directory}"]) == [0, 0]
+    e2e.assert_same_run(directory, straight.directory)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_run_and_is_named(config, tmp_path, rank):
+    running = e2e.start(config, tmp_path / "run", "eval.path=null")
+    running.wait_for_step(1)
+    running.hold(e2e.TRAIN_ANSWER)
+    victim = running.rank(rank)
+    victim.kill()
+    began = time.monotonic()
+    assert running.finish(seconds=60) == 1, running.text()
+    assert time.monotonic() - began < 60
+    assert running.errors[0] == f"policysplit: rank {rank} (pid {victim.pid}) was killed by SIGKILL"
+    named = "rank 1 did not answer" if rank == 1 else "rank 0, which hosts the store, does not answer"
+    assert any(line.startswith("error: rank") and line.endswith(named) for line in running.errors), running.text()
+
+
+def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(config, straight, tmp_path):
+    """A replayed run has no engine that would notice first."""
+    directory = tmp_path / "run"
+    overrides = (
+        "rollout.engine=replay",
+        f"rollout.replay_dir={straight.directory / 'rollouts'}",
+        "eval.path=null",
+        "train.learning_rate=1e30",
+        "train.max_bad_steps=2",
+        "train.optimizer_steps_per_batch=1",
+    )
+    running = e2e.train(config, directory, *overrides, code=1)
+    bad = [record["actor/bad_steps"] for record in e2e.metrics(directory, "train")]
+    assert bad == [0, 1, 1]
+    assert "step 2: the loss or the gradient was not finite; the update was skipped" in running.text()
+    dump = directory / "bad_batch_step_000003.jsonl"
+    assert running.errors == [
+        "error: the loss or the gradient was NaN or infinite 2 steps in a row (train.max_bad_steps); the last batch is "
+        f"in {dump}; lower train.learning_rate, or look at the batch"
+    ]
+    records = [json.loads(line) for line in dump.open()]
+    assert records == [json.loads(line) for line in (directory / "rollouts" / "step_000003.jsonl").open()]
+
+
+def test_weights_that_diverge_are_noticed_by_the_engine(config, tmp_path):
+    running = e2e.train(config, tmp_path / "run", "train.learning_rate=1e30", code=1)
+    assert running.errors == [
+        "error: the logits of the local engine's model (weight version 1) are not finite; "
+        "the weights have diverged: lower train.learning_rate or go back to an earlier checkpoint"
+    ]

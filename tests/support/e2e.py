@@ -1,0 +1,225 @@
+"""Whole runs of `policysplit train` as a user starts them, on a tiny random model.
+
+Reward workers import this module: nothing heavy at the top.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+GATE = "POLICYSPLIT_TEST_GATE"
+MARKER = "POLICYSPLIT_TEST_MARKER"
+TIMED = ("time", "time/", "throughput/", "memory/")
+TRAIN_ANSWER, EVAL_ANSWER = "train", "eval"
+SETTINGS = """
+model: {path: MODEL, dtype: float32}
+parallel: {tensor: 2}
+data: {path: DIRECTORY/train.jsonl, batch_questions: 4, max_prompt_tokens: 16}
+modes: {high_entropy_prompt: explore widely}
+rollout: {samples_per_question: 8, max_response_tokens: 8}
+reward: {function: "tests.support.e2e:reward", workers: 1, timeout_seconds: 60}
+algorithm: {eta: 0.3}
+train: {steps: 6, learning_rate: 1.0e-3, warmup_steps: 4, optimizer_steps_per_batch: 2, max_tokens_per_micro_batch: 512}
+eval: {path: DIRECTORY/eval.jsonl, every: 3, samples: 4}
+checkpoint: {every: 3, keep: 10}
+"""
+
+
+def reward(response: str, question) -> float:
+    """1 where a "+" was sampled, as a random model does; waits while the gate's `hold-<answer>` exists."""
+    gate = os.environ.get(GATE)
+    if gate is not None:
+        while Path(gate, f"hold-{question.answer}").exists():
+            Path(gate, f"reached-{question.answer}").touch()
+            time.sleep(0.02)
+    return float("+" in response)
+
+
+def make_workspace(directory: Path, settings: str = SETTINGS) -> Path:
+    """A model, 10 training and 3 evaluation questions and `run.yaml`; returns the path of the latter."""
+    from examples.quickstart.make_model import make_model
+
+    make_model(directory / "model", seed=0)
+    for name, answer, numbers in (("train", TRAIN_ANSWER, range(4, 14)), ("eval", EVAL_ANSWER, range(14, 17))):
+        rows = [{"question": str(number), "answer": answer} for number in numbers]
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = directory / "run.yaml"
+    config.write_text(settings.replace("MODEL", str(directory / "model")).replace("DIRECTORY", str(directory)))
+    return config
+
+
+@dataclass
+class Running:
+    """A started `policysplit train`: its output goes to files, its processes carry a marker of their own."""
+
+    directory: Path
+    process: subprocess.Popen
+    marker: str
+    gate: Path
+    output: Path
+    began: float = field(default_factory=time.monotonic)
+
+    def hold(self, answer: str) -> None:
+        """Make the next reward of a question with this answer wait, and wait until one does."""
+        (self.gate / f"hold-{answer}").touch()
+        self.wait_for((self.gate / f"reached-{answer}").exists)
+
+    def release(self) -> None:
+        for path in self.gate.glob("hold-*"):
+            path.unlink()
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, f"the run ended with {self.process.returncode}:\n{self.text()}"
+            assert time.monotonic() < deadline, f"not reached in {seconds} s:\n{self.text()}"
+            time.sleep(0.005)
+
+    def wait_for_step(self, step: int) -> None:
+        """Until the training step has been logged."""
+        self.wait_for(lambda: any(r["step"] >= step and r["kind"] == "train" for r in metrics(self.directory)))
+
+    def finish(self, seconds: float = 150) -> int:
+        """The exit code; no process of the run may be left a few seconds later."""
+        try:
+            code = self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"the run did not end in {seconds} s:\n{self.text()}") from None
+        deadline = time.monotonic() + 10
+        while left := self.processes():
+            if time.monotonic() > deadline:
+                named = [f"{process.pid} {process.as_dict(['cmdline', 'status'])}" for process in left]
+                self.kill()
+                raise AssertionError(f"left behind: {named}\n{self.text()}")
+            time.sleep(0.1)
+        return code
+
+    def processes(self) -> list:
+        """psutil processes of this run that still live, launcher included."""
+        import psutil
+
+        return [process for process in psutil.process_iter() if self._is_ours(process)]
+
+    def rank(self, number: int):
+        """The psutil process of a rank."""
+        found = []
+
+        def started() -> bool:
+            found[:] = [p for p in self.processes() if p.environ().get("RANK") == str(number) and _is_worker(p)]
+            return len(found) == 1
+
+        self.wait_for(started)
+        return found[0]
+
+    def kill(self) -> None:
+        for process in self.processes():
+            process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def text(self) -> str:
+        return self.output.read_text()
+
+    @property
+    def errors(self) -> list[str]:
+        """Lines of stderr, which shares a file with stdout, that are errors or the launcher's."""
+        return [line for line in self.text().splitlines() if line.startswith(("error: ", "policysplit: "))]
+
+    def _is_ours(self, process) -> bool:
+        import psutil
+
+        try:
+            alive = process.status() != psutil.STATUS_ZOMBIE
+            return alive and process.environ().get(MARKER) == self.marker
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            return False
+
+
+def _is_worker(process) -> bool:
+    return "megatron_policysplit.worker" in process.cmdline()
+
+
+def start(config: Path, directory: Path, *overrides: str) -> Running:
+    """Start `policysplit train config run.dir=directory ...`, one thread a rank."""
+    marker = uuid.uuid4().hex
+    gate = directory.parent / f"gate-{marker}"
+    gate.mkdir(parents=True)
+    output = gate / "output.txt"
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "WANDB_"))}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environ.pop(name, None)
+    environ |= {MARKER: marker, GATE: str(gate), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "megatron_policysplit.cli", "train", str(config), f"run.dir={directory}"]
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [*command, *overrides], env=environ, stdout=file, stderr=file, cwd=gate, start_new_session=True
+        )
+    return Running(directory, process, marker, gate, output)
+
+
+def train(config: Path, directory: Path, *overrides: str, code: int = 0) -> Running:
+    """Run to the end and assert the exit code."""
+    running = start(config, directory, *overrides)
+    ended = running.finish()
+    assert ended == code, f"exit code {ended} instead of {code}:\n{running.text()}"
+    return running
+
+
+def at_step(source: Path, target: Path, step: int) -> Path:
+    """A copy of a run as it was when its checkpoint of `step` was the newest."""
+    shutil.copytree(source, target)
+    shutil.rmtree(target / "hf")
+    for path in (target / "checkpoints").glob("step_*"):
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
+    return target
+
+
+def metrics(directory: Path, kind: str | None = None) -> list[dict]:
+    """Complete lines of metrics.jsonl, of one kind or all."""
+    path = directory / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [record for record in records if kind in (None, record["kind"])]
+
+
+def untimed(records: list[dict]) -> list[dict]:
+    """Without what no two runs share: seconds, tokens per second, memory."""
+    return [{name: value for name, value in r.items() if not name.startswith(TIMED)} for r in records]
+
+
+def checkpoints(directory: Path) -> list[str]:
+    return sorted(path.name for path in (directory / "checkpoints").iterdir())
+
+
+def weights(directory: Path) -> bytes:
+    """The exported weights, byte for byte."""
+    return (directory / "hf" / "model.safetensors").read_bytes()
+
+
+def assert_same_run(directory: Path, reference: Path) -> None:
+    """Weights, metrics and rollouts are the same, bit for bit."""
+    assert untimed(metrics(directory)) == untimed(metrics(reference))
+    names = sorted(path.name for path in (reference / "rollouts").iterdir())
+    assert names == sorted(path.name for path in (directory / "rollouts").iterdir())
+    for name in names:
+        assert (directory / "rollouts" / name).read_bytes() == (reference / "rollouts" / name).read_bytes(), name
+    assert weights(directory) == weights(reference)
+
+
+def picky_reward(response: str, question) -> float:
+    """Raises for question 3."""
+    if question.id == 3:
+        raise ValueError("question 3 is not mine")
+    return 1.0

@@ -1,0 +1,86 @@
+"""What the source may not do: ask for the device outside one module, or import Megatron in the pure parts."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted(path for name in ("megatron_policysplit", "checkpoints_conv") for path in (ROOT / name).rglob("*.py"))
+DEVICE_MODULE = ROOT / "megatron_policysplit" / "actor" / "cpu.py"
+PURE = ("advantages/", "losses.py", "rows.py", "training_signals.py", "metrics.py", "vocab_parallel/", "actor/plan.py")
+# Asking which device there is; cpu.backend(), cpu.device() and the like only pass its answers on.
+DEVICE_QUESTION = re.compile(
+    r"cuda\.is_available|cuda\.device_count|\bcpu\.active\b|\bhas_cuda\b|\.is_cuda\b|"
+    r"\bdevice\.type\b|get_device_name|import active\b"
+)
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def imported(path):
+    """Every module a file imports, anywhere in it (inside functions too); relative imports are refused."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name(path)} has a relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_of(module, package):
+    return module == package or module.startswith(package + ".")
+
+
+def code_without_docstrings(path):
+    """The source as code alone, so that prose may speak of devices."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            node.value = ast.Constant(value=None)
+    return ast.unparse(tree)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_only_one_module_asks_for_the_device(path):
+    found = DEVICE_QUESTION.findall(code_without_docstrings(path))
+    if path == DEVICE_MODULE:
+        assert "cuda.is_available" in found
+    else:
+        assert not found, f"{name(path)} asks for the device: {found}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_megatron_stays_in_the_actor(path):
+    megatron = sorted({module for module in imported(path) if is_of(module, "megatron")})
+    actor = ROOT / "megatron_policysplit" / "actor"
+    assert not megatron or actor in path.parents, f"{name(path)} imports {megatron}"
+
+
+def test_pure_parts_import_no_megatron_and_no_actor():
+    package = ROOT / "megatron_policysplit"
+    pure = [path for path in SOURCES if str(path.relative_to(package.parent)).startswith("megatron_policysplit/")]
+    pure = [path for path in pure if str(path.relative_to(package)).startswith(PURE)]
+    assert len(pure) >= 11
+    for path in pure:
+        modules = set(imported(path))
+        assert not [module for module in modules if is_of(module, "megatron")], name(path)
+        assert not [module for module in modules if is_of(module, "megatron_policysplit.actor")], name(path)
+
+
+def test_conversion_knows_nothing_of_training():
+    for path in (ROOT / "checkpoints_conv").rglob("*.py"):
+        own = {module for module in imported(path) if is_of(module, "megatron_policysplit")}
+        assert all(is_of(module, "megatron_policysplit.errors") for module in own), (name(path), own)
+        assert not [module for module in imported(path) if is_of(module, "megatron")], name(path)
+
+
+def test_the_device_question_is_recognised():
+    assert DEVICE_QUESTION.search("if torch.cuda.is_available():")
+    assert DEVICE_QUESTION.search("x = cpu.active()")
+    assert DEVICE_QUESTION.search("if tensor.is_cuda:")
+    assert not DEVICE_QUESTION.search("cpu.backend(); cpu.device(); torch.device('cpu')")

@@ -1,0 +1,156 @@
+"""Two leaders and a rank that only waits, with the scripted engine: one batch, each rollout once, alike on both."""
+
+import os
+import signal
+from datetime import timedelta
+
+import pytest
+
+from tests.support.dist import run_distributed
+
+QUESTIONS, SAMPLES = 7, 4
+
+
+class WordTokenizer:
+    def decode(self, tokens, skip_special_tokens):
+        assert skip_special_tokens
+        return " ".join(map(str, tokens))
+
+
+def make_driver(rank: int, script: dict):
+    """Ranks 0 and 1 lead a replica each; rank 2 belongs to replica 1."""
+    import torch.distributed as dist
+
+    from megatron_policysplit.actor.parallel import Layout
+    from megatron_policysplit.config import Config
+    from megatron_policysplit.control import Control
+    from megatron_policysplit.rewards import RewardPool
+    from megatron_policysplit.rollout.driver import Driver, Leader
+    from megatron_policysplit.stopping import StopSignal
+    from tests.support.scripted_engine import ScriptedEngine
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    world, control = dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=timedelta(seconds=20))
+    leaders = dist.new_group([0, 1], backend="gloo")
+    layout = Layout(
+        rank=rank,
+        tensor=1,
+        pipeline=1,
+        data=2,
+        tensor_rank=0,
+        pipeline_rank=0,
+        data_rank=min(rank, 1),
+        world=world,
+        control=control,
+        replica=world,
+        leaders=leaders if rank < 2 else None,
+        leader_ranks=[0, 1],
+    )
+    config = Config()
+    config.rollout.max_response_tokens, config.rollout.lot_questions = 6, 1
+    leader = None
+    if rank < 2:
+        pool = RewardPool("tests.support.e2e:picky_reward", workers=1, timeout_seconds=60)
+        leader = Leader(ScriptedEngine(script, order_seed=rank), pool, WordTokenizer())
+    return Driver(config, layout, Control(control, StopSignal().install(), heartbeat_seconds=0.2), leader)
+
+
+def generate(driver, batch: int, purpose: str = "train") -> list:
+    from megatron_policysplit.data import Question
+    from megatron_policysplit.rows import MODES
+    from megatron_policysplit.timing import Phases
+
+    questions = [Question(number, [{"role": "user", "content": "?"}], "1", {}) for number in range(QUESTIONS)]
+    prompts = {question.id: {mode: [1, 2] for mode in MODES} for question in questions}
+    return driver.generate(batch, questions, prompts, dict.fromkeys(MODES, SAMPLES), purpose, Phases())
+
+
+def story(rank: int) -> dict:
+    """A batch with mishaps, an evaluation, a batch that a signal stops on rank 1, and the same batch again."""
+    from megatron_policysplit.stopping import StopRequested
+
+    mishaps = {(0, 2, "normal", 1): ["drop"], (0, 5, "high_entropy", 0): ["duplicate"]}
+    stalls = {(1, number, "normal", 0): ["stall"] for number in range(QUESTIONS)}
+    driver = make_driver(rank, mishaps | stalls)
+    engine = driver.leader and driver.leader.engine
+    found = {"first": generate(driver, 0)}
+    if engine is not None:
+        found["requested"] = list(engine.requested)
+    found["evaluation"] = generate(driver, 0, "evaluation")
+
+    stop = driver.control.stop
+    if rank == 1:
+        driver.control.loop.call_later(0.5, os.kill, os.getpid(), signal.SIGTERM)
+    with pytest.raises(StopRequested):
+        generate(driver, 1)
+    found["running_after_stop"] = engine.running if engine else 0
+    stop.received = None
+    if engine is not None:
+        engine._script.clear()
+    found["again"] = generate(driver, 1)
+    if driver.leader is not None:
+        driver.leader.rewards.close()
+    driver.control.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def told() -> list[dict]:
+    return run_distributed(story, 3)
+
+
+def expected_keys(batch: int) -> list[tuple]:
+    modes = ("high_entropy", "normal")
+    return [(batch, q, mode, sample) for q in range(QUESTIONS) for mode in modes for sample in range(SAMPLES)]
+
+
+def test_every_rollout_once_and_the_same_list_on_both_leaders(told):
+    assert [rollout.key for rollout in told[0]["first"]] == expected_keys(0)
+    assert told[0]["first"] == told[1]["first"]
+    assert told[2]["first"] == []
+
+
+def test_the_leaders_share_the_questions(told):
+    taken = [{key[1] for key in told[rank]["requested"]} for rank in (0, 1)]
+    assert taken[0] and taken[1]
+    assert not taken[0] & taken[1]
+    assert taken[0] | taken[1] == set(range(QUESTIONS))
+
+
+def test_responses_do_not_depend_on_who_made_them(told):
+    """The scripted engine answers by the seed alone, so one process can say what the answers must be."""
+    import asyncio
+
+    from megatron_policysplit.config import Config
+    from megatron_policysplit.rollout.collect import build_requests
+    from megatron_policysplit.rows import MODES
+    from tests.support.scripted_engine import ScriptedEngine
+
+    rollout = Config().rollout
+    rollout.max_response_tokens = 6
+    prompts = {number: {mode: [1, 2] for mode in MODES} for number in range(QUESTIONS)}
+    requests = build_requests(0, range(QUESTIONS), prompts, rollout, dict.fromkeys(MODES, SAMPLES), 0)
+
+    async def answers():
+        return {made.key: made.tokens async for made in ScriptedEngine().submit(requests)}
+
+    assert {made.key: made.tokens for made in told[0]["first"]} == asyncio.run(answers())
+
+
+def test_an_evaluation_of_the_same_batch_has_other_samples(told):
+    train, evaluation = told[0]["first"], told[0]["evaluation"]
+    assert [made.key for made in train] == [made.key for made in evaluation]
+    assert [made.tokens for made in train] != [made.tokens for made in evaluation]
+
+
+def test_a_reward_that_raises_scores_zero_and_says_why(told):
+    for made in told[0]["first"]:
+        wrong = made.question == 3
+        assert made.reward == (0.0 if wrong else 1.0)
+        assert made.reward_error == ("ValueError: question 3 is not mine" if wrong else None)
+
+
+def test_a_stop_leaves_nothing_running_and_the_batch_can_be_generated_again(told):
+    assert [found["running_after_stop"] for found in told] == [0, 0, 0]
+    assert [made.key for made in told[0]["again"]] == expected_keys(1)
+    assert told[0]["again"] == told[1]["again"]

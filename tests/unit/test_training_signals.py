@@ -1,0 +1,198 @@
+"""Masks, live rows and what each row is trained with, on small batches worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_policysplit.advantages import METHODS, TokenStatistics
+from megatron_policysplit.advantages.policy_split import advantages as policy_split_advantages
+from megatron_policysplit.config import Config
+from megatron_policysplit.rows import MODES, Mode, Rollout, share
+from megatron_policysplit.training_signals import live_rows, train_signals, trained_mask
+
+PROMPTS = {q: {Mode.NORMAL: [1, 2], Mode.HIGH_ENTROPY: [3, 4, 1, 2]} for q in range(3)}
+
+
+def rollout(question, mode, sample, reward, *, mask=(1, 1, 1), finish="stop", engine=None):
+    length = len(mask)
+    return Rollout(
+        batch=0,
+        question=question,
+        mode=mode,
+        sample=sample,
+        tokens=[5] * length,
+        engine_logprobs=list(engine or [-1.0] * length),
+        finish_reason=finish,
+        weight_versions=[(0, 0)],
+        loss_mask=list(mask),
+        reward=reward,
+    )
+
+
+def config(**settings):
+    result = Config()
+    for name, value in settings.items():
+        section, key = name.split("__")
+        assert hasattr(getattr(result, section), key)
+        setattr(getattr(result, section), key, value)
+    return result
+
+
+def batch(method, *answers):
+    """Rows of one question per answer list; answers are `rollout` keyword dicts, dealt to the modes in turn."""
+    modes = METHODS[method].sampling_modes
+    rollouts = [
+        rollout(question, modes[index % len(modes)], index, **answer)
+        for question, group in enumerate(answers)
+        for index, answer in enumerate(group)
+    ]
+    return share(rollouts, PROMPTS, METHODS[method].training_modes)
+
+
+def live(rows, method="policy_split", **settings):
+    """{(question, sample)} of the live rows; both rows of a response must agree."""
+    flags = live_rows(rows, METHODS[method], config(**settings))
+    assert len(flags) == len(rows)
+    by_rollout = {}
+    for row, flag in zip(rows, flags, strict=True):
+        assert by_rollout.setdefault((row.key.question, row.key.sample), flag) == flag
+    return {key for key, flag in by_rollout.items() if flag}
+
+
+def score(rows, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        TokenStatistics(*(-3 * torch.rand(2, row.response_length, generator=generator)) * torch.tensor([[1.0], [-1.0]]))
+        for row in rows
+    ]
+
+
+# --- masks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("finish", "overlong", "expected"),
+    [
+        ("stop", "grade", [True, False, True]),
+        ("length", "grade", [True, False, True]),
+        ("stop", "mask", [True, False, True]),
+        ("length", "mask", [False, False, False]),
+    ],
+)
+def test_trained_mask(finish, overlong, expected):
+    row = share([rollout(0, Mode.NORMAL, 0, 1.0, mask=(1, 0, 1), finish=finish)], PROMPTS)[0]
+    mask = trained_mask(row, overlong)
+    assert mask.dtype == torch.bool and mask.tolist() == expected
+
+
+# --- live rows ---------------------------------------------------------------------------------------
+
+MIXED = [{"reward": 1.0}, {"reward": 0.0}]
+EQUAL = [{"reward": 0.1}] * 3 + [{"reward": 0.1}]
+CENTRED = [{"reward": 0.0}, {"reward": 0.5}, {"reward": 1.0}, {"reward": 0.5}]
+
+
+@pytest.mark.parametrize("method", ["grpo", "policy_split"])
+def test_rows_without_an_advantage_are_not_live(method):
+    rows = batch(method, MIXED, EQUAL, CENTRED)
+    assert live(rows, method) == {(0, 0), (0, 1), (2, 0), (2, 2)}
+
+
+@pytest.mark.parametrize("settings", [{"algorithm__kl_coef": 0.1}, {"algorithm__entropy_coef": 0.1}])
+def test_terms_beside_the_advantage_keep_every_row_alive(settings):
+    rows = batch("policy_split", MIXED, EQUAL)
+    assert live(rows, **settings) == {(row.key.question, row.key.sample) for row in rows}
+
+
+@pytest.mark.parametrize("settings", [{}, {"algorithm__kl_coef": 0.1}])
+def test_rows_without_a_trained_token_are_never_live(settings):
+    rows = batch("policy_split", [{"reward": 1.0, "mask": (0, 0)}, {"reward": 0.0}])
+    assert live(rows, **settings) == {(0, 1)}
+
+
+def test_overlong_responses_are_live_only_when_graded():
+    rows = batch("policy_split", [{"reward": 1.0}, {"reward": 0.0, "finish": "length"}])
+    assert live(rows, train__overlong="grade") == {(0, 0), (0, 1)}
+    assert live(rows, train__overlong="mask") == {(0, 0)}
+    # Its reward still counts in its group: the other response keeps its advantage.
+    signals = train_signals(rows, score(rows), METHODS["policy_split"], config(train__overlong="mask"))
+    for row, signal in zip(rows, signals, strict=True):
+        assert signal.mask.any() == (signal.advantages != 0).all() == (row.key.sample == 0)
+
+
+def test_a_method_that_does_not_promise_zero_advantages_keeps_every_row():
+    from dataclasses import replace
+
+    rows = batch("policy_split", EQUAL)
+    method = replace(METHODS["policy_split"], zero_reward_advantage_is_zero=False)
+    assert live_rows(rows, method, config()) == [True] * len(rows)
+    assert live_rows(rows, METHODS["policy_split"], config()) == [False] * len(rows)
+
+
+@pytest.mark.parametrize("method", ["grpo", "policy_split"])
+@pytest.mark.parametrize("variant", ["paper", "authors_code"])
+def test_the_methods_promise_holds(method, variant):
+    """Rows that are not live have an advantage of exactly zero at every token, and only those."""
+    rows = batch(method, MIXED, EQUAL, CENTRED)
+    settings = config(algorithm__eta=0.9, algorithm__eta_normal=0.4, algorithm__variant=variant)
+    flags = live_rows(rows, METHODS[method], settings)
+    for flag, signal in zip(flags, train_signals(rows, score(rows), METHODS[method], settings), strict=True):
+        assert flag == bool((signal.advantages != 0).any())
+
+
+def test_no_rows():
+    """Ranks that are not leaders hold none."""
+    assert live_rows([], METHODS["policy_split"], config()) == []
+    assert train_signals([], [], METHODS["policy_split"], config()) == []
+
+
+# --- signals -----------------------------------------------------------------------------------------
+
+
+def test_signals_follow_their_rows():
+    rows = batch("policy_split", [{"reward": 1.0, "mask": (1,)}, {"reward": 0.0, "mask": (1, 0, 1, 1)}], MIXED)
+    old = score(rows)
+    reference = [-torch.rand(row.response_length) for row in rows]
+    signals = train_signals(rows, old, METHODS["policy_split"], config(), reference)
+    assert len(signals) == len(rows)
+    for row, statistics, initial, signal in zip(rows, old, reference, signals, strict=True):
+        assert signal.old_logprobs is statistics.logprobs and signal.reference_logprobs is initial
+        assert signal.mask.tolist() == [bool(m) for m in row.rollout.loss_mask]
+        assert signal.advantages.shape == signal.importance.shape == (row.response_length,)
+        assert (signal.advantages[~signal.mask] == 0).all()
+        assert (signal.importance == 1).all()
+        expected = math.copysign(1.0, row.rollout.reward - 0.5)
+        assert (signal.advantages[signal.mask].sign() == expected).all()
+    assert train_signals(rows, old, METHODS["policy_split"], config())[0].reference_logprobs is None
+
+
+def test_signals_are_those_of_the_whole_batch():
+    """The advantages are the method's over all rows at once, cut up again."""
+    rows = batch("policy_split", MIXED, CENTRED)
+    old, settings = score(rows), config(algorithm__eta=0.7)
+    from megatron_policysplit.advantages import make_batch
+
+    whole = make_batch(rows, old, [trained_mask(row, "grade") for row in rows])
+    signals = train_signals(rows, old, METHODS["policy_split"], settings)
+    together = torch.cat([signal.advantages for signal in signals])
+    assert torch.equal(together, policy_split_advantages(whole, settings.algorithm))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_is_taken_under_the_sampling_prompt_for_both_rows(level):
+    """min(exp(actor - engine), cap) with the actor's log-probs of the on-policy row; never the other prompt's."""
+    engines = ([-1.0, -2.0, -0.2], [-0.4, -0.1, -3.0])
+    rows = batch("policy_split", [{"reward": 1.0, "engine": engines[0]}, {"reward": 0.0, "engine": engines[1]}])
+    old = score(rows)
+    settings = config(algorithm__importance_cap=1.5, algorithm__importance_level=level)
+    signals = train_signals(rows, old, METHODS["policy_split"], settings)
+    for row, signal in zip(rows, signals, strict=True):
+        own = next(i for i, other in enumerate(rows) if other.rollout is row.rollout and other.on_policy)
+        actor = old[own].logprobs.tolist()
+        differences = [a - e for a, e in zip(actor, row.rollout.engine_logprobs, strict=True)]
+        if level == "sequence":
+            differences = [sum(differences)] * 3
+        torch.testing.assert_close(signal.importance.tolist(), [min(math.exp(d), 1.5) for d in differences])
+        assert torch.equal(signal.importance, signals[own].importance)
+    assert {row.on_policy for row in rows} == {True, False} and {row.mode for row in rows} == set(MODES)
