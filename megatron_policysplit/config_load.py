@@ -275,6 +275,11 @@ def check_config(config: Config) -> list[str]:
         raise ConfigError("modes.high_entropy_prompt and modes.high_entropy_prompt_file are both set; keep one of them")
     if rollout.engine == "replay" and not rollout.replay_dir:
         raise ConfigError("rollout.engine=replay needs rollout.replay_dir, the rollouts/ directory of a run")
+    if rollout.engine == "replay" and config.eval.path is not None:
+        raise ConfigError(
+            f"rollout.engine=replay holds no responses to the questions of eval.path={config.eval.path}; "
+            "set eval.path=null"
+        )
     optimizer_steps = train.steps * train.optimizer_steps_per_batch
     if train.warmup_steps > optimizer_steps:
         raise ConfigError(

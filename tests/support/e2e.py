@@ -51,12 +51,22 @@ def make_workspace(directory: Path, settings: str = SETTINGS) -> Path:
     from examples.quickstart.make_model import make_model
 
     make_model(directory / "model", seed=0)
+    _fill_padding_row(directory / "model" / "model.safetensors")
     for name, answer, numbers in (("train", TRAIN_ANSWER, range(4, 14)), ("eval", EVAL_ANSWER, range(14, 17))):
         rows = [{"question": str(number), "answer": answer} for number in numbers]
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = directory / "run.yaml"
     config.write_text(settings.replace("MODEL", str(directory / "model")).replace("DIRECTORY", str(directory)))
     return config
+
+
+def _fill_padding_row(file: Path) -> None:
+    """A new model's padding token is embedded as zeros, whose norm has a gradient in the thousands when sampled."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][0] = tensors["model.embed_tokens.weight"][1][::-1]
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 @dataclass
