@@ -128,8 +128,9 @@ class _Group:
                     self.failed_at, self.failed_rank = now, rank
                     break
         if self.failed_at is not None and not self.announced:
-            # All ranks report bad input alike, and rank 0 prints it: only a rank that differs is named.
-            if self.ranks[self.failed_rank].returncode not in (BAD_INPUT, STOPPED) or now - self.failed_at > 2:
+            # Ranks that fail alike have printed one error for all: only a rank that differs is named.
+            alike = self.ranks[self.failed_rank].returncode in (FAILED, BAD_INPUT, STOPPED)
+            if not alike or now - self.failed_at > 2:
                 self.announce()
         self.end_late_ranks(now)
 

@@ -7,10 +7,13 @@ spawned processes that import this module again.
 from __future__ import annotations
 
 import os
+import re
 import sys
+import time
 import traceback
 
 FAILED, BAD_INPUT, STOPPED = 1, 2, 75
+SAME_ERROR_SECONDS = 3.0
 
 
 def main(argv: list[str]) -> int:
@@ -47,22 +50,27 @@ def main(argv: list[str]) -> int:
 
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         traceback.print_exc()
-        _report(f"error: rank {rank} failed ({_first_line(error)}); {missing_ranks(rank, world_size)}")
+        _report(f"error: rank {rank} failed ({_first_sentence(error)}); {missing_ranks(rank, world_size)}")
         return FAILED
 
 
 def _report(text: str) -> None:
-    """To stderr, once for all ranks that say the same."""
+    """To stderr, once for all ranks that say the same. Rank 0, which hosts the store, gives the others time to ask."""
     import torch.distributed as dist
 
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        try:
-            first = dist.distributed_c10d._get_default_store().add(f"policysplit/said/{hash_of(text)}", 1) == 1
-        except RuntimeError:  # the rank that hosts the store is gone; saying it twice beats not saying it
-            first = True
-        if not first:
-            return
-    print(text, file=sys.stderr, flush=True)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        print(text, file=sys.stderr, flush=True)
+        return
+    store, said = dist.distributed_c10d._get_default_store(), f"policysplit/said/{hash_of(text)}"
+    try:
+        first = store.add(said, 1) == 1
+    except RuntimeError:  # the rank that hosts the store is gone; saying it twice beats not saying it
+        first = True
+    if first:
+        print(text, file=sys.stderr, flush=True)
+    deadline = time.monotonic() + SAME_ERROR_SECONDS
+    while dist.get_rank() == 0 and store.add(said, 0) < dist.get_world_size() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def hash_of(text: str) -> str:
@@ -71,8 +79,10 @@ def hash_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300]
+def _first_sentence(error: BaseException) -> str:
+    """What happened, without the place in gloo's or NCCL's sources and their general advice."""
+    line = str(error).strip().split("\n")[0]
+    return re.sub(r"^\[\S+\] ", "", line).split(". ")[0][:300]
 
 
 if __name__ == "__main__":

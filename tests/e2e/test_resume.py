@@ -81,7 +81,7 @@ def test_kill_while_saving(config, straight, tmp_path):
 
 @pytest.mark.slow
 def test_kill_at_many_moments(config, straight, tmp_path):
-    """From the imports to the last export: each start gets a little further than the one before, or is killed."""
+    """From the imports on; with checkpoints after every step, each start gets further than the one before."""
     directory = tmp_path / "run"
     for tenths in (5, 45, 60, 70, 80, 90, 105):
         running = e2e.start(config, directory, "checkpoint.every=1")
@@ -111,7 +111,10 @@ def test_another_layout(config, straight, tmp_path):
     [
         ["parallel.tensor=1", "parallel.data=2", "train.distributed_optimizer=true", "rollout.lot_questions=1"],
         ["model.dtype=bfloat16"],
-        ["parallel.tensor=1", "parallel.data=2", "train.distributed_optimizer=true", "model.dtype=bfloat16"],
+        pytest.param(
+            ["parallel.tensor=1", "parallel.data=2", "train.distributed_optimizer=true", "model.dtype=bfloat16"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["distributed_optimizer", "bfloat16", "both"],
 )

@@ -131,6 +131,30 @@ def test_signal_before_a_rank_handles_signals(tmp_path):
     assert process.returncode == 75
 
 
+def test_signal_when_only_one_rank_handles_signals(tmp_path):
+    """The one that does would wait for the other at the group's first meeting."""
+    process = start(
+        tmp_path,
+        """
+        if rank == 0:
+            signal.signal(signal.SIGTERM, lambda *_: None)
+        tell("ready")
+        time.sleep(60)
+        """,
+    )
+    read(tmp_path, "ready")
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert time.monotonic() - began < 3
+
+
+def test_ranks_that_fail_alike_are_not_named(tmp_path):
+    code, stderr = run(tmp_path, 'time.sleep(0.5 * rank)\nprint("error: it failed", file=sys.stderr)\nsys.exit(1)')
+    assert (code, stderr) == (1, "error: it failed\n" * 2)
+
+
 def test_a_rank_that_does_not_stop_is_killed(tmp_path):
     process = start(
         tmp_path,
