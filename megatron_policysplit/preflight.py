@@ -113,7 +113,7 @@ def check_run_dir(config: Config) -> bool:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"run.dir={directory} cannot be written: no permission in {existing}; give another run.dir")
     file = directory / CONFIG_FILE
-    if not file.exists():
+    if not file.exists() or not _has_begun(directory):
         return False
     try:
         there = fingerprint(load_config(str(file), []))
@@ -130,6 +130,12 @@ def check_run_dir(config: Config) -> bool:
             f"give another run.dir, or delete {directory}"
         )
     return True
+
+
+def _has_begun(directory: Path) -> bool:
+    """Whether a run wrote anything worth keeping: one that was refused at its start left only its configuration."""
+    metrics = directory / "metrics.jsonl"
+    return (directory / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def _check_checkpoint(config: Config) -> None:

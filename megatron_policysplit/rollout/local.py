@@ -221,9 +221,11 @@ class LocalEngine:
 
     def _rollouts(self, batch: Sequence[_Sample], sampler: SeededSampler, lengths: torch.Tensor) -> list[Rollout]:
         if not sampler.logprobs.isfinite().all():
+            remedy = "lower train.learning_rate or go back to an earlier checkpoint"
+            if self._version == 0:
+                remedy = f"the weights in {self._path} are not finite themselves: use another copy of the model"
             raise TrainingError(
-                f"the logits of the local engine's model (weight version {self._version}) are not finite; "
-                "the weights have diverged: lower train.learning_rate or go back to an earlier checkpoint"
+                f"the logits of the local engine's model (weight version {self._version}) are not finite; {remedy}"
             )
         tokens, logprobs = sampler.tokens.tolist(), sampler.logprobs.tolist()
         stopped = self._is_stop[sampler.tokens.gather(1, lengths[:, None] - 1)[:, 0]].tolist()

@@ -123,5 +123,5 @@ def test_weights_that_are_not_finite_are_noticed_by_the_engine(config, tmp_path)
     running = e2e.train(config, tmp_path / "run", f"model.path={model}", code=1)
     assert running.errors == [
         "error: the logits of the local engine's model (weight version 0) are not finite; "
-        "the weights have diverged: lower train.learning_rate or go back to an earlier checkpoint"
+        f"the weights in {model} are not finite themselves: use another copy of the model"
     ]

@@ -158,6 +158,8 @@ def test_the_same_run_is_resumed(configure, tmp_path):
     prepare_run_dir(config)
     assert load_config(str(tmp_path / "run" / "config.yaml"), []) == config
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+    assert not preflight(config).resumes
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     longer = configure("train.steps=500", "parallel.tensor=2", "log.console=false")
     found = preflight(longer)
     assert found.resumes
@@ -167,6 +169,8 @@ def test_the_same_run_is_resumed(configure, tmp_path):
 def test_a_directory_that_holds_another_run(configure, tmp_path):
     prepare_run_dir(configure("train.learning_rate=1e-6"))
     run = tmp_path / "run"
+    assert not preflight(configure("train.learning_rate=1e-5")).resumes  # nothing has been trained there yet
+    (run / "metrics.jsonl").write_text("{}\n")
     assert message(preflight, configure("train.learning_rate=1e-5")) == (
         f"run.dir={run} holds another run, with train.learning_rate=1e-06 where this one has 1e-05; "
         f"give another run.dir, or delete {run}"
