@@ -18,12 +18,13 @@ from megatron_policysplit.rows import Mode
 
 @dataclass(frozen=True)
 class Response:
-    """One response. surprisals: -log-prob of each token at the sampling temperature, nats."""
+    """One response. tokens: its ids, the stop token kept. surprisals: -log-prob of each at its temperature, nats."""
 
     question: int
     mode: Mode
     sample: int
     text: str
+    tokens: list[int]
     surprisals: list[float]
     truncated: bool
 
@@ -108,6 +109,7 @@ class Responder:
                 rollout.mode,
                 rollout.sample,
                 self._tokenizer.decode(rollout.tokens, skip_special_tokens=True),
+                rollout.tokens,
                 [-logprob for logprob in rollout.engine_logprobs],
                 rollout.finish_reason == "length",
             )

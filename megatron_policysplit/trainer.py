@@ -68,7 +68,7 @@ class Trainer:
             self.sync(phases)
         memory = run.layout.largest(cpu.peak_memory_bytes())
         if run.layout.is_chief:
-            metrics = training_metrics(rows, old, live) | update.named() | _speed(rows, phases)
+            metrics = training_metrics(rows, old, live) | update.named() | _speed(rows, live, phases)
             run.log.log(run.state.step, metrics | {"memory/peak_gib": memory / 2**30})
             run.log.rollouts(run.state.step, rollout_records(rollouts, run.questions, run.prompt_text, run.text))
         self._count_bad(update, rollouts)
@@ -154,10 +154,12 @@ def _seconds(phases: Phases) -> dict[str, float]:
     return {f"time/{name}_s": seconds for name, seconds in phases.seconds.items()}
 
 
-def _speed(rows, phases: Phases) -> dict[str, float]:
-    """Seconds per phase; tokens per second of generation (responses) and of score and update (whole rows)."""
-    generated = sum(row.response_length for row in rows if row.on_policy)
-    processed = sum(row.length for row in rows)
-    tokens = {"generate": generated, "score": processed, "update": processed}
+def _speed(rows, live, phases: Phases) -> dict[str, float]:
+    """Seconds per phase; tokens per second of generation (responses), score (all rows) and update (rows trained)."""
+    tokens = {
+        "generate": sum(row.response_length for row in rows if row.on_policy),
+        "score": sum(row.length for row in rows),
+        "update": sum(row.length for row, trained in zip(rows, live, strict=True) if trained),
+    }
     speed = {f"throughput/{name}_tokens_per_s": count / phases.seconds[name] for name, count in tokens.items()}
     return _seconds(phases) | speed

@@ -28,7 +28,7 @@ SAMPLES, REPEATS, MAX_TOKENS = 8, 8, 8
 
 
 def answer(model: Path, questions: Path, temperature: float, modes) -> dict[str, dict[str, float]]:
-    """Mode -> accuracy, unique right answers of 8, best of 8, mean surprisal, over REPEATS batches of samples."""
+    """Mode -> scores over REPEATS batches of samples, and exact entropy and KL to the other mode, nats per token."""
     from examples.quickstart.sums import reward
     from megatron_policysplit.config import ModesConfig
     from megatron_policysplit.data import load_questions
@@ -38,16 +38,51 @@ def answer(model: Path, questions: Path, temperature: float, modes) -> dict[str,
 
     asked = load_questions(str(questions))
     by_id = {question.id: question for question in asked}
-    responder = Responder(str(model), ModesConfig(high_entropy_prompt=HIGH_ENTROPY_PROMPT), max_batch_samples=512)
+    prompts = ModesConfig(high_entropy_prompt=HIGH_ENTROPY_PROMPT)
+    responder = Responder(str(model), prompts, max_batch_samples=512)
     sampling = Sampling(temperature, 1.0, -1, MAX_TOKENS)
-    batches = []
+    batches, everything = [], []
     for seed in range(REPEATS):
         responses = responder.respond(asked, modes, SAMPLES, sampling, seed)
         batches.append(score(responses, [Graded(reward(r.text, by_id[r.question])) for r in responses]))
+        everything += responses
     names = ("accuracy", "unique_correct", "best_of_k", "mean_surprisal_nats")
-    return {
+    scores = {
         mode: {name: statistics.fmean(getattr(batch[mode], name) for batch in batches) for name in names}
         for mode in batches[0]
+    }
+    for mode in modes:
+        mine = [response for response in everything if response.mode is mode]
+        scores[mode.value] |= exact(model, prompts, by_id, mine, mode, temperature)
+    return scores
+
+
+def exact(model: Path, prompts, questions: dict, responses: list, mode, temperature: float) -> dict[str, float]:
+    """Mean over response tokens of the entropy of `mode` and of KL(mode || other mode), by transformers, in nats."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from megatron_policysplit.modes import PromptBuilder
+
+    builder = PromptBuilder(AutoTokenizer.from_pretrained(model), prompts)
+    ids = {question: builder.build(asked.messages) for question, asked in questions.items()}
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+    def log_probs(under) -> torch.Tensor:
+        rows = [ids[response.question][under] + response.tokens for response in responses]
+        width = max(map(len, rows))
+        with torch.no_grad():
+            logits = network(torch.tensor([row + [0] * (width - len(row)) for row in rows])).logits / temperature
+        kept = [
+            logits[i, len(row) - len(response.tokens) - 1 : len(row) - 1]
+            for i, (row, response) in enumerate(zip(rows, responses, strict=True))
+        ]
+        return torch.cat(kept).log_softmax(-1)
+
+    own, other = log_probs(mode), log_probs(mode.other)
+    return {
+        "entropy_nats": float(-(own.exp() * own).sum(-1).mean()),
+        "kl_nats": float((own.exp() * (own - other)).sum(-1).mean()),
     }
 
 
@@ -65,7 +100,6 @@ def matched_temperature(model: Path, questions: Path, surprisal: float) -> float
 
 def run_seed(out: Path, seed: int, overrides: list[str]) -> dict:
     """All runs of one seed, and what their final models do."""
-    from megatron_policysplit.report import endpoints, read_metrics
     from megatron_policysplit.rows import MODES, Mode
 
     for name in ("model", *RUNS):  # of an interrupted study
@@ -75,10 +109,7 @@ def run_seed(out: Path, seed: int, overrides: list[str]) -> dict:
     questions, result = out / "questions.jsonl", {}
     for name, settings in RUNS.items():
         run = train(out, name, [*settings, f"run.seed={seed}", "log.rollouts=false", *overrides])
-        last = {mode: ends["last"] for mode, ends in endpoints(read_metrics(run)[1]).items()}
         result[name] = answer(run / "hf", questions, 1.0, MODES)
-        for mode, scores in result[name].items():
-            scores |= {"entropy_nats": last[mode]["entropy_nats"], "kl_nats": last[mode]["kl_nats"]}
     target = result["policy_split"]["high_entropy"]["mean_surprisal_nats"]
     temperature = matched_temperature(out / "grpo" / "hf", questions, target)
     matched = answer(out / "grpo" / "hf", questions, temperature, [Mode.NORMAL])

@@ -54,7 +54,8 @@ class PolicyOptimizer:
             max_lr=train.learning_rate,
             min_lr=min(train.min_learning_rate, train.learning_rate),
             lr_warmup_steps=train.warmup_steps,
-            lr_decay_steps=max(total, train.warmup_steps + 1),
+            # One more than there are: a decay to 0 is reached after the last step, not at it.
+            lr_decay_steps=total + 1,
             lr_decay_style=train.lr_decay,
             start_wd=train.weight_decay,
             end_wd=train.weight_decay,
