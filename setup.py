@@ -34,7 +34,11 @@ setup(
     ],
     extras_require={
         "wandb": ["wandb>=0.19"],
-        "gpu": ["transformer-engine[pytorch]>=2.0"],
+        # Megatron-Core 0.16, which pip picks on Python 3.11, names this range.
+        "gpu": [
+            "transformer-engine[pytorch]>=2.9,<2.12; python_version < '3.12'",
+            "transformer-engine[pytorch]>=2.9; python_version >= '3.12'",
+        ],
         "gguf": ["gguf>=0.10"],
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "mbridge==0.15.1", "einops>=0.7", "wandb>=0.19"],
     },

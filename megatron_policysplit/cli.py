@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 import os
 import signal
 import sys
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from typer.core import TyperCommand
 
 from megatron_policysplit import __version__
 from megatron_policysplit.errors import ConfigError, UserError
-from megatron_policysplit.launch import BAD_INPUT, STOPPED
+from megatron_policysplit.exit_codes import BAD_INPUT, STOPPED
 
 app = typer.Typer(
     help="Policy Split reinforcement learning of language models on Megatron-Core.",
@@ -39,6 +41,25 @@ class Precision(enum.Enum):
     bfloat16 = "bfloat16"
 
 
+class Command(TyperCommand):
+    """Usage lines without the braces that Typer puts around arguments which must be given."""
+
+    def collect_usage_pieces(self, ctx) -> list[str]:
+        return [piece.translate({ord("{"): None, ord("}"): None}) for piece in super().collect_usage_pieces(ctx)]
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
+def _keeps_a_token(value: int) -> int:
+    if value == 0:
+        raise typer.BadParameter("0 keeps no token; use -1 to keep all, or at least 1")
+    return value
+
+
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file; see docs/configuration.md.")]
 Overrides = Annotated[
     Optional[list[str]],
@@ -46,14 +67,38 @@ Overrides = Annotated[
 ]
 ModelDir = Annotated[str, typer.Option("--model", metavar="DIR", help="Directory of a Hugging Face model.")]
 ModeChoice = Annotated[Modes, typer.Option("--mode", help="Which policy answers.")]
-Temperature = Annotated[float, typer.Option(min=1e-6, help="Sampling temperature of both modes.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Longest response, end-of-sequence token included.")]
-Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same responses.")]
-Prompt = Annotated[Optional[str], typer.Option(help="System prompt of the high-entropy mode instead of ours.")]
-PromptFile = Annotated[Optional[str], typer.Option(help="Read the high-entropy prompt from this UTF-8 file.")]
+Temperature = Annotated[
+    float, typer.Option(metavar="X", min=1e-6, callback=_finite, help="Sampling temperature of both modes.")
+]
+TopP = Annotated[
+    float, typer.Option(metavar="X", min=1e-6, max=1.0, callback=_finite, help="Nucleus mass of both modes.")
+]
+TopK = Annotated[
+    int,
+    typer.Option(
+        metavar="N", min=-1, callback=_keeps_a_token, help="Keep the N most likely tokens only; -1 keeps all."
+    ),
+]
+MaxTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Longest response, end-of-sequence token included.")]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, help="The same seed gives the same responses.")]
+RunConfig = Annotated[
+    Optional[str],
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Prompts of both modes as in this YAML file, such as config.yaml of a run; only its modes.* are used. "
+        "A chat template that writes the date gets today's, not the run's.",
+    ),
+]
+Prompt = Annotated[
+    Optional[str], typer.Option(metavar="TEXT", help="System prompt of the high-entropy mode instead of ours.")
+]
+PromptFile = Annotated[
+    Optional[str], typer.Option(metavar="FILE", help="Read the high-entropy prompt from this UTF-8 file.")
+]
 Dtype = Annotated[Precision, typer.Option(help="Precision of the model.")]
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1 ...")]
-BatchSamples = Annotated[int, typer.Option(min=1, help="Responses generated together.")]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where the model runs: cpu, cuda, cuda:1 ...")]
+BatchSamples = Annotated[int, typer.Option(metavar="N", min=1, help="Responses generated together.")]
 
 
 def _version(wanted: bool) -> None:
@@ -71,7 +116,7 @@ def policysplit(
     pass
 
 
-@app.command()
+@app.command(cls=Command)
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train, or go on with the run in run.dir.
 
@@ -124,15 +169,18 @@ def _exit_stopped(number: int, frame) -> None:
     sys.exit(STOPPED)
 
 
-@app.command()
+@app.command(cls=Command)
 def generate(
-    question: Annotated[str, typer.Argument(help="What to ask.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask.")],
     model: ModelDir,
     mode: ModeChoice = Modes.both,
-    samples: Annotated[int, typer.Option(min=1, help="Responses per mode.")] = 1,
+    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Responses per mode.")] = 1,
     temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = -1,
     max_tokens: MaxTokens = 512,
     seed: Seed = 0,
+    config: RunConfig = None,
     high_entropy_prompt: Prompt = None,
     high_entropy_prompt_file: PromptFile = None,
     dtype: Dtype = Precision.float32,
@@ -143,47 +191,51 @@ def generate(
     from rich.table import Table
     from rich.text import Text
 
-    from megatron_policysplit.config import ModesConfig
     from megatron_policysplit.data import Question
     from megatron_policysplit.offline import Responder
+    from megatron_policysplit.report import MODE_LABELS
     from megatron_policysplit.rollout.engine import Sampling
 
-    prompts = ModesConfig(high_entropy_prompt=high_entropy_prompt, high_entropy_prompt_file=high_entropy_prompt_file)
+    prompts = _prompts(config, high_entropy_prompt, high_entropy_prompt_file)
     responder = Responder(model, prompts, dtype=dtype.value, device=device)
     asked = Question(0, [{"role": "user", "content": question}], None, {})
     modes = _chosen(mode)
-    responses = responder.respond([asked], modes, samples, Sampling(temperature, 1.0, -1, max_tokens), seed)
-    table = Table(*(chosen.value for chosen in modes), show_lines=True, expand=True)
+    responses = responder.respond([asked], modes, samples, Sampling(temperature, top_p, top_k, max_tokens), seed)
+    table = Table(*(MODE_LABELS[chosen.value] for chosen in modes), show_lines=True, expand=True)
     for sample in range(samples):
         row = []
         for chosen in modes:
             response = next(r for r in responses if r.mode is chosen and r.sample == sample)
-            surprisal = sum(response.surprisals) / len(response.surprisals)
-            cut = ", cut" if response.truncated else ""
-            row.append(
-                Text(response.text.strip()).append(
-                    f"\n[{len(response.surprisals)} tokens{cut}, {surprisal:.2f} nats/token]", style="dim"
-                )
-            )
+            count = len(response.tokens)
+            length = f"{count} token{'' if count == 1 else 's'}{', cut' if response.truncated else ''}"
+            surprisal = sum(response.surprisals) / count
+            row.append(Text(response.text.strip()).append(f"\n[{length}, {surprisal:.2f} nats/token]", style="dim"))
         table.add_row(*row)
     Console().print(table)
 
 
-@app.command("eval")
+@app.command("eval", cls=Command, short_help="Measure a model's accuracy and variety in both modes.")
 def evaluate(
     model: ModelDir,
     data: Annotated[str, typer.Option(metavar="PATH", help="A .jsonl or .parquet file, or reasoning_gym:NAME.")],
-    reward: Annotated[str, typer.Option(help="math, reasoning_gym, exact or package.module:function.")] = "math",
-    samples: Annotated[int, typer.Option(min=1, help="Responses per question and mode.")] = 8,
-    questions: Annotated[Optional[int], typer.Option(min=1, help="Only the first so many questions.")] = None,
+    reward: Annotated[
+        str, typer.Option(metavar="NAME", help="math, reasoning_gym, exact or package.module:function.")
+    ] = "math",
+    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Responses per question and mode.")] = 8,
+    questions: Annotated[Optional[int], typer.Option(metavar="N", min=1, help="Only the first N questions.")] = None,
     mode: ModeChoice = Modes.both,
     temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = -1,
     max_tokens: MaxTokens = 1024,
     seed: Seed = 0,
+    config: RunConfig = None,
     high_entropy_prompt: Prompt = None,
     high_entropy_prompt_file: PromptFile = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that grade.")] = 2,
-    timeout_seconds: Annotated[float, typer.Option(min=0.1, help="Time limit for grading one response.")] = 10.0,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that grade.")] = 2,
+    timeout_seconds: Annotated[
+        float, typer.Option(metavar="X", min=0.1, callback=_finite, help="Time limit for grading one response.")
+    ] = 10.0,
     batch_samples: BatchSamples = 64,
     dtype: Dtype = Precision.float32,
     device: Device = "cpu",
@@ -193,19 +245,18 @@ def evaluate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from megatron_policysplit.config import ModesConfig
     from megatron_policysplit.data import load_questions
     from megatron_policysplit.offline import Responder, score, scores_table
     from megatron_policysplit.rewards import RewardPool
     from megatron_policysplit.rollout.engine import Sampling
 
-    if output is not None and not output.absolute().parent.is_dir():
-        raise ConfigError(f"--output {output}: the directory {output.parent} does not exist; create it first")
+    if output is not None:
+        _check_output(output)
+    prompts = _prompts(config, high_entropy_prompt, high_entropy_prompt_file)
     chosen = load_questions(data, {})[:questions]
-    prompts = ModesConfig(high_entropy_prompt=high_entropy_prompt, high_entropy_prompt_file=high_entropy_prompt_file)
     with RewardPool(reward, workers, timeout_seconds) as pool:
         responder = Responder(model, prompts, dtype=dtype.value, device=device, max_batch_samples=batch_samples)
-        sampling, modes = Sampling(temperature, 1.0, -1, max_tokens), _chosen(mode)
+        sampling, modes = Sampling(temperature, top_p, top_k, max_tokens), _chosen(mode)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("generating", total=len(chosen) * len(modes) * samples)
             responses = responder.respond(chosen, modes, samples, sampling, seed, lambda: progress.advance(task))
@@ -215,14 +266,14 @@ def evaluate(
     Console().print(scores_table(scores, samples))
     if output is not None:
         settings = {"model": model, "data": data, "reward": reward, "questions": len(chosen), "samples": samples}
-        settings |= {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+        settings |= asdict(sampling) | {"seed": seed, "prompts": asdict(prompts)}
         by_mode = {name: asdict(mode_scores) for name, mode_scores in scores.items()}
         output.write_text(json.dumps(settings | {"modes": by_mode}, indent=2) + "\n")
 
 
-@app.command()
+@app.command(cls=Command, short_help="Write one HTML page about one run or several.")
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories.")],
     output: Annotated[
         Optional[Path], typer.Option(metavar="FILE.html", help="Default: report.html in the (first) run.")
     ] = None,
@@ -232,12 +283,14 @@ def report(
 
     names = [run.resolve().name for run in runs]
     named = {name if names.count(name) == 1 else str(run): run for name, run in zip(names, runs, strict=True)}
-    output = output or runs[0] / "report.html"
-    write_report(named, output)
-    print(output)
+    target = output or runs[0] / "report.html"
+    if output is not None or runs[0].is_dir():  # else it is the run that is missing, and write_report says so
+        _check_output(target)
+    write_report(named, target)
+    print(target)
 
 
-@app.command("config")
+@app.command("config", cls=Command, short_help="Print the resolved configuration and both prompts.")
 def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print the resolved configuration and both prompts of the first question."""
     from megatron_policysplit.config_load import check_config, load_config, to_yaml
@@ -262,13 +315,42 @@ def _chosen(mode: Modes) -> list:
     return list(MODES) if mode is Modes.both else [Mode(mode.value)]
 
 
+def _prompts(config: str | None, prompt: str | None, prompt_file: str | None):
+    """The ModesConfig that the options ask for."""
+    from megatron_policysplit.config import ModesConfig
+    from megatron_policysplit.config_load import load_config
+
+    if config is None:
+        return ModesConfig(high_entropy_prompt=prompt, high_entropy_prompt_file=prompt_file)
+    for option, value in (("--high-entropy-prompt", prompt), ("--high-entropy-prompt-file", prompt_file)):
+        if value is not None:
+            raise ConfigError(f"--config {config} brings the prompts, and so does {option}; give one of the two")
+    return load_config(config, []).modes
+
+
+def _check_output(output: Path) -> None:
+    """Before the work whose result goes there. Raises ConfigError."""
+    directory = output.absolute().parent
+    if not directory.is_dir():
+        raise ConfigError(f"--output {output}: the directory {output.parent} does not exist; create it first")
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a directory; give the name of a file")
+    if not os.access(output if output.exists() else directory, os.W_OK):
+        raise ConfigError(f"--output {output} cannot be written: no permission; give another file")
+
+
 def main() -> None:
-    """Entry point of `policysplit`: a UserError is one line on stderr and exit code 2."""
+    """Entry point of `policysplit`: a UserError is one line on stderr and exit code 2.
+
+    Of several ranks the first of every node prints it: what is missing may be missing on that node alone.
+    """
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))  # as given; `train` fills gaps
     try:
         app()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or local_rank == "0":
+            print(f"{'' if rank == '0' else f'rank {rank}: '}error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
 
 

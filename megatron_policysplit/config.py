@@ -154,7 +154,7 @@ class TrainConfig:
         "A response cut at max_response_tokens: grade it as it is, or mask it out of the loss.",
         choices=("grade", "mask"),
     )
-    max_bad_steps: int = key(3, "Stop after so many steps in a row with a NaN or infinite loss or gradient.", minimum=1)
+    max_bad_steps: int = key(3, "Stop after so many batches in a row with a loss or gradient not finite.", minimum=1)
 
 
 @dataclass
@@ -170,7 +170,9 @@ class EvalConfig:
 class CheckpointConfig:
     every: int = key(0, "Save every so many steps, and at the end; 0 only at the end.", minimum=0)
     keep: int = key(2, "Checkpoints kept.", minimum=1)
-    hugging_face: bool = key(True, "Export a Hugging Face directory at the end, and of the best evaluation.")
+    hugging_face: bool = key(
+        True, "Export Hugging Face directories: hf/ at the end, best/ at the best normal-mode accuracy since the start."
+    )
 
 
 @dataclass

@@ -263,13 +263,12 @@ def check_config(config: Config) -> list[str]:
             f"rollout.samples_per_question={samples} cannot be halved between the two modes; "
             f"use {samples - 1} or {samples + 1}"
         )
-    rows = config.data.batch_questions * samples * training_modes(config)
-    if rows % train.optimizer_steps_per_batch:
-        factors = "data.batch_questions x rollout.samples_per_question"
-        factors += " x 2 training modes" if training_modes(config) == 2 else ""
+    responses = config.data.batch_questions * samples
+    if responses % train.optimizer_steps_per_batch:
         raise ConfigError(
-            f"train.optimizer_steps_per_batch={train.optimizer_steps_per_batch} does not divide the {rows} rows "
-            f"of a batch ({factors}); use one of {_divisors_near(rows, train.optimizer_steps_per_batch)}"
+            f"train.optimizer_steps_per_batch={train.optimizer_steps_per_batch} does not divide the {responses} "
+            "responses of a batch (data.batch_questions x rollout.samples_per_question); use one of "
+            f"{_divisors_near(responses, train.optimizer_steps_per_batch)}"
         )
     if modes.high_entropy_prompt is not None and modes.high_entropy_prompt_file is not None:
         raise ConfigError("modes.high_entropy_prompt and modes.high_entropy_prompt_file are both set; keep one of them")
@@ -332,11 +331,6 @@ def _divisors_near(number: int, wanted: int) -> str:
 def world_size(config: Config) -> int:
     """Ranks of the actor: tensor x pipeline x data."""
     return config.parallel.tensor * config.parallel.pipeline * config.parallel.data
-
-
-def training_modes(config: Config) -> int:
-    """Modes every response is trained in: 2 for Policy Split, 1 for GRPO."""
-    return 2 if config.algorithm.name == "policy_split" else 1
 
 
 def to_dict(config: Config) -> dict[str, Any]:

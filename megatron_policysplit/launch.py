@@ -20,11 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_policysplit.errors import ConfigError
-
-DONE = 0
-FAILED = 1
-BAD_INPUT = 2
-STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, state saved, the same command goes on
+from megatron_policysplit.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 
 _PR_SET_PDEATHSIG = 1
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -19,7 +19,7 @@ from megatron_policysplit.config import AlgorithmConfig
 class LossInputs:
     """[T] fp32 each, over the response tokens of some rows; nats where they are log-probs or entropies.
 
-    weights: share of each token in the step's loss (`token_weights`), 0 for tokens that are not trained.
+    weights: share of each token in the step's loss (`token_weight`), 0 for tokens that are not trained.
     importance: truncated actor/engine weights (1 where none are taken).
     entropy: differentiable if the entropy bonus is on. reference_logprobs: only with a KL term.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,8 +16,8 @@ RIGHT = 0.5  # a reward above this counts as a right answer
 def mode_metrics(rows: Sequence[Row], statistics: Sequence[TokenStatistics], mode: Mode) -> dict[str, float]:
     """Of what `mode` sampled, under its own prompt; {} if it sampled nothing.
 
-    reward, accuracy, truncated_share: means over responses. entropy_nats, kl_nats (this mode || the other,
-    where scored): means over response tokens. response_tokens: mean length.
+    reward, accuracy, truncated_share: means over responses. entropy_nats (also in bits, the paper's unit),
+    kl_nats (this mode || the other, where scored): means over response tokens. response_tokens: mean length.
     """
     own = [(row.rollout, s) for row, s in zip(rows, statistics, strict=True) if row.mode is mode and row.on_policy]
     if not own:
@@ -26,6 +27,7 @@ def mode_metrics(rows: Sequence[Row], statistics: Sequence[TokenStatistics], mod
         "reward": _mean([rollout.reward for rollout in rollouts]),
         "accuracy": _mean([rollout.reward > RIGHT for rollout in rollouts]),
         "entropy_nats": float(torch.cat([s.entropy for _, s in own]).mean()),
+        "entropy_bits": float(torch.cat([s.entropy for _, s in own]).mean()) / math.log(2),
         "response_tokens": _mean([len(rollout.tokens) for rollout in rollouts]),
         "truncated_share": _mean([rollout.finish_reason == "length" for rollout in rollouts]),
     }

@@ -10,6 +10,7 @@ from megatron_policysplit.config import ModesConfig
 from megatron_policysplit.data import Question
 from megatron_policysplit.errors import ModelError
 from megatron_policysplit.metrics import RIGHT
+from megatron_policysplit.report import MODE_LABELS
 from megatron_policysplit.rewards import Graded
 from megatron_policysplit.rollout.engine import Request, Sampling
 from megatron_policysplit.rollout.seeds import sample_seed
@@ -152,7 +153,7 @@ def scores_table(scores: dict[str, ModeScores], samples: int):
     """A row per measure and a column per mode, as a rich table."""
     from rich.table import Table
 
-    table = Table("", *scores)
+    table = Table("", *(MODE_LABELS[mode] for mode in scores))
     names = {
         "accuracy": "accuracy (pass@1)",
         "best_of_k": f"best of {samples}",

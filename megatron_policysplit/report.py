@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_policysplit.errors import DataError
+from megatron_policysplit.logs import without_secrets
 from megatron_policysplit.logs.jsonl import read_jsonl, read_metrics_file
+from megatron_policysplit.preflight import CONFIG_FILE
 from megatron_policysplit.rows import MODES
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ def read_metrics(run_dir: str | Path) -> tuple[list[dict], list[dict]]:
     """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
+        inside = sorted(str(found.parent) for found in Path(run_dir).glob("*/metrics.jsonl"))
+        if inside:
+            raise DataError(f"{run_dir} is not a run but holds runs; give one or more of them: {' '.join(inside)}")
         raise DataError(f"{path} does not exist; give the directory of a run (run.dir) that has started")
     records = sorted(read_metrics_file(path), key=lambda record: record["step"])
     if not records:
@@ -170,12 +174,19 @@ def _seconds(records: list[dict]) -> list[dict]:
 
 
 def _config(run_dir: Path) -> str | None:
-    path = run_dir / "resolved_config.json"
+    """The run's configuration as YAML, without secrets: the page is made to be passed on."""
+    path = run_dir / CONFIG_FILE
     if not path.exists():
         return None
     import yaml
 
-    return yaml.safe_dump(json.loads(path.read_text(encoding="utf-8")), sort_keys=False, allow_unicode=True)
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict):
+        raise DataError(f"{path} is not a YAML mapping; restore the file, or delete it to have a report without it")
+    return yaml.safe_dump(without_secrets(config), sort_keys=False, allow_unicode=True)
 
 
 def _samples(run_dir: Path) -> dict | None:
@@ -227,7 +238,7 @@ def _figure(metrics: dict[str, tuple[list[dict], list[dict]]], dark: bool) -> Fi
     theme = {"text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink, "axes.edgecolor": ink}
     with matplotlib.rc_context({**theme, "font.family": "sans-serif", "font.size": 9.5, "figure.facecolor": paper}):
         figure = Figure(figsize=(9.6, 7.2), layout="constrained")
-        figure.suptitle("Policy Split training: the two modes over training steps", fontsize=13, fontweight="bold")
+        figure.suptitle("The two modes over training steps", fontsize=13, fontweight="bold")
         axes = figure.subplots(2, 2).flat
         legend = {}
         for axis, (metric, title, unit) in zip(axes, PANELS, strict=True):
@@ -286,7 +297,7 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>Policy Split: {{ runs | map(attribute="name") | join(", ") }}</title>
+<title>Training report: {{ runs | map(attribute="name") | join(", ") }}</title>
 <style>
 :root { color-scheme: light dark; --ink: #24292f; --soft: #57606a; --paper: #fff; --card: #f6f8fa; --line: #d0d7de;
   --good: #00664b; --bad: #a33d00; }
@@ -310,7 +321,7 @@ small { color: var(--soft); } summary { cursor: pointer; }
 </style>
 </head>
 <body>
-<h1>Policy Split training report</h1>
+<h1>Training report</h1>
 {% for run in runs %}
 <p><b>{{ run.name }}</b>: {{ run.steps }} training steps, {{ run.evaluations }} evaluations
 {%- if not run.evaluations %}; the table shows its training batches{% endif %}</p>
@@ -377,7 +388,7 @@ small { color: var(--soft); } summary { cursor: pointer; }
 <h2>Configuration</h2>
 {% for run in runs %}
 <details><summary>{{ run.name }}</summary>
-<pre>{{ run.config if run.config is not none else "resolved_config.json is not in the run directory" }}</pre></details>
+<pre>{{ run.config if run.config is not none else "config.yaml is not in the run directory" }}</pre></details>
 {% endfor %}
 </body>
 </html>

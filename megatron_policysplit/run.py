@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -151,19 +152,23 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
     if found:
         log.message(f"resumed from {found}")
 
+    state.date = layout.from_chief(state.date or datetime.date.today().isoformat())
     leader = _agreed(layout, lambda: _leader(config) if layout.is_leader else None)
     builder = None
     if leader is not None:
         resources.callback(leader.rewards.close)
-        builder = PromptBuilder(leader.tokenizer, config.modes, date=state.date or None)
-    state.date = layout.from_chief(builder and builder.date)
+        builder = PromptBuilder(leader.tokenizer, config.modes, date=state.date)
 
     questions, prompts, dropped = _questions(config.data.path, config.data.options, config, layout, builder)
     if dropped:
         log.message(f"dropped {dropped} questions whose prompt exceeds {config.data.max_prompt_tokens} tokens")
     eval_questions, eval_prompts = [], {}
     if config.eval.path is not None:
-        eval_questions, eval_prompts, _ = _questions(config.eval.path, config.eval.options, config, layout, builder)
+        eval_questions, eval_prompts, dropped = _questions(
+            config.eval.path, config.eval.options, config, layout, builder
+        )
+        if dropped:
+            log.message(f"dropped {dropped} evaluation questions, as over-long as that")
         eval_questions = eval_questions[: config.eval.questions]
 
     stream = QuestionStream(questions, config.data.batch_questions, config.run.seed)

@@ -7,14 +7,13 @@ from megatron_policysplit.actor import checkpoint, cpu
 from megatron_policysplit.actor.checkpoint_files import path_of
 from megatron_policysplit.config import Config
 from megatron_policysplit.errors import TrainingError
+from megatron_policysplit.exit_codes import DONE, STOPPED
 from megatron_policysplit.metrics import evaluation_metrics, training_metrics
 from megatron_policysplit.records import rollout_records
 from megatron_policysplit.rows import MODES, share
 from megatron_policysplit.stopping import StopRequested, StopSignal
 from megatron_policysplit.timing import Phases
 from megatron_policysplit.training_signals import live_rows, train_signals
-
-DONE, STOPPED = 0, 75  # exit codes; 75 is EX_TEMPFAIL: the same command goes on where this one stopped
 
 
 class Trainer:
@@ -44,7 +43,7 @@ class Trainer:
             run.close()
 
     def step(self) -> None:
-        """One rollout batch."""
+        """One rollout batch. Nothing of the run's state changes before its update."""
         run, config, phases = self.run, self.config, Phases()
         batch = run.state.step
         with phases.measure("step"):
@@ -58,6 +57,8 @@ class Trainer:
                 placed = run.actor.place(rows, live, seed=config.run.seed * 1_000_003 + batch)
                 old = run.actor.score(placed)
                 reference = run.actor.score_reference(placed) if config.algorithm.kl_coef > 0 else None
+            run.layout.meet()  # replicas score for different times, and the control group does not wait long
+            run.control.check()  # a stop signal need not wait for the longest phase
             with phases.measure("update"):
                 signals = train_signals(rows, old, run.method, config, reference)
                 update = run.actor.update(placed, signals)
@@ -66,12 +67,15 @@ class Trainer:
             run.state.optimizer_steps = run.actor.optimizer.steps_taken
             run.state.weight_version += 1
             self.sync(phases)
+        run.state.bad_steps += update.bad_steps
+        run.state.bad_steps_in_a_row = run.state.bad_steps_in_a_row + 1 if update.bad_steps else 0
         memory = run.layout.largest(cpu.peak_memory_bytes())
         if run.layout.is_chief:
             metrics = training_metrics(rows, old, live) | update.named() | _speed(rows, live, phases)
-            run.log.log(run.state.step, metrics | {"memory/peak_gib": memory / 2**30})
+            metrics |= {"memory/peak_gib": memory / 2**30, "actor/bad_steps_total": float(run.state.bad_steps)}
+            run.log.log(run.state.step, metrics | run.driver.stats.named())
             run.log.rollouts(run.state.step, rollout_records(rollouts, run.questions, run.prompt_text, run.text))
-        self._count_bad(update, rollouts)
+        self._stop_if_bad(rollouts)
 
     def evaluate_and_save(self) -> None:
         """What is due after the batches trained so far, at the start of a run and at its end too.
@@ -121,20 +125,17 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint of the state after the last trained batch, unless it is there already."""
         run, phases = self.run, Phases()
-        if path_of(run.checkpoints, run.state.step).exists():
+        if run.layout.from_chief(path_of(run.checkpoints, run.state.step).exists()):
             return
         with phases.measure("checkpoint"):
             path = checkpoint.save(run.actor, run.state, run.checkpoints, self.config.checkpoint.keep)
         run.log.message(f"saved {path} in {phases.seconds['checkpoint']:.1f} s")
 
-    def _count_bad(self, update, rollouts) -> None:
-        """Count skipped optimizer steps; stop after `train.max_bad_steps` batches in a row, with the batch dumped."""
+    def _stop_if_bad(self, rollouts) -> None:
+        """Say that an update was skipped; stop after `train.max_bad_steps` batches in a row, the last one dumped."""
         run, limit = self.run, self.config.train.max_bad_steps
-        if not update.bad_steps:
-            run.state.bad_steps_in_a_row = 0
+        if not run.state.bad_steps_in_a_row:
             return
-        run.state.bad_steps += update.bad_steps
-        run.state.bad_steps_in_a_row += 1
         run.log.message(f"step {run.state.step}: the loss or the gradient was not finite; the update was skipped")
         if run.state.bad_steps_in_a_row >= limit:
             dump = run.directory / f"bad_batch_step_{run.state.step:06d}.jsonl"

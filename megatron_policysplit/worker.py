@@ -12,7 +12,8 @@ import sys
 import time
 import traceback
 
-FAILED, BAD_INPUT, STOPPED = 1, 2, 75
+from megatron_policysplit.exit_codes import BAD_INPUT, FAILED, STOPPED
+
 SAME_ERROR_SECONDS = 3.0
 
 
@@ -44,8 +45,10 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         _report(f"error: {error}")
         return BAD_INPUT
-    except RuntimeError as error:
-        # A collective whose peer is gone fails with a RuntimeError of the backend's own wording.
+    except BaseException as error:
+        # A collective whose peer is gone fails with a RuntimeError in the wording of its backend. A full disk is an
+        # OSError of this rank alone (torch's CheckpointException is not even an Exception); the others learn of it
+        # when this rank leaves.
         from megatron_policysplit.control import missing_ranks
 
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -85,9 +88,12 @@ def _first_sentence(error: BaseException) -> str:
     return re.sub(r"^\[\S+\] ", "", line).split(". ")[0][:300]
 
 
-if __name__ == "__main__":
-    code = main(sys.argv[1:])
+def leave(code: int) -> None:
+    """End this rank. Not by sys.exit: a peer that is gone must not keep it in an atexit handler of a backend."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: a peer that is gone must not keep this process in a backend's atexit handler.
     os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))

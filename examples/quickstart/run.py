@@ -22,7 +22,17 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CONFIG = Path(__file__).with_name("quickstart.yaml")
+MARK = ".quickstart"  # in a directory that may be deleted
 RUNS = {"grpo": "GRPO", "policy_split": "Policy Split"}
+
+
+def clear(out: Path) -> None:
+    """An empty `out`. What an earlier quickstart left there is removed; anything else is refused."""
+    if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
+        raise SystemExit(f"error: --out {out} holds something else than a quickstart; name another directory")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / MARK).touch()
 
 
 def prepare(out: Path, seed: int, seconds: dict[str, float]) -> None:
@@ -64,6 +74,7 @@ def report(out: Path, seconds: dict[str, float]) -> None:
     """summary.json, curves.png and report.html of the runs in `out`, and the table on the terminal."""
     from rich.console import Console
 
+    from examples.quickstart.make_model import HIGH_ENTROPY_PROMPT
     from megatron_policysplit.report import summary, summary_table, write_curves, write_report
 
     runs = {name: out / name for name in RUNS}
@@ -76,7 +87,10 @@ def report(out: Path, seconds: dict[str, float]) -> None:
     console.print(summary_table(result))
     console.print("seconds: " + ", ".join(f"{name.removesuffix('_s')} {value:.0f}" for name, value in seconds.items()))
     console.print(f"report   {out / 'report.html'}\ncurves   {out / 'curves.png'}\nnumbers  {out / 'summary.json'}")
-    console.print(f"model    {out / 'policy_split' / 'hf'} (a Hugging Face directory)")
+    model = out / "policy_split" / "hf"
+    console.print(f"model    {model} (a Hugging Face directory); ask it yourself:")
+    ask = f'policysplit generate --model {model} --max-tokens 8 --high-entropy-prompt "{HIGH_ENTROPY_PROMPT}" 9'
+    console.print(f"         {Path(sys.executable).parent / ask}", soft_wrap=True)
 
 
 @contextmanager
@@ -93,9 +107,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="key=value for both runs")
     arguments = parser.parse_args()
     out, seconds = arguments.out, {}
-    for name in ("model", *RUNS):  # of an earlier quickstart
-        shutil.rmtree(out / name, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
+    clear(out)
     prepare(out, arguments.seed, seconds)
     for name, title in RUNS.items():
         print(f"\n{title}", flush=True)

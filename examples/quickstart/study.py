@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 from pathlib import Path
 
 from examples.quickstart.make_model import HIGH_ENTROPY_PROMPT
-from examples.quickstart.run import prepare, train
+from examples.quickstart.run import clear, prepare, train
 
 RUNS = {
     "grpo": ["algorithm.name=grpo"],
@@ -102,9 +101,7 @@ def run_seed(out: Path, seed: int, overrides: list[str]) -> dict:
     """All runs of one seed, and what their final models do."""
     from megatron_policysplit.rows import MODES, Mode
 
-    for name in ("model", *RUNS):  # of an interrupted study
-        shutil.rmtree(out / name, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
+    clear(out)
     prepare(out, seed, {})
     questions, result = out / "questions.jsonl", {}
     for name, settings in RUNS.items():

@@ -49,7 +49,9 @@ class TrainerState:
 
 def save(actor: Actor, state: TrainerState, directory: Path, keep: int) -> Path:
     """Save under `directory` (collective over all ranks) and drop all but the newest `keep`."""
-    from megatron.core import dist_checkpointing
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
     layout = actor.layout
     final = path_of(directory, state.step)
@@ -60,7 +62,11 @@ def save(actor: Actor, state: TrainerState, directory: Path, keep: int) -> Path:
         partial.mkdir(parents=True)
     dist.barrier(group=layout.world)
     _keep_results_in_process()
-    dist_checkpointing.save(_sharded_state(actor, is_loading=False), str(partial), content_metadata=METADATA)
+    # Every replica writes its part, not only the first.
+    strategy = FullyParallelSaveStrategyWrapper(
+        get_default_save_sharded_strategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
+    dist_checkpointing.save(_sharded_state(actor, is_loading=False), str(partial), strategy, content_metadata=METADATA)
     save_file(_rng_states(), partial / f"rng_rank{layout.rank:05d}.safetensors")
     dist.barrier(group=layout.world)
     if layout.rank == 0:
@@ -95,31 +101,29 @@ def load(actor: Actor, path: Path) -> TrainerState:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Reads torch_dist's `.metadata` and nothing else: only these modules' plain data classes may be named."""
+    """Reads torch_dist's `.metadata` and nothing else: only the plain data classes in it may be named."""
 
     ALLOWED = {
-        "torch.distributed.checkpoint.metadata",
-        "torch.distributed.checkpoint.filesystem",
-        "torch.distributed.checkpoint.planner",
-        "torch.distributed._shard.sharded_tensor.metadata",
-        "torch.distributed._shard.metadata",
-        "torch.serialization",
-    }
-    NAMES = {
-        ("torch", "Size"),
-        ("torch", "device"),
-        ("torch._utils", "_rebuild_device"),
-        ("collections", "OrderedDict"),
-        ("builtins", "set"),
-        ("pathlib", "PosixPath"),
-        ("_codecs", "encode"),
+        "torch": {"Size", "bfloat16", "float32", "float16", "float64", "int32", "int64", "uint8"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.distributed.checkpoint.metadata": {
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+        "torch.serialization": {"_get_layout"},
+        "pathlib": {"PosixPath"},
     }
 
     def find_class(self, module: str, name: str):
-        import torch
-
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if module in self.ALLOWED or is_dtype or (module, name) in self.NAMES:
+        # Exact names: pickle walks dotted ones, and a whole module would open everything that it imports.
+        if name in self.ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
@@ -127,7 +131,8 @@ class _MetadataUnpickler(pickle.Unpickler):
 def check_metadata(path: Path) -> None:
     """Raise CheckpointError unless `path` unpickles with torch_dist's own data classes alone.
 
-    Megatron reads this file with pickle; after this check those bytes can run nothing.
+    Megatron reads this file with pickle; after this check those bytes can run nothing. (`common.pt` it reads
+    with torch.load, whose default since torch 2.6 is weights_only.)
     """
     try:
         with path.open("rb") as file:

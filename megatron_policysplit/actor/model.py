@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from checkpoints_conv import architecture_of, check_layout
 from checkpoints_conv.rope import Llama3Rope
 from megatron_policysplit.actor import cpu
+from megatron_policysplit.errors import ConfigError
 
 
 class PolicyModel(GPTModel):
@@ -82,6 +84,11 @@ def build_model(
         post_process = parallel_state.is_pipeline_last_stage()
     if transformer_engine is None:
         transformer_engine = cpu.use_transformer_engine()
+    if transformer_engine and importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError(
+            "training on a GPU needs Transformer Engine, which is not installed; "
+            "pip install 'megatron_policysplit[gpu]', or hide the GPU with CUDA_VISIBLE_DEVICES=''"
+        )
     config = TransformerConfig(
         **arguments.transformer,
         **cpu.model_options(),

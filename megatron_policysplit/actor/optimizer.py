@@ -46,7 +46,9 @@ class PolicyOptimizer:
             [model],
         )
         for optimizer in self.megatron.chained_optimizers:
-            _create_adam_state(optimizer.optimizer)
+            # Adam makes its state at its first step, but a checkpoint may be wanted before.
+            optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+            _add_step(optimizer.optimizer)
         total = train.steps * train.optimizer_steps_per_batch
         self.schedule = OptimizerParamScheduler(
             self.megatron,
@@ -98,20 +100,11 @@ class PolicyOptimizer:
         return self.schedule.num_steps
 
 
-def _create_adam_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give torch's AdamW its zero state now: it would do so at its first step, but checkpoints want it before.
-
-    Transformer Engine's and Apex's Adam, used where they are installed, make their own.
-    """
-    if not isinstance(optimizer, torch.optim.AdamW):
-        return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+def _add_step(optimizer: torch.optim.Optimizer) -> None:
+    """torch's AdamW counts steps for each parameter; Transformer Engine's and Apex's Adam for each group."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        for state in optimizer.state.values():
+            state["step"] = torch.tensor(0.0)
 
 
 def _accept_missing_step(optimizer) -> None:

@@ -98,9 +98,10 @@ class Layout:
         return values
 
 
-def initialize(parallel: ParallelConfig, seed: int, *, timeout_seconds: float = 600.0) -> Layout:
+def initialize(parallel: ParallelConfig, seed: int, *, timeout_seconds: float = 3600.0) -> Layout:
     """Set torch.distributed, Megatron's groups and the model-parallel RNG up, from RANK, WORLD_SIZE, MASTER_*.
 
+    timeout_seconds: of a training collective; ranks that write no part of a checkpoint wait in one for those that do.
     A process started alone (no RANK) is a world of one. Raises ConfigError if the world's size is not
     the product of the parallel sizes.
     """

@@ -12,9 +12,9 @@ from megatron_policysplit.logs.sink import Sink, without_secrets
 class Logger:
     """Hands metrics, rollouts and messages to every sink that the `log` section of the config asks for.
 
-    Files are always written: metrics.jsonl, messages.log and resolved_config.json, and rollouts/ unless
-    `log.rollouts` is false. Create it on the chief rank only. Metric values are numbers; a value
-    that is not finite is stored as null in files and as it is elsewhere.
+    Files are always written: metrics.jsonl and messages.log, and rollouts/ unless `log.rollouts` is false.
+    Create it on the chief rank only. Metric values are numbers; a value that is not finite is stored as
+    null in files and as it is elsewhere. resolved_config goes, without secrets, to TensorBoard and wandb.
 
     Raises ConfigError when a sink's package is missing or wandb refuses to start.
     """
@@ -59,7 +59,7 @@ class Logger:
 def _sinks(config: LogConfig, run_dir: Path, total_steps: int, resolved_config: dict):
     from megatron_policysplit.logs.jsonl import JsonlSink
 
-    yield JsonlSink(run_dir, resolved_config, dump_rollouts=config.rollouts)
+    yield JsonlSink(run_dir, dump_rollouts=config.rollouts)
     if config.tensorboard:
         from megatron_policysplit.logs.tensorboard import TensorBoardSink
 

@@ -1,4 +1,4 @@
-"""Files that are always written: metrics.jsonl, rollouts/step_NNNNNN.jsonl, messages.log, resolved_config.json."""
+"""Files that are always written: metrics.jsonl, rollouts/step_NNNNNN.jsonl, messages.log."""
 
 from __future__ import annotations
 
@@ -21,16 +21,14 @@ class JsonlSink(Sink):
     again are dropped, and a step logged twice keeps its newer line.
     """
 
-    def __init__(self, run_dir: Path, resolved_config: dict, dump_rollouts: bool = True):
+    def __init__(self, run_dir: Path, dump_rollouts: bool = True):
         self.run_dir = run_dir
-        self.resolved_config = resolved_config
         self.dump_rollouts = dump_rollouts
         self.path = run_dir / "metrics.jsonl"
         self.file = None
         self.written: set[tuple[int, str]] = set()
 
     def start(self, step: int) -> None:
-        replace(self.run_dir / "resolved_config.json", [json.dumps(self.resolved_config, indent=2, default=str)])
         self._keep(lambda record: record["step"] <= step)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

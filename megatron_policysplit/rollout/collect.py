@@ -29,6 +29,10 @@ class CollectStats:
     generated_tokens: int = 0
     seconds: float = 0.0
 
+    def named(self) -> dict[str, float]:
+        """What went wrong on this leader's side, for the logs."""
+        return {"rollout/retried": float(self.retried), "rollout/duplicates": float(self.duplicates)}
+
 
 class QuestionQueue:
     """Hands out the numbers 0 .. lots-1, each to one leader.

@@ -12,7 +12,7 @@ from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.config import Config
 from megatron_policysplit.control import Control
 from megatron_policysplit.data import Question
-from megatron_policysplit.rewards import RewardPool
+from megatron_policysplit.rewards import Graded, RewardPool
 from megatron_policysplit.rollout.collect import CollectStats, QuestionQueue, build_requests, collect, split_lots
 from megatron_policysplit.rollout.engine import Engine
 from megatron_policysplit.rows import Mode, Rollout
@@ -84,8 +84,11 @@ class Driver:
         with phases.measure("generate"):
             rollouts, self.stats = await collect(self.leader.engine, next_lot)
         with phases.measure("reward"):
-            items = [(self.leader.text(rollout), questions[rollout.question]) for rollout in rollouts]
-            grades = await asyncio.to_thread(self.leader.rewards.grade, items)
+            grades = await asyncio.to_thread(self._grade, rollouts, questions)
         for rollout, graded in zip(rollouts, grades, strict=True):
             rollout.reward, rollout.reward_error = graded.reward, graded.error
         return rollouts
+
+    def _grade(self, rollouts: Sequence[Rollout], questions: Mapping) -> list[Graded]:
+        items = [(self.leader.text(rollout), questions[rollout.question]) for rollout in rollouts]
+        return self.leader.rewards.grade(items)

@@ -21,7 +21,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from megatron_policysplit.errors import ModelError, TrainingError
+from megatron_policysplit.errors import ConfigError, ModelError, TrainingError
 from megatron_policysplit.rollout.engine import EnginePaused, Request
 from megatron_policysplit.rows import Rollout
 
@@ -115,7 +115,7 @@ class LocalEngine:
     model_path: a Hugging Face directory with safetensors; its weights are version 0.
     stop_token_ids: ids that end a response. dtype: "float32" or "bfloat16".
     max_batch_samples: samples generated together, over both modes.
-    Raises ModelError when the directory cannot be loaded in full.
+    Raises ModelError when the directory cannot be loaded in full, ConfigError when torch cannot use the device.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class LocalEngine:
     ):
         self._path = model_path
         self._max_batch_samples = max_batch_samples
-        self._device = torch.device(device)
+        self._device = _usable(device)
         self._dtype = getattr(torch, dtype)
         self._model = _read_model(model_path, self._dtype).to(self._device)
         self._shapes = {name: parameter.shape for name, parameter in self._model.named_parameters()}
@@ -329,6 +329,18 @@ class LocalEngine:
             yield
         finally:
             self._busy.release()
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        torch.ones(1, device=device).item()  # what torch raises differs from device to device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise ConfigError(
+            f"device {str(device)!r} cannot be used on this machine ({reason}); use cpu, "
+            "or cuda where there is a GPU and a torch built for it"
+        ) from error
+    return torch.device(device)
 
 
 def _read_model(path: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -57,8 +57,8 @@ def model(config, tmp_path) -> Path:
         ),
         (
             "train.optimizer_steps_per_batch=3",
-            "train.optimizer_steps_per_batch=3 does not divide the 64 rows of a batch (data.batch_questions x "
-            "rollout.samples_per_question x 2 training modes); use one of 1, 2, 4",
+            "train.optimizer_steps_per_batch=3 does not divide the 32 responses of a batch (data.batch_questions x "
+            "rollout.samples_per_question); use one of 1, 2, 4",
         ),
         ("data.batch_questions=11", "data.batch_questions=11 is more than the 10 questions of data.path="),
         ("data.path=/nowhere.jsonl", "/nowhere.jsonl does not exist"),

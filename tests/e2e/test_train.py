@@ -13,7 +13,7 @@ TRAIN_METRICS = {
     *(
         f"{mode}/{name}"
         for mode in MODES
-        for name in ("reward", "accuracy", "entropy_nats", "response_tokens", "truncated_share")
+        for name in ("reward", "accuracy", "entropy_nats", "entropy_bits", "response_tokens", "truncated_share")
     ),
     "kl/normal_to_high_entropy",
     "kl/high_entropy_to_normal",
@@ -26,12 +26,16 @@ TRAIN_METRICS = {
             "first_ratio_off_one",
             "learning_rate",
             "bad_steps",
+            "bad_steps_total",
             "engine_logprob_difference",
             "skipped_rows",
             "rows",
         )
     ),
     "reward/errors",
+    "rollout/retried",
+    "rollout/duplicates",
+    "memory/peak_gib",
     *(f"time/{phase}_s" for phase in ("step", "generate", "reward", "score", "update", "sync")),
     *(f"throughput/{phase}_tokens_per_s" for phase in ("generate", "score", "update")),
 }
@@ -209,7 +213,10 @@ def test_replay_trains_alike_without_an_engine(config, straight, tmp_path):
 
 def test_grpo_over_two_pipeline_stages(config, tmp_path):
     overrides = ("algorithm.name=grpo", "parallel.tensor=1", "parallel.pipeline=2", "train.steps=2", "eval.every=1")
-    run = e2e.train(config, tmp_path / "run", *overrides)
+    leave = ("checkpoint.every=1", "checkpoint.keep=1", "checkpoint.hugging_face=false")
+    run = e2e.train(config, tmp_path / "run", *overrides, *leave)
+    assert e2e.checkpoints(run.directory) == ["step_000002"]
+    assert not (run.directory / "hf").exists() and not (run.directory / "best").exists()
     train, evaluation = (e2e.metrics(run.directory, kind) for kind in ("train", "eval"))
     assert [record["step"] for record in evaluation] == [0, 1, 2]
     for record in train:

@@ -6,13 +6,14 @@ import resource
 import subprocess
 import sys
 import types
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from megatron_policysplit import __version__, cli, launch
+from megatron_policysplit import __version__, cli, exit_codes, launch, modes
 from megatron_policysplit.config import ModesConfig
 from megatron_policysplit.config_load import load_config, to_dict
 from megatron_policysplit.data import Question
@@ -98,7 +99,25 @@ def test_version_and_documented_exit_codes():
     assert invoke("--version") == f"policysplit {__version__}\n"
     text = " ".join(invoke("train", "--help").split())
     assert "0 done; 1 failed; 2 bad input, nothing was started; 75 stopped by SIGTERM or SIGINT" in text
-    assert (launch.DONE, launch.FAILED, launch.BAD_INPUT, launch.STOPPED) == (0, 1, 2, os.EX_TEMPFAIL)
+    codes = (exit_codes.DONE, exit_codes.FAILED, exit_codes.BAD_INPUT, exit_codes.STOPPED)
+    assert codes == (0, 1, 2, os.EX_TEMPFAIL)
+
+
+def test_help_is_whole_and_plain():
+    listed = invoke("--help")
+    assert "..." not in listed.partition("Commands:")[2]
+    usages = {
+        "train": "train [OPTIONS] CONFIG [KEY=VALUE]...",
+        "generate": "generate [OPTIONS] QUESTION",
+        "eval": "eval [OPTIONS]",
+        "report": "report [OPTIONS] RUN...",
+        "config": "config [OPTIONS] CONFIG [KEY=VALUE]...",
+    }
+    for command, usage in usages.items():
+        text = invoke(command, "--help")
+        assert text.splitlines()[0].endswith(f" {usage}")
+        assert f"  {command} " in listed and " range>" not in text
+    assert "--samples N " in invoke("generate", "--help")
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
@@ -107,9 +126,30 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
         result = call(command, missing)
         assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr == f"error: configuration file {missing} does not exist\n"
-    started = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1234"}
-    other = call("train", missing, **started)
-    assert (other.returncode, other.stdout, other.stderr) == (2, "", "")
+
+
+TORCHRUN = {"WORLD_SIZE": "8", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
+SRUN = {"SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "prefix"),
+    [
+        (TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}, ""),
+        (TORCHRUN | {"RANK": "4", "LOCAL_RANK": "0"}, "rank 4: "),
+        (TORCHRUN | {"RANK": "5", "LOCAL_RANK": "1"}, None),
+        (TORCHRUN | {"RANK": "1"}, "rank 1: "),  # which node it is on was not told
+        (SRUN | {"SLURM_PROCID": "4", "SLURM_LOCALID": "0"}, "rank 4: "),
+        (SRUN | {"SLURM_PROCID": "5", "SLURM_LOCALID": "1"}, None),
+    ],
+)
+def test_the_first_rank_of_every_node_tells_the_error(tmp_path, environ, monkeypatch, capsys, ranks, prefix):
+    environ.update(ranks)
+    monkeypatch.setattr(sys, "argv", ["policysplit", "train", str(tmp_path / "no.yaml")])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    text = "" if prefix is None else f"{prefix}error: configuration file {tmp_path / 'no.yaml'} does not exist\n"
+    assert (exit.value.code, *capsys.readouterr()) == (2, "", text)
 
 
 def test_train_with_one_rank_runs_in_this_process(config, environ, worker, capsys):
@@ -175,20 +215,56 @@ def test_config_refuses_and_warns(config):
 def test_generate_shows_the_modes_side_by_side(model):
     arguments = ["generate", "--model", model, "--max-tokens", 6, "Why?"]
     both = invoke(*arguments)
-    assert "normal" in both and "high_entropy" in both and both.count("[6 tokens, cut, ") == 2
+    assert "normal" in both and "high-entropy" in both and both.count("[6 tokens, cut, ") == 2
     assert both == invoke(*arguments)
     assert both != invoke(*arguments, "--seed", 1)
     assert both != invoke(*arguments, "--temperature", 0.2)
     assert both != invoke(*arguments, "--high-entropy-prompt", "Be wild.")
     one = invoke(*arguments, "--mode", "high_entropy", "--samples", 3)
     assert "normal" not in one and one.count("[6 tokens, cut, ") == 3
+    greedy = [*arguments, "--mode", "normal", "--max-tokens", 1]
+    assert "[1 token, cut, " in invoke(*greedy)
+    # The one most likely token, whichever filter leaves it alone and whatever the seed.
+    alone = invoke(*greedy, "--top-k", 1)
+    assert alone == invoke(*greedy, "--top-p", 1e-6) == invoke(*greedy, "--top-k", 1, "--seed", 7)
+    assert len({invoke(*greedy, "--seed", seed) for seed in range(3)} - {alone}) >= 1
+
+
+def test_generate_takes_the_prompts_of_a_run(model, tmp_path, monkeypatch):
+    seen = []
+
+    class Recorder(modes.PromptBuilder):
+        def __init__(self, tokenizer, config, date=None):
+            seen.append(config)
+            super().__init__(tokenizer, config, date)
+
+    monkeypatch.setattr(modes, "PromptBuilder", Recorder)
+    given = {"high_entropy_prompt": "Be wild.", "template_system": "drop", "chat_template_kwargs": {"thinking": False}}
+    content = {"model": {"path": "elsewhere"}, "data": {"path": "no.jsonl"}, "run": {"dir": "no"}, "modes": given}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(content))
+    arguments = ["generate", "--model", model, "--max-tokens", 3, "--mode", "high_entropy", "Why?"]
+    assert invoke(*arguments, "--config", file) == invoke(*arguments, "--high-entropy-prompt", "Be wild.")
+    assert seen == [ModesConfig(**given), ModesConfig(high_entropy_prompt="Be wild.")]
+    for option in ("--high-entropy-prompt", "--high-entropy-prompt-file"):
+        with pytest.raises(ConfigError, match=f"^--config {file} brings the prompts, and so does {option}; give one "):
+            invoke(*arguments, "--config", file, option, "x")
 
 
 def test_generate_with_bad_input(tmp_path, model):
     result = call("generate", "--model", tmp_path / "no", "Why?")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"error: model directory {tmp_path / 'no'} does not exist; ")
-    assert call("generate", "--model", model, "--mode", "wild", "Why?").returncode == 2
+    arguments = ["generate", "--model", str(model), "Why?"]
+    for option, value in [("mode", "wild"), ("top-k", "0"), ("top-p", "1.1"), ("top-p", "nan"), ("temperature", "inf")]:
+        result = CliRunner().invoke(cli.app, [*arguments, f"--{option}", value])
+        assert result.exit_code == 2 and f"--{option}" in result.output
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "meta", ""])
+def test_a_device_that_cannot_be_used(model, device):
+    with pytest.raises(ConfigError, match=f"^device '{device}' cannot be used on this machine .*; use cpu, or cuda "):
+        invoke("generate", "--model", model, "--device", device, "Why?")
 
 
 def test_a_tokenizer_that_cannot_be_loaded(tmp_path):
@@ -243,12 +319,18 @@ def test_eval_measures_both_modes(model, config, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     arguments = ["eval", "--model", model, "--data", tmp_path / "data.jsonl", "--reward", "toy_reward:reward"]
     arguments += ["--samples", 3, "--questions", 2, "--max-tokens", 6, "--seed", 5, "--workers", 1]
+    config.write_text(config.read_text() + "modes: {high_entropy_prompt: Be wild.}\n")
+    arguments += ["--config", config, "--top-p", 0.9, "--top-k", 50]
     table = invoke(*arguments, "--output", "numbers.json")
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert (numbers["questions"], numbers["samples"], numbers["seed"]) == (2, 3, 5)
+    sampling, prompts = Sampling(1.0, 0.9, 50, 6), ModesConfig(high_entropy_prompt="Be wild.")
+    assert {name: numbers[name] for name in asdict(sampling)} == asdict(sampling)
+    assert numbers["prompts"] == asdict(prompts)
+    assert "normal" in table and "high-entropy" in table
 
     questions = [Question(i, [{"role": "user", "content": f"What is {i}+1?"}], str(i + 1), {}) for i in range(2)]
-    responses = Responder(str(model), ModesConfig()).respond(questions, MODES, 3, Sampling(1.0, 1.0, -1, 6), 5)
+    responses = Responder(str(model), prompts).respond(questions, MODES, 3, sampling, 5)
     for mode in MODES:
         texts = [[r.text for r in responses if r.mode is mode and r.question == q.id] for q in questions]
         right = [[text for text in row if len(text) % 2] for row in texts]
@@ -263,9 +345,6 @@ def test_eval_with_bad_input(model, tmp_path):
     arguments = ["eval", "--model", model, "--data", tmp_path / "no.jsonl"]
     result = call(*arguments)
     assert result.returncode == 2 and result.stderr.startswith(f"error: {tmp_path / 'no.jsonl'} does not exist")
-    output = tmp_path / "no" / "numbers.json"
-    result = call(*arguments, "--output", output)
-    assert result.stderr == f"error: --output {output}: the directory {output.parent} does not exist; create it first\n"
 
 
 def test_report_of_runs(tmp_path):
@@ -281,4 +360,31 @@ def test_report_of_runs(tmp_path):
     assert invoke("report", runs[1], "--output", tmp_path / "one.html").strip() == str(tmp_path / "one.html")
     assert (tmp_path / "one.html").read_text().startswith("<!doctype html>")
     with pytest.raises(DataError, match="does not exist; give the directory of a run"):
+        invoke("report", tmp_path / "no")
+    with pytest.raises(DataError) as error:
+        invoke("report", tmp_path / "a")
+    listed = f"{runs[0]} {runs[1]}"
+    assert str(error.value) == f"{tmp_path / 'a'} is not a run but holds runs; give one or more of them: {listed}"
+
+
+@pytest.mark.parametrize("command", ["eval", "report"])
+def test_an_output_that_cannot_be_written_is_told_before_the_work(command, model, tmp_path, monkeypatch):
+    given = {"eval": ["--model", model, "--data", tmp_path / "no.jsonl"], "report": [tmp_path]}[command]
+    missing = tmp_path / "no" / "out"
+    with pytest.raises(
+        ConfigError, match=f"^--output {missing}: the directory {missing.parent} does not exist; create"
+    ):
+        invoke(command, *given, "--output", missing)
+    with pytest.raises(ConfigError, match=f"^--output {tmp_path} is a directory; give the name of a file$"):
+        invoke(command, *given, "--output", tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(
+        ConfigError, match=f"^--output {tmp_path / 'out'} cannot be written: no permission; give another"
+    ):
+        invoke(command, *given, "--output", tmp_path / "out")
+
+
+def test_a_run_directory_that_cannot_be_written_asks_for_an_output(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ConfigError, match=f"^--output {tmp_path / 'report.html'} cannot be written: no permission; "):
         invoke("report", tmp_path)

@@ -168,12 +168,12 @@ def test_all_missing_keys_are_named_at_once():
         ),
         (
             ["data.batch_questions=3", "rollout.samples_per_question=4", "train.optimizer_steps_per_batch=5"],
-            "train.optimizer_steps_per_batch=5 does not divide the 24 rows of a batch (data.batch_questions x "
-            "rollout.samples_per_question x 2 training modes); use one of 3, 4, 6",
+            "train.optimizer_steps_per_batch=5 does not divide the 12 responses of a batch (data.batch_questions x "
+            "rollout.samples_per_question); use one of 3, 4, 6",
         ),
         (
             ["algorithm.name=grpo", "data.batch_questions=1", "train.optimizer_steps_per_batch=3"],
-            "train.optimizer_steps_per_batch=3 does not divide the 8 rows of a batch (data.batch_questions x "
+            "train.optimizer_steps_per_batch=3 does not divide the 8 responses of a batch (data.batch_questions x "
             "rollout.samples_per_question); use one of 1, 2, 4",
         ),
         (

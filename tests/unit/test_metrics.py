@@ -1,5 +1,7 @@
 """Metrics of graded, scored rows, worked out by hand."""
 
+import math
+
 import pytest
 import torch
 
@@ -49,6 +51,7 @@ NORMAL_EXPECTED = {
     "reward": (1.0 + 0.25 + 0.5) / 3,
     "accuracy": 1 / 3,  # 0.5 is not above one half
     "entropy_nats": (2 * 0.5 + 4 * 1.0 + 6 * 2.0) / 12,
+    "entropy_bits": (2 * 0.5 + 4 * 1.0 + 6 * 2.0) / 12 / math.log(2),
     "response_tokens": 4.0,
     "truncated_share": 2 / 3,
     "kl_nats": (2 * 0.1 + 4 * 0.2 + 6 * 0.3) / 12,
@@ -57,6 +60,7 @@ HIGH_EXPECTED = {
     "reward": 0.5,
     "accuracy": 0.5,
     "entropy_nats": (1 * 3.0 + 3 * 1.5) / 4,
+    "entropy_bits": (1 * 3.0 + 3 * 1.5) / 4 / math.log(2),
     "response_tokens": 2.0,
     "truncated_share": 0.0,
     "kl_nats": (1 * 0.7 + 3 * 0.9) / 4,
@@ -138,5 +142,6 @@ def test_evaluation_metrics():
     }
     for mode in MODES:
         whole = expected[mode] | {"response_tokens": 2.0, "truncated_share": 0.0}
+        whole["entropy_bits"] = whole["entropy_nats"] / math.log(2)
         mine = {name: value for name, value in found.items() if name.startswith(f"eval/{mode.value}/")}
         assert mine == pytest.approx({f"eval/{mode.value}/{name}": value for name, value in whole.items()})

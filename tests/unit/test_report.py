@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from rich.console import Console
 
 from megatron_policysplit import report
@@ -34,7 +35,10 @@ def record(question, mode, sample, response="3+4", reward=1.0):
 
 
 def make_run(run_dir, evals=True, rollouts=True):
-    log = Logger(LogConfig(console=False), run_dir, 2, {"model": {"path": HOSTILE}, "train": {"steps": 2}})
+    run_dir.mkdir(exist_ok=True)
+    config = {"model": {"path": HOSTILE}, "train": {"steps": 2}, "data": {"options": {"api_key": "hunter2"}}}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    log = Logger(LogConfig(console=False), run_dir, 2, config)
     log.start(0)
     if evals:
         log.evaluation(0, evaluation(0.25))
@@ -159,6 +163,7 @@ def test_report_is_one_valid_file_without_outside_resources(tmp_path):
     for part in ("<b>split</b>", "0.750", "best-of-8", "generate", "3.0", HOSTILE, "steps: 2", "step_000002.jsonl"):
         assert part in page.text
     assert "No rollout dump" in page.text and "from an earlier step" not in page.text
+    assert "hunter2" not in text
 
 
 def test_report_shows_both_modes_of_the_same_questions_first(tmp_path):
@@ -177,6 +182,34 @@ def test_report_cuts_long_responses_and_takes_a_reward_that_is_not_a_number(tmp_
     report.write_report({"a": tmp_path}, tmp_path / "report.html")
     text = Page((tmp_path / "report.html").read_text()).text
     assert "reward –" in text and "3500 more characters" in text
+
+
+def test_report_of_a_run_without_a_configuration_or_with_a_damaged_one(tmp_path):
+    file = make_run(tmp_path) / "config.yaml"
+    file.unlink()
+    report.write_report({"a": tmp_path}, tmp_path / "report.html")
+    assert "config.yaml is not in the run directory" in Page((tmp_path / "report.html").read_text()).text
+    for content in (b"model: {path", b"a sentence", b"\xff"):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=f"^{re.escape(str(file))} is not a YAML mapping; restore the file"):
+            report.write_report({"a": tmp_path}, tmp_path / "report.html")
+
+
+def test_a_directory_of_runs_names_them(tmp_path):
+    runs = [str(make_run(tmp_path / name)) for name in ("b", "a")]
+    with pytest.raises(DataError) as error:
+        report.read_metrics(tmp_path)
+    expected = f"{tmp_path} is not a run but holds runs; give one or more of them: {runs[1]} {runs[0]}"
+    assert str(error.value) == expected
+
+
+def test_titles_fit_every_algorithm(tmp_path):
+    run = make_run(tmp_path)
+    report.write_report({"grpo": run}, tmp_path / "report.html")
+    assert "Policy Split" not in (tmp_path / "report.html").read_text()
+    assert report._figure({"grpo": report.read_metrics(run)}, dark=False).get_suptitle() == (
+        "The two modes over training steps"
+    )
 
 
 def test_report_without_evaluations_shows_training_batches(tmp_path):
