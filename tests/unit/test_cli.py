@@ -292,7 +292,7 @@ def test_responses_are_sorted_seeded_and_differ_by_mode(model):
 
 def test_scores_by_hand():
     def response(question, sample, text, mode=Mode.NORMAL, surprisals=(1.0,), truncated=False):
-        return Response(question, mode, sample, text, list(surprisals), truncated)
+        return Response(question, mode, sample, text, [7] * len(surprisals), list(surprisals), truncated)
 
     responses = [
         response(0, 0, "a"),
@@ -377,7 +377,7 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(command, model
         invoke(command, *given, "--output", missing)
     with pytest.raises(ConfigError, match=f"^--output {tmp_path} is a directory; give the name of a file$"):
         invoke(command, *given, "--output", tmp_path)
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK or path != tmp_path)
     with pytest.raises(
         ConfigError, match=f"^--output {tmp_path / 'out'} cannot be written: no permission; give another"
     ):
@@ -385,6 +385,6 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(command, model
 
 
 def test_a_run_directory_that_cannot_be_written_asks_for_an_output(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK or path != tmp_path)
     with pytest.raises(ConfigError, match=f"^--output {tmp_path / 'report.html'} cannot be written: no permission; "):
         invoke("report", tmp_path)

@@ -104,7 +104,7 @@ def test_rollouts_can_be_turned_off(tmp_path):
     assert not (tmp_path / "rollouts").exists()
 
 
-def test_config_is_stored_without_secrets(tmp_path):
+def test_secrets_are_left_out_and_files_hold_no_config(tmp_path):
     config = {
         "model": {"path": "m"}, "log": {"kl_tokens": "all"}, "data": {"options": {"api_key": "hunter2", "size": 3}},
         "list": [{"HF_TOKEN": "hunter2", "answer_key": "a"}], "password": "hunter2",
