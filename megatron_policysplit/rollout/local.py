@@ -333,14 +333,18 @@ class LocalEngine:
 
 def _usable(device: str | torch.device) -> torch.device:
     try:
-        torch.ones(1, device=device).item()  # what torch raises differs from device to device
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} is not a name that torch knows; use cpu, cuda or cuda:1") from error
+    try:
+        torch.ones(1, device=chosen).item()  # what torch raises differs from device to device
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).split("\n")[0].split(". ")[0]
         raise ConfigError(
             f"device {str(device)!r} cannot be used on this machine ({reason}); use cpu, "
             "or cuda where there is a GPU and a torch built for it"
         ) from error
-    return torch.device(device)
+    return chosen
 
 
 def _read_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
