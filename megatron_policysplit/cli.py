@@ -151,7 +151,10 @@ def run_training(argv: list[str]) -> int:
     os.environ.update(started or rank_environment(0, 1, free_port()))
     from megatron_policysplit import worker
 
-    return worker.main(argv)
+    code = worker.main(argv)
+    if started:
+        worker.leave(code)
+    return code
 
 
 @contextmanager

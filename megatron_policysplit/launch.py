@@ -30,7 +30,7 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Patience:
     """Seconds: to save and exit after a signal, to end after another rank failed, from SIGTERM to SIGKILL."""
 
-    save: float = 120.0
+    save: float = 1800.0
     peers: float = 45.0
     terminate: float = 5.0
 

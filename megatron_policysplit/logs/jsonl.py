@@ -1,4 +1,4 @@
-"""Files that are always written: metrics.jsonl, rollouts/step_NNNNNN.jsonl, messages.log."""
+"""Files: metrics.jsonl, rollouts/step_NNNNNN.jsonl, reward_errors.jsonl (what could not be graded), messages.log."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ class JsonlSink(Sink):
         self._write(step, "eval", metrics)
 
     def rollouts(self, step: int, records: list[dict]) -> None:
+        failed = [record for record in records if record.get("reward_error")]
+        if failed:
+            with open(self.run_dir / "reward_errors.jsonl", "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(to_json({"step": step, **record}) + "\n" for record in failed)
         if self.dump_rollouts:
             (self.run_dir / "rollouts").mkdir(exist_ok=True)
             replace(rollout_path(self.run_dir, step), map(to_json, records))

@@ -64,7 +64,7 @@ def worker(monkeypatch):
         module.calls.append((argv, {name: os.environ[name] for name in RANK_VARIABLES if name in os.environ}))
         return module.code
 
-    module.main = main
+    module.main, module.leave = main, sys.exit
     monkeypatch.setitem(sys.modules, "megatron_policysplit.worker", module)
     monkeypatch.setattr(sys.modules["megatron_policysplit"], "worker", module, raising=False)
     return module
@@ -186,7 +186,9 @@ def test_train_checks_before_anything_starts(config, environ, worker):
 def test_train_under_torchrun(config, environ, worker, capsys):
     started = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     environ.update(started)
-    assert cli.run_training([str(config), "parallel.data=2"]) == 0
+    worker.code = 75
+    with pytest.raises(SystemExit, match="75"):  # a rank does not return: it leaves without exit handlers
+        cli.run_training([str(config), "parallel.data=2"])
     assert worker.calls == [([str(config), "parallel.data=2"], started)]
     assert capsys.readouterr().out == "" and not (config.parent / "run").exists()
     with pytest.raises(ConfigError, match="^WORLD_SIZE=2 ranks were started, but parallel.tensor=1 x "):

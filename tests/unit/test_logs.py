@@ -27,6 +27,19 @@ def steps(run_dir):
     return [(record["kind"], record["step"]) for record in lines(run_dir / "metrics.jsonl")]
 
 
+def test_samples_that_could_not_be_graded_are_kept_even_without_a_dump(tmp_path):
+    log = logger(tmp_path, rollouts=False)
+    log.start(0)
+    log.rollouts(3, [{"response": "good", "reward_error": None}, {"response": "bad", "reward_error": "it hung"}])
+    log.rollouts(4, [{"response": "worse", "reward_error": "it died"}])
+    log.close()
+    assert not (tmp_path / "rollouts").exists()
+    assert lines(tmp_path / "reward_errors.jsonl") == [
+        {"step": 3, "response": "bad", "reward_error": "it hung"},
+        {"step": 4, "response": "worse", "reward_error": "it died"},
+    ]
+
+
 def test_metrics_come_back_with_unknown_names_and_null_for_what_is_not_finite(tmp_path):
     torch = pytest.importorskip("torch")
     log = logger(tmp_path)
