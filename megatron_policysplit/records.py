@@ -12,17 +12,20 @@ from megatron_policysplit.rows import Rollout
 def rollout_records(
     rollouts: Sequence[Rollout],
     questions: Mapping[int, Question],
-    prompt_text: Callable[[int], str],
+    prompts: Mapping[int, str],
     text: Callable[[Rollout], str],
 ) -> list[dict[str, Any]]:
-    """One record a rollout. `prompt` (normal mode) and `response` are text for reading; `tokens` are what counts."""
+    """One record a rollout. prompts: question id -> text of the normal mode's prompt.
+
+    `prompt` and `response` are text for reading; `tokens` are what counts.
+    """
     return [
         {
             "batch": rollout.batch,
             "question": rollout.question,
             "mode": rollout.mode.value,
             "sample": rollout.sample,
-            "prompt": prompt_text(rollout.question),
+            "prompt": prompts[rollout.question],
             "response": text(rollout),
             "tokens": rollout.tokens,
             "engine_logprobs": rollout.engine_logprobs,

@@ -29,6 +29,7 @@ from megatron_policysplit.errors import ConfigError, UserError
 from megatron_policysplit.logs import Logger
 from megatron_policysplit.modes import PromptBuilder, stop_token_ids
 from megatron_policysplit.offline import load_tokenizer
+from megatron_policysplit.records import rollout_records
 from megatron_policysplit.rewards import RewardPool
 from megatron_policysplit.rollout.driver import Driver, Leader
 from megatron_policysplit.rollout.engine import Engine
@@ -88,9 +89,18 @@ class Run:
         """A response as text (leaders only)."""
         return self.leader.text(rollout)
 
-    def prompt_text(self, question: int) -> str:
-        """The normal mode's prompt as text (leaders only)."""
-        return self.leader.tokenizer.decode(self.prompts[question][Mode.NORMAL])
+    def records(self, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
+        """Rollouts of training questions for a dump (leaders only)."""
+        return self._records(rollouts, self.questions, self.prompts)
+
+    def eval_records(self, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
+        """Rollouts of evaluation questions for a dump (leaders only)."""
+        return self._records(rollouts, {question.id: question for question in self.eval_questions}, self.eval_prompts)
+
+    def _records(self, rollouts: Sequence[Rollout], questions: Mapping[int, Question], prompts: Prompts):
+        tokenizer = self.leader.tokenizer
+        text = {id: tokenizer.decode(prompts[id][Mode.NORMAL]) for id in {rollout.question for rollout in rollouts}}
+        return rollout_records(rollouts, questions, text, self.text)
 
     def load_engine(self, version: int) -> None:
         """Stream the actor's weights into every leader's engine (collective over each replica)."""

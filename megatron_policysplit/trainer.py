@@ -9,7 +9,6 @@ from megatron_policysplit.config import Config
 from megatron_policysplit.errors import TrainingError
 from megatron_policysplit.exit_codes import DONE, STOPPED
 from megatron_policysplit.metrics import evaluation_metrics, training_metrics
-from megatron_policysplit.records import rollout_records
 from megatron_policysplit.rows import MODES, share
 from megatron_policysplit.stopping import StopRequested, StopSignal
 from megatron_policysplit.timing import Phases
@@ -74,7 +73,7 @@ class Trainer:
             metrics = training_metrics(rows, old, live) | update.named() | _speed(rows, live, phases)
             metrics |= {"memory/peak_gib": memory / 2**30, "actor/bad_steps_total": float(run.state.bad_steps)}
             run.log.log(run.state.step, metrics | run.driver.stats.named())
-            run.log.rollouts(run.state.step, rollout_records(rollouts, run.questions, run.prompt_text, run.text))
+            run.log.rollouts(run.state.step, run.records(rollouts))
         self._stop_if_bad(rollouts)
 
     def evaluate_and_save(self) -> None:
@@ -116,6 +115,7 @@ class Trainer:
         if run.layout.is_chief:
             metrics = evaluation_metrics(rows, scores, run.text, samples) | _seconds(phases)
             run.log.evaluation(run.state.step, metrics)
+            run.log.eval_rollouts(run.state.step, run.eval_records(rollouts))
         accuracy = run.layout.from_chief(metrics and metrics["eval/normal/accuracy"])
         if accuracy > run.state.best:
             run.state.best = accuracy
@@ -140,7 +140,7 @@ class Trainer:
         if run.state.bad_steps_in_a_row >= limit:
             dump = run.directory / f"bad_batch_step_{run.state.step:06d}.jsonl"
             if run.layout.is_chief:
-                run.dump(dump, rollout_records(rollouts, run.questions, run.prompt_text, run.text))
+                run.dump(dump, run.records(rollouts))
             raise TrainingError(
                 f"the loss or the gradient was NaN or infinite {limit} steps in a row (train.max_bad_steps); the last "
                 f"batch is in {dump}; lower train.learning_rate, or look at the batch"

@@ -44,6 +44,11 @@ class Logger:
         for sink in self.sinks:
             sink.rollouts(step, records)
 
+    def eval_rollouts(self, step: int, records: list[dict]) -> None:
+        """Dump the rollouts of an evaluation with the weights after `step` training steps."""
+        for sink in self.sinks:
+            sink.eval_rollouts(step, records)
+
     def message(self, text: str) -> None:
         """Tell the user something, without breaking the progress display."""
         for sink in self.sinks:

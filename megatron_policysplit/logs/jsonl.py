@@ -1,4 +1,4 @@
-"""Files: metrics.jsonl, rollouts/step_NNNNNN.jsonl, reward_errors.jsonl (what could not be graded), messages.log."""
+"""Files: metrics.jsonl, rollouts/{step,eval}_NNNNNN.jsonl, reward_errors.jsonl (not gradable), messages.log."""
 
 from __future__ import annotations
 
@@ -38,13 +38,19 @@ class JsonlSink(Sink):
         self._write(step, "eval", metrics)
 
     def rollouts(self, step: int, records: list[dict]) -> None:
+        self._dump(rollout_path(self.run_dir, step), step, records)
+
+    def eval_rollouts(self, step: int, records: list[dict]) -> None:
+        self._dump(self.run_dir / "rollouts" / f"eval_{step:06d}.jsonl", step, records)
+
+    def _dump(self, path: Path, step: int, records: list[dict]) -> None:
         failed = [record for record in records if record.get("reward_error")]
         if failed:
             with open(self.run_dir / "reward_errors.jsonl", "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(to_json({"step": step, **record}) + "\n" for record in failed)
         if self.dump_rollouts:
-            (self.run_dir / "rollouts").mkdir(exist_ok=True)
-            replace(rollout_path(self.run_dir, step), map(to_json, records))
+            path.parent.mkdir(exist_ok=True)
+            replace(path, map(to_json, records))
 
     def message(self, text: str) -> None:
         with open(self.run_dir / "messages.log", "a", encoding="utf-8", errors="backslashreplace") as file:

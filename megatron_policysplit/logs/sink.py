@@ -28,6 +28,9 @@ class Sink:
     def rollouts(self, step: int, records: list[dict]) -> None:
         """Every rollout of one step, as JSON-able records."""
 
+    def eval_rollouts(self, step: int, records: list[dict]) -> None:
+        """Every rollout of an evaluation with the weights after `step`, likewise."""
+
     def message(self, text: str) -> None:
         """A sentence for the user."""
 

@@ -111,6 +111,16 @@ def test_rollouts_agree_with_the_metrics(straight):
             assert r["answer"] == e2e.TRAIN_ANSWER
 
 
+def test_evaluation_rollouts_agree_with_the_metrics(straight):
+    for record in e2e.metrics(straight.directory, "eval"):
+        lines = (straight.directory / "rollouts" / f"eval_{record['step']:06d}.jsonl").open()
+        found = [json.loads(line) for line in lines]
+        assert len(found) == 3 * 2 * 4 and {r["answer"] for r in found} == {e2e.EVAL_ANSWER}
+        for mode in MODES:
+            rewards = [r["reward"] for r in found if r["mode"] == mode]
+            assert sum(rewards) / len(rewards) == pytest.approx(record[f"eval/{mode}/reward"])
+
+
 def test_every_question_is_trained_once_an_epoch(straight):
     trained = [{r["question"] for r in rollouts(straight, step)} for step in range(1, 6)]
     assert trained[0] | trained[1] | trained[2] == set(range(10))  # 10 questions, 4 a batch

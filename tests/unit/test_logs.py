@@ -113,6 +113,7 @@ def test_rollouts_can_be_turned_off(tmp_path):
     log = logger(tmp_path, rollouts=False)
     log.start(0)
     log.rollouts(1, [{"response": "x"}])
+    log.eval_rollouts(1, [{"response": "x"}])
     log.close()
     assert not (tmp_path / "rollouts").exists()
 
