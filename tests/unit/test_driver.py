@@ -1,5 +1,6 @@
 """Two leaders and a rank that only waits, with the scripted engine: one batch, each rollout once, alike on both."""
 
+import asyncio
 import os
 import signal
 from datetime import timedelta
@@ -29,6 +30,14 @@ def make_driver(rank: int, script: dict):
     from megatron_policysplit.stopping import StopSignal
     from tests.support.scripted_engine import ScriptedEngine
 
+    class UnhurriedEngine(ScriptedEngine):
+        """Takes its time for each lot, so that the other leader gets some too."""
+
+        async def submit(self, requests):
+            await asyncio.sleep(0.3)
+            async for rollout in super().submit(requests):
+                yield rollout
+
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     world, control = dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=timedelta(seconds=20))
     leaders = dist.new_group([0, 1], backend="gloo")
@@ -51,7 +60,7 @@ def make_driver(rank: int, script: dict):
     leader = None
     if rank < 2:
         pool = RewardPool("tests.support.e2e:picky_reward", workers=1, timeout_seconds=60)
-        leader = Leader(ScriptedEngine(script, order_seed=rank), pool, WordTokenizer())
+        leader = Leader(UnhurriedEngine(script, order_seed=rank), pool, WordTokenizer())
     return Driver(config, layout, Control(control, StopSignal().install(), heartbeat_seconds=0.2), leader)
 
 
@@ -119,8 +128,6 @@ def test_the_leaders_share_the_questions(told):
 
 def test_responses_do_not_depend_on_who_made_them(told):
     """The scripted engine answers by the seed alone, so one process can say what the answers must be."""
-    import asyncio
-
     from megatron_policysplit.config import Config
     from megatron_policysplit.rollout.collect import build_requests
     from megatron_policysplit.rows import MODES

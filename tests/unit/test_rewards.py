@@ -65,11 +65,11 @@ def question(answer=None, record=None):
 
 
 def workers_of(pid):
-    """Living child processes but the interpreter's resource tracker, which ends with its parent."""
+    """Living child processes that Python's multiprocessing spawned for work; its resource tracker is none of them."""
     return [
         child
         for child in psutil.Process(pid).children(recursive=True)
-        if child.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(child.cmdline())
+        if child.status() != psutil.STATUS_ZOMBIE and "spawn_main" in " ".join(child.cmdline())
     ]
 
 
