@@ -218,7 +218,7 @@ def test_pause_ends_generation_at_the_next_token(qwen3):
         assert not task.done() and engine._busy.locked()  # it generates, and the event loop is alive
         began = time.monotonic()
         await engine.pause()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
         await engine.resume()  # a resume must not bring the interrupted one back
         with pytest.raises(EnginePaused):
             await task
@@ -241,7 +241,7 @@ def test_a_cancelled_submit_stops_generating(qwen3):
             await task
         began = time.monotonic()
         assert len([r async for r in engine.submit([request()])]) == 6  # waits for the model to be free
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
 
     asyncio.run(scenario())
 
