@@ -25,7 +25,7 @@ $(STAMP): setup.py constraints.txt
 quickstart: $(STAMP)  ## Train GRPO and Policy Split on a toy task, tensor parallelism 2, and show what came of it
 	$(BIN)/python -m examples.quickstart.run
 
-quickstart-study: $(STAMP)  ## The 5-seed study with ablations of docs/quickstart.md (about 45 minutes)
+quickstart-study: $(STAMP)  ## The 5-seed study with ablations of docs/quickstart.md (15 minutes when it was measured)
 	$(BIN)/python -m examples.quickstart.study
 
 smollm2: $(STAMP)  ## Policy Split on SmolLM2-135M-Instruct, pipeline parallelism 2, a few steps
