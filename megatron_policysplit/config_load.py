@@ -12,15 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from megatron_policysplit.config import MISSING, Config, SamplingConfig
+from megatron_policysplit.config_engines import check_engines
 from megatron_policysplit.errors import ConfigError
 
 # The keys that a finished step does not depend on, so that a run may go on after they change.
-_FREE_GROUPS = ("parallel", "eval", "log", "checkpoint", "run")
+_FREE_GROUPS = ("parallel", "weight_sync", "agreement", "eval", "log", "checkpoint", "run")
 _FREE_KEYS = {
     "rollout.engine",
     "rollout.lot_questions",
     "rollout.max_batch_samples",
     "rollout.replay_dir",
+    "rollout.addresses",
+    "rollout.api_key_variable",
+    "rollout.concurrency",
+    "rollout.request_seconds",
+    "rollout.retries",
+    "rollout.unavailable_seconds",
+    "rollout.colocated",
     "reward.workers",
     "reward.timeout_seconds",
     "train.steps",
@@ -46,6 +54,7 @@ class Key:
     def type_name(self) -> str:
         """The type in words, as error messages and the documentation say it."""
         names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a mapping"}
+        names[list] = "a list"
         return names[self.type] + (" or null" if self.optional else "")
 
     @property
@@ -81,7 +90,7 @@ def _walk(cls: type, prefix: str = "") -> Iterator[Key]:
         if optional:
             hint = next(argument for argument in typing.get_args(hint) if argument is not type(None))
         meta = field.metadata
-        default = field.default if field.default_factory is not dict else {}
+        default = field.default_factory() if field.default_factory in (dict, list) else field.default
         plain = typing.get_origin(hint) or hint
         limits = (meta["choices"], meta["minimum"], meta["above"])
         yield Key(name, plain, optional, default, meta["help"], *limits)
@@ -173,7 +182,7 @@ def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for part, value in node.items():
         name = f"{prefix}{part}"
         if name in KEYS:
-            if not (KEYS[name].type is dict and value is None):
+            if not (KEYS[name].type in (dict, list) and value is None):
                 yield name, value
         elif name in GROUPS or any(group.startswith(name + ".") for group in GROUPS):
             if isinstance(value, dict):
@@ -279,6 +288,7 @@ def check_config(config: Config) -> list[str]:
             f"rollout.engine=replay holds no responses to the questions of eval.path={config.eval.path}; "
             "set eval.path=null"
         )
+    check_engines(config)
     optimizer_steps = train.steps * train.optimizer_steps_per_batch
     if train.warmup_steps > optimizer_steps:
         raise ConfigError(
@@ -352,7 +362,8 @@ def fingerprint(config: Config) -> dict[str, Any]:
     processes, engine batching, how long to train and how to pack.
     """
     values = flatten(config)
-    free = {name for name in values if name.split(".")[0] in _FREE_GROUPS and name != "run.seed"} | _FREE_KEYS
+    free = {name for name in values if name.split(".")[0] in _FREE_GROUPS and name != "run.seed"}
+    free |= _FREE_KEYS | {name for name in values if name.startswith("rollout.server.")}
     return {name: value for name, value in values.items() if name not in free}
 
 

@@ -23,3 +23,7 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on: too many bad steps in a row, or a peer process is gone."""
+
+
+class EngineError(UserError):
+    """An inference engine cannot be started or reached, serves another model, or refused what it was asked."""

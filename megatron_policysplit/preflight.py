@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,9 +44,22 @@ class Preflight:
             f"model    {config.model.path} ({self.architecture}, {self.parameters / 1e6:,.1f} M parameters)",
             f"data     {self.train_questions} questions{evaluation}",
             f"layout   tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {ranks}",
+            f"engine   {_engines(config)}",
             f"run      {config.run.dir}{' (resumed if it holds a checkpoint)' if self.resumes else ''}",
             *(f"warning: {warning}" for warning in self.warnings),
         ]
+
+
+def _engines(config: Config) -> str:
+    rollout, server = config.rollout, config.rollout.server
+    if rollout.engine != "sglang":
+        return rollout.engine
+    if rollout.addresses:
+        where = ", ".join(rollout.addresses)
+    else:
+        count = world_size(config) // server.tensor if rollout.colocated else server.count or 1
+        where = f"{count} of tensor parallelism {server.tensor}" + " on the actor's GPUs" * rollout.colocated
+    return f"sglang ({where}), weights by {config.weight_sync.transport}"
 
 
 def preflight(config: Config) -> Preflight:
@@ -54,6 +68,7 @@ def preflight(config: Config) -> Preflight:
     architecture, parameters = _check_model(config)
     train, evaluation = _check_data(config)
     _check_reward(config)
+    _check_servers(config)
     resumes = check_run_dir(config)
     _check_checkpoint(config)
     return Preflight(architecture, parameters, train, evaluation, world_size(config), resumes, warnings)
@@ -99,6 +114,29 @@ def _check_reward(config: Config) -> None:
     from megatron_policysplit.rewards import load_reward
 
     load_reward(config.reward.function)
+
+
+def _check_servers(config: Config) -> None:
+    rollout = config.rollout
+    if rollout.engine != "sglang":
+        return
+    api_key(config)
+    python = rollout.server.python
+    if python is not None and not rollout.addresses and shutil.which(python) is None:
+        raise ConfigError(
+            f"rollout.server.python={python} is not an executable; give the interpreter of an environment with SGLang "
+            "(on a machine without a GPU `make sglang-cpu` makes one: .venv-sglang/bin/python)"
+        )
+
+
+def api_key(config: Config) -> str | None:
+    """The key of the SGLang servers from the environment; ConfigError if its variable is named but not set."""
+    variable = config.rollout.api_key_variable
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        raise ConfigError(f"rollout.api_key_variable={variable} is not set in the environment; export it with the key")
+    return os.environ[variable]
 
 
 def check_run_dir(config: Config) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from checkpoints_conv import read_hf_config, write_hf
-from megatron_policysplit.actor import checkpoint, cpu, parallel
+from megatron_policysplit.actor import checkpoint, parallel
 from megatron_policysplit.actor.checkpoint import TrainerState
 from megatron_policysplit.actor.checkpoint_files import complete
+from megatron_policysplit.actor.offload import Offload
 from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.actor.step import DTYPES, Actor
 from megatron_policysplit.actor.weights import consume_weights
@@ -25,16 +26,20 @@ from megatron_policysplit.config import Config
 from megatron_policysplit.config_load import to_dict
 from megatron_policysplit.control import Control
 from megatron_policysplit.data import Question, QuestionStream, drop_overlong, load_questions
+from megatron_policysplit.engines import build_fleet, engine_in_process, open_fleet, place, sglang_engine
 from megatron_policysplit.errors import ConfigError, UserError
 from megatron_policysplit.logs import Logger
-from megatron_policysplit.modes import PromptBuilder, stop_token_ids
+from megatron_policysplit.modes import PromptBuilder
 from megatron_policysplit.offline import load_tokenizer
 from megatron_policysplit.records import rollout_records
 from megatron_policysplit.rewards import RewardPool
+from megatron_policysplit.rollout.colocation import Colocation
 from megatron_policysplit.rollout.driver import Driver, Leader
-from megatron_policysplit.rollout.engine import Engine
+from megatron_policysplit.rollout.fleet import Fleet
 from megatron_policysplit.rows import Mode, Rollout
-from megatron_policysplit.stopping import StopSignal
+from megatron_policysplit.stopping import StopRequested, StopSignal
+from megatron_policysplit.weight_sync.in_process import load_in_process
+from megatron_policysplit.weight_sync.sync import WeightSync
 
 Prompts = dict[int, dict[Mode, list[int]]]
 T = TypeVar("T")
@@ -55,7 +60,11 @@ class SilentLog:
 
 @dataclass
 class Run:
-    """Everything the trainer works with. Prompts are held on leaders only; questions on every rank."""
+    """Everything the trainer works with. Prompts are held on leaders only; questions on every rank.
+
+    fleet: with rollout.engine=sglang. colocation: with rollout.colocated. served: weight version that the engines were
+    given last.
+    """
 
     config: Config
     layout: Layout
@@ -71,6 +80,9 @@ class Run:
     eval_questions: Sequence[Question]
     eval_prompts: Prompts
     state: TrainerState
+    fleet: Fleet | None = None
+    colocation: Colocation | None = None
+    served: int = -1
     resources: ExitStack = field(default_factory=ExitStack)
 
     @property
@@ -102,14 +114,54 @@ class Run:
         text = {id: tokenizer.decode(prompts[id][Mode.NORMAL]) for id in {rollout.question for rollout in rollouts}}
         return rollout_records(rollouts, questions, text, self.text)
 
-    def load_engine(self, version: int) -> None:
-        """Stream the actor's weights into every leader's engine (collective over each replica)."""
+    def load_engines(self, version: int, *, again: bool = False) -> None:
+        """Give the engines the actor's weights, unless they have this version (collective over all ranks).
 
-        def take(stream) -> None:
+        again: even if they have it. Engines on the actor's own GPUs get theirs in `engines_awake`.
+        """
+        if self.colocation is not None or (version == self.served and not again):
+            return
+        self._load(version)
+
+    @contextmanager
+    def engines_awake(self) -> Iterator[None]:
+        """Generation is possible inside (collective over all ranks).
+
+        Engines on the actor's own GPUs take the memory and the weights, and afterwards the actor takes them back.
+        """
+        if self.colocation is None:
+            yield
+            return
+        if not self.colocation.engines_turn:
+            self.colocation.to_generation()
+        self._load(self.state.weight_version)
+        try:
+            yield
+        except StopRequested:
+            self.wake_actor()
+            raise
+        self.wake_actor()
+
+    def wake_actor(self) -> None:
+        """Give the actor the memory of its GPUs back, if engines have it (collective over all ranks)."""
+        if self.colocation is not None and self.colocation.engines_turn:
+            self.colocation.to_training()
+
+    def score_by_engine(self, sequences: Sequence) -> list[list[float]]:
+        """`Engine.score` on leaders, [] on other ranks (collective over all ranks)."""
+        with self.engines_awake():
+            self.layout.meet()
+            work = self.leader.engine.score(sequences) if self.leader is not None else None
+            return self.control.attend(work, self.fleet) or []
+
+    def _load(self, version: int) -> None:
+        if self.fleet is not None:
+            self.fleet.sync(version)
             if self.leader is not None:
-                self.control.run(self.leader.engine.load(stream, version))
-
-        consume_weights(self.actor.model, self.actor.hf_config, "leader", take)
+                self.leader.engine.serve_version(version)
+        else:
+            load_in_process(self.actor, self.leader and self.leader.engine, version)
+        self.served = version
 
     def export(self, name: str) -> None:
         """Write the weights as a Hugging Face directory `run.dir/name` (collective over the first replica)."""
@@ -163,10 +215,15 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
         log.message(f"resumed from {found}")
 
     state.date = layout.from_chief(state.date or datetime.date.today().isoformat())
-    leader = _agreed(layout, lambda: _leader(config) if layout.is_leader else None)
+    fleet, url = None, None
+    if config.rollout.engine == "sglang":
+        fleet, url = _fleet(config, layout, control, actor, log, resources)
+    leader = _agreed(layout, lambda: _leader(config, url) if layout.is_leader else None)
     builder = None
     if leader is not None:
         resources.callback(leader.rewards.close)
+        if fleet is not None:
+            resources.callback(lambda: control.run(leader.engine.aclose()))
         builder = PromptBuilder(leader.tokenizer, config.modes, date=state.date)
 
     questions, prompts, dropped = _questions(config.data.path, config.data.options, config, layout, builder)
@@ -191,7 +248,7 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
         control=control,
         actor=actor,
         method=METHODS[config.algorithm.name],
-        driver=Driver(config, layout, control, leader),
+        driver=Driver(config, layout, control, leader, fleet),
         leader=leader,
         log=log,
         stream=stream,
@@ -200,7 +257,32 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
         eval_questions=eval_questions,
         eval_prompts=eval_prompts,
         state=state,
+        fleet=fleet,
+        colocation=fleet and fleet.colocation,
     )
+
+
+def _fleet(
+    config: Config, layout: Layout, control: Control, actor: Actor, log: Any, resources: ExitStack
+) -> tuple[Fleet, str]:
+    """SGLang engines, ready but without the run's weights, and the address that requests go to."""
+    placements = _agreed(layout, lambda: place(config, layout))
+    fleet = _agreed(layout, lambda: build_fleet(config, layout, control, placements, log.message))
+    options = {}
+    if config.rollout.colocated:
+        offload = Offload(actor.ddp, actor.optimizer, actor.reference or ())
+        server = config.rollout.server
+        fleet.colocation = Colocation(offload, fleet.members, control, layout, start_seconds=server.start_seconds)
+        options = {
+            "before_load": fleet.colocation.before_load,
+            "after_load": fleet.colocation.after_load,
+            "read": offload.read,
+        }
+    fleet.weights = WeightSync(config, layout, control, actor, placements, fleet.members, **options)
+    resources.callback(fleet.weights.close)
+    if fleet.colocation is not None:
+        fleet.colocation.to_generation()  # servers start with all of their memory
+    return fleet, open_fleet(fleet, layout, control, resources)
 
 
 def _agreed(layout: Layout, work: Callable[[], T]) -> T:
@@ -224,26 +306,12 @@ def _log(config: Config, layout: Layout) -> Any:
     return Logger(config.log, config.run.dir, config.train.steps, to_dict(config))
 
 
-def _leader(config: Config) -> Leader:
+def _leader(config: Config, url: str | None) -> Leader:
     tokenizer = load_tokenizer(config.model.path)
     rewards = RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_seconds)
-    return Leader(_engine(config, tokenizer), rewards, tokenizer)
-
-
-def _engine(config: Config, tokenizer) -> Engine:
-    if config.rollout.engine == "replay":
-        from megatron_policysplit.rollout.replay import ReplayEngine
-
-        return ReplayEngine(config.rollout.replay_dir)
-    from megatron_policysplit.rollout.local import LocalEngine
-
-    return LocalEngine(
-        config.model.path,
-        stop_token_ids(config.model.path, tokenizer),
-        dtype=config.model.dtype,
-        max_batch_samples=config.rollout.max_batch_samples,
-        device=cpu.device(),
-    )
+    if url is None:
+        return Leader(engine_in_process(config, tokenizer), rewards, tokenizer)
+    return Leader(sglang_engine(config, url, tokenizer), rewards, tokenizer)
 
 
 def _questions(

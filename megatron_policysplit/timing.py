@@ -19,3 +19,8 @@ class Phases:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def add(self, other: "Phases") -> None:
+        """Add the seconds that were measured elsewhere, in a thread of its own."""
+        for name, seconds in other.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds

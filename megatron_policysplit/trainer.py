@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from megatron_policysplit import run as runs
 from megatron_policysplit.actor import checkpoint, cpu
 from megatron_policysplit.actor.checkpoint_files import path_of
+from megatron_policysplit.agreement import AgreementGate
+from megatron_policysplit.agreement_probe import Probe
 from megatron_policysplit.config import Config
 from megatron_policysplit.errors import TrainingError
 from megatron_policysplit.exit_codes import DONE, STOPPED
 from megatron_policysplit.metrics import evaluation_metrics, training_metrics
+from megatron_policysplit.rollout.driver import Batch
+from megatron_policysplit.rollout.staleness import check_staleness, staleness_metrics
 from megatron_policysplit.rows import MODES, share
 from megatron_policysplit.stopping import StopRequested, StopSignal
 from megatron_policysplit.timing import Phases
-from megatron_policysplit.training_signals import live_rows, train_signals
+from megatron_policysplit.training_signals import importance_metrics, live_rows, train_signals
+
+
+@dataclass
+class Asked:
+    """A batch under way. cursor: the stream's state once its questions were drawn; saved when it has been trained."""
+
+    batch: Batch
+    cursor: dict[str, int]
 
 
 class Trainer:
@@ -20,7 +34,10 @@ class Trainer:
 
     def __init__(self, config: Config, stop: StopSignal):
         self.config = config
-        self.run = runs.start(config, stop)
+        self.run = run = runs.start(config, stop)
+        probe = Probe(run.layout, run.actor, run.score_by_engine, self.resync)
+        self.gate = AgreementGate(config, probe, run.log)
+        self.ahead: Asked | None = None  # with rollout.overlap, the batch that is generated while one is trained
 
     def train(self) -> int:
         """Train to `train.steps`; returns DONE, or STOPPED after a signal (state saved)."""
@@ -35,44 +52,56 @@ class Trainer:
                 run.export("hf")
             return DONE
         except StopRequested:
+            self._forget_ahead()
             self.save()
             run.log.message(f"stopped by a signal after step {run.state.step}; run the same command to go on")
             return STOPPED
         finally:
+            self._forget_ahead()
             run.close()
 
     def step(self) -> None:
-        """One rollout batch. Nothing of the run's state changes before its update."""
+        """One rollout batch. Nothing of the run's state changes before its update.
+
+        With rollout.overlap the engines get the weights that this batch is about to change, and generate the next
+        batch with them meanwhile: its samples are one version behind when it is trained (importance weights correct).
+        """
         run, config, phases = self.run, self.config, Phases()
-        batch = run.state.step
+        batch, batch_version = run.state.step, run.state.weight_version
         with phases.measure("step"):
-            questions = run.stream.next_batch()
-            rollouts = run.driver.generate(
-                batch, questions, run.prompts, run.samples_per_mode, purpose="train", phases=phases
-            )
+            with run.engines_awake():
+                asked, self.ahead = self.ahead or self.ask(batch), None
+                rollouts = run.driver.finish(asked.batch, phases)
+            check_staleness(rollouts, batch_version, config.rollout)
+            if config.rollout.overlap and batch + 1 < config.train.steps:
+                self.sync(phases)
+                self.ahead = self.ask(batch + 1)
             rows = share(rollouts, run.prompts, run.method.training_modes)
             live = live_rows(rows, run.method, config)
             with phases.measure("score"):
                 placed = run.actor.place(rows, live, seed=config.run.seed * 1_000_003 + batch)
                 old = run.actor.score(placed)
                 reference = run.actor.score_reference(placed) if config.algorithm.kl_coef > 0 else None
+            agreement = self.gate.check(batch, rows, old, batch_version, run.served)
             run.layout.meet()  # replicas score for different times, and the control group does not wait long
             run.control.check()  # a stop signal need not wait for the longest phase
             with phases.measure("update"):
                 signals = train_signals(rows, old, run.method, config, reference)
                 update = run.actor.update(placed, signals)
             run.state.step += 1
-            run.state.stream = run.stream.state()
+            run.state.stream = asked.cursor
             run.state.optimizer_steps = run.actor.optimizer.steps_taken
             run.state.weight_version += 1
-            self.sync(phases)
+            if not config.rollout.overlap:
+                self.sync(phases)
         run.state.bad_steps += update.bad_steps
         run.state.bad_steps_in_a_row = run.state.bad_steps_in_a_row + 1 if update.bad_steps else 0
         memory = run.layout.largest(cpu.peak_memory_bytes())
         if run.layout.is_chief:
             metrics = training_metrics(rows, old, live) | update.named() | _speed(rows, live, phases)
+            metrics |= agreement | staleness_metrics(rollouts, batch_version) | importance_metrics(rows, signals)
             metrics |= {"memory/peak_gib": memory / 2**30, "actor/bad_steps_total": float(run.state.bad_steps)}
-            run.log.log(run.state.step, metrics | run.driver.stats.named())
+            run.log.log(run.state.step, metrics | asked.batch.metrics)
             run.log.rollouts(run.state.step, run.records(rollouts))
         self._stop_if_bad(rollouts)
 
@@ -89,10 +118,27 @@ class Trainer:
         if state.step > 0 and (at_end or _due(state.step, config.checkpoint.every)):
             self.save()
 
+    def ask(self, batch: int) -> Asked:
+        """Start to generate the next batch of questions, and note where the stream of questions then stands."""
+        run = self.run
+        questions = run.stream.next_batch()
+        asked = run.driver.begin(batch, questions, run.prompts, run.samples_per_mode, purpose="train")
+        return Asked(asked, run.stream.state())
+
     def sync(self, phases: Phases | None = None) -> None:
-        """Give every replica's engine the actor's weights."""
+        """Give the engines the actor's weights, unless they have them."""
         with (phases or Phases()).measure("sync"):
-            self.run.load_engine(self.run.state.weight_version)
+            self.run.load_engines(self.run.state.weight_version)
+
+    def resync(self) -> None:
+        """Give the engines the actor's weights, whatever they have; the gate does so before it ends the run."""
+        self._forget_ahead()
+        self.run.load_engines(self.run.state.weight_version, again=True)
+
+    def _forget_ahead(self) -> None:
+        if self.ahead is not None:
+            self.ahead.batch.cancel()
+            self.ahead = None
 
     def evaluate(self) -> None:
         """Sample every evaluation question in both modes, grade, score; keep the best weights."""
@@ -100,15 +146,19 @@ class Trainer:
         if not run.eval_questions:
             return
         samples = self.config.eval.samples
+        if self.ahead is not None:
+            run.driver.finish(self.ahead.batch, Phases())  # it stays as it is; the engines are needed
+        self.sync()
         with phases.measure("eval"):
-            rollouts = run.driver.generate(
-                run.state.step,
-                run.eval_questions,
-                run.eval_prompts,
-                dict.fromkeys(MODES, samples),
-                purpose="evaluation",
-                phases=Phases(),
-            )
+            with run.engines_awake():
+                rollouts = run.driver.generate(
+                    run.state.step,
+                    run.eval_questions,
+                    run.eval_prompts,
+                    dict.fromkeys(MODES, samples),
+                    purpose="evaluation",
+                    phases=Phases(),
+                )
             rows = share(rollouts, run.eval_prompts)
             scores = run.actor.score(run.actor.place(rows, [False] * len(rows), seed=0))
         metrics = None
@@ -125,6 +175,7 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint of the state after the last trained batch, unless it is there already."""
         run, phases = self.run, Phases()
+        run.wake_actor()
         if run.layout.from_chief(path_of(run.checkpoints, run.state.step).exists()):
             return
         with phases.measure("checkpoint"):

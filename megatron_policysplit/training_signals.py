@@ -79,3 +79,16 @@ def train_signals(
         )
         for index, row in enumerate(rows)
     ]
+
+
+def importance_metrics(rows: Sequence[Row], signals: Sequence[TrainSignal]) -> dict[str, float]:
+    """Of the importance weights actor/engine over trained response tokens, each counted once: mean, least, largest."""
+    weights = [signal.importance[signal.mask] for row, signal in zip(rows, signals, strict=True) if row.on_policy]
+    together = torch.cat(weights) if weights else torch.empty(0)
+    if not len(together):
+        return {}
+    return {
+        "importance/mean": float(together.mean()),
+        "importance/min": float(together.min()),
+        "importance/max": float(together.max()),
+    }

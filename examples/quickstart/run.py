@@ -55,7 +55,7 @@ def prepare(out: Path, seed: int, seconds: dict[str, float]) -> None:
         warm_up(out / "model", seed, progress=show)
 
 
-def train(out: Path, name: str, overrides: list[str]) -> Path:
+def train(out: Path, name: str, overrides: list[str], config: Path = CONFIG) -> Path:
     """One run of `policysplit train` into `out/name`; ends this process if it fails."""
     paths = [
         f"model.path={out / 'model'}",
@@ -63,7 +63,7 @@ def train(out: Path, name: str, overrides: list[str]) -> Path:
         f"eval.path={out / 'questions.jsonl'}",
         f"run.dir={out / name}",
     ]
-    command = [sys.executable, "-m", "megatron_policysplit.cli", "train", str(CONFIG), *paths, *overrides]
+    command = [sys.executable, "-m", "megatron_policysplit.cli", "train", str(config), *paths, *overrides]
     code = subprocess.run(command, check=False).returncode
     if code:
         raise SystemExit(code)
@@ -100,9 +100,9 @@ def _timed(seconds: dict[str, float], name: str):
     seconds[name] = round(time.perf_counter() - began, 2)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
+def main(description: str = __doc__.splitlines()[0], out: str = "runs/quickstart", config: Path = CONFIG) -> None:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", help="key=value for both runs")
     arguments = parser.parse_args()
@@ -112,7 +112,7 @@ def main() -> None:
     for name, title in RUNS.items():
         print(f"\n{title}", flush=True)
         with _timed(seconds, f"{name}_s"):
-            train(out, name, [f"algorithm.name={name}", f"run.seed={arguments.seed}", *arguments.overrides])
+            train(out, name, [f"algorithm.name={name}", f"run.seed={arguments.seed}", *arguments.overrides], config)
     report(out, seconds)
 
 

@@ -9,6 +9,7 @@ With a GPU nothing is changed.
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -50,6 +51,33 @@ def model_options() -> dict[str, Any]:
     }
 
 
+def gpu_count() -> int:
+    """GPUs that this process sees."""
+    return 0 if active() else torch.cuda.device_count()
+
+
+def server_options(device: str | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """Flags and environment variables that SGLang needs on the CPU; none on a GPU. device: as asked for, else found.
+
+    PyPI has no compiled CPU kernels, so that the compute is plain torch. The threads of an idle pool must sleep, or
+    decoding single requests is several times slower, and the key-value cache would take most of the memory there is.
+    """
+    if device != "cpu" and (device is not None or not active()):
+        return {}, {}
+    arguments = {
+        "device": "cpu",
+        "attention-backend": "torch_native",
+        "sampling-backend": "pytorch",
+        "grammar-backend": "none",
+        "cuda-graph-backend-decode": "disabled",
+        "disable-overlap-schedule": True,
+        "sleep-on-idle": True,
+        "enable-memory-saver": False,
+        "max-total-tokens": 16384,
+    }
+    return arguments, {"SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
 def set_device(local_rank: int) -> None:
     """Bind this process to its GPU, if there is one."""
     if not active():
@@ -63,6 +91,23 @@ def peak_memory_bytes() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def free_memory_bytes() -> float:
+    """Memory of this rank's GPU that no process holds; infinite on the CPU, where nothing shares one with engines."""
+    return math.inf if active() else float(torch.cuda.mem_get_info()[0])
+
+
+def return_freed_memory() -> None:
+    """Finish what is queued on the GPU, and let other processes have the memory that this one freed."""
+    if not active():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def host_memory(nbytes: int) -> torch.Tensor:
+    """uint8[nbytes] on the host, pinned where there is a GPU to copy from."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=not active())
 
 
 def rng_states() -> dict[str, torch.Tensor]:

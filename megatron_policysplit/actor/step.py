@@ -90,8 +90,13 @@ class Actor:
         if config.algorithm.kl_coef > 0:
             self.reference = [parameter.detach().clone() for parameter in self.model.parameters()]
 
-    def place(self, rows: Sequence[Row], live: Sequence[bool], seed: int) -> PlacedBatch:
-        """Send every replica its rows. `rows` and `live` are read on leaders, which hold the whole batch."""
+    def place(
+        self, rows: Sequence[Row], live: Sequence[bool], seed: int, temperature: float | None = None
+    ) -> PlacedBatch:
+        """Send every replica its rows. `rows` and `live` are read on leaders, which hold the whole batch.
+
+        temperature: of every row; None takes each row's from its mode.
+        """
         plan, mine = None, None
         if self.layout.is_leader:
             train = self.config.train
@@ -103,7 +108,7 @@ class Actor:
                 max_tokens=train.max_tokens_per_micro_batch,
                 seed=seed,
             )
-            mine = self._microbatches(rows, plan)
+            mine = self._microbatches(rows, plan, temperature)
         train, score_only = self.layout.from_leader(mine)
         return PlacedBatch(plan, train, score_only)
 
@@ -111,6 +116,18 @@ class Actor:
         """Statistics of every row of the batch before the update, on leaders in row order; [] elsewhere."""
         batches = [batch for step in (*placed.train, *placed.score_only) for batch in step]
         return self._gather(self.scorer.score(batches))
+
+    def score_shaken(self, placed: PlacedBatch, relative: float) -> list[Tensor]:
+        """Log-probs [T] of every row, on leaders, with each weight moved by up to `relative` times itself, at random.
+
+        Rounding at a unit roundoff of `relative` moves them about as far. The weights are put back from host memory.
+        """
+        kept = [parameter.detach().to("cpu", copy=True) for parameter in self.model.parameters()]
+        try:
+            self._shake(relative)
+            return [row.logprobs for row in self.score(placed)]
+        finally:
+            self._set_weights(kept)
 
     def score_reference(self, placed: PlacedBatch) -> list[Tensor]:
         """Log-probs [T] of every row under the initial policy, on leaders; needs algorithm.kl_coef > 0."""
@@ -146,9 +163,11 @@ class Actor:
             bad_steps=sum(not result.stepped for result in results),
         )
 
-    def _microbatches(self, rows: Sequence[Row], plan: Plan) -> tuple:
+    def _microbatches(self, rows: Sequence[Row], plan: Plan, temperature: float | None) -> tuple:
         rollout = self.config.rollout
         temperatures = {Mode.NORMAL: rollout.normal.temperature, Mode.HIGH_ENTROPY: rollout.high_entropy.temperature}
+        if temperature is not None:
+            temperatures = dict.fromkeys(Mode, temperature)
         pairs = _kl_pairs(rows, self.config.log.kl_tokens)
         shares = [step[self.layout.data_rank] for step in plan.shares]
         make = partial(make_microbatch, rows, temperatures=temperatures, pair_of=pairs)
@@ -232,6 +251,13 @@ class Actor:
         torch.distributed.all_reduce(sums, group=self.layout.world)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=self.layout.world)
         return sums.tolist(), float(largest)
+
+    @torch.no_grad()
+    def _shake(self, relative: float) -> None:
+        for number, parameter in enumerate(self.model.parameters()):
+            draw = torch.Generator(parameter.device).manual_seed(number)
+            noise = torch.rand(parameter.shape, generator=draw, device=parameter.device)
+            parameter.mul_(1 + relative * (2 * noise - 1))
 
     @torch.no_grad()
     def _set_weights(self, weights: Sequence[Tensor]) -> None:

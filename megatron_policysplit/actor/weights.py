@@ -18,10 +18,13 @@ from checkpoints_conv import SafetensorsReader, architecture_of, read_hf_config
 from checkpoints_conv.architectures import in_hf_order
 from checkpoints_conv.mapping import Pair, Sizes
 from checkpoints_conv.reader import check_shape
+from megatron_policysplit.actor import cpu
 from megatron_policysplit.errors import ModelError, TrainingError
 
-Destination = Literal["every_rank", "leader"]
+Destination = Literal["every_rank", "leader", "stage_leader"]
+Read = Callable[[nn.Parameter], Tensor]
 Result = TypeVar("Result")
+CPU = torch.device("cpu")
 
 
 def load_weights(model: nn.Module, hf_path: str | Path) -> None:
@@ -68,31 +71,41 @@ def global_parameters(model: nn.Module, sizes: Sizes) -> dict[str, nn.Parameter]
 
 
 def export_weights(
-    model: nn.Module, hf_config: Mapping[str, Any], destination: Destination
+    model: nn.Module,
+    hf_config: Mapping[str, Any],
+    destination: Destination,
+    *,
+    device: torch.device = CPU,
+    read: Read = Tensor.detach,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Full Hugging Face tensors on the CPU, in transformers' order, in the parameters' dtype.
+    """Full Hugging Face tensors on `device`, in transformers' order, in the parameters' dtype.
 
     A collective over the TP x PP ranks of a replica: all of them must iterate to the end, and every replica
-    does so on its own. With "leader" only the replica's leader (TP rank 0 of the last stage) gets tensors; the
-    others' iterators yield nothing. A tied head comes once, as the embedding; vocabulary padding is cut.
+    does so on its own. With "leader" only the replica's leader (TP rank 0 of the last stage) gets tensors, with
+    "stage_leader" TP rank 0 of each stage gets those of its stage; the others' iterators yield nothing. A tied
+    head comes once, as the embedding; vocabulary padding is cut.
+
+    read: gives a parameter's values on the rank's own device; needed where parameters wait in host memory.
 
     Weights travel in buckets known beforehand: the embedding, each layer, and the final norm with the head. A
-    bucket costs one all-reduce of a flag over the replica, one broadcast from the owning stage if PP > 1,
-    and one all-gather if TP > 1; no more than one bucket is held at a time. If another rank's consumer failed
-    (see `consume_weights`), TrainingError is raised at the next bucket.
+    bucket costs one all-reduce of a flag over the replica, one broadcast from the owning stage if PP > 1 (not for
+    "stage_leader"), and one all-gather if TP > 1; no more than one bucket is held at a time. If another rank's
+    consumer failed (see `consume_weights`), PeerFailed is raised at the next bucket.
     """
     if destination not in get_args(Destination):
         raise ValueError(f"destination={destination!r} is not one of {get_args(Destination)}")
     sizes = architecture_of(hf_config).sizes(hf_config)
-    tensor = _tensor_size()
     parameters = global_parameters(model, sizes)
-    example = next(iter(parameters.values()))
-    receives = destination == "every_rank" or (_tensor_rank() == 0 and parallel_state.is_pipeline_last_stage())
-    for bucket in export_plan(hf_config, tensor, parallel_state.get_pipeline_model_parallel_world_size()):
-        _agree(failed=False, device=example.device)
-        shards = _gather(bucket, parameters, example)
-        if receives:
-            yield from _assemble(bucket, shards, sizes).items()
+    own_stage = parallel_state.get_pipeline_model_parallel_rank()
+    by_stage = destination == "stage_leader"
+    last_stage = parallel_state.get_pipeline_model_parallel_world_size() - 1
+    for bucket in export_plan(hf_config, _tensor_size(), last_stage + 1):
+        _agree(failed=False)
+        if by_stage and bucket.stage != own_stage:
+            continue
+        shards = _gather(bucket, parameters, read, over_stages=not by_stage)
+        if destination == "every_rank" or (_tensor_rank() == 0 and (by_stage or own_stage == last_stage)):
+            yield from _assemble(bucket, shards, sizes, device).items()
 
 
 def consume_weights(
@@ -100,26 +113,47 @@ def consume_weights(
     hf_config: Mapping[str, Any],
     destination: Destination,
     consumer: Callable[[Iterator[tuple[str, Tensor]]], Result],
+    *,
+    device: torch.device = CPU,
+    read: Read = Tensor.detach,
 ) -> Result:
     """Hand `consumer` the stream of `export_weights`; if it raises on any rank, all ranks of the replica raise.
 
-    The rank that failed raises its own error, the others TrainingError, at their next bucket or at the
+    The rank that failed raises its own error, the others PeerFailed, at their next bucket or at the
     end: nobody hangs. A consumer need not take all tensors. Costs one all-reduce of a flag more than
     `export_weights`.
     """
-    device = next(model.parameters()).device
-    stream = export_weights(model, hf_config, destination)
+    stream = export_weights(model, hf_config, destination, device=device, read=read)
     try:
         result = consumer(stream)
         for _ in stream:
             pass
-    except _PeerFailed:
+    except PeerFailed:
         raise
     except BaseException:
-        _agree(failed=True, device=device, raises=False)
+        _agree(failed=True, raises=False)
         raise
-    _agree(failed=False, device=device)
+    _agree(failed=False)
     return result
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One tensor of `export_weights`: its name, shape and owning pipeline stage."""
+
+    name: str
+    shape: tuple[int, ...]
+    stage: int
+
+
+def exported_tensors(hf_config: Mapping[str, Any], pipeline: int) -> list[Exported]:
+    """What `export_weights` gives, in its order, over all stages; the same on every rank."""
+    sizes = architecture_of(hf_config).sizes(hf_config)
+    return [
+        Exported(src.name, src.shape(sizes), bucket.stage)
+        for bucket in export_plan(hf_config, 1, pipeline)
+        for src in in_hf_order(list(bucket.pairs))
+    ]
 
 
 @dataclass(frozen=True)
@@ -151,14 +185,15 @@ def export_plan(hf_config: Mapping[str, Any], tensor: int, pipeline: int) -> lis
     return plan
 
 
-def _gather(bucket: Bucket, parameters: dict[str, nn.Parameter], example: Tensor) -> list[Tensor]:
+def _gather(bucket: Bucket, parameters: dict[str, nn.Parameter], read: Read, *, over_stages: bool) -> list[Tensor]:
     """The bucket's parameters, flat, of every tensor-parallel rank (shards[TP] of bucket.numel elements)."""
     if bucket.stage == parallel_state.get_pipeline_model_parallel_rank():
         owned = [next(parameters[name] for name in pair.megatron if name in parameters) for pair in bucket.pairs]
-        flat = torch.cat([parameter.detach().reshape(-1) for parameter in owned])
+        flat = torch.cat([read(parameter).reshape(-1) for parameter in owned])
     else:
-        flat = torch.empty(bucket.numel, dtype=example.dtype, device=example.device)
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        dtype = next(iter(parameters.values())).dtype
+        flat = torch.empty(bucket.numel, dtype=dtype, device=cpu.device())
+    if over_stages and parallel_state.get_pipeline_model_parallel_world_size() > 1:
         group = parallel_state.get_pipeline_model_parallel_group()
         dist.broadcast(flat, src=dist.get_global_rank(group, bucket.stage), group=group)
     if _tensor_size() == 1:
@@ -168,7 +203,7 @@ def _gather(bucket: Bucket, parameters: dict[str, nn.Parameter], example: Tensor
     return shards
 
 
-def _assemble(bucket: Bucket, shards: list[Tensor], sizes: Sizes) -> dict[str, Tensor]:
+def _assemble(bucket: Bucket, shards: list[Tensor], sizes: Sizes, device: torch.device) -> dict[str, Tensor]:
     """Full Hugging Face tensors of a bucket from the shards of all tensor-parallel ranks."""
     full = {
         src.name: torch.empty(src.shape(sizes), dtype=shards[0].dtype, device=shards[0].device)
@@ -182,19 +217,19 @@ def _assemble(bucket: Bucket, shards: list[Tensor], sizes: Sizes) -> dict[str, T
                 length = piece.stop - piece.start
                 target = full[piece.source].narrow(piece.dim, piece.start, length)
                 target.copy_(local.narrow(piece.dim, piece.offset, length))
-    return {name: tensor.cpu() for name, tensor in full.items()}
+    return {name: tensor.to(device) for name, tensor in full.items()}
 
 
-class _PeerFailed(TrainingError):
-    """Raised on all ranks alike, so it needs no further agreement."""
+class PeerFailed(TrainingError):
+    """Another rank of the replica failed while it took the weights; raised on all others, so already agreed."""
 
 
-def _agree(*, failed: bool, device: torch.device, raises: bool = True) -> None:
+def _agree(*, failed: bool, raises: bool = True) -> None:
     """All ranks of the replica learn whether one failed (one all-reduce); they raise then, if `raises`."""
-    flag = torch.tensor([int(failed)], dtype=torch.int32, device=device)
+    flag = torch.tensor([int(failed)], dtype=torch.int32, device=cpu.device())
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=parallel_state.get_model_parallel_group())
     if raises and flag.item():
-        raise _PeerFailed("another rank failed while it took the exported weights; its own message says why")
+        raise PeerFailed("another rank failed while it took the exported weights; its own message says why")
 
 
 def _tensor_rank() -> int:

@@ -22,7 +22,13 @@ LABELS = {
     "high_entropy_to_normal": "high-entropy to normal",
     "normal_to_high_entropy": "normal to high-entropy",
 }
+SHORT = {  # what is shown of groups with many figures; metrics.jsonl has all
+    "rollout": ("staleness_max", "engine_retries", "cached_prompt_share"),
+    "agreement": ("difference", "breaches"),
+    "importance": ("mean", "max"),
+}
 PLAIN = {  # what a plain line shows of the groups below; other groups are shown whole
+    **SHORT,
     **{mode.value: ("reward", "accuracy", "entropy_nats", "response_tokens") for mode in MODES},
     "kl": ("high_entropy_to_normal", "normal_to_high_entropy"),
     "actor": ("loss", "grad_norm"),
@@ -63,6 +69,8 @@ class ConsoleSink(Sink):
             self.live.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
+        if not self.metrics:  # servers may have taken minutes to start, and an evaluation came first
+            self.began = time.monotonic() - metrics.get("time/step_s", time.monotonic() - self.began)
         self.metrics = dict(metrics)
         self.progress.update(self.task, completed=step, pace=self._pace(step))
         self._show(lambda: f"step {step}/{self.total} ({self._pace(step)}){plain_line(metrics)}")
@@ -124,7 +132,10 @@ def group_lines(metrics: Metrics, evals: Metrics) -> list[Text]:
     modes = {mode.value for mode in MODES}
     groups = {group: values for source in (evals, metrics) for group, values in grouped(source).items()}
     return [
-        Text(f"{group or 'other'}: " + ", ".join(f"{label(name)} {number(value)}" for name, value in values.items()))
+        Text(
+            f"{group or 'other'}: "
+            + ", ".join(f"{label(n)} {number(value)}" for n, value in values.items() if n in SHORT.get(group, values))
+        )
         for group, values in groups.items()
         if group not in modes
     ]

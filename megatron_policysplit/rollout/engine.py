@@ -37,10 +37,16 @@ class Request:
 
 
 class Engine(Protocol):
-    """Every method but `submit` is a coroutine. Errors are raised, never turned into short results."""
+    """Every method but `submit` and `metrics` is a coroutine. Errors are raised, never turned into short results."""
 
     def submit(self, requests: Sequence[Request]) -> AsyncIterator[Rollout]:
         """Finished rollouts in any order; exactly one for every sample of every request, or an error."""
+
+    async def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """Log-probs (nats, temperature 1) of every response token of (prompt ids, response ids), nothing sampled."""
+
+    def metrics(self) -> dict[str, float]:
+        """What happened since the last call, by the names of the logs."""
 
     async def load(self, tensors: Iterable[tuple[str, "torch.Tensor"]], version: int) -> None:  # noqa: F821
         """Take new weights: Hugging Face names and full CPU tensors; later rollouts carry `version`."""

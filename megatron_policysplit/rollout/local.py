@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ from transformers import (
 
 from megatron_policysplit.errors import ConfigError, ModelError, TrainingError
 from megatron_policysplit.rollout.engine import EnginePaused, Request
+from megatron_policysplit.rollout.teacher_forcing import teacher_forced
 from megatron_policysplit.rows import Rollout
 
 BLOCK_ELEMENTS = 2**20  # logits sampled at a time: their float64 copies stay in the processor's cache
@@ -221,12 +223,7 @@ class LocalEngine:
 
     def _rollouts(self, batch: Sequence[_Sample], sampler: SeededSampler, lengths: torch.Tensor) -> list[Rollout]:
         if not sampler.logprobs.isfinite().all():
-            remedy = "lower train.learning_rate or go back to an earlier checkpoint"
-            if self._version == 0:
-                remedy = f"the weights in {self._path} are not finite themselves: use another copy of the model"
-            raise TrainingError(
-                f"the logits of the local engine's model (weight version {self._version}) are not finite; {remedy}"
-            )
+            raise self._not_finite()
         tokens, logprobs = sampler.tokens.tolist(), sampler.logprobs.tolist()
         stopped = self._is_stop[sampler.tokens.gather(1, lengths[:, None] - 1)[:, 0]].tolist()
         return [
@@ -242,6 +239,35 @@ class LocalEngine:
             )
             for row, (sample, length) in enumerate(zip(batch, lengths.tolist(), strict=True))
         ]
+
+    def _not_finite(self) -> TrainingError:
+        remedy = "lower train.learning_rate or go back to an earlier checkpoint"
+        if self._version == 0:
+            remedy = f"the weights in {self._path} are not finite themselves: use another copy of the model"
+        return TrainingError(
+            f"the logits of the local engine's model (weight version {self._version}) are not finite; {remedy}"
+        )
+
+    async def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """Log-probs of the response tokens of (prompt ids, response ids) at temperature 1, nats.
+
+        Waits until the model is free. Raises EnginePaused after `pause`, TrainingError as `submit` does.
+        """
+        return await asyncio.to_thread(self._score, sequences)
+
+    def _score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        with self._busy:
+            if self._paused:
+                raise EnginePaused("the engine is paused; call resume() and ask for the scores again")
+            self._check_usable()
+            scores = teacher_forced(self._model, sequences)
+        if not all(math.isfinite(logprob) for logprobs in scores for logprob in logprobs):
+            raise self._not_finite()
+        return scores
+
+    def metrics(self) -> dict[str, float]:
+        """It counts nothing of its own."""
+        return {}
 
     async def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Copy new weights in place; `version` counts only after all have been taken.

@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 
-from megatron_policysplit.errors import DataError
+from megatron_policysplit.errors import DataError, EngineError
 from megatron_policysplit.rollout.engine import EnginePaused, Request
 from megatron_policysplit.rows import Mode, Rollout
 
@@ -56,6 +56,13 @@ class ReplayEngine:
                 "data.batch_questions, algorithm.name and rollout.samples_per_question of the dumped run"
             )
         return rollout
+
+    def metrics(self) -> dict[str, float]:
+        """It counts nothing of its own."""
+        return {}
+
+    async def score(self, sequences: Sequence) -> list[list[float]]:
+        raise EngineError("rollout.engine=replay has no model to score with; set agreement.every=0")
 
     async def load(self, tensors: Iterable[tuple[str, "torch.Tensor"]], version: int) -> None:  # noqa: F821
         """Read the tensors to their end, for the sake of the ranks that export them, and note the version."""

@@ -104,7 +104,7 @@ def test_unknown_keys_and_the_nearest_right_one(given, nearest, tmp_path):
 
 def test_unknown_keys_that_resemble_none():
     assert message(load, "parallel.tp=2") == "unknown key parallel.tp; the keys of parallel are tensor, pipeline, data"
-    groups = "model, parallel, data, modes, rollout, reward, algorithm, train, eval, checkpoint, log, run"
+    groups = "model, parallel, data, modes, rollout, weight_sync, agreement, reward, algorithm, train, eval, checkpoint, log, run"
     assert message(load, "xyzzy=1") == f"unknown key xyzzy; the groups are {groups}"
 
 
@@ -268,4 +268,4 @@ def test_the_documentation_is_that_of_the_keys():
     assert [row.split("`")[1] for row in rows] == list(KEYS)
     assert "| `model.path` | required | a string | Directory of a Hugging Face model" in page
     assert "| `algorithm.dual_clip` | `null` | a number, above 1 or null |" in page
-    assert "| `rollout.engine` | `local` | local, replay |" in page
+    assert "| `rollout.engine` | `local` | local, sglang, replay |" in page

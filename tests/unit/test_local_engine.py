@@ -301,6 +301,60 @@ def test_damaged_models_are_named(qwen3, tmp_path):
         LocalEngine(str(tmp_path), STOPS)
 
 
+SEQUENCES = [([1, 2, 9], [4, 5, 6, 7]), ([8] * 17 + [1], [3]), ([30], [31, 3, 17, 22, 0] * 5), ([4, 4], [11, 12])]
+
+
+@pytest.mark.parametrize("family, tied", [("qwen3", True), ("llama", False)])
+@pytest.mark.parametrize("logits", [1, 60 * VOCAB, 2**26], ids=["one each", "some together", "all together"])
+def test_scores_are_those_of_a_plain_forward_pass(tmp_path, family, tied, logits, monkeypatch):
+    monkeypatch.setattr("megatron_policysplit.rollout.teacher_forcing.LOGIT_ELEMENTS", logits)
+    model = build(family, tmp_path, tied)
+    scores = asyncio.run(LocalEngine(str(tmp_path), STOPS).score(SEQUENCES))
+    for (prompt, tokens), found in zip(SEQUENCES, scores, strict=True):
+        expected = forward(model, prompt, tokens, 1.0).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert len(found) == len(tokens)
+        torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, atol=1e-5, rtol=0)
+
+
+def test_scores_of_samples_are_their_logprobs_and_follow_the_weights(qwen3, tmp_path):
+    path, _ = qwen3
+    engine, asks = LocalEngine(path, STOPS), [request(0, max_tokens=9), request(1, prompt=[7] * 9, max_tokens=3)]
+    prompts = {ask.question: ask.prompt for ask in asks}
+    rollouts = list(run(engine, asks).values())
+    sequences = [(prompts[rollout.question], rollout.tokens) for rollout in rollouts]
+    for rollout, scores in zip(rollouts, asyncio.run(engine.score(sequences)), strict=True):
+        np.testing.assert_allclose(scores, rollout.engine_logprobs, atol=1e-5)
+    new = build("qwen3", tmp_path, seed=1)
+    asyncio.run(engine.load(new.named_parameters(), 7))
+    ((score, *_), *_) = asyncio.run(engine.score(sequences))
+    assert score == pytest.approx(float(forward(new, *sequences[0], 1.0)[0, sequences[0][1][0]]), abs=1e-5)
+
+
+def test_scores_are_refused_where_they_would_mean_nothing(qwen3):
+    path, model = qwen3
+    engine = LocalEngine(path, STOPS)
+    assert asyncio.run(engine.score([])) == []
+    for empty in (([], [1]), ([1], [])):
+        with pytest.raises(ValueError, match="sequence 1 has"):
+            asyncio.run(engine.score([([1], [2]), empty]))
+
+    async def scenario():
+        await engine.pause()
+        with pytest.raises(EnginePaused):
+            await engine.score([([1], [2])])
+        await engine.resume()
+        await engine.release()
+        with pytest.raises(TrainingError, match="have been released"):
+            await engine.score([([1], [2])])
+        tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+        tensors["model.norm.weight"].fill_(float("nan"))
+        await engine.load(tensors.items(), 3)
+        with pytest.raises(TrainingError, match="weight version 3.* not finite"):
+            await engine.score([([1], [2])])
+
+    asyncio.run(scenario())
+
+
 def test_bfloat16_samples_with_finite_logprobs(qwen3):
     rollouts = run(LocalEngine(qwen3[0], STOPS, dtype="bfloat16"), MIXED)
     assert all(logprob <= 0 for r in rollouts.values() for logprob in r.engine_logprobs)

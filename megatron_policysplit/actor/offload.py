@@ -1,0 +1,211 @@
+"""Frees the actor's GPU memory while engines use the GPU, and brings everything back bit for bit.
+
+Megatron's tensors are views: parameters into the distributed optimizer's buffers, gradients into DDP's, master weights
+and optimizer shards into others. So storages are emptied and filled again (`UntypedStorage.resize_`), and no tensor is
+replaced: every view stays valid, whoever holds it, in Megatron-Core, Transformer Engine or torch. (Megatron-Core's own
+`offload_to_cpu` gives the optimizer new tensors, which no longer are its views, and knows no parameters outside of
+buffers.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, UntypedStorage
+
+from megatron_policysplit.actor import cpu
+from megatron_policysplit.actor.optimizer import PolicyOptimizer
+
+Part = Literal["optimizer", "gradients", "parameters"]
+ORDER: tuple[Part, ...] = ("optimizer", "gradients", "parameters")
+# torch rounds a block of pinned memory up to a power of two, so that one for everything could waste as much again.
+CHUNK_BYTES = 64 * 2**20
+ALIGNMENT_BYTES = 64
+
+
+class Offload:
+    """Of one rank. Parts leave in the order optimizer, gradients, parameters and come back in the reverse order.
+
+    optimizer: its state and master weights. gradients: DDP's buffers; their contents are dropped, and zero afterwards.
+    parameters: those of the model, its buffers, and `reference`, further tensors of the actor that live as long.
+    ddp: Megatron's DistributedDataParallel. Host memory, pinned for a GPU, is allocated once and kept. A call out of
+    order raises RuntimeError. No call is collective.
+    """
+
+    def __init__(
+        self,
+        ddp: torch.nn.Module,
+        optimizer: PolicyOptimizer,
+        reference: Sequence[Tensor] = (),
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
+    ):
+        self._ddp, self._optimizer, self._reference = ddp, optimizer, reference
+        self._device = next(ddp.parameters()).device
+        self._host = {"optimizer": HostMemory(chunk_bytes), "parameters": HostMemory(chunk_bytes)}
+        self._away: dict[Part, dict[int, _Emptied]] = {}
+
+    @property
+    def away(self) -> tuple[Part, ...]:
+        """The parts that have left the device."""
+        return tuple(self._away)
+
+    @property
+    def bytes_away(self) -> int:
+        """Device memory that it takes to bring back what is away."""
+        return sum(emptied.nbytes for part in self._away.values() for emptied in part.values())
+
+    def free_bytes(self) -> float:
+        """Device memory that no process holds; infinite on the CPU."""
+        return cpu.free_memory_bytes()
+
+    def offload_optimizer(self) -> None:
+        self._check("offload", "optimizer")
+        self._optimizer.zero_grad()  # drops what the last step left on the side, and is due before the next anyway
+        elsewhere = self._parameters() | self._gradients()
+        self._empty("optimizer", {key: storage for key, storage in self._states().items() if key not in elsewhere})
+
+    def offload_gradients(self) -> None:
+        self._check("offload", "gradients")
+        elsewhere = self._parameters()
+        self._empty("gradients", {key: storage for key, storage in self._gradients().items() if key not in elsewhere})
+
+    def offload_parameters(self) -> None:
+        """Until they are back, `read` gives parameters; nothing else may touch them."""
+        self._check("offload", "parameters")
+        self._empty("parameters", self._parameters())
+
+    def restore_parameters(self) -> None:
+        self._check("restore", "parameters")
+        self._fill("parameters")
+
+    def restore_gradients(self) -> None:
+        self._check("restore", "gradients")
+        self._fill("gradients")
+
+    def restore_optimizer(self) -> None:
+        self._check("restore", "optimizer")
+        self._fill("optimizer")
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """The parameter's values on the device: a copy while parameters are away, else itself, detached."""
+        if "parameters" not in self._away:
+            return parameter.detach()
+        emptied = self._away["parameters"].get(_key(parameter.untyped_storage()))
+        if emptied is None:
+            raise RuntimeError(f"a tensor of shape {tuple(parameter.shape)} is none of the parameters that are away")
+        size, stride, itemsize = parameter.shape, parameter.stride(), parameter.element_size()
+        span = 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+        values = torch.empty(span * itemsize, dtype=torch.uint8, device=self._device)
+        self._host["parameters"].read(emptied.position + parameter.storage_offset() * itemsize, values)
+        return values.view(parameter.dtype).as_strided(size, stride)
+
+    def _check(self, verb: Literal["offload", "restore"], part: Part) -> None:
+        count = len(self._away)
+        allowed = ORDER[count : count + 1] if verb == "offload" else ORDER[:count][-1:]
+        if part not in allowed:
+            away = " and ".join(self._away) or "nothing"
+            raise RuntimeError(f"cannot {verb} {part} with {away} away; the order is {', '.join(ORDER)}, and back")
+
+    def _parameters(self) -> dict[int, UntypedStorage]:
+        return self._storages([*self._ddp.module.parameters(), *self._ddp.module.buffers(), *self._reference])
+
+    def _gradients(self) -> dict[int, UntypedStorage]:
+        buffers = [buffer.grad_data for buffer in (*self._ddp.buffers, *self._ddp.expert_parallel_buffers)]
+        return self._storages([*buffers, *(p.main_grad for p in self._ddp.parameters() if hasattr(p, "main_grad"))])
+
+    def _states(self) -> dict[int, UntypedStorage]:
+        """All that the optimizers step on: their state, and master weights or the parameters themselves."""
+        tensors: list[Tensor] = []
+        for optimizer in self._optimizer.megatron.chained_optimizers:
+            for group in optimizer.optimizer.param_groups:
+                tensors += group["params"]
+            for state in optimizer.optimizer.state.values():
+                tensors += [value for value in state.values() if isinstance(value, Tensor)]
+        return self._storages(tensors)
+
+    def _storages(self, tensors: Iterable[Tensor]) -> dict[int, UntypedStorage]:
+        """Each storage on the device once, in the order of the tensors (torch's AdamW counts its steps on the CPU)."""
+        found: dict[int, UntypedStorage] = {}
+        for tensor in tensors:
+            if tensor.device == self._device:
+                storage = tensor.untyped_storage()
+                found.setdefault(_key(storage), storage)
+        return found
+
+    def _empty(self, part: Part, storages: dict[int, UntypedStorage]) -> None:
+        emptied, end = {}, 0
+        for key, storage in storages.items():
+            emptied[key] = _Emptied(storage, storage.nbytes(), end)
+            end += -(-storage.nbytes() // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        if part in self._host:
+            self._host[part].reserve(end)
+            for item in emptied.values():
+                self._host[part].write(item.position, _bytes(item.storage))
+        cpu.return_freed_memory()  # the copies are under way
+        for item in emptied.values():
+            item.storage.resize_(0)
+        cpu.return_freed_memory()
+        self._away[part] = emptied
+
+    def _fill(self, part: Part) -> None:
+        for item in self._away[part].values():
+            item.storage.resize_(item.nbytes)
+            if part in self._host:
+                self._host[part].read(item.position, _bytes(item.storage))
+            else:
+                _bytes(item.storage).zero_()
+        del self._away[part]
+
+
+@dataclass(frozen=True)
+class _Emptied:
+    """A storage that had `nbytes` bytes, which are in host memory from `position` on, if they are kept."""
+
+    storage: UntypedStorage
+    nbytes: int
+    position: int
+
+
+class HostMemory:
+    """Bytes on the host, in chunks of equal size that are never given back."""
+
+    def __init__(self, chunk_bytes: int):
+        self.chunk_bytes = chunk_bytes
+        self.chunks: list[Tensor] = []
+
+    def reserve(self, nbytes: int) -> None:
+        """Have room for so many bytes."""
+        while len(self.chunks) * self.chunk_bytes < nbytes:
+            self.chunks.append(cpu.host_memory(self.chunk_bytes))
+
+    def write(self, position: int, source: Tensor) -> None:
+        """Copy source[n] (uint8) to `position`; from a GPU asynchronously."""
+        for chunk, part in self._pieces(position, source):
+            chunk.copy_(part, non_blocking=True)
+
+    def read(self, position: int, target: Tensor) -> None:
+        """Copy n bytes from `position` into target[n] (uint8); to a GPU asynchronously, in stream order."""
+        for chunk, part in self._pieces(position, target):
+            part.copy_(chunk, non_blocking=True)
+
+    def _pieces(self, position: int, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        done = 0
+        while done < len(tensor):
+            number, offset = divmod(position + done, self.chunk_bytes)
+            length = min(self.chunk_bytes - offset, len(tensor) - done)
+            yield self.chunks[number][offset : offset + length], tensor[done : done + length]
+            done += length
+
+
+def _key(storage: UntypedStorage) -> int:
+    """The same for every handle of a storage, empty or not (its address in memory is 0 when it is empty)."""
+    return storage._cdata
+
+
+def _bytes(storage: UntypedStorage) -> Tensor:
+    """A view of the whole storage: uint8[nbytes]."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -1,0 +1,139 @@
+"""Builds what serves rollouts: the engine of a leader and, with rollout.engine=sglang, the fleet behind it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch.distributed as dist
+
+from checkpoints_conv import read_hf_config
+from megatron_policysplit.actor import cpu
+from megatron_policysplit.actor.parallel import Layout
+from megatron_policysplit.config import Config
+from megatron_policysplit.control import Control
+from megatron_policysplit.modes import stop_token_ids
+from megatron_policysplit.offline import load_tokenizer
+from megatron_policysplit.preflight import api_key
+from megatron_policysplit.rollout.engine import Engine
+from megatron_policysplit.rollout.fleet import Fleet
+from megatron_policysplit.rollout.identity import Identity
+from megatron_policysplit.rollout.members import Member, Placement
+from megatron_policysplit.rollout.placement import place_engines
+from megatron_policysplit.rollout.router import Router
+from megatron_policysplit.rollout.servers import Server, server_spec
+from megatron_policysplit.rollout.sglang import SglangEngine
+from megatron_policysplit.rollout.sglang_http import SglangClient
+
+
+def engine_in_process(config: Config, tokenizer) -> Engine:
+    """The `local` or `replay` engine of a leader."""
+    if config.rollout.engine == "replay":
+        from megatron_policysplit.rollout.replay import ReplayEngine
+
+        return ReplayEngine(config.rollout.replay_dir)
+    from megatron_policysplit.rollout.local import LocalEngine
+
+    return LocalEngine(
+        config.model.path,
+        stop_token_ids(config.model.path, tokenizer),
+        dtype=config.model.dtype,
+        max_batch_samples=config.rollout.max_batch_samples,
+        device=cpu.device(),
+    )
+
+
+def place(config: Config, layout: Layout) -> list[Placement]:
+    """Where the engines stand; the same on every rank."""
+    rollout = config.rollout
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    return place_engines(
+        dist.get_world_size(),
+        layout.chief,
+        count=len(rollout.addresses) or rollout.server.count,
+        tensor=rollout.server.tensor,
+        colocated=rollout.colocated,
+        local_world_size=int(local) if local else None,
+    )
+
+
+def build_fleet(
+    config: Config, layout: Layout, control: Control, placements: list[Placement], log: Callable[[str], None]
+) -> Fleet:
+    """The fleet of this rank, nothing started yet. Raises ConfigError or EngineError (a port that is taken)."""
+    rollout, key = config.rollout, api_key(config)
+    members, servers = [], {}
+    for placement in placements:
+        if placement.owner != layout.rank:
+            continue
+        if rollout.addresses:
+            address = rollout.addresses[placement.index]
+        else:
+            gpus = [_local_rank(rank) for rank in placement.ranks] if rollout.colocated else []
+            server = servers[placement.index] = Server(server_spec(config, placement.index, local_gpus=gpus))
+            server.hold_ports(1)
+            address = server.address
+        client = SglangClient(address, key, timeout_seconds=config.weight_sync.timeout_seconds)
+        members.append(Member(placement, client, rollout.server.tensor))
+    router = None
+    if layout.is_chief and len(placements) > 1:
+        server = rollout.server
+        router = Router(
+            server.python or sys.executable,
+            server.host,
+            server.port + len(placements) if server.port else 0,
+            key,
+            Path(config.run.dir) / "logs" / "sglang_router.log",
+            request_seconds=rollout.request_seconds,
+        )
+        router.hold_ports(1)
+    identity = None
+    if members:
+        longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+        identity = Identity.of(read_hf_config(config.model.path), load_tokenizer(config.model.path), longest)
+    if not layout.is_chief:
+        log = _to_stderr
+    return Fleet(config, layout, control, members, servers, router, identity, log)
+
+
+def open_fleet(fleet: Fleet, layout: Layout, control: Control, resources: ExitStack) -> str:
+    """Start all servers and wait for them (collective over all ranks); the address that requests go to.
+
+    Raises EngineError on every rank if a server cannot start or is not the one that is needed; StopRequested.
+    """
+    resources.callback(fleet.close)
+    layout.meet()
+    control.attend(fleet.open() if fleet.members or fleet.router else None)
+    mine = fleet.router.address if fleet.router is not None else None
+    if mine is None and layout.is_chief:
+        mine = fleet.members[0].address
+    return layout.from_chief(mine)
+
+
+def sglang_engine(config: Config, url: str, tokenizer) -> SglangEngine:
+    """The engine of a leader; `url` is a server or a router in front of several."""
+    rollout = config.rollout
+    return SglangEngine(
+        url,
+        api_key=api_key(config),
+        stop_token_ids=stop_token_ids(config.model.path, tokenizer),
+        vocab_size=read_hf_config(config.model.path)["vocab_size"],
+        concurrency=rollout.concurrency,
+        request_seconds=rollout.request_seconds,
+        retries=rollout.retries,
+        unavailable_seconds=rollout.unavailable_seconds,
+        max_staleness=rollout.max_staleness if rollout.overlap else 0,
+    )
+
+
+def _local_rank(rank: int) -> int:
+    """The number of a rank on its node; ranks are numbered node by node."""
+    return rank % int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+
+
+def _to_stderr(text: str) -> None:
+    print(f"rank {dist.get_rank()}: {text}", file=sys.stderr, flush=True)
+

@@ -1,0 +1,52 @@
+"""Is an SGLang server the one this run needs? Architecture, tokenizer and context length, before any weight moves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_policysplit.errors import EngineError
+from megatron_policysplit.rollout.members import Member
+
+# Digits, punctuation, words and bytes outside ASCII: tokenizers that agree on all of it share their vocabulary.
+PROBE = "What is 12 + 345, step by step?\n\tAnswer: \\boxed{357} é 猫 🙂 def f(x): return x**2"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What an engine must match. probe_ids: ids of `PROBE`, special tokens left out. tokens: the longest row."""
+
+    model_type: str
+    probe_ids: list[int]
+    tokens: int
+
+    @classmethod
+    def of(cls, hf_config: Mapping[str, Any], tokenizer, tokens: int) -> Identity:
+        return cls(hf_config["model_type"], tokenizer.encode(PROBE, add_special_tokens=False), tokens)
+
+
+async def check_identity(member: Member, wanted: Identity) -> None:
+    """Notes the engine's tensor-parallel size and precision; raises EngineError naming what differs."""
+    client = member.client
+    info = await client.model_info()
+    if info.get("model_type") != wanted.model_type:
+        raise EngineError(
+            f"the server at {client.address} serves {info.get('model_path')} of type {info.get('model_type')}, but "
+            f"model.path is of type {wanted.model_type}; start it with the directory of model.path"
+        )
+    ids = await client.tokenize(PROBE)
+    if ids != wanted.probe_ids:
+        raise EngineError(
+            f"the server at {client.address} has another tokenizer than model.path: {len(ids)} ids against "
+            f"{len(wanted.probe_ids)} for the same text, or other ones; start it with the directory of model.path"
+        )
+    models = await client.call("GET", "/v1/models")
+    longest = models["data"][0].get("max_model_len")
+    if longest is not None and longest < wanted.tokens:
+        raise EngineError(
+            f"the server at {client.address} takes {longest} tokens, but data.max_prompt_tokens + "
+            f"rollout.max_response_tokens = {wanted.tokens}; lower those or start it with a longer context-length"
+        )
+    server = await client.server_info()
+    member.tensor, member.dtype = server["tp_size"], str(server["dtype"])

@@ -1,0 +1,64 @@
+"""What the `sglang` engine asked for and got, counted for the logs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from megatron_policysplit.rollout.answers import Cause
+from megatron_policysplit.rows import MODES, Mode
+
+
+@dataclass
+class ModeStats:
+    """Of the accepted answers of one mode. prompt_tokens: the prompt counted once a sample. prefill_tokens: prompt
+    tokens the servers computed for them, from their own figures; the rest came from their caches. retries: samples
+    and prefixes asked for again, by cause."""
+
+    prompt_tokens: int = 0
+    prefill_tokens: int = 0
+    retries: Counter[Cause] = field(default_factory=Counter)
+
+    @property
+    def cached_share(self) -> float:
+        """Share of the prompt tokens that were not computed; a prompt that is computed again makes it smaller."""
+        return 1.0 - self.prefill_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    def __add__(self, other: ModeStats) -> ModeStats:
+        return ModeStats(
+            self.prompt_tokens + other.prompt_tokens,
+            self.prefill_tokens + other.prefill_tokens,
+            self.retries + other.retries,
+        )
+
+
+@dataclass
+class EngineStats:
+    """Of one leader. requests: HTTP requests sent for rollouts, repeated ones and those for prefixes included."""
+
+    requests: int = 0
+    modes: dict[Mode, ModeStats] = field(default_factory=lambda: {mode: ModeStats() for mode in MODES})
+
+    def __add__(self, other: EngineStats) -> EngineStats:
+        return EngineStats(self.requests + other.requests, {m: self.modes[m] + other.modes[m] for m in MODES})
+
+    def named(self) -> dict[str, float]:
+        """By the names of the logs; a mode that was not sampled is left out."""
+        both = sum(self.modes.values(), ModeStats())
+        result = {
+            "rollout/engine_requests": self.requests,
+            "rollout/engine_retries": both.retries.total(),
+            **{f"rollout/engine_retries/{cause.value}": both.retries[cause] for cause in Cause},
+            "rollout/prompt_tokens": both.prompt_tokens,
+            "rollout/prefill_tokens": both.prefill_tokens,
+            "rollout/cached_prompt_share": both.cached_share,
+        }
+        for mode, stats in self.modes.items():
+            if stats.prompt_tokens or stats.retries:
+                result |= {
+                    f"rollout/{mode.value}/engine_retries": stats.retries.total(),
+                    f"rollout/{mode.value}/prompt_tokens": stats.prompt_tokens,
+                    f"rollout/{mode.value}/prefill_tokens": stats.prefill_tokens,
+                    f"rollout/{mode.value}/cached_prompt_share": stats.cached_share,
+                }
+        return {name: float(value) for name, value in result.items()}

@@ -1,0 +1,54 @@
+"""What became of an engine, and how all ranks come to know it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megatron_policysplit.actor.parallel import Layout
+from megatron_policysplit.errors import TrainingError, UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an engine did not take the weights. silent: it did not answer, rather than refuse."""
+
+    why: str
+    silent: bool = False
+
+
+Failures = dict[int, Failure]  # by engine index
+
+
+def together(layout: Layout, work: Callable[[], T]) -> list[T]:
+    """Every rank's `work()`, in rank order, on every rank (one all-gather over the world).
+
+    If it raised anywhere, all ranks raise: a failed rank its own error, the others that UserError or else a
+    TrainingError that names the rank. So work may not itself wait for a rank that could have failed.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as raised:  # raised again below, once all ranks know
+        error = raised
+    said = error if error is None or isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, (result if error is None else None, said), group=layout.world)
+    if error is not None:
+        raise error
+    errors = [(rank, said) for rank, (_, said) in enumerate(answers) if said is not None]
+    if errors:
+        # A rank that stopped because another did has less to say than the other.
+        rank, said = min(errors, key=lambda item: isinstance(item[1], TrainingError))
+        raise said if isinstance(said, UserError) else TrainingError(f"rank {rank} failed in a weight sync ({said})")
+    return [result for result, _ in answers]
+
+
+def merged(reports: Iterable[Mapping[int, Failure]]) -> Failures:
+    """The failures of all ranks in one mapping."""
+    return {index: failure for report in reports for index, failure in report.items()}

@@ -1,0 +1,91 @@
+"""Memory that engines on this machine can read, and nothing of it left behind.
+
+torch keeps a small process, `torch_shm_manager`, that removes shared files when all who used them are gone. Started
+by torch it inherits the trainer's standard error and its gloo sockets: peers of a killed trainer would go on waiting,
+and so would a pipe, for as long as an engine runs. Here it is started with neither, and ended with the run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from megatron_policysplit.errors import ConfigError, TrainingError
+
+SHARED = Path("/dev/shm")
+HEADER_BYTES = 4096  # more than what torch keeps in front of a shared file's data
+
+
+class SharedMemory:
+    """Buffers of one process, and the manager that outlives it if it is killed."""
+
+    def __init__(self):
+        binary = Path(torch.__file__).parent / "bin" / "torch_shm_manager"
+        self._manager = subprocess.Popen(
+            [str(binary)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        self._socket = self._manager.stdout.readline().strip()
+        if not self._socket:
+            raise TrainingError(f"{binary} does not start; weight_sync.transport=distributed or disk does without it")
+        # torch shares through the first manager it has met, so it must meet this one; it does when it opens a file.
+        name = f"/policysplit_{uuid.uuid4().hex}"
+        with open(_file(name), "xb") as file:
+            file.truncate(HEADER_BYTES + 1)
+        torch.UntypedStorage._new_shared_filename_cpu(self._socket, name.encode(), 1)
+
+    def buffer(self, nbytes: int, device: torch.device) -> "Buffer":
+        """Memory on `device` that other processes can read."""
+        return Buffer(nbytes, device)
+
+    def close(self) -> None:
+        self._manager.terminate()
+        self._manager.wait()
+        self._manager.stdout.close()
+        shutil.rmtree(Path(os.fsdecode(self._socket)).parent, ignore_errors=True)
+
+
+class Buffer:
+    """flat: uint8[nbytes]. name: of its file in host memory; None for memory of a GPU.
+
+    A GPU's memory is not filled again before its reader is done with it, and SGLang answers before that: such a buffer
+    is used once, and torch keeps the memory until the reader lets go of it.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device):
+        self.flat = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.name: str | None = None
+        if self.flat.device == torch.device("cpu"):
+            free = shutil.disk_usage(SHARED).free
+            if nbytes > free:
+                raise ConfigError(
+                    f"a bucket of {nbytes >> 20} MiB does not fit in {SHARED}, of which {free >> 20} MiB are free; "
+                    "lower weight_sync.bucket_mib or give the machine more shared memory"
+                )
+            storage = self.flat.untyped_storage()
+            self.name = storage._share_filename_cpu_()[1].decode()
+            # One reader more than there are: whoever takes himself for the last removes the file, and ends his process
+            # if it is gone already. `release` removes it.
+            storage._shared_incref()
+
+    @property
+    def reusable(self) -> bool:
+        return self.name is not None
+
+    def release(self) -> None:
+        """Give the memory back, also where a reader has died."""
+        self.flat = torch.empty(0, dtype=torch.uint8)
+        if self.name is not None:
+            with suppress(FileNotFoundError):
+                _file(self.name).unlink()
+        else:
+            torch.cuda.ipc_collect()
+
+
+def _file(name: str) -> Path:
+    return SHARED / name.removeprefix("/")

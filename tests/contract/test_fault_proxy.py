@@ -1,0 +1,122 @@
+"""A trainer and a live server with a bad network between them: every fault on every call of a weight sync.
+
+Whatever is struck, every rollout that was asked for arrives once, sampled by exactly the weights whose version it
+carries; the server never answers anybody with mixed weights; and the next full sync heals it.
+"""
+
+import asyncio
+import random
+
+import pytest
+
+from megatron_policysplit.rollout.members import State
+from megatron_policysplit.rollout.sglang_http import EngineUnreachable, SglangClient
+from megatron_policysplit.rows import MODES
+from tests.support.fault_proxy import Fault, FaultProxy, Rule
+from tests.support.one_rank import layout_of_one, one_rank
+from tests.support.sglang import SHORT, ask, keys
+
+pytestmark = [pytest.mark.contract, pytest.mark.timeout(90, func_only=True)]
+
+PATIENCE = 1 / 30  # of a run's own time limits: 2 s for a request
+FRAME = ("/pause_generation", "/flush_cache", "/update_weight_version", "/continue_generation", "/model_info")
+SESSION = ("/begin_weight_update", "/end_weight_update")
+BUCKETS = {
+    "tensor": "/update_weights_from_tensor",
+    "disk": "/update_weights_from_disk",
+    "distributed": "/update_weights_from_distributed",
+}
+TARGETS = [
+    *[("tensor", path) for path in (*FRAME, *SESSION, BUCKETS["tensor"])],
+    *[("disk", path) for path in (*FRAME, BUCKETS["disk"])],
+    *[("distributed", path) for path in (*FRAME, *SESSION, BUCKETS["distributed"])],
+]
+assert len(TARGETS) >= 20  # each fault strikes in so many rounds
+KEPT_FROM_THE_SERVER = (Fault.REFUSE, Fault.DROP_REQUEST, Fault.STALL_REQUEST, Fault.HALF_REQUEST)
+
+
+@pytest.fixture(scope="module")
+def proxy(live):
+    live.reset()
+    with FaultProxy(live.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def layout():
+    with layout_of_one() as layout:
+        yield layout
+
+
+@pytest.fixture(scope="module")
+def trainer(request, layout, reference, live, proxy, tmp_path_factory):
+    """With the first sync behind it; one for each transport, one after the other."""
+    live.reset()
+    proxy.script()
+    directory = tmp_path_factory.mktemp(request.param)
+    with one_rank(layout, reference, proxy.address, directory, request.param, patience=PATIENCE) as trainer:
+        trainer.train()
+        yield trainer
+        proxy.script()
+
+
+def answer_of_the_server(live, reference, requests):
+    """Ask it directly, as somebody does who knows of no quarantine; None if it is paused."""
+
+    async def run():
+        client = SglangClient(live.address, timeout_seconds=0.5)
+        sampling = {"max_new_tokens": 6, "temperature": 1.0, "ignore_eos": True}
+        try:
+            return await client.generate(
+                {"input_ids": requests[0].prompt, "sampling_params": sampling, "return_logprob": True}
+            )
+        except EngineUnreachable:
+            return None
+        finally:
+            await client.close()
+
+    answer = asyncio.run(run())
+    if answer is None:
+        return None
+    (span,) = answer["meta_info"]["weight_versions"]
+    logprobs, tokens, _ = zip(*answer["meta_info"]["output_token_logprobs"], strict=True)
+    expected = reference.logprobs(int(span["version"]), requests[0].prompt, tokens)
+    assert logprobs == pytest.approx(expected, abs=1e-4), f"mixed weights under version {span['version']}"
+    return int(span["version"])
+
+
+def generate_all(trainer, reference, requests):
+    rollouts = trainer.generate(requests)
+    assert [rollout.key for rollout in rollouts] == keys(requests)
+    assert {tuple(rollout.weight_versions) for rollout in rollouts} == {((0, trainer.version),)}
+    reference.assert_agrees(rollouts, requests)
+
+
+@pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.value)
+@pytest.mark.parametrize("trainer, path", TARGETS, indirect=["trainer"], ids=lambda value: value.strip("/"))
+def test_a_fault_on_the_way(trainer, path, fault, live, proxy, reference):
+    draw = random.Random(f"{trainer.config.weight_sync.transport} {path} {fault.value}")
+    bucket = BUCKETS[trainer.config.weight_sync.transport]
+    requests = ask(range(4), samples=2, modes=MODES, batch=trainer.version, sampling=SHORT)
+    call = draw.randint(1, 3) if path == bucket != BUCKETS["disk"] else 1
+    proxy.script(
+        Rule(path, fault, call, share=draw.random(), delay=0.01 * draw.random()),
+        Rule("/generate", fault, draw.randint(1, 12), share=draw.random(), delay=0.01 * draw.random()),
+    )
+    trainer.train()
+    assert [c.path for c in proxy.struck()] == [path]
+    after = trainer.member.state
+    if path == bucket and fault in KEPT_FROM_THE_SERVER:
+        assert after is not State.SERVING
+    if after is not State.SERVING:
+        assert trainer.member.why
+        answer_of_the_server(live, reference, requests)
+    proxy.release()
+    generate_all(trainer, reference, requests)
+    assert {c.path for c in proxy.struck()} == {path, "/generate"}
+    assert trainer.member.state is State.SERVING
+
+    proxy.script()
+    trainer.train()
+    assert (trainer.member.state, trainer.member.version) == (State.SERVING, trainer.version)
+    assert answer_of_the_server(live, reference, requests) == trainer.version

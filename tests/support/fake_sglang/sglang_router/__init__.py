@@ -1,0 +1,1 @@
+"""Stands in for sglang-router where its process is tested."""
