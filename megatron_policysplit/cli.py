@@ -130,6 +130,23 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     raise typer.Exit(code)
 
 
+@app.command(cls=Command)
+def serve(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Start SGLang servers on this machine, for runs on other nodes that name them in rollout.addresses.
+
+    Prints the address of each once it has generated a token, watches them, and ends them all on SIGTERM or SIGINT.
+    """
+    from megatron_policysplit.config_load import check_config, load_config
+
+    with _exit_on_signals():
+        loaded = load_config(config, overrides or [])
+        check_config(loaded)
+        from megatron_policysplit.serve import serve as run_servers
+
+        code = run_servers(loaded)
+    raise typer.Exit(code)
+
+
 def run_training(argv: list[str]) -> int:
     """Checks the input, then trains in this process or in local ranks; returns the exit code."""
     from megatron_policysplit.config_load import load_config, world_size

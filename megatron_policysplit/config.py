@@ -67,7 +67,7 @@ class SamplingConfig:
 class ServerConfig:
     python: Optional[str] = key(None, "Interpreter of the environment that has SGLang; null is the run's own.")
     count: Optional[int] = key(
-        None, "SGLang servers to start, several behind sglang-router; null is one, or what fits if colocated.", minimum=1
+        None, "SGLang servers to start, several behind sglang-router; null: one, or what fits if colocated.", minimum=1
     )
     tensor: int = key(1, "Tensor-parallel size of one server.", minimum=1)
     dtype: Optional[str] = key(

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 from megatron_policysplit.config import Config
 from megatron_policysplit.errors import ConfigError
+from megatron_policysplit.rollout.placement import check_allocator
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -53,6 +54,8 @@ def _check_servers(config: Config) -> None:
                 f"rollout.colocated=true is for rollout.engine=sglang, not {rollout.engine}; set it to false"
             )
         return
+    if rollout.colocated:
+        check_allocator(server.environment)
     if not rollout.addresses and not is_loopback(server.host) and rollout.api_key_variable is None:
         raise ConfigError(
             f"rollout.server.host={server.host} can be reached from other machines; set rollout.api_key_variable to "

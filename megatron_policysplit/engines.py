@@ -14,7 +14,9 @@ from checkpoints_conv import read_hf_config
 from megatron_policysplit.actor import cpu
 from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.config import Config
+from megatron_policysplit.config_engines import is_loopback
 from megatron_policysplit.control import Control
+from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.modes import stop_token_ids
 from megatron_policysplit.offline import load_tokenizer
 from megatron_policysplit.preflight import api_key
@@ -50,6 +52,11 @@ def place(config: Config, layout: Layout) -> list[Placement]:
     """Where the engines stand; the same on every rank."""
     rollout = config.rollout
     local = os.environ.get("LOCAL_WORLD_SIZE")
+    if not rollout.addresses and local and int(local) < dist.get_world_size() and is_loopback(rollout.server.host):
+        raise ConfigError(
+            f"rollout.server.host={rollout.server.host} cannot be reached from the other nodes of this run; set it to "
+            "0.0.0.0, and rollout.api_key_variable"
+        )
     return place_engines(
         dist.get_world_size(),
         layout.chief,

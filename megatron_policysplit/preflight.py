@@ -131,12 +131,9 @@ def _check_servers(config: Config) -> None:
 
 def api_key(config: Config) -> str | None:
     """The key of the SGLang servers from the environment; ConfigError if its variable is named but not set."""
-    variable = config.rollout.api_key_variable
-    if variable is None:
-        return None
-    if not os.environ.get(variable):
-        raise ConfigError(f"rollout.api_key_variable={variable} is not set in the environment; export it with the key")
-    return os.environ[variable]
+    from megatron_policysplit.rollout.processes import read_api_key
+
+    return read_api_key(config.rollout.api_key_variable, os.environ)
 
 
 def check_run_dir(config: Config) -> bool:

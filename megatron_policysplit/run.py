@@ -138,6 +138,7 @@ class Run:
         try:
             yield
         except StopRequested:
+            self.fleet.give_up_starting()
             self.wake_actor()
             raise
         self.wake_actor()

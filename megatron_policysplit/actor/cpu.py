@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from typing import Any
 
 import torch
@@ -56,8 +57,10 @@ def gpu_count() -> int:
     return 0 if active() else torch.cuda.device_count()
 
 
-def server_options(device: str | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """Flags and environment variables that SGLang needs on the CPU; none on a GPU. device: as asked for, else found.
+def server_options(device: str | None, tensor: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """Flags and environment variables that SGLang needs on the CPU; none on a GPU.
+
+    device: as the user asks for it; None is what this machine has. tensor: tensor-parallel size of the server.
 
     PyPI has no compiled CPU kernels, so that the compute is plain torch. The threads of an idle pool must sleep, or
     decoding single requests is several times slower, and the key-value cache would take most of the memory there is.
@@ -75,7 +78,12 @@ def server_options(device: str | None) -> tuple[dict[str, Any], dict[str, str]]:
         "enable-memory-saver": False,
         "max-total-tokens": 16384,
     }
-    return arguments, {"SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    if tensor > 1:  # else SGLang wants a NUMA node for each rank
+        cores = sorted(os.sched_getaffinity(0))
+        shares = [cores[rank::tensor] or [cores[rank % len(cores)]] for rank in range(tensor)]
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in shares)
+    return arguments, environment
 
 
 def set_device(local_rank: int) -> None:

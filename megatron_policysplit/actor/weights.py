@@ -96,14 +96,23 @@ def export_weights(
         raise ValueError(f"destination={destination!r} is not one of {get_args(Destination)}")
     sizes = architecture_of(hf_config).sizes(hf_config)
     parameters = global_parameters(model, sizes)
+    example = next(iter(parameters.values()))
     own_stage = parallel_state.get_pipeline_model_parallel_rank()
     by_stage = destination == "stage_leader"
     last_stage = parallel_state.get_pipeline_model_parallel_world_size() - 1
     for bucket in export_plan(hf_config, _tensor_size(), last_stage + 1):
-        _agree(failed=False)
-        if by_stage and bucket.stage != own_stage:
+        own, error = None, None
+        if bucket.stage == own_stage:
+            try:
+                own = _read(bucket, parameters, read)
+            except Exception as raised:  # raised again below, once all ranks know
+                error = raised
+        _agree(failed=error is not None, raises=error is None)
+        if error is not None:
+            raise ExportFailed(f"this rank could not read its weights ({type(error).__name__}: {error})") from error
+        if by_stage and own is None:
             continue
-        shards = _gather(bucket, parameters, read, over_stages=not by_stage)
+        shards = _gather(bucket, own, example, over_stages=not by_stage)
         if destination == "every_rank" or (_tensor_rank() == 0 and (by_stage or own_stage == last_stage)):
             yield from _assemble(bucket, shards, sizes, device).items()
 
@@ -185,14 +194,15 @@ def export_plan(hf_config: Mapping[str, Any], tensor: int, pipeline: int) -> lis
     return plan
 
 
-def _gather(bucket: Bucket, parameters: dict[str, nn.Parameter], read: Read, *, over_stages: bool) -> list[Tensor]:
-    """The bucket's parameters, flat, of every tensor-parallel rank (shards[TP] of bucket.numel elements)."""
-    if bucket.stage == parallel_state.get_pipeline_model_parallel_rank():
-        owned = [next(parameters[name] for name in pair.megatron if name in parameters) for pair in bucket.pairs]
-        flat = torch.cat([read(parameter).reshape(-1) for parameter in owned])
-    else:
-        dtype = next(iter(parameters.values())).dtype
-        flat = torch.empty(bucket.numel, dtype=dtype, device=cpu.device())
+def _read(bucket: Bucket, parameters: dict[str, nn.Parameter], read: Read) -> Tensor:
+    """This rank's parameters of the bucket, flat (bucket.numel elements)."""
+    owned = [next(parameters[name] for name in pair.megatron if name in parameters) for pair in bucket.pairs]
+    return torch.cat([read(parameter).reshape(-1) for parameter in owned])
+
+
+def _gather(bucket: Bucket, own: Tensor | None, example: Tensor, *, over_stages: bool) -> list[Tensor]:
+    """The bucket's parameters, flat, of every tensor-parallel rank (shards[TP]); own: this rank's, if its stage's."""
+    flat = torch.empty(bucket.numel, dtype=example.dtype, device=cpu.device()) if own is None else own
     if over_stages and parallel_state.get_pipeline_model_parallel_world_size() > 1:
         group = parallel_state.get_pipeline_model_parallel_group()
         dist.broadcast(flat, src=dist.get_global_rank(group, bucket.stage), group=group)
@@ -222,6 +232,10 @@ def _assemble(bucket: Bucket, shards: list[Tensor], sizes: Sizes, device: torch.
 
 class PeerFailed(TrainingError):
     """Another rank of the replica failed while it took the weights; raised on all others, so already agreed."""
+
+
+class ExportFailed(PeerFailed):
+    """This rank could not read its own weights; its peers know already."""
 
 
 def _agree(*, failed: bool, raises: bool = True) -> None:

@@ -113,6 +113,17 @@ class Fleet:
             *(member.client.close() for member in self.members),
         )
 
+    def give_up_starting(self) -> None:
+        """End servers that are not ready yet, for a run that has to save and stop soon."""
+
+        async def end() -> None:
+            for member in self.members:
+                if member.state is State.STARTING:
+                    self.servers[member.index].kill()
+                    member.state, member.why = State.DOWN, "the run stops"
+
+        self.control.run(end())
+
     def wanted(self) -> bool:
         """Whether an engine of this rank lacks weights, or was lost; EngineError when one cannot be brought back."""
         for work in self._tending:
@@ -269,6 +280,7 @@ class Fleet:
         server = self.servers.get(member.index)
         try:
             if server is not None:
+                server.kill()  # a sync that it did not answer may have found it lost, though it runs
                 limit = self.config.rollout.server.restarts
                 if self._restarts[member.index] >= limit:
                     raise Unrecoverable(
@@ -277,8 +289,7 @@ class Fleet:
                     )
                 self._restarts[member.index] += 1
                 await self._start(member, server)
-            else:
-                await member.client.healthy(PROBE_SECONDS)
+            else:  # it may be paused by a sync that failed, and generate nothing
                 await check_identity(member, self._identity)
             await member.client.pause()
             if self.weights.can_restore:

@@ -12,6 +12,8 @@ from megatron_policysplit.rollout.members import Member
 # Digits, punctuation, words and bytes outside ASCII: tokenizers that agree on all of it share their vocabulary.
 PROBE = "What is 12 + 345, step by step?\n\tAnswer: \\boxed{357} é 猫 🙂 def f(x): return x**2"
 
+SPARE_TOKENS = 7  # without them SGLang 0.5.23 cuts responses (2), or refuses to score them (7)
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -43,10 +45,11 @@ async def check_identity(member: Member, wanted: Identity) -> None:
         )
     models = await client.call("GET", "/v1/models")
     longest = models["data"][0].get("max_model_len")
-    if longest is not None and longest < wanted.tokens:
+    if longest is not None and longest < wanted.tokens + SPARE_TOKENS:
         raise EngineError(
-            f"the server at {client.address} takes {longest} tokens, but data.max_prompt_tokens + "
-            f"rollout.max_response_tokens = {wanted.tokens}; lower those or start it with a longer context-length"
+            f"the server at {client.address} has a context of {longest} tokens, but data.max_prompt_tokens + "
+            f"rollout.max_response_tokens = {wanted.tokens}, and SGLang needs {SPARE_TOKENS} more; lower those "
+            "or raise context-length (rollout.server.arguments)"
         )
     server = await client.server_info()
     member.tensor, member.dtype = server["tp_size"], str(server["dtype"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megatron_policysplit.rollout.sglang_http import SglangClient
+if TYPE_CHECKING:  # configuration checks import this module, and need no HTTP client
+    from megatron_policysplit.rollout.sglang_http import SglangClient
 
 
 class State(enum.Enum):

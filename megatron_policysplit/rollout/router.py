@@ -1,4 +1,4 @@
-"""sglang-router in front of several servers: one address for all leaders, and the prefix cache kept in mind.
+"""sglang-router in front of several servers: one address for all leaders, and the samples of a prompt on one server.
 
 Verified against sglang-router 0.3.2. It is told about its workers and judges nothing itself:
 - No health checks: they ask for a token, so a server that is paused for a weight sync would be taken out of service.
@@ -21,6 +21,7 @@ from megatron_policysplit.rollout.sglang_http import EngineRefused, EngineUnreac
 MODULE = "sglang_router.launch_router"
 START_SECONDS = 120.0
 CHANGE_SECONDS = 60.0
+KEY_SECONDS = 600  # a routing key is used once, so it need not be remembered for long
 
 
 class Router(Process):
@@ -49,16 +50,17 @@ class Router(Process):
     def command(self, metrics_port: int) -> list[str]:
         """The arguments of sglang_router.launch_router, without the API key.
 
-        High-entropy prompts all share one long prefix. With the router's own thresholds they would all follow it to
-        one server until that has 64 requests more than another; a lead of two sends the next one elsewhere.
+        With the policy `manual` all requests with one routing key, the samples of a prompt, go to one server, which
+        computes the prompt once; a new key goes to the server with the fewest. (`cache_aware` was seen to split the
+        samples of most questions over two servers: it balances single requests.)
         """
         return flags(
             {
                 "host": self.host,
                 "port": self.port,
-                "policy": "cache_aware",
-                "balance-abs-threshold": 2,
-                "balance-rel-threshold": 1.0,
+                "policy": "manual",
+                "assignment-mode": "min_load",
+                "max-idle-secs": KEY_SECONDS,
                 "request-timeout-secs": int(self.request_seconds) + 60,
                 "worker-startup-timeout-secs": int(CHANGE_SECONDS),
                 "worker-startup-check-interval": 1,

@@ -157,7 +157,7 @@ def server_command(spec: ServerSpec, port: int, nccl_port: int, version: str, se
         "log-level-http": "warning",
         "enable-memory-saver": spec.colocated,
     }
-    arguments |= cpu.server_options(spec.arguments.get("device"))[0]
+    arguments |= cpu.server_options(spec.arguments.get("device"), spec.tensor)[0]
     return flags(arguments | dict(spec.arguments))
 
 
@@ -170,9 +170,11 @@ def server_environment(spec: ServerSpec, environ: Mapping[str, str]) -> dict[str
 
     environment: dict[str, str] = inherited_environment(environ, spec.python)
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if spec.colocated:
+        environment["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "1"  # CUDA graphs are released with the rest
     if spec.devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(spec.devices)
-    environment |= cpu.server_options(spec.arguments.get("device"))[1]
+    environment |= cpu.server_options(spec.arguments.get("device"), spec.tensor)[1]
     for name, value in spec.environment.items():
         if value is None:
             environment.pop(name, None)

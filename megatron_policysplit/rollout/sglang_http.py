@@ -15,7 +15,6 @@ import aiohttp
 from megatron_policysplit.errors import EngineError
 
 CONNECT_SECONDS = 30.0
-IDLE_SECONDS = 3.0  # SGLang closes a connection after 5 idle seconds; one that closes as it is used again is an error
 
 
 class EngineUnreachable(EngineError):
@@ -33,9 +32,17 @@ class EngineRefused(EngineError):
         super().__init__(message)
         self.status = status
 
+    def __reduce__(self):
+        """Ranks tell each other their errors."""
+        return type(self), (str(self), self.status)
+
 
 class SglangClient:
-    """One server (or router) at `address`, such as http://127.0.0.1:30000. api_key is sent, never shown."""
+    """One server (or router) at `address`, such as http://127.0.0.1:30000. api_key is sent, never shown.
+
+    Every call has a connection of its own: on one that is kept, an answer that comes twice would pass for the answer to
+    the next call, and in a weight sync for its success.
+    """
 
     def __init__(self, address: str, api_key: str | None = None, *, timeout_seconds: float = 300.0):
         self.address = address.rstrip("/")
@@ -65,7 +72,10 @@ class SglangClient:
 
     async def version(self) -> str:
         """The weight version the server says it serves ("default" before the first sync)."""
-        return (await self.model_info())["weight_version"]
+        info = await self.model_info()
+        if "weight_version" not in info:
+            raise EngineUnreachable(f"{self.address}/model_info answered without a weight version: {info}")
+        return info["weight_version"]
 
     async def model_info(self) -> dict[str, Any]:
         return await self.call("GET", "/model_info")
@@ -197,7 +207,7 @@ class SglangClient:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 headers=self._headers,
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
+                connector=aiohttp.TCPConnector(limit=0, force_close=True),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 json_serialize=partial(json.dumps, separators=(",", ":")),
             )

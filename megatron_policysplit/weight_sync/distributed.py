@@ -9,6 +9,7 @@ with it, so a group without that engine is made and all weights are sent again.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import socket
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ class DistributedTransport:
         self._joined: Offer | None = None  # the engines in the current groups, on every rank
         self._names: list[str] = []
         self._made = self._begun = 0
+        self._run = layout.from_chief(secrets.token_hex(4))  # an engine may still know the groups of another run
         self._group: SenderGroup | None = None
         self._left: list[SenderGroup] = []
 
@@ -105,7 +107,9 @@ class DistributedTransport:
         return failures | {engine: Failure(attempt.broken) for engine in live}
 
     def close(self) -> None:
-        """Collective over all ranks only in that each leaves its own groups."""
+        """Each rank for itself: the chief has the engines leave the groups, the senders leave theirs."""
+        if self._joined is not None and self.layout.is_chief:
+            self.control.run(self._destroy(sorted(self._joined.engines)))
         self._leave()
 
     def _attempt(self, live: set[int]) -> Attempt:
@@ -125,7 +129,7 @@ class DistributedTransport:
             self._from_chief(lambda: self.control.run(self._destroy(sorted(self._joined.engines))))
         self._leave()
         self._made += 1
-        self._names = [f"policysplit-stage{stage}-{self._made}" for stage in range(self.layout.pipeline)]
+        self._names = [f"policysplit-{self._run}-stage{stage}-{self._made}" for stage in range(self.layout.pipeline)]
         found = together(self.layout, lambda: self._listen(offer))
         places = dict(place for place in found if place is not None)
         self._joined = offer

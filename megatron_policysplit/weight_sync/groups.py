@@ -19,6 +19,7 @@ import torch.distributed.distributed_c10d as c10d
 from megatron_policysplit.actor import cpu
 
 POLL_SECONDS = 0.005
+LATE_SECONDS = 3.0  # an engine that has not come to the store yet would look for it for half an hour once it is gone
 
 
 class BroadcastFailed(RuntimeError):
@@ -80,7 +81,11 @@ class SenderGroup:
 
         thread = threading.Thread(target=make, name=self.name, daemon=True)
         thread.start()
-        self._wait(lambda: not thread.is_alive(), abort, f"the engines did not join {self.name}")
+        try:
+            self._wait(lambda: not thread.is_alive(), abort, f"the engines did not join {self.name}")
+        except BroadcastFailed:
+            time.sleep(LATE_SECONDS)
+            raise
         if failure:
             raise BroadcastFailed(f"{self.name} could not be made: {failure[0]}")
 

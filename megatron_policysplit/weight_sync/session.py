@@ -36,8 +36,11 @@ async def begin(member: Member, limit: float) -> None:
     """Open a session; one that is open already, of a trainer that died or of a failed attempt, is ended first."""
     try:
         await within(limit, member, "opening a weight update", member.client.begin_update())
-    except EngineRefused:
-        await within(limit, member, "ending an older weight update", member.client.end_update())
+    except EngineRefused as refused:
+        try:
+            await within(limit, member, "ending an older weight update", member.client.end_update())
+        except EngineRefused:
+            raise refused from None  # none was open, so it was for another reason
         await within(limit, member, "opening a weight update", member.client.begin_update())
 
 
@@ -59,7 +62,7 @@ async def close_session(member: Member, version: int, *, ends: bool, limit: floa
         await within(limit, member, "ending the weight update", client.end_update())
     if after_load is not None:
         await within(limit, member, "getting ready to generate", after_load(member))
-    await within(limit, member, "flushing its cache", _flush(member))
+    await _flush(member, limit)
     await within(limit, member, "setting the version", client.set_version(str(version)))
     await within(limit, member, "continuing", client.proceed())
     try:
@@ -86,16 +89,16 @@ async def abandon(member: Member, *, ends: bool, limit: float) -> bool:
     return answered
 
 
-async def _flush(member: Member) -> None:
+async def _flush(member: Member, limit: float) -> None:
     """Empty the prefix cache, which the old weights filled; aborted requests may take a moment to be gone."""
-    deadline = asyncio.get_running_loop().time() + member.client.timeout_seconds
+    deadline = asyncio.get_running_loop().time() + limit
     while True:
         try:
-            return await member.client.flush()
+            return await within(limit, member, "flushing its cache", member.client.flush())
         except EngineRefused:
             if asyncio.get_running_loop().time() > deadline:
                 raise
-            await asyncio.sleep(FLUSH_AGAIN_SECONDS)
+        await asyncio.sleep(FLUSH_AGAIN_SECONDS)
 
 
 async def each(members: Sequence[Member], step: Step) -> Failures:

@@ -26,12 +26,12 @@ BUCKETS = {
     "disk": "/update_weights_from_disk",
     "distributed": "/update_weights_from_distributed",
 }
-TARGETS = [
-    *[("tensor", path) for path in (*FRAME, *SESSION, BUCKETS["tensor"])],
-    *[("disk", path) for path in (*FRAME, BUCKETS["disk"])],
-    *[("distributed", path) for path in (*FRAME, *SESSION, BUCKETS["distributed"])],
-]
-assert len(TARGETS) >= 20  # each fault strikes in so many rounds
+CALLS = {
+    "tensor": (*FRAME, *SESSION, BUCKETS["tensor"]),
+    "disk": (*FRAME, BUCKETS["disk"]),
+    "distributed": (*FRAME, *SESSION, BUCKETS["distributed"]),
+}
+assert sum(map(len, CALLS.values())) >= 20  # each fault strikes in so many rounds
 KEPT_FROM_THE_SERVER = (Fault.REFUSE, Fault.DROP_REQUEST, Fault.STALL_REQUEST, Fault.HALF_REQUEST)
 
 
@@ -60,11 +60,11 @@ def trainer(request, layout, reference, live, proxy, tmp_path_factory):
         proxy.script()
 
 
-def answer_of_the_server(live, reference, requests):
-    """Ask it directly, as somebody does who knows of no quarantine; None if it is paused."""
+def answer_of_the_server(live, reference, requests, seconds):
+    """The version with which it answers somebody who knows of no quarantine, in truth; None if it does not answer."""
 
     async def run():
-        client = SglangClient(live.address, timeout_seconds=0.5)
+        client = SglangClient(live.address, timeout_seconds=seconds)
         sampling = {"max_new_tokens": 6, "temperature": 1.0, "ignore_eos": True}
         try:
             return await client.generate(
@@ -92,9 +92,33 @@ def generate_all(trainer, reference, requests):
     reference.assert_agrees(rollouts, requests)
 
 
-@pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.value)
-@pytest.mark.parametrize("trainer, path", TARGETS, indirect=["trainer"], ids=lambda value: value.strip("/"))
-def test_a_fault_on_the_way(trainer, path, fault, live, proxy, reference):
+def matrix(transport):
+    """Every fault on every call of a transport."""
+
+    def decorate(test):
+        test = pytest.mark.parametrize("path", CALLS[transport], ids=lambda path: path.strip("/"))(test)
+        test = pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.value)(test)
+        return pytest.mark.parametrize("trainer", [transport], indirect=True)(test)
+
+    return decorate
+
+
+@matrix("tensor")
+def test_weights_through_shared_memory(trainer, path, fault, live, proxy, reference):
+    strike(trainer, path, fault, live, proxy, reference)
+
+
+@matrix("disk")
+def test_weights_through_files(trainer, path, fault, live, proxy, reference):
+    strike(trainer, path, fault, live, proxy, reference)
+
+
+@matrix("distributed")
+def test_weights_through_a_broadcast(trainer, path, fault, live, proxy, reference):
+    strike(trainer, path, fault, live, proxy, reference)
+
+
+def strike(trainer, path, fault, live, proxy, reference):
     draw = random.Random(f"{trainer.config.weight_sync.transport} {path} {fault.value}")
     bucket = BUCKETS[trainer.config.weight_sync.transport]
     requests = ask(range(4), samples=2, modes=MODES, batch=trainer.version, sampling=SHORT)
@@ -110,7 +134,7 @@ def test_a_fault_on_the_way(trainer, path, fault, live, proxy, reference):
         assert after is not State.SERVING
     if after is not State.SERVING:
         assert trainer.member.why
-        answer_of_the_server(live, reference, requests)
+        answer_of_the_server(live, reference, requests, seconds=0.3)
     proxy.release()
     generate_all(trainer, reference, requests)
     assert {c.path for c in proxy.struck()} == {path, "/generate"}
@@ -119,4 +143,4 @@ def test_a_fault_on_the_way(trainer, path, fault, live, proxy, reference):
     proxy.script()
     trainer.train()
     assert (trainer.member.state, trainer.member.version) == (State.SERVING, trainer.version)
-    assert answer_of_the_server(live, reference, requests) == trainer.version
+    assert answer_of_the_server(live, reference, requests, seconds=30.0) == trainer.version

@@ -55,8 +55,9 @@ def run(rank, setup, path):
     for batch in range(BATCHES):
         assert outcome(plain, case, layout, batch) == outcome(moved, case, layout, batch)
         assert_same(state(plain), state(moved))
-        before, aliases = state(moved), shared(moved)
+        before, aliases, weights = state(moved), shared(moved), exported(moved)
         go_away(offload, moved, before)
+        assert_same(exported(moved, read=offload.read), weights)
         chunks = [[chunk.data_ptr() for chunk in memory.chunks] for memory in offload._host.values()]
         assert host in (None, chunks), "host memory is allocated once"
         host = chunks
@@ -108,6 +109,12 @@ def assert_same(found, expected):
 
 def gradients(actor):
     return {f"gradient of {name}": parameter.main_grad for name, parameter in actor.model.named_parameters()}
+
+
+def exported(actor, **options):
+    from megatron_policysplit.actor.weights import export_weights
+
+    return dict(export_weights(actor.model, actor.hf_config, "every_rank", **options))
 
 
 def storage_of(tensor):

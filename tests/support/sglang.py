@@ -89,6 +89,19 @@ class LiveServer:
 
         return asyncio.run(run())
 
+    def start_again(self) -> None:
+        """Start the server, on the same port if it was started before, and wait for its first token."""
+        self.server.start()
+
+        async def ready() -> None:
+            client = self.client()
+            try:
+                await self.server.ready(client)
+            finally:
+                await client.close()
+
+        asyncio.run(ready())
+
     def reset(self) -> None:
         """As after the start: nothing in flight, no session open, the first weights, version 0."""
 
@@ -134,17 +147,8 @@ def live_server(model: Path, log: Path, **arguments: Any) -> Iterator[LiveServer
         environment={"OMP_NUM_THREADS": "1"},
     )
     live = LiveServer(Server(spec), model)
-    live.server.start()
     try:
-
-        async def ready() -> None:
-            client = live.client()
-            try:
-                await live.server.ready(client)
-            finally:
-                await client.close()
-
-        asyncio.run(ready())
+        live.start_again()
         yield live
     finally:
         live.server.close()
@@ -221,13 +225,16 @@ async def rollouts_of(engine: SglangEngine, requests: Sequence[Request]) -> list
     return rollouts
 
 
-def make_model(path: Path) -> Path:
-    """A Qwen3-shaped model of 4 MB (several buckets of 1 MiB) over the quickstart's 32 tokens; `<|end|>` ends."""
+def make_model(path: Path, **overrides: Any) -> Path:
+    """A Qwen3-shaped model of 4 MB (several buckets of 1 MiB) over the quickstart's 32 tokens; `<|end|>` ends.
+
+    overrides: of its configuration.
+    """
     from examples.quickstart.make_model import make_tokenizer
     from tests.support import hf_models
 
     tokenizer = make_tokenizer()
-    sizes = {"hidden_size": 128, "intermediate_size": 512, "max_position_embeddings": 512}
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "max_position_embeddings": 512, **overrides}
     end = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     hf_models.make_model(path, "qwen3", tied=True, vocab=len(tokenizer), **sizes, **end)
     tokenizer.save_pretrained(path)
