@@ -6,7 +6,7 @@ SGLANG_VENV ?= .venv-sglang
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install sglang-cpu quickstart quickstart-study smollm2 test test-slow test-contract test-faults test-gpu lint docs clean
+.PHONY: help install sglang-cpu quickstart quickstart-sglang quickstart-study smollm2 test test-slow test-contract test-faults test-gpu lint docs clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -42,6 +42,9 @@ $(SGLANG_STAMP): $(wildcard sglang_cpu/*.txt sglang_cpu/*.py)
 quickstart: $(STAMP)  ## Train GRPO and Policy Split on a toy task, tensor parallelism 2, and show what came of it
 	$(BIN)/python -m examples.quickstart.run
 
+quickstart-sglang: $(STAMP) sglang-cpu  ## The same with a real SGLang server, without a GPU
+	$(BIN)/python -m examples.quickstart_sglang.run
+
 quickstart-study: $(STAMP)  ## The 5-seed study with ablations of docs/quickstart.md (15 minutes when it was measured)
 	$(BIN)/python -m examples.quickstart.study
 
@@ -71,5 +74,5 @@ lint: $(STAMP)  ## ruff
 docs: $(STAMP)  ## Write docs/configuration.md from the dataclasses
 	$(BIN)/python -m megatron_policysplit.config_docs > docs/configuration.md
 
-clean:  ## Remove what the quickstart, its study and the SmolLM2 example wrote
-	rm -rf runs/quickstart runs/quickstart_study runs/smollm2
+clean:  ## Remove what the examples wrote
+	rm -rf runs/quickstart runs/quickstart_sglang runs/quickstart_study runs/quickstart_engines runs/smollm2
