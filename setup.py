@@ -21,6 +21,7 @@ setup(
         "safetensors>=0.4",
         "omegaconf>=2.3",
         "typer>=0.12",
+        "aiohttp>=3.10",
         "rich>=13",
         "numpy>=1.26",
         "psutil>=5.9",

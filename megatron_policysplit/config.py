@@ -75,7 +75,7 @@ class ServerConfig:
     )
     host: str = key("127.0.0.1", "Address the servers listen on; anything but loopback needs rollout.api_key_variable.")
     port: int = key(0, "Port of the first server; the others and the router follow it. 0 takes free ports.", minimum=0)
-    devices: list[int] = key(list, "GPUs of the servers, in order; empty: the actor's if colocated, else all visible.")
+    devices: list[int] = key(list, "GPUs of the servers, in order; empty: the actor's if colocated, else the next.")
     arguments: dict[str, Any] = key(
         dict, "Further flags of sglang.launch_server, such as {mem-fraction-static: 0.6}; true is a flag alone."
     )

@@ -59,8 +59,8 @@ class Work(Generic[T]):
         return bool(concurrent.futures.wait({self._future}, seconds).done)
 
     def failed(self) -> BaseException | None:
-        """What it raised, once done."""
-        return self._future.exception()
+        """What it raised, once done; a CancelledError (of concurrent.futures) if it was cancelled."""
+        return concurrent.futures.CancelledError() if self._future.cancelled() else self._future.exception()
 
     def result(self) -> T:
         """Its result, once done, or what it raised."""

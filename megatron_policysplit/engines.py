@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from copy import deepcopy
 from pathlib import Path
 
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.modes import stop_token_ids
 from megatron_policysplit.offline import load_tokenizer
 from megatron_policysplit.preflight import api_key
-from megatron_policysplit.rollout.engine import Engine
+from megatron_policysplit.rollout.engine import InProcessEngine
 from megatron_policysplit.rollout.fleet import Fleet
 from megatron_policysplit.rollout.identity import Identity
 from megatron_policysplit.rollout.members import Member, Placement
@@ -31,7 +32,7 @@ from megatron_policysplit.rollout.sglang import SglangEngine
 from megatron_policysplit.rollout.sglang_http import SglangClient
 
 
-def engine_in_process(config: Config, tokenizer) -> Engine:
+def engine_in_process(config: Config, tokenizer) -> InProcessEngine:
     """The `local` or `replay` engine of a leader."""
     if config.rollout.engine == "replay":
         from megatron_policysplit.rollout.replay import ReplayEngine
@@ -52,7 +53,8 @@ def place(config: Config, layout: Layout) -> list[Placement]:
     """Where the engines stand; the same on every rank."""
     rollout = config.rollout
     local = os.environ.get("LOCAL_WORLD_SIZE")
-    if not rollout.addresses and local and int(local) < dist.get_world_size() and is_loopback(rollout.server.host):
+    started = not rollout.addresses or len(rollout.addresses) > 1  # servers, or a router in front of given ones
+    if started and local and int(local) < dist.get_world_size() and is_loopback(rollout.server.host):
         raise ConfigError(
             f"rollout.server.host={rollout.server.host} cannot be reached from the other nodes of this run; set it to "
             "0.0.0.0, and rollout.api_key_variable"
@@ -72,6 +74,8 @@ def build_fleet(
 ) -> Fleet:
     """The fleet of this rank, nothing started yet. Raises ConfigError or EngineError (a port that is taken)."""
     rollout, key = config.rollout, api_key(config)
+    if not rollout.addresses and not rollout.colocated and not rollout.server.devices and layout.is_chief:
+        config = _on_other_gpus(config, len(placements))
     members, servers = [], {}
     for placement in placements:
         if placement.owner != layout.rank:
@@ -106,6 +110,24 @@ def build_fleet(
     return Fleet(config, layout, control, members, servers, router, identity, log)
 
 
+def _on_other_gpus(config: Config, count: int) -> Config:
+    """The configuration with the GPUs after the actor's for the servers; ConfigError if there are too few."""
+    gpus = cpu.gpu_count()
+    if gpus == 0:
+        return config
+    actors = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    needed = count * config.rollout.server.tensor
+    if gpus < actors + needed:
+        raise ConfigError(
+            f"{count} servers of rollout.server.tensor={config.rollout.server.tensor} need {needed} GPUs beside the "
+            f"{actors} of the actor, but this machine has {gpus}; set rollout.colocated=true, rollout.addresses, "
+            "or rollout.server.devices"
+        )
+    config = deepcopy(config)
+    config.rollout.server.devices = list(range(actors, actors + needed))
+    return config
+
+
 def open_fleet(fleet: Fleet, layout: Layout, control: Control, resources: ExitStack) -> str:
     """Start all servers and wait for them (collective over all ranks); the address that requests go to.
 
@@ -114,10 +136,11 @@ def open_fleet(fleet: Fleet, layout: Layout, control: Control, resources: ExitSt
     resources.callback(fleet.close)
     layout.meet()
     control.attend(fleet.open() if fleet.members or fleet.router else None)
-    mine = fleet.router.address if fleet.router is not None else None
-    if mine is None and layout.is_chief:
-        mine = fleet.members[0].address
-    return layout.from_chief(mine)
+    front = fleet.router or next(iter(fleet.members), None)
+    fronts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(fronts, front and front.address, group=layout.world)
+    # Without a router there is one engine, which another rank than the chief owns where it stands on the first stage.
+    return fronts[layout.chief] or next(address for address in fronts if address is not None)
 
 
 def sglang_engine(config: Config, url: str, tokenizer) -> SglangEngine:
@@ -143,4 +166,3 @@ def _local_rank(rank: int) -> int:
 
 def _to_stderr(text: str) -> None:
     print(f"rank {dist.get_rank()}: {text}", file=sys.stderr, flush=True)
-

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -232,9 +233,16 @@ def started_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
         "RANK": environ["SLURM_PROCID"],
         "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
         "WORLD_SIZE": tasks,
+        "LOCAL_WORLD_SIZE": environ.get("LOCAL_WORLD_SIZE") or _slurm_tasks_of_node(environ, tasks),
         "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_slurm_host(environ),
         "MASTER_PORT": environ.get("MASTER_PORT") or str(10000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000),
     }
+
+
+def _slurm_tasks_of_node(environ: Mapping[str, str], tasks: str) -> str:
+    """Ranks of the first node, as in "8(x4)" or "8,4"; all of them if Slurm does not say."""
+    per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or tasks
+    return re.match(r"\d+", per_node).group()
 
 
 def _first_slurm_host(environ: Mapping[str, str]) -> str:

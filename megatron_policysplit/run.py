@@ -155,11 +155,15 @@ class Run:
             work = self.leader.engine.score(sequences) if self.leader is not None else None
             return self.control.attend(work, self.fleet) or []
 
+    def tell_version(self, version: int) -> None:
+        """Have a leader's SGLang engine expect answers from these weights (and older ones as far as is allowed)."""
+        if self.leader is not None:
+            self.leader.engine.serve_version(version)
+
     def _load(self, version: int) -> None:
         if self.fleet is not None:
             self.fleet.sync(version)
-            if self.leader is not None:
-                self.leader.engine.serve_version(version)
+            self.tell_version(version)
         else:
             load_in_process(self.actor, self.leader and self.leader.engine, version)
         self.served = version
@@ -243,7 +247,7 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
     if state.stream:
         stream.restore(state.stream)
     state.stream = stream.state()
-    return Run(
+    run = Run(
         config=config,
         layout=layout,
         control=control,
@@ -261,6 +265,9 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
         fleet=fleet,
         colocation=fleet and fleet.colocation,
     )
+    if fleet is not None:
+        fleet.actor_version, fleet.tell_version = lambda: state.weight_version, run.tell_version
+    return run
 
 
 def _fleet(

@@ -137,7 +137,7 @@ def consume_weights(
         result = consumer(stream)
         for _ in stream:
             pass
-    except PeerFailed:
+    except Agreed:
         raise
     except BaseException:
         _agree(failed=True, raises=False)
@@ -230,12 +230,16 @@ def _assemble(bucket: Bucket, shards: list[Tensor], sizes: Sizes, device: torch.
     return {name: tensor.to(device) for name, tensor in full.items()}
 
 
-class PeerFailed(TrainingError):
-    """Another rank of the replica failed while it took the weights; raised on all others, so already agreed."""
+class Agreed(TrainingError):
+    """An export failed, and all ranks of the replica know already."""
 
 
-class ExportFailed(PeerFailed):
-    """This rank could not read its own weights; its peers know already."""
+class PeerFailed(Agreed):
+    """Another rank of the replica failed while it took or gave the weights."""
+
+
+class ExportFailed(Agreed):
+    """This rank could not read its own weights."""
 
 
 def _agree(*, failed: bool, raises: bool = True) -> None:

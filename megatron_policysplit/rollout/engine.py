@@ -48,23 +48,27 @@ class Engine(Protocol):
     def metrics(self) -> dict[str, float]:
         """What happened since the last call, by the names of the logs."""
 
-    async def load(self, tensors: Iterable[tuple[str, "torch.Tensor"]], version: int) -> None:  # noqa: F821
-        """Take new weights: Hugging Face names and full CPU tensors; later rollouts carry `version`."""
-
     async def pause(self) -> None:
         """Stop generating at the next token; unfinished rollouts of `submit` are not delivered."""
 
     async def resume(self) -> None:
         """Accept requests again after `pause`."""
 
+    async def health(self) -> int:
+        """The version of the weights being served; raises if the engine cannot generate."""
+
+
+class InProcessEngine(Engine, Protocol):
+    """An engine in a leader's own process, which takes weights itself. SGLang's go through `weight_sync`."""
+
+    async def load(self, tensors: Iterable[tuple[str, "torch.Tensor"]], version: int) -> None:  # noqa: F821
+        """Take new weights: Hugging Face names and full CPU tensors; later rollouts carry `version`."""
+
     async def release(self) -> None:
         """Free the memory that weights and caches take; `load` or `restore` must come before `submit`."""
 
     async def restore(self) -> None:
         """Take the memory again after `release`."""
-
-    async def health(self) -> int:
-        """The version of the weights being served; raises if the engine cannot generate."""
 
 
 class EnginePaused(RuntimeError):

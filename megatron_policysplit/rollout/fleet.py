@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,10 +56,13 @@ class Fleet:
     """members: the engines this rank owns. servers: by engine, those that the run starts itself.
 
     router: on the chief, where there are several engines. colocation: where they share GPUs with the actor. log: takes
-    one line of text. `weights` is set once the weight sync exists. Implements `control.Service`.
+    one line of text. `weights` is set once the weight sync exists. actor_version: of the weights that the actor has
+    now. tell_version: tells this rank's engine which version is the newest. Implements `control.Service`.
     """
 
     weights: Weights
+    actor_version: Callable[[], int]
+    tell_version: Callable[[int], None]
 
     def __init__(
         self,
@@ -79,7 +82,10 @@ class Fleet:
         self._identity = identity
         self._restarts = dict.fromkeys(self.servers, 0)
         self._retry_at: dict[int, float] = {}
-        self._routed: set[str] = set()
+        self._behind: set[str] = set()  # addresses that belong behind the router
+        self._told: set[str] = set()  # those that it may know
+        self._routing = asyncio.Lock()
+        self._trouble = ""  # why it could not be told, as said in the log
         self._news = False  # a loss that the chief, whose router should know, has not heard of
         self._locks = {member.index: asyncio.Lock() for member in members}
         self._probes: dict[int, asyncio.Task] = {}
@@ -88,10 +94,10 @@ class Fleet:
     async def open(self) -> None:
         """Start this rank's servers and wait until each has generated; raises EngineError for the first that cannot."""
         tasks = [asyncio.ensure_future(self._open(member)) for member in self.members]
-        if self.router is not None:
-            self.router.start()
-            tasks.append(asyncio.ensure_future(self.router.ready()))
         try:
+            if self.router is not None:
+                self.router.start()
+                tasks.append(asyncio.ensure_future(self.router.ready()))
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
@@ -108,10 +114,14 @@ class Fleet:
 
     async def _close(self) -> None:
         ours = [self.router] if self.router is not None else []
-        await asyncio.gather(
+        ends = await asyncio.gather(
             *(process.stop() for process in (*ours, *self.servers.values())),
             *(member.client.close() for member in self.members),
+            return_exceptions=True,  # one that fails does not keep the others
         )
+        for end in ends:
+            if end is not None:
+                raise end
 
     def give_up_starting(self) -> None:
         """End servers that are not ready yet, for a run that has to save and stop soon."""
@@ -132,8 +142,13 @@ class Fleet:
         return self._news or any(self._lacks_weights(member) for member in self.members)
 
     def serve(self) -> None:
-        """RESYNC: weights for the engines that lack them, while the others go on (collective over all ranks)."""
-        self._give(self.version, [member for member in self.members if self._lacks_weights(member)])
+        """RESYNC: weights for the engines that lack them, while the others go on (collective over all ranks).
+
+        With rollout.overlap the actor may be a version ahead of the engines; what it has now is what it can give.
+        """
+        version = self.actor_version()
+        self._give(version, [member for member in self.members if self._lacks_weights(member)])
+        self.tell_version(version)
 
     def sync(self, version: int) -> None:
         """Weights for every engine that answers (collective over all ranks).
@@ -160,10 +175,7 @@ class Fleet:
                         f"engine {member.index} ({member.address}) did not take the weights: {failed[member.index]}"
                     )
             if self.router is not None:
-                took = engines - failed.keys()
-                serving = {s.address for s in seen if s.index in took}
-                serving |= {s.address for s in seen if s.state is State.SERVING and s.index not in engines}
-                self.control.run(self._route(serving))
+                self.control.run(self._reroute(seen, engines, failed))
             return failed
         finally:
             self.control.run(self._release(members))
@@ -189,8 +201,8 @@ class Fleet:
         for member in members:
             if member.index in self._probes:
                 self._probes[member.index].cancel()
-        for member in members:
-            await self._locks[member.index].acquire()
+        # All at once: while one is waited for, no new probe of another may begin.
+        await asyncio.gather(*(self._locks[member.index].acquire() for member in members))
 
     async def _release(self, members: Sequence[Member]) -> None:
         for member in members:
@@ -212,13 +224,18 @@ class Fleet:
             self.colocation.started(member)
         await server.ready(member.client)
 
-    async def _restore(self, member: Member) -> None:
-        """Weights from the last snapshot on disk, for which no other rank is needed."""
+    async def _restore(self, member: Member) -> bool:
+        """Weights from the last snapshot on disk, for which no other rank is needed; whether they are the run's."""
         async with self._locks[member.index]:
             await self.weights.restore_from_snapshot(member)
-        self.log(f"engine {member.index} ({member.address}) is back with the weights of the last snapshot")
-        if self.router is not None:
-            await self._route(self._routed | {member.address})
+            if member.version != self.version:  # nobody answered the last sync, or one goes on at this moment
+                member.state = State.WAITING
+                await member.client.pause()
+                return False
+            self.log(f"engine {member.index} ({member.address}) is back with the weights of the last snapshot")
+            if self.router is not None:
+                await self._route(joining={member.address})
+            return True
 
     async def _tend(self, member: Member) -> None:
         """As long as the run lasts."""
@@ -238,8 +255,9 @@ class Fleet:
                     elif silent_since is None:
                         silent_since = time.monotonic()
                     elif time.monotonic() - silent_since > self.config.rollout.server.health_seconds:
-                        silent_since = None
                         await self._lose(member, f"it does not generate any more ({problem})")
+                if member.state is not State.SERVING:
+                    silent_since = None
             if member.state is State.DOWN:
                 await self._bring_back(member)
 
@@ -261,17 +279,15 @@ class Fleet:
     async def _ask(self, member: Member, limit: float) -> None:
         await member.client.healthy(limit)
         version = await member.client.version()
-        if version != str(member.version):  # somebody else started it again
-            await member.client.pause()
-            member.state, member.why = State.WAITING, f"it serves weight version {version}"
-            self.log(f"engine {member.index} ({member.address}) serves weight version {version}, not {member.version}")
+        if version != str(member.version):
+            await self._lose(member, f"somebody else started it again: its weight version is {version}")
 
     async def _lose(self, member: Member, why: str) -> None:
         self.log(f"engine {member.index} ({member.address}) is lost: {why}")
         member.state, member.why, member.version = State.DOWN, why, None
-        if self.router is not None:
-            await self._route(self._routed - {member.address})
         self._news = self.router is None
+        if self.router is not None:
+            await self._route(leaving={member.address})
         if member.index in self.servers:
             self.servers[member.index].kill()
 
@@ -292,8 +308,8 @@ class Fleet:
             else:  # it may be paused by a sync that failed, and generate nothing
                 await check_identity(member, self._identity)
             await member.client.pause()
-            if self.weights.can_restore:
-                await self._restore(member)
+            # Where engines take turns with the actor, only a sync knows whether the turn is theirs.
+            if self.weights.can_restore and self.colocation is None and await self._restore(member):
                 return
         except Unrecoverable:
             raise
@@ -306,21 +322,47 @@ class Fleet:
         member.state = State.WAITING
         self.log(f"engine {member.index} ({member.address}) is back and waits for weights")
 
-    async def _route(self, serving: set[str]) -> None:
-        """Let the router know these engines and no others."""
-        for address in self._routed - serving:
-            await self.router.remove(address)
-        for address in serving - self._routed:
-            await self.router.add(address)
-        self._routed = set(serving)
+    async def _reroute(self, seen: Sequence[Sighting], engines: set[int], failed: Mapping[int, str]) -> None:
+        """After a sync of `engines`: the router sends requests to those that serve, and to no others.
+
+        seen: all engines before it. Of its own engines this rank knows how they stand now.
+        """
+        own = {member.index: member.state for member in self.members}
+        states = {sighting.index: sighting.state for sighting in seen}
+        states |= {index: State.QUARANTINED if index in failed else State.SERVING for index in engines} | own
+        serving = {sighting.address for sighting in seen if states[sighting.index] is State.SERVING}
+        await self._route(joining=serving, leaving={sighting.address for sighting in seen} - serving)
+
+    async def _route(self, *, joining: Set[str] = frozenset(), leaving: Set[str] = frozenset()) -> None:
+        self._behind = (self._behind | joining) - leaving
+        self._told |= leaving  # it knows them, if telling it about them once failed half-way
+        await self._tell_router()
+
+    async def _tell_router(self) -> None:
+        """Let the router know the engines that belong behind it; what it does not take now is tried again."""
+        async with self._routing:
+            try:
+                while self._told != self._behind:
+                    if lost := self._told - self._behind:
+                        await self.router.remove(address := lost.pop())
+                        self._told.discard(address)
+                    else:
+                        await self.router.add(address := (self._behind - self._told).pop())
+                        self._told.add(address)
+                self._trouble = ""
+            except EngineError as error:
+                if self._trouble != str(error):
+                    self._trouble = str(error)
+                    self.log(f"sglang-router has not been told yet which engines serve: {error}")
 
     async def _tend_router(self) -> None:
-        """A router that died is started again in front of the engines that were behind it."""
+        """A router that died is started again in front of the engines that belong behind it."""
         while True:
             await asyncio.sleep(TEND_SECONDS)
             if not self.router.alive():
                 self.log(f"{self.router.death()}; it is started again")
-                behind, self._routed = self._routed, set()
-                self.router.start()
-                await self.router.ready()
-                await self._route(behind)
+                async with self._routing:
+                    self.router.start()
+                    await self.router.ready()
+                    self._told = set()
+            await self._tell_router()

@@ -30,6 +30,16 @@ class Identity:
 
 async def check_identity(member: Member, wanted: Identity) -> None:
     """Notes the engine's tensor-parallel size and precision; raises EngineError naming what differs."""
+    try:
+        await _check(member, wanted)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise EngineError(
+            f"{member.address} does not answer as an SGLang server does ({type(error).__name__}: {error}); is it one, "
+            "and of a version that this run supports?"
+        ) from error
+
+
+async def _check(member: Member, wanted: Identity) -> None:
     client = member.client
     info = await client.model_info()
     if info.get("model_type") != wanted.model_type:

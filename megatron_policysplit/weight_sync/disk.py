@@ -51,7 +51,8 @@ class DiskTransport:
             together(self.layout, lambda: self._write(version))
             self.version = version
         members = [self.members[engine] for engine in sorted(live) if engine in self.members]
-        return merged(together(self.layout, lambda: self.control.run(session.each(members, self.load))))
+        failures = merged(together(self.layout, lambda: self.control.run(session.each(members, self.load))))
+        return session.explained(failures)
 
     async def load(self, member: Member) -> None:
         """Have a paused engine read the newest snapshot."""

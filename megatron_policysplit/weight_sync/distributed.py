@@ -151,7 +151,13 @@ class DistributedTransport:
             chief_host=offer.host,
         )
         stage = self.layout.pipeline_rank
-        self._group = SenderGroup(self._names[stage], host, offer.world_size, self.limit)
+        try:
+            self._group = SenderGroup(self._names[stage], host, offer.world_size, self.limit)
+        except OSError as error:
+            raise ConfigError(
+                f"the weights of pipeline stage {stage} cannot be sent from {host} ({error}); set "
+                "weight_sync.master_address to an address of the sending node that the engines reach"
+            ) from error
         return stage, (host, self._group.port)
 
     def _agreed(self, posts: Posts, senders: Callable[[Abort], None]) -> Attempt:
@@ -160,7 +166,7 @@ class DistributedTransport:
         If either fails, the groups are left and destroyed on all engines that answer.
         """
         self._begun += 1
-        abort = Abort(str(self._begun))
+        abort = Abort(f"{self._run}/{self._begun}")
 
         def run() -> Attempt:
             work = self.control.start(posts(abort)) if self.layout.is_chief else None
@@ -172,7 +178,7 @@ class DistributedTransport:
                 abort.set(broken)
                 self._leave()
             except BaseException as error:
-                abort.set(str(error))
+                abort.set(f"{type(error).__name__}: {error}")
                 self._leave()
                 raise
             finally:

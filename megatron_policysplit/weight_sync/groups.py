@@ -55,7 +55,8 @@ class SenderGroup:
     def __init__(self, name: str, host: str, world_size: int, timeout_seconds: float):
         self.name, self.host, self.world_size = name, host, world_size
         self.timeout = timedelta(seconds=timeout_seconds)
-        with socket.create_server((host, 0)) as listener:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, 0), family=family) as listener:
             self.port = listener.getsockname()[1]
             self._server: dist.TCPStore | None = dist.TCPStore(
                 host,

@@ -6,10 +6,10 @@ import asyncio
 
 from megatron_policysplit.actor.step import Actor
 from megatron_policysplit.actor.weights import consume_weights
-from megatron_policysplit.rollout.engine import Engine
+from megatron_policysplit.rollout.engine import InProcessEngine
 
 
-def load_in_process(actor: Actor, engine: Engine | None, version: int) -> None:
+def load_in_process(actor: Actor, engine: InProcessEngine | None, version: int) -> None:
     """Stream the weights into the leader's engine (None on other ranks). Collective over each replica.
 
     In the main thread, as every collective: `Engine.load` reads the stream in the thread that it runs in, so it gets

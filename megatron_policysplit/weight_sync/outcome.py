@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from megatron_policysplit.actor.parallel import Layout
+from megatron_policysplit.actor.weights import PeerFailed
 from megatron_policysplit.errors import TrainingError, UserError
 
 T = TypeVar("T")
@@ -39,12 +40,12 @@ def together(layout: Layout, work: Callable[[], T]) -> list[T]:
     said = error if error is None or isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     answers: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(answers, (result if error is None else None, said), group=layout.world)
-    if error is not None:
+    # Who stopped only because another rank did has less to say than that rank.
+    if error is not None and not isinstance(error, PeerFailed):
         raise error
     errors = [(rank, said) for rank, (_, said) in enumerate(answers) if said is not None]
     if errors:
-        # A rank that stopped because another did has less to say than the other.
-        rank, said = min(errors, key=lambda item: isinstance(item[1], TrainingError))
+        rank, said = min(errors, key=lambda item: isinstance(item[1], PeerFailed))
         raise said if isinstance(said, UserError) else TrainingError(f"rank {rank} failed in a weight sync ({said})")
     return [result for result, _ in answers]
 

@@ -115,6 +115,15 @@ async def _attempt(member: Member, step: Step) -> Failure | None:
     return None
 
 
+def explained(failures: Failures) -> Failures:
+    """Of a bucket or a snapshot: why an engine may have ended while it took that."""
+    hint = "(SGLang ends when tensors do not fit the model that it serves; its log says so)"
+    return {
+        index: Failure(f"{failure.why} {hint}", silent=True) if failure.silent else failure
+        for index, failure in failures.items()
+    }
+
+
 def failure_of(error: EngineError) -> Failure:
     return Failure(str(error), silent=isinstance(error, EngineUnreachable))
 

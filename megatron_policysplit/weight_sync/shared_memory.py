@@ -58,15 +58,16 @@ class Buffer:
     """
 
     def __init__(self, nbytes: int, device: torch.device):
+        host = device == torch.device("cpu")
+        free = shutil.disk_usage(SHARED).free if host else nbytes
+        if nbytes > free:  # it would end in a bus error
+            raise ConfigError(
+                f"a bucket of {nbytes >> 20} MiB does not fit in {SHARED}, of which {free >> 20} MiB are free; "
+                "lower weight_sync.bucket_mib or give the machine more shared memory"
+            )
         self.flat = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.name: str | None = None
-        if self.flat.device == torch.device("cpu"):
-            free = shutil.disk_usage(SHARED).free
-            if nbytes > free:
-                raise ConfigError(
-                    f"a bucket of {nbytes >> 20} MiB does not fit in {SHARED}, of which {free >> 20} MiB are free; "
-                    "lower weight_sync.bucket_mib or give the machine more shared memory"
-                )
+        if host:
             storage = self.flat.untyped_storage()
             self.name = storage._share_filename_cpu_()[1].decode()
             # One reader more than there are: whoever takes himself for the last removes the file, and ends his process

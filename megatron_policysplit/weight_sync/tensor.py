@@ -160,10 +160,7 @@ class TensorTransport:
         async def update(member: Member) -> None:
             await member.client.update_from_tensor(payloads[member.index], timeout_seconds=self.limit)
 
-        return {
-            index: failure if not failure.silent else Failure(_ended(failure.why), silent=True)
-            for index, failure in (await session.each(members, update)).items()
-        }
+        return session.explained(await session.each(members, update))
 
     def _give_back(self, buffers: Sequence[Buffer], failures: Failures) -> None:
         """SGLang ends when the memory that it is told to read is gone, so an engine that may yet come to it keeps it
@@ -182,10 +179,6 @@ class TensorTransport:
         if self._memory is None:
             self._memory = SharedMemory()
         return self._memory.buffer(nbytes, device)
-
-
-def _ended(why: str) -> str:
-    return f"{why} (SGLang ends when tensors do not fit the model it serves; its log says so)"
 
 
 def check_reach(config: Config, addresses: Sequence[str]) -> None:

@@ -5,7 +5,9 @@ carries; the server never answers anybody with mixed weights; and the next full 
 """
 
 import asyncio
+import os
 import random
+import socket
 
 import pytest
 
@@ -142,5 +144,43 @@ def strike(trainer, path, fault, live, proxy, reference):
 
     proxy.script()
     trainer.train()
+    assert (trainer.member.state, trainer.member.version) == (State.SERVING, trainer.version)
+    assert answer_of_the_server(live, reference, requests, seconds=30.0) == trainer.version
+
+
+def cut_connections(live):
+    """End every TCP connection between this process and the server's, HTTP apart: the broadcast's and its store's."""
+    import psutil
+
+    first = psutil.Process(live.server.pid)
+    theirs = {
+        connection.laddr
+        for process in (first, *first.children(recursive=True))
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_ESTABLISHED and connection.laddr.port != live.port
+    }
+    ended = 0
+    for connection in psutil.Process().net_connections("tcp"):
+        if connection.raddr in theirs:
+            with socket.socket(fileno=os.dup(connection.fd)) as mine:
+                mine.shutdown(socket.SHUT_RDWR)
+            ended += 1
+    assert ended, "no connection to end"
+    return ended
+
+
+@pytest.mark.parametrize("trainer", ["distributed"], indirect=True)
+@pytest.mark.parametrize("round_number", range(20))
+def test_the_broadcasts_connections_are_cut(trainer, round_number, live, proxy, reference):
+    """At another bucket in every round."""
+    requests = ask(range(2), samples=2, modes=MODES, batch=trainer.version, sampling=SHORT)
+    cuts = []
+    path = BUCKETS["distributed"]
+    proxy.script(Rule(path, None, 1 + round_number % 4, before=lambda: cuts.append(cut_connections(live))))
+    trainer.train()
+    assert len(cuts) == 1 and cuts[0] > 0
+    if trainer.member.state is not State.SERVING:
+        answer_of_the_server(live, reference, requests, seconds=0.3)
+    generate_all(trainer, reference, requests)
     assert (trainer.member.state, trainer.member.version) == (State.SERVING, trainer.version)
     assert answer_of_the_server(live, reference, requests, seconds=30.0) == trainer.version

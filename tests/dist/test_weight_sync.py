@@ -151,9 +151,8 @@ def test_one_engine_fails_half_way_and_the_other_does_not(model, engines, tmp_pa
         assert set(healed) == {1} and "down" in healed[1]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
+def test_a_refusal_anywhere_leaves_that_engine_out_of_use(model, engines, tmp_path):
+    paths = [
         "/pause_generation",
         "/begin_weight_update",
         "/end_weight_update",
@@ -161,20 +160,20 @@ def test_one_engine_fails_half_way_and_the_other_does_not(model, engines, tmp_pa
         "/update_weight_version",
         "/continue_generation",
         "/model_info",
-    ],
-)
-def test_a_refusal_anywhere_leaves_the_engine_out_of_use(model, engines, tmp_path, path):
-    calls = range(1, 3) if path == "/begin_weight_update" else range(1, 100)
-    (engine,) = engines(tuple(Fault(path, "refuse", call) for call in calls))
-    config = sync_config(model, tmp_path, "tensor", [engine.address])
-    config.weight_sync.timeout_seconds = 3.0
+    ]
+    good, *bad = engines((), *(tuple(Fault(path, "refuse", call) for call in range(1, 100)) for path in paths))
+    config = sync_config(model, tmp_path, "tensor", [engine.address for engine in (good, *bad)])
+    config.weight_sync.timeout_seconds = 5.0
     ((failed, members),) = agreed(run(config, [(1, None)]))
-    assert "as the test wants it" in failed[0]
-    assert members[0][0] == "quarantined"
-    state = engine.state()
-    assert state["paused"] or path == "/pause_generation"
-    if path not in ("/pause_generation", "/continue_generation", "/model_info"):
-        assert "/continue_generation" not in state["calls"]
+    assert set(failed) == set(range(1, 1 + len(paths)))
+    assert_serving(good, 1)
+    for index, (engine, path) in enumerate(zip(bad, paths, strict=True), start=1):
+        assert path in failed[index] and "as the test wants it" in failed[index]
+        assert members[index][0] == "quarantined"
+        state = engine.state()
+        assert state["paused"] or path == "/pause_generation"
+        if path not in ("/continue_generation", "/model_info"):
+            assert "/continue_generation" not in state["calls"]
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -11,9 +11,10 @@ from tests.support.sglang_runs import (
     Tree,
     assert_whole,
     log_of,
-    servers,
+    processes_of,
     step_of,
     wait_for_line,
+    wait_for_step,
     wait_until_generating,
 )
 
@@ -22,11 +23,11 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 def lose_and_recover(running, victim, harm):
     """`harm` one server in mid-generation; the other trains on, the lost one comes back and generates again."""
-    running.wait_for_step(1)
+    wait_for_step(running, 1)
     wait_until_generating(running, victim)
-    harm(servers(running)[victim])
-    wait_for_line(running, f"engine {victim} ")  # is lost
-    assert "is lost" in running.text()
+    harm(processes_of(running, victim))
+    running.wait_for(lambda: "is lost" in running.text())
+    assert f"engine {victim} (" in running.text()
     step = step_of(running)
     running.wait_for(lambda: step_of(running) >= min(step + 1, STEPS - 2))
     assert "is back" not in running.text()

@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from tests.support import e2e
-from tests.support.sglang_runs import TRANSPORTS, Tree, wait_until_generating
+from tests.support.sglang_runs import TRANSPORTS, Tree, wait_for_step, wait_until_generating
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 PARTS = ("sglang.launch_server", "sglang::scheduler", "sglang::detokenizer", "sglang_router")
@@ -15,7 +15,7 @@ PARTS = ("sglang.launch_server", "sglang::scheduler", "sglang::detokenizer", "sg
 def test_no_orphans(config, tmp_path, round_number, killed):
     running = e2e.start(config, tmp_path / "run", f"weight_sync.transport={TRANSPORTS[round_number]}")
     try:
-        running.wait_for_step(1)
+        wait_for_step(running, 1)
         wait_until_generating(running, round_number % 2)
         tree = Tree.below(running.process.pid)
         for part in PARTS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from tests.support import e2e
 from tests.support.sglang import interpreter, make_model
 
 STEPS = 8
+START_SECONDS = 500.0
 QUESTIONS, SAMPLES = 4, 8  # of a batch and of a question, half of them in each mode
 TRANSPORTS = ("tensor", "disk", "distributed")
 SETTINGS = """
@@ -28,7 +30,7 @@ rollout:
   server:
     python: PYTHON
     count: 2
-    start_seconds: 400
+    start_seconds: 450
     arguments: {max-total-tokens: 8192, max-running-requests: 32, decode-log-interval: 1}
     environment: {OMP_NUM_THREADS: 1}
 weight_sync: {bucket_mib: 1, timeout_seconds: 30}
@@ -75,6 +77,11 @@ class Tree:
                 continue
         return found
 
+    def without(self, name: str) -> Tree:
+        """All but those with this text in their command line."""
+        left_out = self.named(name)
+        return Tree([process for process in self.processes if process not in left_out])
+
     def assert_ended(self, seconds: float = 30.0) -> None:
         import psutil
 
@@ -86,17 +93,22 @@ class Tree:
         assert not left, f"left behind: {said}"
 
 
-def servers(running: e2e.Running) -> list[list]:
-    """For each server of the run, in the order of their ports: its processes, the one that was started first."""
+def processes_of(running: e2e.Running, server: int) -> list:
+    """Of one server of the run: the one that was started, and its children."""
+    port = re.findall(r"--port (\d+)", log_of(running, server))[-1]
     found = Tree.below(running.process.pid).named("sglang.launch_server")
-    found = [process for process in found if "--port" in process.cmdline()]
-    found.sort(key=lambda process: int(process.cmdline()[process.cmdline().index("--port") + 1]))
-    return [[process, *process.children(recursive=True)] for process in found]
+    (first,) = [process for process in found if f"--port {port} " in " ".join(process.cmdline())]
+    return [first, *first.children(recursive=True)]
 
 
 def log_of(running: e2e.Running, server: int) -> str:
     path = running.directory / "logs" / f"sglang_{server}.log"
     return path.read_text(errors="replace") if path.exists() else ""
+
+
+def wait_for_step(running: e2e.Running, step: int) -> None:
+    """Until the step has been logged; the servers take their time to start."""
+    running.wait_for(lambda: step_of(running) >= step, START_SECONDS)
 
 
 def wait_until_generating(running: e2e.Running, server: int) -> None:

@@ -1,13 +1,16 @@
 """The control group with real gloo ranks: patience while a leader works, and what one rank's news means to all."""
 
 import asyncio
+import concurrent.futures
 import os
 import signal
+import threading
 import time
 from datetime import timedelta
 
 import pytest
 
+from megatron_policysplit.control import Work
 from megatron_policysplit.errors import DataError
 from tests.support.dist import run_distributed
 
@@ -153,3 +156,177 @@ def alone(rank: int) -> tuple:
 
 def test_a_world_of_one():
     assert run_distributed(alone, 1) == [("done", "mine", "no other rank takes part in this run")]
+
+
+# --- services ------------------------------------------------------------------------------------------
+
+
+class Counter:
+    """A service. wants: what `wanted` says or raises, one after another, then False; meanwhile: done by `serve`."""
+
+    def __init__(self, *wants, meanwhile=lambda: None):
+        self.wants, self.meanwhile = list(wants), meanwhile
+        self.asked = self.served = 0
+
+    def wanted(self) -> bool:
+        self.asked += 1
+        want = self.wants.pop(0) if self.wants else False
+        if isinstance(want, Exception):
+            raise want
+        return want
+
+    def serve(self) -> None:
+        import torch.distributed as dist
+
+        dist.barrier()  # every rank has to be here
+        self.meanwhile()
+        self.served += 1
+
+
+def services(rank: int) -> dict:
+    """Rank 0 works, rank 1 wants to be served or fails, rank 2 only waits."""
+    from megatron_policysplit.stopping import StopRequested
+
+    control, told, found = make_control(rank, heartbeat=0.1), [], {}
+
+    def attend(work, service) -> str:
+        try:
+            result = control.attend(work, service)
+        except Exception as error:
+            result = f"{type(error).__name__}: {error}"
+        found[len(found)] = (result, service.asked, service.served)
+
+    async def until_served(service, times: int) -> str:
+        while service.served < times:
+            await asyncio.sleep(0.01)
+        return "done"
+
+    twice = Counter(*[True, False, True][: 3 * (rank == 1)])
+    attend(until_served(twice, 2) if rank == 0 else None, twice)
+    attend(None, Counter(rank == 1))  # nobody works any more, so that nobody waits for a service
+    error = DataError("the engine is lost") if rank == 1 else None
+    attend(record_cancellation(told) if rank == 0 else None, Counter(False, error or False))
+    error = KeyError("state") if rank == 1 else None
+    attend(record_cancellation(told) if rank == 0 else None, Counter(False, error or False))
+
+    def signalled():
+        if rank == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    attend(record_cancellation(told) if rank == 0 else None, Counter(rank == 1, meanwhile=signalled))
+    with pytest.raises(StopRequested):
+        control.check()
+    control.stop.received = None
+
+    begun = control.start(record_cancellation(told)) if rank == 0 else None
+    if begun is not None:
+        begun.cancel()
+    attend(begun, Counter())
+    attend(work(1.0) if rank == 0 else None, Counter())
+    control.close()
+    return found | {"told": told}
+
+
+@pytest.fixture(scope="module")
+def served() -> list[dict]:
+    return run_distributed(services, 3)
+
+
+def test_every_rank_serves_when_one_wants_it_and_the_work_goes_on(served):
+    assert [found[0][0] for found in served] == ["done", None, None]
+    assert [found[0][2] for found in served] == [2, 2, 2]
+
+
+def test_heartbeats_are_the_same_on_every_rank(served):
+    """A rank without work asks neither more often than the one that works, nor only at the end."""
+    (asked,) = {found[6][1] for found in served}
+    assert 2 <= asked <= 12
+
+
+def test_nobody_is_served_once_the_work_is_done(served):
+    assert [found[1] for found in served] == [(None, 1, 0)] * 3
+
+
+def test_a_service_that_cannot_go_on_ends_every_rank(served):
+    assert [found[2][0] for found in served] == ["DataError: the engine is lost"] * 3
+    elsewhere = "TrainingError: generation failed on rank 1 (KeyError: 'state')"
+    assert [found[3][0] for found in served] == [elsewhere, "KeyError: 'state'", elsewhere]
+
+
+def test_a_signal_during_a_service_stops_all_after_it(served):
+    assert [found[4][0] for found in served] == ["StopRequested: "] * 3
+    assert [found[4][2] for found in served] == [1, 1, 1]
+
+
+def test_work_that_was_cancelled_before_fails_on_every_rank(served):
+    elsewhere = "TrainingError: generation failed on rank 0 (CancelledError: )"
+    assert [found[5][0] for found in served] == ["CancelledError: ", elsewhere, elsewhere]
+
+
+def test_work_of_services_that_ended_was_cancelled(served):
+    assert [found["told"] for found in served] == [["cancelled"] * len(served[0]["told"]), [], []]
+    assert len(served[0]["told"]) >= 3
+
+
+# --- work ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loop():
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def test_work_that_is_cancelled_before_it_starts(loop):
+    ran = []
+
+    async def note():
+        ran.append(1)
+
+    blocked = threading.Event()
+    loop.call_soon_threadsafe(blocked.wait)
+    never = Work(note(), loop)
+    threading.Timer(0.1, blocked.set).start()
+    never.cancel()
+    assert never.wait(0)
+    assert ran == []
+    assert isinstance(never.failed(), concurrent.futures.CancelledError)
+    with pytest.raises(concurrent.futures.CancelledError):
+        never.result()
+
+
+def test_cancel_waits_for_the_clean_up(loop):
+    told, begun = [], threading.Event()
+
+    async def clean_up_slowly():
+        try:
+            begun.set()
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.2)
+            told.append("clean")
+
+    under_way = Work(clean_up_slowly(), loop)
+    assert begun.wait(20)
+    assert not under_way.wait(0)
+    under_way.cancel()
+    assert told == ["clean"]
+    under_way.cancel()  # again, and nothing happens
+    assert told == ["clean"]
+
+
+def test_what_work_raised_and_returned(loop):
+    failed, done = Work(fail(KeyError("lost")), loop), Work(work(0.0), loop)
+    assert failed.wait(20) and done.wait(20)
+    assert repr(failed.failed()) == "KeyError('lost')" and done.failed() is None
+    with pytest.raises(KeyError, match="lost"):
+        failed.result()
+    assert done.result() == "done"
+    failed.cancel()
+    done.cancel()
+    assert repr(failed.failed()) == "KeyError('lost')" and done.result() == "done"

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 from datetime import timedelta
 
 import pytest
@@ -64,14 +65,29 @@ def make_driver(rank: int, script: dict):
     return Driver(config, layout, Control(control, StopSignal().install(), heartbeat_seconds=0.2), leader)
 
 
-def generate(driver, batch: int, purpose: str = "train") -> list:
+class Asked:
+    """A service that wants nothing and counts how often it was asked."""
+
+    count = 0
+
+    def wanted(self) -> bool:
+        self.count += 1
+        return False
+
+
+def begin(driver, batch: int, purpose: str = "train"):
     from megatron_policysplit.data import Question
     from megatron_policysplit.rows import MODES
-    from megatron_policysplit.timing import Phases
 
     questions = [Question(number, [{"role": "user", "content": "?"}], "1", {}) for number in range(QUESTIONS)]
     prompts = {question.id: {mode: [1, 2] for mode in MODES} for question in questions}
-    return driver.generate(batch, questions, prompts, dict.fromkeys(MODES, SAMPLES), purpose, Phases())
+    return driver.begin(batch, questions, prompts, dict.fromkeys(MODES, SAMPLES), purpose)
+
+
+def generate(driver, batch: int, purpose: str = "train") -> list:
+    from megatron_policysplit.timing import Phases
+
+    return driver.finish(begin(driver, batch, purpose), Phases())
 
 
 def story(rank: int) -> dict:
@@ -97,9 +113,49 @@ def story(rank: int) -> dict:
     if engine is not None:
         engine._script.clear()
     found["again"] = generate(driver, 1)
+    found |= halves(driver, engine)
     if driver.leader is not None:
         driver.leader.rewards.close()
     driver.control.close()
+    return found
+
+
+def halves(driver, engine) -> dict:
+    """`begin` and `finish` apart: finished twice, under way beside another batch, cancelled, finished after that."""
+    from megatron_policysplit.timing import Phases
+
+    driver.service = Asked()
+    batch, first, second = begin(driver, 2), Phases(), Phases()
+    beside = generate(driver, 0, "evaluation")
+    once = driver.finish(batch, first)
+    asked = driver.service.count
+    twice = driver.finish(batch, second)
+    found = {
+        "finished": once,
+        "the same": twice is once,
+        "asked again": driver.service.count - asked,
+        "asked": asked,
+        "phases": [set(first.seconds), set(second.seconds)],
+        "generate": [phases.seconds.get("generate") for phases in (batch.phases, first, second)],
+        "metrics": batch.metrics,
+        "beside": beside,
+    }
+    if engine is not None:
+        engine._script.update({(3, number, "normal", 0): ["stall"] * 2 for number in range(QUESTIONS)})
+    batch = begin(driver, 3)
+    if engine is not None:
+        while not engine.running:
+            time.sleep(0.01)
+    batch.cancel()
+    found["running after cancel"] = engine.running if engine else 0
+    batch.cancel()  # again, and nothing happens
+    try:
+        driver.finish(batch, Phases())
+    except Exception as error:
+        found["finish after cancel"] = f"{type(error).__name__}: {error}"
+    if engine is not None:
+        engine._script.clear()
+    found["begun again"] = generate(driver, 3)
     return found
 
 
@@ -161,3 +217,34 @@ def test_a_stop_leaves_nothing_running_and_the_batch_can_be_generated_again(told
     assert [found["running_after_stop"] for found in told] == [0, 0, 0]
     assert [made.key for made in told[0]["again"]] == expected_keys(1)
     assert told[0]["again"] == told[1]["again"]
+
+
+def test_a_batch_may_be_finished_twice(told):
+    assert [made.key for made in told[0]["finished"]] == expected_keys(2)
+    assert told[0]["finished"] == told[1]["finished"] and told[2]["finished"] == []
+    assert all(found["the same"] and found["asked"] > 0 and found["asked again"] == 0 for found in told)
+
+
+def test_phases_say_what_generation_took_and_who_waited(told):
+    for rank, found in enumerate(told):
+        made = {"generate", "reward"} if rank < 2 else set()
+        assert found["phases"] == [made | {"wait"}, made]
+        first, *others = found["generate"]
+        assert others == [first, first] and (first is None) == (rank == 2)
+
+
+def test_metrics_come_with_the_batch(told):
+    assert told[0]["metrics"] and told[1]["metrics"] and told[2]["metrics"] == {}
+
+
+def test_a_batch_in_flight_leaves_others_alone(told):
+    assert told[0]["beside"] == told[0]["evaluation"]
+
+
+def test_a_cancelled_batch_can_be_asked_for_again(told):
+    """All questions, though leaders had taken some of them before; and its end is no secret to any rank."""
+    assert [found["running after cancel"] for found in told] == [0, 0, 0]
+    assert [made.key for made in told[0]["begun again"]] == expected_keys(3)
+    assert told[0]["begun again"] == told[1]["begun again"]
+    elsewhere = "TrainingError: generation failed on rank 0 (CancelledError: )"
+    assert [found["finish after cancel"] for found in told] == ["CancelledError: ", "CancelledError: ", elsewhere]

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from aiohttp import web
 
-from megatron_policysplit.rollout.sglang_http import EngineRefused, EngineUnreachable, SglangClient
+from megatron_policysplit.rollout.sglang_http import EngineRefused, EngineTimedOut, EngineUnreachable, SglangClient
 from tests.support.fault_proxy import Fault, FaultProxy, Rule
 
 PATH = "/generate"
@@ -66,8 +66,8 @@ GONE = EngineUnreachable
     [
         (Fault.DROP_REQUEST, [1, GONE, 2], [0, 2], None),
         (Fault.DROP_ANSWER, [1, GONE, 3], [0, 1, 2], 200),
-        (Fault.STALL_REQUEST, [1, GONE, 2], [0, 2], None),
-        (Fault.STALL_ANSWER, [1, GONE, 3], [0, 1, 2], 200),
+        (Fault.STALL_REQUEST, [1, EngineTimedOut, 2], [0, 2], None),
+        (Fault.STALL_ANSWER, [1, EngineTimedOut, 3], [0, 1, 2], 200),
         (Fault.HALF_REQUEST, [1, GONE, 2], [0, 2], None),
         (Fault.HALF_ANSWER, [1, GONE, 3], [0, 1, 2], 200),
         (Fault.DUPLICATE_REQUEST, [1, 3, 4], [0, 1, 1, 2], 200),

@@ -255,6 +255,7 @@ SRUN = {
     "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1",
     "SLURM_NTASKS": "8",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
     "SLURM_STEP_ID": "0",
     "SLURM_JOB_ID": "41234",
     "SLURM_JOB_NODELIST": "node[7-8]",
@@ -274,7 +275,7 @@ def test_ranks_started_by_srun(tmp_path):
     scontrol.chmod(0o755)
     environ = SRUN | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     expected = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "node7", "MASTER_PORT": "11234"}
-    assert started_environment(environ) == expected
+    assert started_environment(environ) == expected | {"LOCAL_WORLD_SIZE": "4"}
     given = started_environment(environ | {"MASTER_ADDR": "head", "MASTER_PORT": "1234"})
     assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("head", "1234")
 

@@ -1,0 +1,351 @@
+"""What the trainer does when: with generation beside training and without, around evaluations, stops and checkpoints.
+
+The run is a real `Run` (its `load_engines`, `engines_awake` and `score_by_engine` are under test) of parts that only
+remember what was asked of them.
+"""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_policysplit import trainer as trainers
+from megatron_policysplit.actor.checkpoint import TrainerState
+from megatron_policysplit.config import Config
+from megatron_policysplit.errors import EngineError, TrainingError
+from megatron_policysplit.exit_codes import DONE, STOPPED
+from megatron_policysplit.run import Run, SilentLog
+from megatron_policysplit.stopping import StopRequested
+
+FAR = {"train_signals": None, "live_rows": [], "share": [], "check_staleness": None}
+
+
+class Stream:
+    def __init__(self):
+        self.drawn = 0
+
+    def next_batch(self):
+        self.drawn += 1
+        return [self.drawn - 1]
+
+    def state(self):
+        return {"drawn": self.drawn}
+
+
+class FakeBatch:
+    def __init__(self, number, log):
+        self.number, self.log, self.metrics, self.finished = number, log, {}, False
+
+    def cancel(self):
+        if not self.finished:
+            self.log.append(f"cancel {self.number}")
+            self.finished = True
+
+
+class Parts:
+    """Driver, actor, fleet, control, engine and colocation in one: each call is a line of `log`.
+
+    stop_at: the line after which a stop signal has arrived; `finish`, `generate` and `check` then raise it.
+    """
+
+    def __init__(self, log):
+        self.log, self.stop_at, self.engines_turn = log, None, False
+        self.optimizer = SimpleNamespace(steps_taken=0)
+
+    def _stop_if_signalled(self):
+        if self.stop_at in self.log:
+            self.stop_at = None
+            raise StopRequested
+
+    def begin(self, batch, questions, prompts, samples, purpose):
+        assert purpose == "train" and questions == [batch]
+        self.log.append(f"ask {batch}")
+        return FakeBatch(batch, self.log)
+
+    def finish(self, batch, phases):
+        if not batch.finished:
+            try:
+                self._stop_if_signalled()
+            except StopRequested:
+                batch.cancel()
+                raise
+            self.log.append(f"finish {batch.number}")
+            batch.finished = True
+        return []
+
+    def generate(self, batch, questions, prompts, samples, purpose, phases):
+        assert purpose == "evaluation"
+        self._stop_if_signalled()
+        self.log.append(f"evaluate {batch}")
+        return []
+
+    def place(self, rows, live, seed):
+        return []
+
+    def score(self, placed):
+        self.log.append("score")
+        return []
+
+    def update(self, placed, signals):
+        self.log.append("update")
+        self.optimizer.steps_taken += 1
+        return SimpleNamespace(bad_steps=0, named=dict)
+
+    def sync(self, version):
+        self.log.append(f"sync {version}")
+
+    def serve_version(self, version):
+        self.log.append(f"serve {version}")
+
+    def check(self):
+        self._stop_if_signalled()
+
+    def attend(self, work, service):
+        assert service is self
+        self._stop_if_signalled()
+        return work
+
+    def to_generation(self):
+        self.log.append("to generation")
+        self.engines_turn = True
+
+    def to_training(self):
+        self.log.append("to training")
+        self.engines_turn = False
+
+    def give_up_starting(self):
+        self.log.append("give up starting")
+
+
+LAYOUT = SimpleNamespace(
+    is_chief=False,
+    meet=lambda: None,
+    largest=lambda value: value,
+    from_chief=lambda value: 0.0 if value is None else value,
+)
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """build(overlap, steps, eval_every, ...) -> trainer, parts; `parts.log` has what happens."""
+    for name, value in FAR.items():
+        monkeypatch.setattr(trainers, name, lambda *_, value=value: value)
+
+    def make(overlap=False, steps=3, *, eval_every=0, save_every=0, colocated=False, state=None):
+        config = Config()
+        config.run.dir = str(tmp_path)
+        config.train.steps, config.rollout.overlap, config.agreement.every = steps, overlap, 0
+        config.eval.every, config.checkpoint.every, config.checkpoint.hugging_face = eval_every, save_every, False
+        log = []
+        parts = Parts(log)
+        run = Run(
+            config=config,
+            layout=LAYOUT,
+            control=parts,
+            actor=parts,
+            method=SimpleNamespace(training_modes=(), samples_per_mode=lambda count: {}),
+            driver=parts,
+            leader=SimpleNamespace(engine=parts),
+            log=SilentLog(),
+            stream=Stream(),
+            questions={},
+            prompts={},
+            eval_questions=[1] if eval_every else [],
+            eval_prompts={},
+            state=state or TrainerState(),
+            fleet=parts,
+            colocation=parts if colocated else None,
+        )
+        run.resources.callback(log.append, "close")
+
+        def save(actor, state, directory, keep):
+            log.append(f"save {state.step} at {state.stream.get('drawn', 0)}")
+            path = directory / f"step_{state.step:06d}"
+            path.mkdir(parents=True)
+            return path
+
+        monkeypatch.setattr(trainers.checkpoint, "save", save)
+        monkeypatch.setattr(trainers.runs, "start", lambda config, stop: run)
+        return trainers.Trainer(config, None), parts
+
+    return make
+
+
+def told(parts, *unwanted):
+    """The log in one line, without some kinds of entries."""
+    return ", ".join(line for line in parts.log if not line.startswith(("serve", "close", *unwanted)))
+
+
+def test_without_overlap_one_thing_after_another(build):
+    trainer, parts = build(steps=2, save_every=1)
+    assert trainer.train() == DONE
+    assert told(parts) == (
+        "sync 0, ask 0, finish 0, score, update, sync 1, save 1 at 1, "
+        "ask 1, finish 1, score, update, sync 2, save 2 at 2"
+    )
+    assert parts.log[-1] == "close"
+
+
+def test_the_engine_of_a_leader_knows_what_it_serves(build):
+    trainer, parts = build(steps=1)
+    trainer.train()
+    assert [line for line in parts.log if line.startswith(("sync", "serve"))] == [
+        "sync 0",
+        "serve 0",
+        "sync 1",
+        "serve 1",
+    ]
+
+
+def test_with_overlap_the_next_batch_is_asked_for_before_this_one_is_trained(build):
+    trainer, parts = build(True, steps=3, save_every=1)
+    assert trainer.train() == DONE
+    assert told(parts) == (
+        "sync 0, ask 0, finish 0, ask 1, score, update, save 1 at 1, "
+        "finish 1, sync 1, ask 2, score, update, save 2 at 2, "
+        "finish 2, score, update, save 3 at 3"
+    )
+
+
+def test_an_evaluation_finishes_the_batch_in_flight_first_and_keeps_it(build):
+    trainer, parts = build(True, steps=3, eval_every=1)
+    assert trainer.train() == DONE
+    assert told(parts, "save") == (
+        "sync 0, evaluate 0, score, "
+        "ask 0, finish 0, ask 1, score, update, finish 1, sync 1, evaluate 1, score, "
+        "ask 2, score, update, finish 2, sync 2, evaluate 2, score, "
+        "score, update, sync 3, evaluate 3, score"
+    )
+
+
+def test_evaluation_without_overlap(build):
+    trainer, parts = build(steps=2, eval_every=2)
+    assert trainer.train() == DONE
+    assert told(parts, "save") == (
+        "sync 0, evaluate 0, score, ask 0, finish 0, score, update, sync 1, "
+        "ask 1, finish 1, score, update, sync 2, evaluate 2, score"
+    )
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "ends"),
+    [
+        ("ask 1", "ask 1, score, cancel 1"),  # at the check between scoring and update
+        ("finish 1", "finish 1, sync 1, ask 2, score, cancel 2, save 1 at 1"),
+        ("save 1 at 1", "save 1 at 1, cancel 1"),  # in the next batch's generation
+    ],
+)
+def test_a_stop_cancels_what_is_in_flight_and_saves_the_cursor_before_it(build, stop_at, ends):
+    trainer, parts = build(True, steps=4, save_every=1 if stop_at.startswith("save") else 0)
+    parts.stop_at = stop_at
+    assert trainer.train() == STOPPED
+    saved = ", save 0 at 0" if stop_at == "ask 1" else ""
+    assert told(parts).endswith(ends + saved)
+    assert parts.log.count("cancel 1") + parts.log.count("cancel 2") == 1
+    assert parts.log[-1] == "close"
+
+
+def test_a_stop_in_an_evaluation_leaves_it_due(build):
+    trainer, parts = build(True, steps=3, eval_every=1)
+    parts.stop_at = "update"
+    assert trainer.train() == STOPPED
+    assert told(parts).endswith("update, cancel 1, save 1 at 1")
+    assert trainer.run.state.evaluated == 0
+
+
+def test_a_run_that_goes_on_asks_for_the_batch_that_was_cancelled(build):
+    trainer, parts = build(True, steps=4)
+    parts.stop_at = "finish 1"
+    trainer.train()
+    state = trainer.run.state
+    again, parts = build(True, steps=4, state=state)
+    again.run.stream.drawn = state.stream["drawn"]
+    again.train()
+    assert told(parts, "save").startswith("sync 1, ask 1, finish 1, ask 2, score, update, finish 2")
+
+
+def test_an_error_cancels_what_is_in_flight_and_saves_nothing(build):
+    trainer, parts = build(True, steps=3)
+
+    def lost(*_):
+        raise EngineError("engine 0 is lost")
+
+    parts.update = lost
+    with pytest.raises(TrainingError, match="^engine 0 is lost$"):
+        trainer.train()
+    assert told(parts) == "sync 0, ask 0, finish 0, ask 1, score, cancel 1"
+    assert parts.log[-1] == "close"
+
+
+def test_engines_that_take_no_first_weights_are_an_error_of_the_set_up(build):
+    trainer, parts = build(steps=1)
+
+    def refused(version):
+        raise EngineError("engine 0: shapes differ")
+
+    parts.sync = refused
+    with pytest.raises(EngineError, match="shapes differ"):
+        trainer.train()
+    assert parts.log == ["close"]
+
+
+def test_engines_on_the_actors_gpus_are_loaded_at_the_beginning_of_their_turn(build):
+    trainer, parts = build(steps=2, eval_every=1, colocated=True)
+    parts.engines_turn = True  # since the servers were started
+    assert trainer.train() == DONE
+    assert told(parts, "save") == (
+        "sync 0, evaluate 0, to training, score, "
+        "to generation, sync 0, ask 0, finish 0, to training, score, update, "
+        "to generation, sync 1, evaluate 1, to training, score, "
+        "to generation, sync 1, ask 1, finish 1, to training, score, update, "
+        "to generation, sync 2, evaluate 2, to training, score"
+    )
+
+
+def test_a_stop_in_the_engines_turn_gives_the_actor_its_gpus_before_it_saves(build):
+    trainer, parts = build(steps=2, colocated=True)
+    parts.stop_at = "ask 0"
+    assert trainer.train() == STOPPED
+    assert told(parts) == ("to generation, sync 0, ask 0, cancel 0, give up starting, to training, save 0 at 0")
+
+
+def test_a_stop_before_the_engines_first_turn_ends(build):
+    """The servers hold the GPUs from the start, and nothing has been generated yet."""
+    trainer, parts = build(steps=2, colocated=True)
+    parts.engines_turn, parts.stop_at = True, "sync 0"
+    assert trainer.train() == STOPPED
+    assert told(parts).endswith("give up starting, to training, save 0 at 0")
+
+
+@contextmanager
+def only(run, **changes):
+    before = {name: getattr(run, name) for name in changes}
+    for name, value in changes.items():
+        setattr(run, name, value)
+    yield
+    for name, value in before.items():
+        setattr(run, name, value)
+
+
+def test_an_engine_is_asked_for_scores_in_its_turn(build):
+    trainer, parts = build(colocated=True)
+    run = trainer.run
+    parts.score = lambda sequences: [[-0.5] for _ in sequences]
+    assert run.score_by_engine(["a", "b"]) == [[-0.5], [-0.5]]
+    assert told(parts) == "to generation, sync 0, to training"
+    parts.log.clear()
+    with only(run, colocation=None):
+        assert run.score_by_engine(["a"]) == [[-0.5]]
+        with only(run, leader=None):
+            assert run.score_by_engine(["a"]) == []
+    assert parts.log == []
+
+
+def test_a_resync_forgets_the_batch_in_flight_and_sends_the_same_version_again(build):
+    trainer, parts = build(True)
+    trainer.sync()
+    trainer.sync()
+    assert told(parts) == "sync 0"
+    trainer.ahead = trainer.ask(0)
+    trainer.resync()
+    assert told(parts) == "sync 0, ask 0, cancel 0, sync 0" and trainer.ahead is None
