@@ -8,7 +8,7 @@ from tests.support import e2e
 from tests.support.sglang_runs import TRANSPORTS, Tree, wait_for_step, wait_until_generating
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
-PARTS = ("sglang.launch_server", "sglang::scheduler", "sglang::detokenizer", "sglang_router")
+PARTS = ("sglang.launch_server", "sglang::scheduler", "sglang::detokenizer", "sglang::router")
 
 
 @pytest.mark.parametrize("killed", ["the launcher", "the rank that owns the servers", "the other rank", "all of them"])

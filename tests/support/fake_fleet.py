@@ -46,9 +46,6 @@ class FakeEngine:
     def address(self) -> str:
         return f"http://engine-{self.index}"
 
-    def note(self, what: str) -> None:
-        self.log.append(f"{what} {self.index}")
-
     def begin(self, version: str) -> None:
         self.running, self.generates, self.paused, self.version = True, True, False, version
 
@@ -64,7 +61,7 @@ class FakeClient:
         if not self.engine.running:
             raise EngineUnreachable(f"{self.address} did not answer")
         if what is not None:
-            self.engine.note(what)
+            self.engine.log.append(f"{what} {self.engine.index}")
 
     async def healthy(self, timeout_seconds: float) -> None:
         await self._answer()
