@@ -27,3 +27,7 @@ class TrainingError(UserError):
 
 class EngineError(UserError):
     """An inference engine cannot be started or reached, serves another model, or refused what it was asked."""
+
+
+class EngineLost(EngineError):
+    """An engine that had served is gone for good, or has generated nothing for too long."""

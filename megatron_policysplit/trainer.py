@@ -10,7 +10,7 @@ from megatron_policysplit.actor.checkpoint_files import path_of
 from megatron_policysplit.agreement import AgreementGate
 from megatron_policysplit.agreement_probe import Probe
 from megatron_policysplit.config import Config
-from megatron_policysplit.errors import EngineError, TrainingError
+from megatron_policysplit.errors import TrainingError
 from megatron_policysplit.exit_codes import DONE, STOPPED
 from megatron_policysplit.metrics import evaluation_metrics, training_metrics
 from megatron_policysplit.rollout.driver import Batch
@@ -56,10 +56,6 @@ class Trainer:
             self.save()
             run.log.message(f"stopped by a signal after step {run.state.step}; run the same command to go on")
             return STOPPED
-        except EngineError as error:
-            if run.served < 0:  # the first weights did not arrive: something that was given is wrong
-                raise
-            raise TrainingError(str(error)) from error
         finally:
             self._forget_ahead()
             run.close()

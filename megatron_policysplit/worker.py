@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     for text in (".*Apex (is|are) not installed.*", ".*full scope is deprecated.*", ".*CUDA_DEVICE_MAX_CONNECTIONS.*"):
         warnings.filterwarnings("ignore", message=text)
     from megatron_policysplit.config_load import load_config
-    from megatron_policysplit.errors import TrainingError, UserError
+    from megatron_policysplit.errors import EngineLost, TrainingError, UserError
 
     try:
         from transformers.utils.logging import disable_progress_bar
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         return Trainer(load_config(argv[0], argv[1:]), stop).train()
     except StopRequested:  # before the first weights were loaded: there is nothing to save
         return STOPPED
-    except TrainingError as error:
+    except (TrainingError, EngineLost) as error:
         _report(f"error: {error}")
         return FAILED
     except UserError as error:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.config import Config
 from megatron_policysplit.control import Control, Work
-from megatron_policysplit.errors import EngineError
+from megatron_policysplit.errors import EngineError, EngineLost
 from megatron_policysplit.rollout.colocation import Colocation
 from megatron_policysplit.rollout.identity import Identity, check_identity
 from megatron_policysplit.rollout.members import Member, State
@@ -37,10 +37,6 @@ class Weights(Protocol):
     def can_restore(self) -> bool: ...
     def push(self, version: int, engines: set[int]) -> dict[int, str]: ...
     async def restore_from_snapshot(self, member: Member) -> None: ...
-
-
-class Unrecoverable(EngineError):
-    """An engine was started again too often."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +295,7 @@ class Fleet:
                 server.kill()  # a sync that it did not answer may have found it lost, though it runs
                 limit = self.config.rollout.server.restarts
                 if self._restarts[member.index] >= limit:
-                    raise Unrecoverable(
+                    raise EngineLost(
                         f"engine {member.index} ({member.address}) was started again {limit} times "
                         f"(rollout.server.restarts) and is lost once more: {member.why}"
                     )
@@ -311,7 +307,7 @@ class Fleet:
             # Where engines take turns with the actor, only a sync knows whether the turn is theirs.
             if self.weights.can_restore and self.colocation is None and await self._restore(member):
                 return
-        except Unrecoverable:
+        except EngineLost:
             raise
         except EngineError as error:
             member.state, member.why = State.DOWN, str(error)

@@ -28,7 +28,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from megatron_policysplit.errors import EngineError
+from megatron_policysplit.errors import EngineError, EngineLost
 from megatron_policysplit.rollout.answers import (
     Accepted,
     Cause,
@@ -269,7 +269,7 @@ class SglangEngine:
                 # What ran for long before the server went was no waiting.
                 waited += min(time.monotonic() - began, CONNECT_SECONDS)
                 if waited > self._unavailable_seconds:
-                    raise EngineError(
+                    raise EngineLost(
                         f"{self._client.address} kept {what} waiting for {waited:.0f} s "
                         f"(rollout.unavailable_seconds={self._unavailable_seconds:g}): {failures[-1]}; see its log"
                     )

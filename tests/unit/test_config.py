@@ -104,7 +104,8 @@ def test_unknown_keys_and_the_nearest_right_one(given, nearest, tmp_path):
 
 def test_unknown_keys_that_resemble_none():
     assert message(load, "parallel.tp=2") == "unknown key parallel.tp; the keys of parallel are tensor, pipeline, data"
-    groups = "model, parallel, data, modes, rollout, weight_sync, agreement, reward, algorithm, train, eval, checkpoint, log, run"
+    groups = "model, parallel, data, modes, rollout, weight_sync, agreement, reward, algorithm, train, eval, "
+    groups += "checkpoint, log, run"
     assert message(load, "xyzzy=1") == f"unknown key xyzzy; the groups are {groups}"
 
 

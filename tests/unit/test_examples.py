@@ -12,7 +12,12 @@ CONFIGS = sorted(EXAMPLES.rglob("*.yaml"))
 
 
 def test_there_are_examples():
-    assert {path.relative_to(EXAMPLES).parts[0] for path in CONFIGS} == {"quickstart", "quickstart_sglang", "smollm2", "qwen3_8b"}
+    assert {path.relative_to(EXAMPLES).parts[0] for path in CONFIGS} == {
+        "quickstart",
+        "quickstart_sglang",
+        "smollm2",
+        "qwen3_8b",
+    }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(EXAMPLES)))

@@ -5,6 +5,7 @@ import time
 import pytest
 
 from megatron_policysplit.errors import EngineError
+from megatron_policysplit.rollout import fleet as fleets
 from megatron_policysplit.rollout.members import State
 from megatron_policysplit.rollout.sglang_http import EngineRefused, EngineUnreachable
 from tests.support.fake_fleet import HEALTH_SECONDS, PAUSES, Turns, rigs, serving, world_of_one
@@ -115,6 +116,19 @@ def test_no_probe_is_judged_during_a_sync(serve):
     assert rig.states() == [SERVING] and rig.servers[0].starts == 1
 
 
+def test_a_sync_does_not_wait_for_a_probe(serve, monkeypatch):
+    rig = serve(1)
+    rig.fleet.config.rollout.server.health_seconds = 120.0
+    monkeypatch.setattr(fleets, "PROBE_SECONDS", 60.0)
+    rig.wait_for(lambda: rig.engines[0].probing == 0)
+    rig.engines[0].generates = False
+    began = time.monotonic()
+    rig.wait_for(lambda: rig.engines[0].probing)
+    rig.fleet.sync(8)
+    assert time.monotonic() - began < 40
+    rig.engines[0].generates = True
+
+
 def test_an_engine_that_dies_between_the_wish_and_the_service(serve):
     rig = serve(2)
     rig.servers[0].kill()
@@ -128,6 +142,40 @@ def test_an_engine_that_dies_between_the_wish_and_the_service(serve):
     assert rig.router.workers == {"http://engine-1"}
     rig.servers[0].ready_when = lambda: True
     rig.attend(rig.back)
+
+
+def test_an_engine_that_dies_after_it_was_chosen(serve):
+    rig = serve(2)
+    rig.servers[0].kill()
+    rig.wait_for(lambda: rig.members[0].state is WAITING)
+    lacks = rig.fleet._lacks_weights
+
+    def at_the_last_moment(member):
+        chosen = lacks(member)
+        if chosen:
+            rig.servers[0].ready_when = lambda: False
+            rig.servers[0].kill()
+            rig.wait_for(lambda: member.state is State.STARTING)
+        return chosen
+
+    rig.fleet._lacks_weights = at_the_last_moment
+    rig.fleet.serve()
+    assert rig.weights.pushes == []
+
+
+def test_an_engine_that_dies_while_another_is_given_weights(serve):
+    rig = serve(3)
+
+    def lose_another():
+        rig.servers[1].ready_when = lambda: False
+        rig.servers[1].kill()
+        rig.wait_for(lambda: rig.members[1].state is State.STARTING)
+
+    rig.weights.during = lose_another
+    rig.servers[0].kill()
+    rig.attend(rig.back)
+    assert rig.of(1) == ["remove 1", "start 1"]
+    assert rig.router.workers == {"http://engine-0", "http://engine-2"}
 
 
 def test_an_engine_that_comes_back_gets_what_the_actor_has_by_then(serve):
@@ -194,6 +242,23 @@ def test_what_the_router_refuses_once_is_told_again(serve):
     assert [line for line in rig.said if "sglang-router" in line] == [
         "sglang-router has not been told yet which engines serve: busy"
     ]
+
+
+def test_an_engine_that_the_router_took_without_saying_so_leaves_it_again(serve):
+    rig = serve(2)
+    add = rig.router.add
+
+    async def silently(address):
+        await add(address)
+        raise EngineUnreachable("no answer in time")
+
+    rig.router.add = silently
+    rig.servers[0].kill()
+    rig.attend(rig.back)
+    assert len(rig.router.workers) == 2
+    rig.servers[0].ready_when = lambda: False
+    rig.servers[0].kill()
+    rig.attend(lambda: rig.router.workers == {"http://engine-1"})
 
 
 def test_a_sync_whose_router_is_gone_is_a_sync(serve):

@@ -68,8 +68,15 @@ def test_slurm_script_without_servers_or_ranks(tmp_path, serves, variables, says
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["parallel.pipeline=1", "parallel.data=1", "rollout.colocated=false", "rollout.server.host=127.0.0.1",
-         "rollout.api_key_variable=null", "rollout.server.count=4", "rollout.server.devices=[4,5,6,7]"],
+        [
+            "parallel.pipeline=1",
+            "parallel.data=1",
+            "rollout.colocated=false",
+            "rollout.server.host=127.0.0.1",
+            "rollout.api_key_variable=null",
+            "rollout.server.count=4",
+            "rollout.server.devices=[4,5,6,7]",
+        ],
     ],
 )
 def test_one_node(overrides):
