@@ -358,7 +358,10 @@ class Fleet:
             if not self.router.alive():
                 self.log(f"{self.router.death()}; it is started again")
                 async with self._routing:
-                    self.router.start()
-                    await self.router.ready()
+                    try:
+                        self.router.start()
+                        await self.router.ready()
+                    except EngineError as error:
+                        raise EngineLost(str(error)) from error
                     self._told = set()
             await self._tell_router()

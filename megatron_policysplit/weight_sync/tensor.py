@@ -196,6 +196,7 @@ def check_reach(config: Config, addresses: Sequence[str]) -> None:
                 f"memory is shared between equal versions only ({ours} here); set {OTHER}"
             )
         return
+    other = "weight_sync.transport=disk" if config.rollout.colocated else OTHER
     python = config.rollout.server.python
     if python is None or python == sys.executable:
         return
@@ -203,7 +204,7 @@ def check_reach(config: Config, addresses: Sequence[str]) -> None:
     if _release(theirs) != _release(ours):
         raise ConfigError(
             f"weight_sync.transport=tensor shares memory between equal versions of torch only; rollout.server.python="
-            f"{python} has torch {theirs}, the trainer {ours}; set {OTHER} or install the same version"
+            f"{python} has torch {theirs}, the trainer {ours}; set {other} or install the same version"
         )
 
 

@@ -117,9 +117,11 @@ def test_the_order_of_the_calls(model, engines, tmp_path, transport):
         order = ["pause_generation", "end_weight_update", bucket, *after]
         assert calls == order * 2
         return
-    # The group is made once, in the first push only, and given up at no time.
-    assert calls.count("init_weights_update_group") == (2 if transport == "distributed" else 0)
-    assert "destroy_weights_update_group" not in calls
+    # A stage's group is made once, in the first push, and given up at the end.
+    stages = 2 if transport == "distributed" else 0
+    assert calls.count("init_weights_update_group") == stages
+    assert calls[len(calls) - stages :] == ["destroy_weights_update_group"] * stages
+    calls = calls[: len(calls) - stages]
     shown = [call for call in calls if call not in ("server_info", "init_weights_update_group")]
     once = [call for index, call in enumerate(shown) if index == 0 or shown[index - 1] != call]
     assert once == ["pause_generation", "begin_weight_update", bucket, "end_weight_update", *after] * 2
@@ -132,7 +134,7 @@ def test_one_engine_fails_half_way_and_the_other_does_not(model, engines, tmp_pa
     good, bad = engines((), (Fault(BUCKET[transport], do, call),))
     config = sync_config(model, tmp_path, transport, [good.address, bad.address], tensor=2)
     if do == "stop":
-        config.weight_sync.timeout_seconds = 5.0
+        config.weight_sync.timeout_seconds = 12.0
     (failed, members), (healed, healed_members) = agreed(run(config, [(1, None), (2, None)]))
     assert set(failed) == {1} and failed[1] == members[1][2]
     assert members[0] == ("serving", 1, "") and members[1][:2] == (
@@ -156,14 +158,12 @@ def test_a_refusal_anywhere_leaves_that_engine_out_of_use(model, engines, tmp_pa
         "/pause_generation",
         "/begin_weight_update",
         "/end_weight_update",
-        "/flush_cache",
         "/update_weight_version",
         "/continue_generation",
         "/model_info",
     ]
     good, *bad = engines((), *(tuple(Fault(path, "refuse", call) for call in range(1, 100)) for path in paths))
     config = sync_config(model, tmp_path, "tensor", [engine.address for engine in (good, *bad)])
-    config.weight_sync.timeout_seconds = 5.0
     ((failed, members),) = agreed(run(config, [(1, None)]))
     assert set(failed) == set(range(1, 1 + len(paths)))
     assert_serving(good, 1)

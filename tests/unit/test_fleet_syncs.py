@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from megatron_policysplit.errors import EngineError
+from megatron_policysplit.errors import EngineError, EngineLost
 from megatron_policysplit.rollout import fleet as fleets
 from megatron_policysplit.rollout.members import State
 from megatron_policysplit.rollout.sglang_http import EngineRefused, EngineUnreachable
@@ -274,7 +274,7 @@ def test_a_router_that_cannot_start_again_ends_the_run(serve):
     rig = serve(2)
     rig.router.failing.append(EngineError("sglang-router ended with exit code 1"))
     rig.router.kill()
-    with pytest.raises(EngineError, match="exit code 1"):
+    with pytest.raises(EngineLost, match="exit code 1"):
         rig.attend(lambda: False)
 
 

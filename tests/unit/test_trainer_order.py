@@ -12,7 +12,7 @@ import pytest
 from megatron_policysplit import trainer as trainers
 from megatron_policysplit.actor.checkpoint import TrainerState
 from megatron_policysplit.config import Config
-from megatron_policysplit.errors import EngineError, TrainingError
+from megatron_policysplit.errors import EngineError, EngineLost
 from megatron_policysplit.exit_codes import DONE, STOPPED
 from megatron_policysplit.run import Run, SilentLog
 from megatron_policysplit.stopping import StopRequested
@@ -268,16 +268,16 @@ def test_an_error_cancels_what_is_in_flight_and_saves_nothing(build):
     trainer, parts = build(True, steps=3)
 
     def lost(*_):
-        raise EngineError("engine 0 is lost")
+        raise EngineLost("engine 0 is lost")
 
     parts.update = lost
-    with pytest.raises(TrainingError, match="^engine 0 is lost$"):
+    with pytest.raises(EngineLost, match="^engine 0 is lost$"):
         trainer.train()
     assert told(parts) == "sync 0, ask 0, finish 0, ask 1, score, cancel 1"
     assert parts.log[-1] == "close"
 
 
-def test_engines_that_take_no_first_weights_are_an_error_of_the_set_up(build):
+def test_engines_that_take_no_first_weights_end_the_run_before_anything_is_asked(build):
     trainer, parts = build(steps=1)
 
     def refused(version):
