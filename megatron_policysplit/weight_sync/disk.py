@@ -50,13 +50,17 @@ class DiskTransport:
         if version != self.version:
             together(self.layout, lambda: self._write(version))
             self.version = version
+
+        async def load(member: Member) -> None:
+            await self.load(member, version)
+
         members = [self.members[engine] for engine in sorted(live) if engine in self.members]
-        failures = merged(together(self.layout, lambda: self.control.run(session.each(members, self.load))))
+        failures = merged(together(self.layout, lambda: self.control.run(session.each(members, load))))
         return session.explained(failures)
 
-    async def load(self, member: Member) -> None:
-        """Have a paused engine read the newest snapshot."""
-        path = self._path(self.version)
+    async def load(self, member: Member, version: int) -> None:
+        """Have a paused engine read the snapshot of `version`."""
+        path = self._path(version)
         await member.client.update_from_disk(str(path), timeout_seconds=self.config.weight_sync.timeout_seconds)
 
     def close(self) -> None:

@@ -131,7 +131,7 @@ class WeightSync:
         member.version = None
         try:
             await session.open_session(member, begins=False, limit=self.limit, before_load=self._before_load)
-            await transport.load(member)
+            await transport.load(member, version)
             await session.close_session(member, version, ends=False, limit=self.limit, after_load=self._after_load)
         except EngineError as error:
             await self._leave_paused(member, session.failure_of(error))
