@@ -54,7 +54,7 @@ smollm2: $(STAMP)  ## Policy Split on SmolLM2-135M-Instruct, pipeline parallelis
 test: $(STAMP)  ## The test suite (under 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow and not gpu and not contract and not faults"
 
-test-slow: $(STAMP)  ## Tests that take more than a minute each
+test-slow: $(STAMP)  ## Tests that take more than a minute, alone or with their like
 	$(BIN)/python -m pytest -m slow
 
 test-contract: export POLICYSPLIT_SGLANG_PYTHON ?= $(abspath $(SGLANG_VENV))/bin/python

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from checkpoints_conv import read_hf_config
+from megatron_policysplit.actor.checkpoint_files import model_keys
 from megatron_policysplit.errors import EngineError
 from megatron_policysplit.rollout.members import Member
 
@@ -17,15 +20,18 @@ SPARE_TOKENS = 7  # without them SGLang 0.5.23 cuts responses (2), or refuses to
 
 @dataclass(frozen=True)
 class Identity:
-    """What an engine must match. probe_ids: ids of `PROBE`, special tokens left out. tokens: the longest row."""
+    """What an engine must match. probe_ids: ids of `PROBE`, special tokens left out. tokens: the longest row.
+    sizes: of config.json; compared where the server's own model directory can be read from here."""
 
     model_type: str
     probe_ids: list[int]
     tokens: int
+    sizes: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, hf_config: Mapping[str, Any], tokenizer, tokens: int) -> Identity:
-        return cls(hf_config["model_type"], tokenizer.encode(PROBE, add_special_tokens=False), tokens)
+        probe_ids = tokenizer.encode(PROBE, add_special_tokens=False)
+        return cls(hf_config["model_type"], probe_ids, tokens, model_keys(hf_config))
 
 
 async def check_identity(member: Member, wanted: Identity) -> None:
@@ -47,6 +53,7 @@ async def _check(member: Member, wanted: Identity) -> None:
             f"the server at {client.address} serves {info.get('model_path')} of type {info.get('model_type')}, but "
             f"model.path is of type {wanted.model_type}; start it with the directory of model.path"
         )
+    _check_sizes(client.address, Path(str(info.get("model_path"))), wanted)
     ids = await client.tokenize(PROBE)
     if ids != wanted.probe_ids:
         raise EngineError(
@@ -63,3 +70,16 @@ async def _check(member: Member, wanted: Identity) -> None:
         )
     server = await client.server_info()
     member.tensor, member.dtype = server["tp_size"], str(server["dtype"])
+
+
+def _check_sizes(address: str, directory: Path, wanted: Identity) -> None:
+    """SGLang takes weights of another number of layers, or of other layers, without a word."""
+    if not (directory / "config.json").is_file():
+        return
+    for key, theirs in model_keys(read_hf_config(directory)).items():
+        ours = wanted.sizes.get(key)
+        if ours is not None and theirs is not None and ours != theirs:
+            raise EngineError(
+                f"the server at {address} serves {directory} with {key}={theirs}, but model.path has {ours}; start it "
+                "with the directory of model.path"
+            )

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import uuid
-from contextlib import suppress
+import weakref
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ class SharedMemory:
         self._socket = self._manager.stdout.readline().strip()
         if not self._socket:
             raise TrainingError(f"{binary} does not start; weight_sync.transport=distributed or disk does without it")
+        self._end = weakref.finalize(self, _end_manager, self._manager, Path(os.fsdecode(self._socket)).parent)
         # torch shares through the first manager it has met, so it must meet this one; it does when it opens a file.
         name = f"/policysplit_{uuid.uuid4().hex}"
         with open(_file(name), "xb") as file:
@@ -44,10 +45,8 @@ class SharedMemory:
         return Buffer(nbytes, device)
 
     def close(self) -> None:
-        self._manager.terminate()
-        self._manager.wait()
-        self._manager.stdout.close()
-        shutil.rmtree(Path(os.fsdecode(self._socket)).parent, ignore_errors=True)
+        """End the manager; it is done at the end of the process too."""
+        self._end()
 
 
 class Buffer:
@@ -73,19 +72,26 @@ class Buffer:
             # One reader more than there are: whoever takes himself for the last removes the file, and ends his process
             # if it is gone already. `release` removes it.
             storage._shared_incref()
+            self._remove = weakref.finalize(self, _file(self.name).unlink, missing_ok=True)
 
     @property
     def reusable(self) -> bool:
         return self.name is not None
 
     def release(self) -> None:
-        """Give the memory back, also where a reader has died."""
+        """Give the memory back, also where a reader has died; done at the end of the process too."""
         self.flat = torch.empty(0, dtype=torch.uint8)
         if self.name is not None:
-            with suppress(FileNotFoundError):
-                _file(self.name).unlink()
+            self._remove()
         else:
             torch.cuda.ipc_collect()
+
+
+def _end_manager(manager: subprocess.Popen, directory: Path) -> None:
+    manager.terminate()
+    manager.wait()
+    manager.stdout.close()
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _file(name: str) -> Path:

@@ -13,11 +13,11 @@ from tests.support.toy_chat import make_chat_model
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600, func_only=True)]
 
 
-def fails(config, directory, *overrides, code=2):
+def fails(config, directory, *overrides):
     """The one error of a run that cannot work."""
     running = e2e.start(config, directory, *overrides)
     tree = Tree.below(running.process.pid)
-    assert running.finish(300) == code, running.text()
+    assert running.finish(300) == 2, running.text()
     tree.assert_ended()
     errors = [line for line in running.errors if line.startswith("error: ")]  # the launcher may say which rank left
     assert len(errors) == 1 and "Traceback" not in running.text(), running.text()
@@ -34,7 +34,7 @@ def test_a_port_is_taken(config, tmp_path, round_number):
 def test_too_little_cache(config, tmp_path, round_number):
     """Found out by the first response that does not fit."""
     settings = ("rollout.server.count=1", "rollout.server.arguments.max-total-tokens=64")
-    error = fails(config, tmp_path / "run", *settings, code=1)
+    error = fails(config, tmp_path / "run", *settings)
     assert "max-total-tokens" in error and "rollout.max_response_tokens" in error
 
 

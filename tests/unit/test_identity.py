@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import json
 
 import pytest
 from aiohttp import web
@@ -11,7 +12,7 @@ from megatron_policysplit.rollout.identity import PROBE, SPARE_TOKENS, Identity,
 from megatron_policysplit.rollout.members import Member, Placement
 from megatron_policysplit.rollout.sglang_http import EngineRefused, EngineUnreachable, SglangClient
 
-WANTED = Identity("qwen3", [5, 6, 7], 100)
+WANTED = Identity("qwen3", [5, 6, 7], 100, {"model_type": "qwen3", "num_hidden_layers": 2, "head_dim": None})
 ANSWERS = {
     "/model_info": {"model_type": "qwen3", "model_path": "/models/theirs", "weight_version": "default"},
     "/tokenize": {"tokens": [5, 6, 7], "count": 3},
@@ -117,3 +118,14 @@ class Tokenizer:
 
 def test_the_identity_of_a_run():
     assert Identity.of({"model_type": "llama", "hidden_size": 8}, Tokenizer(), 50) == Identity("llama", [9, 8], 50)
+
+
+def test_a_model_of_another_size_is_told_where_its_directory_can_be_read(tmp_path):
+    def served(**config):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", **config}))
+        info = ANSWERS["/model_info"] | {"model_path": str(tmp_path)}
+        return check(ANSWERS | {"/model_info": info})
+
+    served(num_hidden_layers=2, head_dim=7)  # what one side does not say is no difference
+    with pytest.raises(EngineError, match="num_hidden_layers=3, but model.path has 2"):
+        served(num_hidden_layers=3)

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -140,6 +141,24 @@ def test_the_memory_manager_inherits_nothing_and_ends():
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), 9)"])
+def test_a_process_that_ends_without_a_release_leaves_nothing(end):
+    """Neither at its own end nor when it is killed, when the manager sees to it."""
+    code = (
+        "import os, torch\n"
+        "from megatron_policysplit.weight_sync.shared_memory import SharedMemory\n"
+        "memory = SharedMemory(); buffer = memory.buffer(10, torch.device('cpu'))\n"
+        "print(buffer.name, memory._socket.decode(), flush=True)\n" + end
+    )
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    name, manager = done.stdout.split()
+    deadline = time.monotonic() + 60
+    while (os.path.exists(f"/dev/shm{name}") or os.path.exists(manager)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not os.path.exists(f"/dev/shm{name}") and not os.path.exists(manager)
 
 
 class Recorder:
