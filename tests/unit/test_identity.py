@@ -117,7 +117,9 @@ class Tokenizer:
 
 
 def test_the_identity_of_a_run():
-    assert Identity.of({"model_type": "llama", "hidden_size": 8}, Tokenizer(), 50) == Identity("llama", [9, 8], 50)
+    identity = Identity.of({"model_type": "llama", "hidden_size": 8}, Tokenizer(), 50)
+    assert (identity.model_type, identity.probe_ids, identity.tokens) == ("llama", [9, 8], 50)
+    assert identity.sizes["hidden_size"] == 8 and identity.sizes["vocab_size"] is None
 
 
 def test_a_model_of_another_size_is_told_where_its_directory_can_be_read(tmp_path):
