@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GATE = "POLICYSPLIT_TEST_GATE"
 MARKER = "POLICYSPLIT_TEST_MARKER"
 TIMED = ("time", "time/", "throughput/", "memory/")
+GATE_METRICS = "agreement/"  # of the first batch after every start, and then every so many steps
 TRAIN_ANSWER, EVAL_ANSWER = "train", "eval"
 SETTINGS = """
 model: {path: MODEL, dtype: float32}
@@ -205,8 +206,8 @@ def metrics(directory: Path, kind: str | None = None) -> list[dict]:
 
 
 def untimed(records: list[dict]) -> list[dict]:
-    """Without what no two runs share: seconds, tokens per second, memory."""
-    return [{name: value for name, value in r.items() if not name.startswith(TIMED)} for r in records]
+    """Without what no two runs share: seconds, tokens per second, memory; nor when the gate compared."""
+    return [{name: value for name, value in r.items() if not name.startswith((*TIMED, GATE_METRICS))} for r in records]
 
 
 def checkpoints(directory: Path) -> list[str]:
