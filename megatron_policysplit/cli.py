@@ -132,7 +132,9 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command(cls=Command)
 def serve(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Start SGLang servers on this machine, for runs on other nodes that name them in rollout.addresses.
+    """Start SGLang servers here, for runs on other nodes.
+
+    Such a run names them in rollout.addresses.
 
     Prints the address of each once it has generated a token, watches them, and ends them all on SIGTERM or SIGINT.
     """
