@@ -53,12 +53,11 @@ class Fleet:
 
     router: on the chief, where there are several engines. colocation: where they share GPUs with the actor. log: takes
     one line of text. `weights` is set once the weight sync exists. actor_version: of the weights that the actor has
-    now. tell_version: tells this rank's engine which version is the newest. Implements `control.Service`.
+    now, which by default are those of the last sync. tell_version: tells this rank's engine which version is the newest.
+    Implements `control.Service`.
     """
 
     weights: Weights
-    actor_version: Callable[[], int]
-    tell_version: Callable[[int], None]
 
     def __init__(
         self,
@@ -75,6 +74,8 @@ class Fleet:
         self.members, self.servers, self.router = list(members), dict(servers), router
         self.colocation: Colocation | None = None
         self.version = -1
+        self.actor_version: Callable[[], int] = lambda: self.version
+        self.tell_version: Callable[[int], None] = lambda version: None
         self._identity = identity
         self._restarts = dict.fromkeys(self.servers, 0)
         self._retry_at: dict[int, float] = {}

@@ -20,7 +20,7 @@ from tests.support.sglang import SHORT, ask, keys
 
 pytestmark = [pytest.mark.contract, pytest.mark.timeout(90, func_only=True)]
 
-PATIENCE = 1 / 30  # of a run's own time limits: 2 s for a request
+PATIENCE = 1 / 24  # 2.5 s for a request or a call of a sync
 FRAME = ("/pause_generation", "/flush_cache", "/update_weight_version", "/continue_generation", "/model_info")
 SESSION = ("/begin_weight_update", "/end_weight_update")
 BUCKETS = {
@@ -132,8 +132,8 @@ def strike(trainer, path, fault, live, proxy, reference):
     trainer.train()
     assert [c.path for c in proxy.struck()] == [path]
     after = trainer.member.state
-    if path == bucket and fault in KEPT_FROM_THE_SERVER:
-        assert after is not State.SERVING
+    if path == bucket and fault in KEPT_FROM_THE_SERVER and bucket != BUCKETS["distributed"]:
+        assert after is not State.SERVING  # a broadcast that broke is sent again within the same sync
     if after is not State.SERVING:
         assert trainer.member.why
         answer_of_the_server(live, reference, requests, seconds=0.3)
@@ -144,6 +144,7 @@ def strike(trainer, path, fault, live, proxy, reference):
 
     proxy.script()
     trainer.train()
+    generate_all(trainer, reference, requests[:1])
     assert (trainer.member.state, trainer.member.version) == (State.SERVING, trainer.version)
     assert answer_of_the_server(live, reference, requests, seconds=30.0) == trainer.version
 

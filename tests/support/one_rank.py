@@ -46,24 +46,20 @@ class OneRank:
     engine: SglangEngine
     directory: Path
     said: list[str] = field(default_factory=list)
+    version: int = -1  # of the actor's weights
 
     @property
     def member(self) -> Member:
         return self.fleet.members[0]
 
-    @property
-    def version(self) -> int:
-        """Of the actor's weights."""
-        return self.fleet.version
-
     def train(self) -> int:
         """As an optimizer step does, give the actor other weights, and sync them; the new version."""
-        version = self.version + 1
-        self.reference.save(version, self.directory)
+        self.version += 1
+        self.reference.save(self.version, self.directory)
         load_weights(self.actor.model, self.directory)
-        self.fleet.sync(version)
-        self.engine.serve_version(version)
-        return version
+        self.fleet.sync(self.version)
+        self.engine.serve_version(self.version)
+        return self.version
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
         """As the driver does: in lots, engines that come back served meanwhile."""
@@ -100,7 +96,7 @@ def one_rank(
 ) -> Iterator[OneRank]:
     """A trainer with the engine at `address`, its weights not synced yet.
 
-    patience: factor on the fleet's and the engine's pauses; a test's are shorter than a run's, in the same proportion.
+    patience: factor on the time limits of what is struck and on the pauses after it; a test's are shorter than a run's.
     """
     config = Config()
     config.run.dir = str(directory)
@@ -110,11 +106,11 @@ def one_rank(
     config.rollout.max_response_tokens, config.rollout.concurrency = 64, 8
     config.rollout.request_seconds = 60.0 * patience
     config.rollout.unavailable_seconds = 1200.0 * patience
-    config.rollout.server.health_seconds = 60.0 * patience
+    config.rollout.retries = 20  # a busy machine is slow, too
     config.weight_sync.transport, config.weight_sync.bucket_mib = transport, 1
     config.weight_sync.timeout_seconds = 60.0 * patience
     said: list[str] = []
-    pauses = {name: getattr(fleets, name) for name in ("TEND_SECONDS", "PROBE_SECONDS", "RETRY_SECONDS")}
+    pauses = {name: getattr(fleets, name) for name in ("TEND_SECONDS", "RETRY_SECONDS")}
     with ExitStack() as resources:
         for name, seconds in pauses.items():
             setattr(fleets, name, seconds * patience)
@@ -128,4 +124,6 @@ def one_rank(
         resources.callback(lambda: control.run(engine.aclose()))
         weights = directory / "weights_of_the_actor"
         shutil.copytree(reference.path, weights)
-        yield OneRank(config, reference, actor, control, fleet, engine, weights, said)
+        rank = OneRank(config, reference, actor, control, fleet, engine, weights, said)
+        fleet.actor_version, fleet.tell_version = lambda: rank.version, engine.serve_version
+        yield rank
