@@ -6,7 +6,7 @@ SGLANG_VENV ?= .venv-sglang
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install sglang-cpu quickstart quickstart-sglang quickstart-study smollm2 test test-slow test-contract test-faults test-gpu lint docs clean
+.PHONY: help install sglang-cpu quickstart quickstart-sglang quickstart-study smollm2 test test-slow test-contract test-proxy test-faults test-gpu lint docs clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -58,8 +58,12 @@ test-slow: $(STAMP)  ## Tests that take more than a minute, alone or with their 
 	$(BIN)/python -m pytest -m slow
 
 test-contract: export POLICYSPLIT_SGLANG_PYTHON ?= $(abspath $(SGLANG_VENV))/bin/python
-test-contract: $(STAMP) $(SGLANG_STAMP)  ## Tests against a real SGLang server, a fault proxy in front of it included
-	POLICYSPLIT_SGLANG_REQUIRED=1 $(BIN)/python -m pytest -m contract
+test-contract: $(STAMP) $(SGLANG_STAMP)  ## Tests against a real SGLang server
+	POLICYSPLIT_SGLANG_REQUIRED=1 $(BIN)/python -m pytest -m contract --ignore=tests/contract/test_fault_proxy.py
+
+test-proxy: export POLICYSPLIT_SGLANG_PYTHON ?= $(abspath $(SGLANG_VENV))/bin/python
+test-proxy: $(STAMP) $(SGLANG_STAMP)  ## A fault proxy in front of a real server: each of ten faults on every call, over 20 times
+	POLICYSPLIT_SGLANG_REQUIRED=1 $(BIN)/python -m pytest -m contract tests/contract/test_fault_proxy.py
 
 test-faults: export POLICYSPLIT_SGLANG_PYTHON ?= $(abspath $(SGLANG_VENV))/bin/python
 test-faults: $(STAMP) $(SGLANG_STAMP)  ## Whole runs whose servers and trainers are killed, stopped and refused, 3 rounds each

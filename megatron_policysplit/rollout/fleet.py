@@ -53,7 +53,7 @@ class Fleet:
 
     router: on the chief, where there are several engines. colocation: where they share GPUs with the actor. log: takes
     one line of text. `weights` is set once the weight sync exists. actor_version: of the weights that the actor has
-    now, which by default are those of the last sync. tell_version: tells this rank's engine which version is the newest.
+    now, by default those of the last sync. tell_version: tells this rank's engine which version is the newest.
     Implements `control.Service`.
     """
 
