@@ -127,7 +127,7 @@ def test_the_order_of_the_calls(model, engines, tmp_path, transport):
     assert once == ["pause_generation", "begin_weight_update", bucket, "end_weight_update", *after] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("do", ["die", "refuse", "stop"])
 def test_one_engine_fails_half_way_and_the_other_does_not(model, engines, tmp_path, transport, do):
@@ -177,7 +177,7 @@ def test_a_refusal_anywhere_leaves_that_engine_out_of_use(model, engines, tmp_pa
             assert "/continue_generation" not in state["calls"]
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_session_that_a_dead_trainer_left_open_is_ended(model, engines, tmp_path, transport):
     (engine,) = engines((), open_session=True)
@@ -205,7 +205,7 @@ def test_an_engine_dies_while_the_group_is_made(model, engines, tmp_path):
     assert_has(good, model, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize(("sizes", "layout"), [((2,), (2, 1)), ((1, 1), (2, 1)), ((2,), (1, 1)), ((2,), (1, 2))])
 def test_colocated_ranks_give_their_own_copies(model, engines, tmp_path, sizes, layout):
     """Engine ranks on the actor's own, over tensor, data and pipeline ranks alike."""
@@ -282,7 +282,7 @@ def restoring(rank, config):
         return before, sync.can_restore, (members[0].state.value, members[0].version)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("transport", ["tensor", "distributed"])
 def test_nothing_is_left_behind(model, engines, tmp_path, transport):
     (engine,) = engines(())
