@@ -24,7 +24,7 @@ import asyncio, sys
 from pathlib import Path
 from megatron_policysplit.rollout.router import Router
 from megatron_policysplit.rollout.sglang_http import SglangClient
-from tests.contract.test_servers import Server, a_router, a_spec
+from tests.contract.test_server_processes import Server, a_router, a_spec
 
 async def main():
     server, router = Server(a_spec(Path(sys.argv[1]), Path(sys.argv[2]))), a_router(Path(sys.argv[2]))
