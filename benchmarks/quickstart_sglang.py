@@ -2,10 +2,12 @@
 
     python -m benchmarks.quickstart_sglang [--out runs/quickstart_engines] [--seeds 5] [--results FILE]
 
-For every seed both runs start from the same warmed-up model and differ in `rollout.engine` alone. The two engines draw
-different samples, so the question is whether what is learnt differs by more than seeds differ: every final model
-answers every question in 8 batches of 8 samples (examples/quickstart/study.py). Also the largest agreement difference
-of engine and actor in each run. A finished seed is not run again. Prints a Markdown table; the last line is JSON.
+For every seed all runs start from the same warmed-up model. `local` and `sglang` differ in `rollout.engine` alone, but
+that means other draws, and what is learnt depends on them: `local_redrawn` is the local engine again with another
+`run.seed`, and says how much. Every final model answers every question in 8 batches of 8 samples
+(examples/quickstart/study.py). `replayed` trains once more, from the responses that the SGLang run recorded, without a
+server: it must end where that run ended, bit for bit. Also the largest agreement difference of engine and actor. A
+finished seed is not run again. Prints a Markdown table; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -22,47 +24,68 @@ from examples.quickstart.run import CONFIG, clear, prepare, train
 from examples.quickstart.study import answer
 from examples.quickstart_sglang.run import CONFIG as SGLANG_CONFIG
 
-ENGINES = {"local": CONFIG, "sglang": SGLANG_CONFIG}
+RUNS = {"local": (CONFIG, 0), "local_redrawn": (CONFIG, 1000), "sglang": (SGLANG_CONFIG, 0)}  # added to run.seed
 NAMES = ("accuracy", "unique_correct", "entropy_nats", "kl_nats")
 
 
 def run_seed(out: Path, seed: int, overrides: list[str]) -> dict:
-    """Engine -> mode -> scores, seconds of the run, and the largest mean |engine - actor| log-prob difference."""
+    """Run -> mode -> scores, seconds of the run, and the largest mean |engine - actor| log-prob difference."""
     from megatron_policysplit.rows import MODES
 
     clear(out)
     prepare(out, seed, {})
     result = {}
-    for engine, config in ENGINES.items():
+    for name, (config, offset) in RUNS.items():
         began = time.perf_counter()
-        settings = ["algorithm.name=policy_split", f"run.seed={seed}", "agreement.every=1", *overrides]
-        run = train(out, engine, settings, config)
+        settings = ["algorithm.name=policy_split", f"run.seed={seed + offset}", "agreement.every=1", *overrides]
+        run = train(out, name, settings, config)
         seconds = time.perf_counter() - began
-        records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-        differences = [r["agreement/difference"] for r in records if "agreement/difference" in r]
-        result[engine] = answer(run / "hf", out / "questions.jsonl", 1.0, MODES)
-        result[engine] |= {"seconds": round(seconds, 1), "compared": len(differences), "difference": max(differences)}
+        differences = [r["agreement/difference"] for r in records(run) if "agreement/difference" in r]
+        result[name] = answer(run / "hf", out / "questions.jsonl", 1.0, MODES)
+        result[name] |= {"seconds": round(seconds, 1), "compared": len(differences), "difference": max(differences)}
+    result["sglang"]["replayed_bit_for_bit"] = replays(out, seed, overrides)
     return result
 
 
-def table(seeds: dict[str, dict]) -> str:
-    """Mean and standard deviation over seeds, per engine, and the mean difference of the two on the same seed."""
-    lines = ["| | local | sglang | sglang - local, mean over seeds |", "|---|---|---|---|"]
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").open()]
 
-    def values(engine: str, mode: str, name: str) -> list[float]:
-        return [seed[engine][mode][name] for seed in seeds.values()]
+
+def replays(out: Path, seed: int, overrides: list[str]) -> bool:
+    """Whether training from the responses of the SGLang run, with no engine, gives the same weights and losses."""
+    from safetensors.torch import load_file
+
+    sampled = out / "sglang"
+    settings = ["algorithm.name=policy_split", f"run.seed={seed}", "eval.path=null", "rollout.engine=replay"]
+    again = train(out, "replayed", [*settings, f"rollout.replay_dir={sampled / 'rollouts'}", *overrides])
+    losses = [[r["actor/loss"] for r in records(run) if r["kind"] == "train"] for run in (sampled, again)]
+    first, second = (load_file(run / "hf" / "model.safetensors") for run in (sampled, again))
+    return losses[0] == losses[1] and all(first[name].equal(second[name]) for name in first)
+
+
+def table(seeds: dict[str, dict]) -> str:
+    """Mean and standard deviation over seeds of every run, and of its difference from `local` on the same seed."""
+    lines = [
+        "| | local | local, redrawn | sglang | redrawn - local | sglang - local |",
+        "|---|---|---|---|---|---|",
+    ]
+
+    def values(run: str, mode: str, name: str) -> list[float]:
+        return [seed[run][mode][name] for seed in seeds.values()]
 
     def spread(numbers: list[float]) -> str:
         return f"{statistics.fmean(numbers):.3f} +- {statistics.stdev(numbers) if len(numbers) > 1 else 0:.3f}"
 
     for mode in ("normal", "high_entropy"):
         for name in NAMES:
-            local, sglang = values("local", mode, name), values("sglang", mode, name)
-            gap = [b - a for a, b in zip(local, sglang, strict=True)]
-            lines.append(f"| {mode}: {name} | {spread(local)} | {spread(sglang)} | {spread(gap)} |")
+            runs = [values(run, mode, name) for run in RUNS]
+            gaps = [[b - a for a, b in zip(runs[0], other, strict=True)] for other in runs[1:]]
+            lines.append(f"| {mode}: {name} | {' | '.join(spread(numbers) for numbers in runs + gaps)} |")
     for name in ("seconds", "difference"):
-        cells = [f"{max(seed[engine][name] for seed in seeds.values()):.3g}" for engine in ENGINES]
-        lines.append(f"| largest {name} | {' | '.join(cells)} | |")
+        cells = [f"{max(seed[run][name] for seed in seeds.values()):.3g}" for run in RUNS]
+        lines.append(f"| largest {name} | {' | '.join(cells)} | | |")
+    replayed = sum(seed["sglang"]["replayed_bit_for_bit"] for seed in seeds.values())
+    lines.append(f"| replayed bit for bit | | | {replayed} of {len(seeds)} | | |")
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
@@ -86,13 +87,7 @@ class _Group:
     def start(self) -> None:
         port = free_port()
         threads = str(max(1, len(os.sched_getaffinity(0)) // self.nproc))
-        prctl, parent = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()
-
-        def die_with_parent():
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != parent:
-                os._exit(FAILED)
-
+        die_with_parent = partial(_die_with, os.getpid(), ctypes.CDLL(None).prctl)
         for rank in range(self.nproc):
             self.ranks.append(
                 subprocess.Popen(
@@ -188,6 +183,27 @@ def ended(process: subprocess.Popen) -> bool:
     os.killpg(process.pid, signal.SIGKILL)  # before it is reaped: until then its id is nobody else's
     process.wait()
     return True
+
+
+def forks_die_with_us() -> None:
+    """From now on the kernel ends what this process forks when this process ends, however it ends.
+
+    Megatron-Core writes checkpoints in forked processes, which wait for a killed rank for ever. What is forked by a
+    thread ends with that thread. Does not concern processes started by subprocess or the spawn method.
+    """
+    prctl, forking = ctypes.CDLL(None).prctl, []
+    os.register_at_fork(
+        before=lambda: forking.append(os.getpid()),
+        after_in_parent=forking.pop,
+        after_in_child=lambda: _die_with(forking.pop(), prctl),
+    )
+
+
+def _die_with(parent: int, prctl) -> None:
+    """In a new process: SIGKILL as soon as the thread that made it ends; at once if that is already so."""
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(FAILED)
 
 
 def _say(message: str) -> None:

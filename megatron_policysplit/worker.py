@@ -24,6 +24,10 @@ def main(argv: list[str]) -> int:
     stop = StopSignal().install()
     import warnings
 
+    from megatron_policysplit.launch import forks_die_with_us
+
+    forks_die_with_us()
+
     # Megatron-Core says once a rank what it falls back to without a GPU; docs/architecture.md says it too.
     for text in (".*Apex (is|are) not installed.*", ".*full scope is deprecated.*", ".*CUDA_DEVICE_MAX_CONNECTIONS.*"):
         warnings.filterwarnings("ignore", message=text)

@@ -239,6 +239,27 @@ def test_ranks_die_with_a_killed_launcher(tmp_path):
     wait_for(lambda: not any(alive(pid) for pid in pids), seconds=5)
 
 
+def test_forked_processes_die_with_a_killed_process(tmp_path):
+    """As Megatron-Core's checkpoint writers do, of which each may have forked another."""
+    body = """
+        import os, pathlib, sys, time
+        from megatron_policysplit.launch import forks_die_with_us
+        forks_die_with_us()
+        for name in ("child", "grandchild"):
+            if os.fork():
+                time.sleep(600)
+            pathlib.Path(sys.argv[1], name).write_text(str(os.getpid()))
+        time.sleep(600)
+    """
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(body), str(tmp_path)])
+    wait_for(lambda: (tmp_path / "grandchild").exists() and (tmp_path / "grandchild").read_text())
+    forked = [(tmp_path / name).read_text() for name in ("child", "grandchild")]
+    assert all(alive(pid) for pid in forked)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not any(alive(pid) for pid in forked))
+
+
 def test_handlers_of_the_caller_are_restored(tmp_path):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     assert launch([str(tmp_path)], 1, [sys.executable, str(worker(tmp_path, "sys.exit(4)"))], Patience()) == 4
