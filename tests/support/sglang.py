@@ -269,10 +269,10 @@ class Reference:
 
         save_file(self.weights(version), directory / "model.safetensors", metadata={"format": "pt"})
 
-    def logprobs(
+    def distributions(
         self, version: int, prompt: Sequence[int], response: Sequence[int], temperature: float = 1.0
-    ) -> list[float]:
-        """log_softmax(logits / temperature) of every response token, from one forward pass over the whole sequence."""
+    ) -> torch.Tensor:
+        """log_softmax(logits / temperature) before every response token [T, V], from one pass over the sequence."""
         import torch
 
         with torch.no_grad():
@@ -281,8 +281,14 @@ class Reference:
                     self._model.get_parameter(name).copy_(tensor)
                 self._loaded = version
             logits = self._model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
-            scores = (logits / temperature).log_softmax(-1)
-            return scores.gather(1, torch.tensor(response)[:, None])[:, 0].tolist()
+            return (logits / temperature).log_softmax(-1)
+
+    def logprobs(
+        self, version: int, prompt: Sequence[int], response: Sequence[int], temperature: float = 1.0
+    ) -> list[float]:
+        """The response tokens' own log-probs of `distributions`."""
+        scores = self.distributions(version, prompt, response, temperature)
+        return [scores[position, token].item() for position, token in enumerate(response)]
 
     def difference(self, rollout: Rollout, request: Request) -> float:
         """Largest |log-prob - reference| (nats), each span of the response under the version it claims."""
