@@ -208,6 +208,9 @@ class TrainConfig:
     steps: int = key(100, "Rollout batches to train on.", minimum=1)
     optimizer_steps_per_batch: int = key(1, "Optimizer steps a rollout batch is split into.", minimum=1)
     max_tokens_per_micro_batch: int = key(8192, "Bound of a micro-batch, padding included.", minimum=1)
+    head_chunk_tokens: Optional[int] = key(
+        None, "Tokens whose logits exist at a time; null takes 256, on a GPU 1024.", minimum=1
+    )
     learning_rate: float = key(1e-6, "Peak learning rate of AdamW.", minimum=0.0)
     min_learning_rate: float = key(0.0, "Learning rate at the end of a decay.", minimum=0.0)
     lr_decay: str = key("constant", "Learning-rate schedule after warm-up.", choices=("constant", "linear", "cosine"))

@@ -35,13 +35,19 @@ class LossInputs:
 
 @dataclass
 class LossOutputs:
-    """loss: scalar with gradient. The rest are detached sums over trained tokens, for metrics."""
+    """loss: scalar with gradient. The rest are detached sums over trained tokens (ratio_off_one: the largest)."""
 
     loss: Tensor
     ratio_sum: Tensor
     ratio_off_one: Tensor
     clipped_tokens: Tensor
     tokens: Tensor
+
+    @classmethod
+    def over(cls, parts: Sequence["LossOutputs"]) -> "LossOutputs":
+        """Of all tokens, from those of their parts."""
+        columns = {field.name: torch.stack([getattr(part, field.name) for part in parts]) for field in fields(cls)}
+        return cls(**{name: c.max() if name == "ratio_off_one" else c.sum() for name, c in columns.items()})
 
 
 def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> LossOutputs:

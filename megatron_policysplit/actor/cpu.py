@@ -9,6 +9,7 @@ With a GPU nothing is changed.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import os
 from typing import Any
@@ -50,6 +51,16 @@ def model_options() -> dict[str, Any]:
         "apply_rope_fusion": fused,
         "gradient_accumulation_fusion": False,
     }
+
+
+def head_chunk_tokens() -> int:
+    """Tokens whose logits are made at a time, unless the configuration says. Enough to keep the device busy."""
+    return 256 if active() else 1024
+
+
+def use_triton() -> bool:
+    """Whether the LM head is computed by Triton kernels."""
+    return not active() and importlib.util.find_spec("triton") is not None
 
 
 def gpu_count() -> int:

@@ -21,10 +21,11 @@ from checkpoints_conv import architecture_of, check_layout
 from checkpoints_conv.rope import Llama3Rope
 from megatron_policysplit.actor import cpu
 from megatron_policysplit.errors import ConfigError
+from megatron_policysplit.vocab_parallel import Head, VocabularyShard
 
 
 class PolicyModel(GPTModel):
-    """A pipeline stage whose forward gives hidden states; `logits` applies the head where and when wanted.
+    """A pipeline stage whose forward gives hidden states; `head` is what makes statistics and losses of them.
 
     forward(input_ids[b, s], position_ids[b, s], attention_mask) -> hidden[s, b, h]; on the last stage they
     have passed the final norm. `vocab_size` is the true one, `padded_vocab_size` a multiple of TP.
@@ -48,16 +49,18 @@ class PolicyModel(GPTModel):
     def _postprocess(self, hidden_states: Tensor, **unused: Any) -> Tensor:
         return hidden_states
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden[T, h] -> this tensor-parallel rank's logits[T, padded_vocab_size / TP]; last stage only.
+    def head(self, chunk: int) -> Head:
+        """This tensor-parallel rank's shard of the LM head, tied or not; last stage only. chunk: tokens at a time.
 
-        The columns are vocabulary rows [tp_rank * n, (tp_rank + 1) * n) with n = padded_vocab_size / TP; those
-        at or past `vocab_size` are padding, with logit 0. Forward communicates nothing; backward sums the
-        gradient of `hidden` over the tensor-parallel group (one all-reduce).
+        Its rows are [tp_rank * n, (tp_rank + 1) * n) of the vocabulary with n = padded_vocab_size / TP; those at or
+        past `vocab_size` are padding.
         """
-        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden[:, None, :], weight=tied)
-        return logits[:, 0]
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        group = parallel_state.get_tensor_model_parallel_group()
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        shard = VocabularyShard.of(self.vocab_size, len(weight), rank, group)
+        return Head(weight, shard, chunk, triton=cpu.use_triton())
 
 
 def build_model(

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_policysplit.actor.microbatch import MicroBatch
 from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.advantages import TokenStatistics
-from megatron_policysplit.vocab_parallel import VocabularyShard, kl_divergence, token_statistics
+from megatron_policysplit.vocab_parallel import Head, Partner, score
 
 
 @dataclass
@@ -31,8 +31,8 @@ class Scorer:
     next to each other, so few wait at a time.
     """
 
-    def __init__(self, ddp: torch.nn.Module, model: torch.nn.Module, shard: VocabularyShard, layout: Layout):
-        self.ddp, self.model, self.shard, self.layout = ddp, model, shard, layout
+    def __init__(self, ddp: torch.nn.Module, model: torch.nn.Module, head: Head | None, layout: Layout):
+        self.ddp, self.model, self.head, self.layout = ddp, model, head, layout
 
     @torch.no_grad()
     def score(self, batches: Sequence[MicroBatch]) -> dict[int, TokenStatistics]:
@@ -77,36 +77,21 @@ class Scorer:
         return model(input_ids=batch.tokens.to(device), position_ids=batch.position_ids.to(device), attention_mask=None)
 
     def _collect(self, batch: MicroBatch, hidden: Tensor, results: dict, waiting: dict) -> None:
-        selected = batch.select(hidden)
-        temperature = batch.temperature.to(hidden.device)
-        logits = self.model.logits(selected)
-        logprobs, entropy = token_statistics(logits, batch.targets.to(hidden.device), temperature, self.shard)
-        met: list[tuple[int, slice, _Waiting]] = []
-        start = 0
+        device = hidden.device
+        selected, temperature = batch.select(hidden), batch.temperature.to(device)
+        met: list[tuple[int, _Waiting]] = []
+        partners, spans, start = [], {}, 0
         for row, length, pair in zip(batch.rows, batch.lengths, batch.pair_of, strict=True):
-            span = slice(start, start + length)
+            span = spans[row] = slice(start, start + length)
             start += length
-            results[row] = TokenStatistics(logprobs[span].cpu(), entropy[span].cpu())
             if pair in waiting:
-                met.append((row, span, waiting.pop(pair)))
+                partner = waiting.pop(pair)
+                met.append((row, partner))
+                partners.append(Partner(span.start, partner.hidden, partner.temperature))
             elif pair >= 0:
                 waiting[pair] = _Waiting(row, selected[span].clone(), temperature[span])
-        if met:
-            self._kl(logits, temperature, met, results)
-
-    def _kl(self, logits: Tensor, temperature: Tensor, met: list, results: dict) -> None:
-        """KL both ways for the rows whose partner has been met: one collective for all of them."""
-        mine = torch.cat([logits[span] for _, span, _ in met])
-        partners = self.model.logits(torch.cat([partner.hidden for _, _, partner in met]))
-        forward, backward = kl_divergence(
-            mine,
-            partners,
-            torch.cat([temperature[span] for _, span, _ in met]),
-            torch.cat([partner.temperature for _, _, partner in met]),
-            self.shard,
-        )
-        start = 0
-        for row, _, partner in met:
-            span = slice(start, start + len(partner.hidden))
-            start = span.stop
-            results[row].kl, results[partner.row].kl = forward[span].cpu(), backward[span].cpu()
+        scores = score(self.head, selected, batch.targets.to(device), temperature, partners)
+        for row, span in spans.items():
+            results[row] = TokenStatistics(scores.logprobs[span].cpu(), scores.entropy[span].cpu())
+        for (row, partner), (own, theirs) in zip(met, scores.kl, strict=True):
+            results[row].kl, results[partner.row].kl = own.cpu(), theirs.cpu()

@@ -21,10 +21,10 @@ from megatron_policysplit.actor.scoring import Scorer
 from megatron_policysplit.actor.weights import load_weights
 from megatron_policysplit.advantages import TokenStatistics
 from megatron_policysplit.config import Config
-from megatron_policysplit.losses import LossInputs, denominators, policy_loss, token_weight
+from megatron_policysplit.losses import LossInputs, LossOutputs, denominators, policy_loss, token_weight
 from megatron_policysplit.rows import Mode, Row
 from megatron_policysplit.training_signals import TrainSignal
-from megatron_policysplit.vocab_parallel import VocabularyShard, token_statistics
+from megatron_policysplit.vocab_parallel import fused_loss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -59,7 +59,6 @@ class Actor:
     """One replica's share of the policy on this rank. Every method is collective over all ranks."""
 
     def __init__(self, config: Config, hf_config: dict[str, Any], layout: Layout):
-        from megatron.core import parallel_state
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
         self.config, self.hf_config, self.layout = config, hf_config, layout
@@ -79,13 +78,9 @@ class Actor:
         self.ddp = DistributedDataParallel(self.model.config, ddp, self.model)
         self.optimizer = PolicyOptimizer(self.ddp, config)
         self.model.config.finalize_model_grads_func = _sum_gradients
-        self.shard = VocabularyShard.of(
-            self.model.vocab_size,
-            self.model.padded_vocab_size // layout.tensor,
-            layout.tensor_rank,
-            parallel_state.get_tensor_model_parallel_group(),
-        )
-        self.scorer = Scorer(self.ddp, self.model, self.shard, layout)
+        chunk = config.train.head_chunk_tokens or cpu.head_chunk_tokens()
+        self.head = self.model.head(chunk) if layout.is_last_stage else None
+        self.scorer = Scorer(self.ddp, self.model, self.head, layout)
         self.reference = None
         if config.algorithm.kl_coef > 0:
             self.reference = [parameter.detach().clone() for parameter in self.model.parameters()]
@@ -236,13 +231,19 @@ class Actor:
 
     def _loss(self, batch: MicroBatch, constants: dict[str, Tensor], hidden: Tensor):
         device = hidden.device
-        logits = self.model.logits(batch.select(hidden))
-        targets, temperature = batch.targets.to(device), batch.temperature.to(device)
-        logprobs, entropy = token_statistics(logits, targets, temperature, self.shard)
         constants = {name: value.to(device) for name, value in constants.items()}
-        out = policy_loss(LossInputs(logprobs=logprobs, entropy=entropy, **constants), self.config.algorithm)
-        metrics = [out.loss.detach(), out.ratio_sum, out.clipped_tokens, out.tokens, out.ratio_off_one]
-        return out.loss, out.tokens.int(), torch.stack([value.double() for value in metrics])
+        chunks: list[LossOutputs] = []
+
+        def token_loss(span: slice, logprobs: Tensor, entropy: Tensor) -> Tensor:
+            fields = {name: value[span] for name, value in constants.items()}
+            chunks.append(policy_loss(LossInputs(logprobs=logprobs, entropy=entropy, **fields), self.config.algorithm))
+            return chunks[-1].loss
+
+        targets, temperature = batch.targets.to(device), batch.temperature.to(device)
+        loss = fused_loss(self.head, batch.select(hidden), targets, temperature, token_loss).loss
+        out = LossOutputs.over(chunks)
+        metrics = [loss.detach(), out.ratio_sum, out.clipped_tokens, out.tokens, out.ratio_off_one]
+        return loss, out.tokens.int(), torch.stack([value.double() for value in metrics])
 
     def _sum_over_world(self, values: Tensor) -> tuple[list[float], float]:
         """Sum of the first four over replicas, max of the last, alike on every rank (one all-reduce each)."""

@@ -1,5 +1,28 @@
-"""Token statistics over a vocabulary sharded across tensor-parallel ranks."""
+"""Token statistics and losses over a vocabulary sharded across tensor-parallel ranks, without holding its logits."""
 
-from megatron_policysplit.vocab_parallel.statistics import VocabularyShard, kl_divergence, token_statistics
+from megatron_policysplit.vocab_parallel.fused_loss import FusedLoss, fused_loss
+from megatron_policysplit.vocab_parallel.head import (
+    Head,
+    Partner,
+    Scores,
+    head_pair_statistics,
+    head_statistics,
+    score,
+)
+from megatron_policysplit.vocab_parallel.shard import VocabularyShard
+from megatron_policysplit.vocab_parallel.statistics import PairStatistics, pair_statistics, token_statistics
 
-__all__ = ["VocabularyShard", "kl_divergence", "token_statistics"]
+__all__ = [
+    "FusedLoss",
+    "Head",
+    "PairStatistics",
+    "Partner",
+    "Scores",
+    "VocabularyShard",
+    "fused_loss",
+    "head_pair_statistics",
+    "head_statistics",
+    "pair_statistics",
+    "score",
+    "token_statistics",
+]

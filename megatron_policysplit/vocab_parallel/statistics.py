@@ -1,33 +1,41 @@
-"""Log-prob, entropy and KL of a vocabulary that is sharded over tensor-parallel ranks.
+"""Log-prob, entropy and KL from the logits of a vocabulary that is sharded over tensor-parallel ranks.
 
-Each rank reduces its shard of the logits to a few floats per token. One all-gather of those floats,
-merged in rank order, gives every rank the same bits. Padded vocabulary columns are left out before
-anything is reduced. The sampling temperature divides logits of which the maximum has been subtracted,
-so a common shift of a token's logits costs no digits.
+One pass over the shard and one all-gather of a few floats per token; merged in rank order they give every rank the
+same bits. Padded vocabulary columns are left out before anything is reduced. Where logits would take too much memory,
+`head` has the same from hidden states.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_policysplit.vocab_parallel.reduction import (
+    Merged,
+    MergedPair,
+    logits_gradient,
+    merge,
+    merge_pair,
+    pair_gradient,
+    reduce_logits,
+    reduce_pair,
+    statistics_dtype,
+)
+from megatron_policysplit.vocab_parallel.shard import Gathering, VocabularyShard
 
 
-@dataclass(frozen=True)
-class VocabularyShard:
-    """Columns [start, start + columns) of the vocabulary are this rank's; later columns of its logits are padding."""
+class PairStatistics(NamedTuple):
+    """Of two policies a and b at the same tokens, [T] each, nats."""
 
-    start: int
-    columns: int
-    group: dist.ProcessGroup | None
-
-    @classmethod
-    def of(cls, vocab_size: int, padded_columns: int, rank: int, group: dist.ProcessGroup | None) -> "VocabularyShard":
-        """The shard of `rank` when each rank holds `padded_columns` columns of the padded vocabulary."""
-        start = rank * padded_columns
-        return cls(start, max(0, min(padded_columns, vocab_size - start)), group)
+    logprobs_a: Tensor
+    entropy_a: Tensor
+    logprobs_b: Tensor
+    entropy_b: Tensor
+    kl_ab: Tensor
+    kl_ba: Tensor
 
 
 def token_statistics(
@@ -42,110 +50,75 @@ def token_statistics(
     return _TokenStatistics.apply(logits, targets, temperature, shard)
 
 
+def pair_statistics(
+    logits_a: Tensor,
+    logits_b: Tensor,
+    targets: Tensor,
+    temperature_a: Tensor,
+    temperature_b: Tensor,
+    shard: VocabularyShard,
+) -> PairStatistics:
+    """Log-prob and entropy under two policies, and the exact KL both ways over the whole vocabulary, [T] each.
+
+    logits_* [T, padded columns] of this rank's shard; targets [T]; temperature_* [T]. All outputs are differentiable
+    in both logits. Forward: one all-gather of 14 floats per token and rank. Backward: none. Equal logits at equal
+    temperatures give a KL of exactly 0.
+    """
+    return PairStatistics(*_PairStatistics.apply(logits_a, logits_b, targets, temperature_a, temperature_b, shard))
+
+
 class _TokenStatistics(torch.autograd.Function):
     """Forward communicates once over the tensor-parallel group (all-gather); backward is local."""
 
     @staticmethod
     def forward(ctx, logits, targets, temperature, shard):
-        z, temperature = _true_columns(logits, shard), temperature.to(_dtype(logits))
-        highest, shifted = _shift(z, temperature)
-        e = shifted.exp()
-        local = targets - shard.start
-        owned = (local >= 0) & (local < shard.columns)
-        at_target = z.new_zeros(len(z))
-        if shard.columns:
-            picked = z.gather(1, local.clamp(0, shard.columns - 1)[:, None])[:, 0]
-            at_target = picked.where(owned, 0.0)
-
-        gathered = _all_gather(torch.stack([highest, e.sum(1), (e * shifted).sum(1), at_target]), shard.group)
-        highest, total, moment = gathered[:, 0], gathered[:, 1], gathered[:, 2]
-        top, step = _steps(highest, temperature)
-        log_total, mean_shifted = _merge(total, moment, step, step)
-        logprobs = (gathered[:, 3].sum(0) - top) / temperature - log_total
-        entropy = log_total - mean_shifted
+        temperature = temperature.to(statistics_dtype(logits))
+        (gathered,) = Gathering([reduce_logits(logits, targets, temperature, shard)], shard).wait()
+        merged = merge(gathered, temperature)
         ctx.shard = shard
-        ctx.save_for_backward(logits, temperature, local, owned, top, log_total, entropy)
-        return logprobs, entropy
+        ctx.save_for_backward(logits, targets, temperature, *_tensors(merged))
+        return merged.logprobs, merged.entropy
 
     @staticmethod
-    def backward(ctx, grad_logprobs, grad_entropy):
-        logits, temperature, local, owned, top, log_total, entropy = ctx.saved_tensors
-        columns = ctx.shard.columns
-        log_p = (_true_columns(logits, ctx.shard) - top[:, None]) / temperature[:, None] - log_total[:, None]
-        p = log_p.exp()
-        grad = -p * grad_logprobs[:, None] - p * (log_p + entropy[:, None]) * grad_entropy[:, None]
-        if columns:
-            grad.scatter_add_(1, local.clamp(0, columns - 1)[:, None], grad_logprobs.where(owned, 0.0)[:, None])
-        full = torch.zeros_like(logits)
-        full[:, :columns] = (grad / temperature[:, None]).to(logits.dtype)
-        return full, None, None, None
+    @once_differentiable
+    def backward(ctx, by_logprob, by_entropy):
+        logits, targets, temperature, *merged = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        logits_gradient(logits, targets, temperature, Merged(*merged), by_logprob, by_entropy, ctx.shard, out)
+        return out, None, None, None
 
 
-@torch.no_grad()
-def kl_divergence(
-    logits_a: Tensor, logits_b: Tensor, temperature_a: Tensor, temperature_b: Tensor, shard: VocabularyShard
-) -> tuple[Tensor, Tensor]:
-    """Exact KL(a || b) and KL(b || a) over the whole vocabulary, nats, per token: ([T], [T]).
+class _PairStatistics(torch.autograd.Function):
+    """Forward communicates once over the tensor-parallel group (all-gather); backward is local."""
 
-    logits_* [T, padded columns] of this rank's shard; temperature_* [T]. One all-gather of 6 floats per
-    token and rank. With z shifted to a maximum of 0 in each policy and d = z_a - z_b, KL(a || b) = E_a[d] -
-    (lse_a - lse_b), so equal logits give exactly 0.
-    """
-    dtype = _dtype(logits_a)
-    temperature_a, temperature_b = temperature_a.to(dtype), temperature_b.to(dtype)
-    highest_a, a = _shift(_true_columns(logits_a, shard), temperature_a)
-    highest_b, b = _shift(_true_columns(logits_b, shard), temperature_b)
-    e_a, e_b, d = a.exp(), b.exp(), a - b
-    local = torch.stack([highest_a, e_a.sum(1), (e_a * d).sum(1), highest_b, e_b.sum(1), (e_b * -d).sum(1)])
-    gathered = _all_gather(local, shard.group).double()
-    _, step_a = _steps(gathered[:, 0], temperature_a.double())
-    _, step_b = _steps(gathered[:, 3], temperature_b.double())
-    log_a, mean_a = _merge(gathered[:, 1], gathered[:, 2], step_a, step_a - step_b)
-    log_b, mean_b = _merge(gathered[:, 4], gathered[:, 5], step_b, step_b - step_a)
-    gap = log_a - log_b
-    return (mean_a - gap).to(dtype), (mean_b + gap).to(dtype)
+    @staticmethod
+    def forward(ctx, a, b, targets, temperature_a, temperature_b, shard):
+        temperature_a, temperature_b = (t.to(statistics_dtype(a)) for t in (temperature_a, temperature_b))
+        parts = [
+            reduce_logits(a, targets, temperature_a, shard),
+            reduce_logits(b, targets, temperature_b, shard),
+            reduce_pair(a, b, temperature_a, temperature_b, shard),
+        ]
+        gathered_a, gathered_b, gathered_pair = Gathering(parts, shard).wait()
+        merged_a, merged_b = merge(gathered_a, temperature_a), merge(gathered_b, temperature_b)
+        pair = merge_pair(gathered_pair, temperature_a, temperature_b)
+        ctx.shard = shard
+        kept = (*_tensors(merged_a), *_tensors(merged_b), *_tensors(pair))
+        ctx.save_for_backward(a, b, targets, temperature_a, temperature_b, *kept)
+        own = (merged_a.logprobs, merged_a.entropy, merged_b.logprobs, merged_b.entropy)
+        return (*own, pair.kl_ab, pair.kl_ba)
 
-
-def _dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def _true_columns(logits: Tensor, shard: VocabularyShard) -> Tensor:
-    return logits[:, : shard.columns].to(_dtype(logits))
-
-
-def _shift(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum of each row and (z - maximum) / temperature: [T], [T, v]. Minus infinity if the shard is empty."""
-    highest = z.max(1).values if z.shape[1] else z.new_full((len(z),), -torch.inf)
-    return highest, (z - highest[:, None]) / temperature[:, None]
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, by_logprob_a, by_entropy_a, by_logprob_b, by_entropy_b, by_kl_ab, by_kl_ba):
+        a, b, targets, t_a, t_b, *kept = ctx.saved_tensors
+        merged_a, merged_b, pair = Merged(*kept[:4]), Merged(*kept[4:8]), MergedPair(*kept[8:])
+        to_a, to_b = torch.empty_like(a), torch.empty_like(b)
+        logits_gradient(a, targets, t_a, merged_a, by_logprob_a, by_entropy_a, ctx.shard, to_a)
+        logits_gradient(b, targets, t_b, merged_b, by_logprob_b, by_entropy_b, ctx.shard, to_b)
+        pair_gradient(a, b, t_a, t_b, pair, by_kl_ab, by_kl_ba, ctx.shard, to_a, to_b)
+        return to_a, to_b, None, None, None, None
 
 
-def _all_gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[k, T] -> [ranks, k, T] in rank order."""
-    if group is None or dist.get_world_size(group) == 1:
-        return local[None]
-    pieces = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(pieces, local.contiguous(), group=group)
-    return torch.stack(pieces)
-
-
-def _steps(highest: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """From the shards' maxima [ranks, T]: the row's, [T], and how far each lies below it, [ranks, T] (<= 0).
-
-    An empty shard is no step below; its sums are 0 anyway.
-    """
-    top = highest.max(0).values
-    step = (highest - top) / temperature
-    return top, step.where(highest != -torch.inf, 0.0)
-
-
-def _merge(total: Tensor, moment: Tensor, step: Tensor, moment_step: Tensor) -> tuple[Tensor, Tensor]:
-    """Shards' [ranks, T] to (log sum e, E[x]) over the whole row, [T] each.
-
-    total: a shard's sum e with e = exp of logits shifted by its own maximum; moment: its sum e * x with x
-    shifted likewise. step, moment_step: what the shifted logits and x gain when the shift is the row's.
-    """
-    scale = step.exp()
-    total_all = (scale * total).sum(0)
-    moment_all = (scale * (moment + moment_step * total)).sum(0)
-    return total_all.log(), moment_all / total_all
+def _tensors(merged: Merged | MergedPair) -> tuple[Tensor, ...]:
+    return tuple(vars(merged).values())

@@ -139,7 +139,7 @@ def pipeline_logits(model, ids):
         if not outputs:
             return None
         hidden = outputs[0]  # [s, b, h]
-        shard = model.logits(hidden.reshape(-1, hidden.shape[-1]))
+        shard = hidden.reshape(-1, hidden.shape[-1]) @ model.head(1).weight.t()
         shards = [torch.empty_like(shard) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
         dist.all_gather(shards, shard, group=parallel_state.get_tensor_model_parallel_group())
     logits = torch.cat(shards, dim=-1)

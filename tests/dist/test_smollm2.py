@@ -43,7 +43,7 @@ def logits_of(rank, path, prompt):
 
     def step(iterator, model):
         hidden = model(input_ids=tokens, position_ids=torch.arange(len(prompt))[None], attention_mask=None)
-        return hidden, lambda hidden, non_loss_data: found.append(model.logits(hidden[:, 0]))
+        return hidden, lambda hidden, non_loss_data: found.append(hidden[:, 0] @ model.head(1).weight.t())
 
     with torch.no_grad():
         get_forward_backward_func()(

@@ -1,98 +1,36 @@
 """Vocabulary-parallel statistics against plain torch on the unsharded logits, in real process groups."""
 
 import functools
-import traceback
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from megatron_policysplit.vocab_parallel import VocabularyShard, kl_divergence, token_statistics
+from megatron_policysplit.vocab_parallel import VocabularyShard, pair_statistics, token_statistics
 from tests.support.dist import run_distributed
-
-SIZES = (5, 131, 128)  # 5 over 4 ranks: two columns a rank, and the last rank's shard is all padding
-TOKENS = 7
-GARBAGE = 1e6  # what stands in padding columns: a leak would win every maximum
-
-
-# --- the unsharded truth -----------------------------------------------------------------------------
-
-
-def plain_statistics(logits, targets, temperature):
-    """Log-prob of the target and entropy, fp64."""
-    log_p = (logits.double() / temperature.double()[:, None]).log_softmax(-1)
-    return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-
-
-def plain_kl(a, b, temperature_a, temperature_b):
-    log_a = (a.double() / temperature_a.double()[:, None]).log_softmax(-1)
-    log_b = (b.double() / temperature_b.double()[:, None]).log_softmax(-1)
-    return (log_a.exp() * (log_a - log_b)).sum(-1)
-
-
-# --- inputs, the same on every rank ------------------------------------------------------------------
+from tests.support.vocabulary import (
+    SIZES,
+    TOKENS,
+    Sharded,
+    assert_same_bits_everywhere,
+    counted_collectives,
+    gathered,
+    mine,
+    mixed_temperatures,
+    named,
+    plain_kl,
+    plain_statistics,
+    random,
+    random_targets,
+    ranks,
+    run_checks,
+    shard_of,
+)
 
 
-def group():
-    return dist.group.WORLD if dist.is_initialized() else None
-
-
-def ranks():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def random(*shape, seed, scale=3.0, dtype=torch.float32):
-    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).to(dtype)
-
-
-def random_targets(vocab, seed=1):
-    """Includes the first and the last id."""
-    targets = torch.randint(0, vocab, (TOKENS,), generator=torch.Generator().manual_seed(seed))
-    targets[0], targets[1] = 0, vocab - 1
-    return targets
-
-
-def mixed_temperatures(flip=False):
-    """0.6 and 1.0 in turn, as micro-batches that hold rows of both modes have them."""
-    return torch.tensor([0.6 if (token % 2 == 0) != flip else 1.0 for token in range(TOKENS)])
-
-
-def shard_of(vocab):
-    return VocabularyShard.of(vocab, -(-vocab // ranks()), rank(), group())
-
-
-def mine(full):
-    """This rank's columns of full [T, V], padding filled with garbage; a leaf that wants a gradient."""
-    columns = -(-full.shape[1] // ranks())
-    padded = full.new_full((full.shape[0], columns * ranks()), GARBAGE)
-    padded[:, : full.shape[1]] = full
-    return padded[:, rank() * columns : (rank() + 1) * columns].clone().requires_grad_()
-
-
-def gathered(local, vocab):
-    """The ranks' [T, columns] as one [T, vocab], and their padding columns."""
-    pieces = [torch.empty_like(local) for _ in range(ranks())]
-    if ranks() > 1:
-        dist.all_gather(pieces, local.contiguous())
-    else:
-        pieces = [local]
-    full = torch.cat(pieces, 1)
-    return full[:, :vocab], full[:, vocab:]
-
-
-def assert_same_bits_everywhere(*tensors):
-    for tensor in tensors:
-        pieces = [torch.empty_like(tensor) for _ in range(ranks())]
-        if ranks() > 1:
-            dist.all_gather(pieces, tensor.contiguous())
-            assert all(torch.equal(piece, tensor) for piece in pieces)
-
-
-# --- checks, run by every rank -----------------------------------------------------------------------
+def kl_divergence(a, b, temperature_a, temperature_b, shard):
+    """Both ways; the targets do not matter."""
+    both = pair_statistics(a, b, torch.zeros(len(a), dtype=torch.int64), temperature_a, temperature_b, shard)
+    return both.kl_ab, both.kl_ba
 
 
 def check_statistics():
@@ -125,25 +63,12 @@ def check_gradients():
             assert (padding == 0).all()
 
 
-class _Sharded(torch.autograd.Function):
-    """full [T, V], the same on all ranks -> this rank's shard; backward sums over the ranks."""
-
-    @staticmethod
-    def forward(ctx, full):
-        ctx.vocab = full.shape[1]
-        return mine(full).detach()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return gathered(grad, ctx.vocab)[0].clone()
-
-
 def check_gradcheck():
     temperature, targets = mixed_temperatures()[:3], torch.tensor([0, 4, 2])
     full = random(3, 5, seed=3, scale=1.0, dtype=torch.float64).requires_grad_()
 
     def statistics(full):
-        return token_statistics(_Sharded.apply(full), targets, temperature, shard_of(5))
+        return token_statistics(Sharded.apply(full, 1), targets, temperature, shard_of(5))
 
     assert torch.autograd.gradcheck(statistics, (full,))
 
@@ -183,7 +108,7 @@ def check_kl():
             (mixed_temperatures(), mixed_temperatures(flip=True)),
         ):
             there, back = kl_divergence(mine(a), mine(b), temperature_a, temperature_b, shard_of(vocab))
-            assert there.dtype == back.dtype == torch.float32 and not there.requires_grad
+            assert there.dtype == back.dtype == torch.float32
             expected_there = plain_kl(a, b, temperature_a, temperature_b)
             expected_back = plain_kl(b, a, temperature_b, temperature_a)
             torch.testing.assert_close(there.double(), expected_there, rtol=1e-5, atol=2e-6)
@@ -228,75 +153,64 @@ def check_bfloat16_logits():
     assert local.grad.dtype == torch.bfloat16
 
 
+def check_pair_statistics():
+    """One call gives what two of `token_statistics` give, bit for bit, and the KL."""
+    a, b, targets = random(TOKENS, 131, seed=1), random(TOKENS, 131, seed=2), random_targets(131)
+    t_a, t_b = mixed_temperatures(), mixed_temperatures(flip=True)
+    both = pair_statistics(mine(a), mine(b), targets, t_a, t_b, shard_of(131))
+    for own, logits, temperature in ((both[:2], a, t_a), (both[2:4], b, t_b)):
+        alone = token_statistics(mine(logits), targets, temperature, shard_of(131))
+        assert all(torch.equal(x, y) for x, y in zip(own, alone, strict=True))
+    assert_same_bits_everywhere(*(value.detach() for value in both))
+
+
+def check_pair_gradcheck():
+    t_a, t_b, targets = mixed_temperatures()[:3], mixed_temperatures(flip=True)[:3], torch.tensor([0, 4, 2])
+    a, b = (random(3, 5, seed=seed, scale=1.0, dtype=torch.float64).requires_grad_() for seed in (3, 4))
+
+    def statistics(a, b):
+        return pair_statistics(Sharded.apply(a, 1), Sharded.apply(b, 1), targets, t_a, t_b, shard_of(5))
+
+    assert torch.autograd.gradcheck(statistics, (a, b))
+
+
 def check_collectives():
-    """One all-gather a call if the vocabulary is sharded, of 4 (KL: 6) floats a token; none in backward."""
-    names = ("all_gather", "all_reduce", "all_gather_into_tensor", "broadcast", "reduce_scatter_tensor", "all_to_all")
-    calls = []
-    originals = {name: getattr(dist, name) for name in names}
-
-    def counted(name, *args, **kwargs):
-        numel = args[1].numel() if name == "all_gather" else None
-        calls.append((name, numel))
-        return originals[name](*args, **kwargs)
-
+    """One all-gather a call if the vocabulary is sharded, of 4 (pair: 14) floats a token; none in backward."""
     full, targets, temperature = random(TOKENS, 131, seed=6), random_targets(131), torch.ones(TOKENS)
     local = mine(full)
-    for name in names:
-        setattr(dist, name, functools.partial(counted, name))
-    try:
-        logprobs, entropy = token_statistics(local, targets, temperature, shard_of(131))
-        forward, calls = calls, []
-        (logprobs + entropy).sum().backward()
-        backward, calls = calls, []
-        kl_divergence(local, local, temperature, temperature, shard_of(131))
-    finally:
-        for name in names:
-            setattr(dist, name, originals[name])
     sharded = ranks() > 1
-    assert forward == ([("all_gather", 4 * TOKENS)] if sharded else [])
-    assert backward == []
-    assert calls == ([("all_gather", 6 * TOKENS)] if sharded else [])
+    with counted_collectives() as calls:
+        logprobs, entropy = token_statistics(local, targets, temperature, shard_of(131))
+        assert calls == ([("all_gather_into_tensor", 4 * TOKENS)] if sharded else [])
+        calls.clear()
+        (logprobs + entropy).sum().backward()
+        assert calls == []
+        both = pair_statistics(local, local, targets, temperature, temperature, shard_of(131))
+        assert calls == ([("all_gather_into_tensor", 14 * TOKENS)] if sharded else [])
+        calls.clear()
+        sum(value.sum() for value in both).backward()
+        assert calls == []
 
 
-CHECKS = {
-    check.__name__.removeprefix("check_"): check
-    for check in (
-        check_statistics,
-        check_gradients,
-        check_gradcheck,
-        check_extreme_logits,
-        check_kl,
-        check_kl_of_extreme_logits,
-        check_kl_of_equal_logits,
-        check_bfloat16_logits,
-        check_collectives,
-    )
-}
-
-
-def run_checks(rank):
-    """Every check in one process group; its traceback if it failed. All ranks see the same numbers."""
-    from datetime import timedelta
-
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
-    try:
-        return {name: outcome(check) for name, check in CHECKS.items()}
-    finally:
-        dist.destroy_process_group()
-
-
-def outcome(check):
-    try:
-        check()
-    except Exception:
-        return traceback.format_exc()
-    return None
+CHECKS = named(
+    check_statistics,
+    check_gradients,
+    check_gradcheck,
+    check_extreme_logits,
+    check_kl,
+    check_kl_of_extreme_logits,
+    check_kl_of_equal_logits,
+    check_bfloat16_logits,
+    check_pair_statistics,
+    check_pair_gradcheck,
+    check_collectives,
+)
 
 
 @functools.cache
 def failures(tensor):
     """Check name -> traceback or None on every rank."""
-    return run_distributed(run_checks, tensor)
+    return run_distributed(run_checks, tensor, CHECKS)
 
 
 @pytest.mark.parametrize("name", CHECKS)

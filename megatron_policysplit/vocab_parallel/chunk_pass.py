@@ -1,0 +1,131 @@
+"""One chunk of tokens through a shard of the LM head: reduced to floats, or to the gradient of its logits.
+
+Two implementations: torch, which holds the chunk's logits, and Triton kernels on a GPU, which hold none.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_policysplit.vocab_parallel.reduction import Merged, logits_gradient, reduce_logits, reduce_pair
+
+if TYPE_CHECKING:
+    from megatron_policysplit.vocab_parallel.head import Head
+
+
+class ChunkPass(Protocol):
+    """hidden [C, H], targets and temperature [C]. What `reduce` gives beside the floats may be given to the others, as
+    long as no further chunk but the next has been reduced."""
+
+    def reduce(self, hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`reduction.reduce_logits` of the chunk, [4, C], and the chunk's logits [C, padded columns] if there are."""
+
+    def reduce_pair(
+        self, a: Tensor, b: Tensor, temperature_a: Tensor, temperature_b: Tensor, logits_a: Tensor | None
+    ) -> Tensor:
+        """`reduction.reduce_pair` of hidden states a and b [C, H], [6, C]."""
+
+    def gradient(
+        self,
+        hidden: Tensor,
+        logits: Tensor | None,
+        targets: Tensor,
+        temperature: Tensor,
+        merged: Merged,
+        by_logprob: Tensor,
+        by_entropy: Tensor | None,
+    ) -> Tensor:
+        """d loss / d logits [C, padded columns] in the dtype of `hidden`; `logits` may be overwritten by it."""
+
+
+def chunk_pass(head: Head) -> ChunkPass:
+    """How chunks of this head are computed."""
+    return TritonPass(head) if head.triton else TorchPass(head)
+
+
+class TorchPass:
+    """Matrix products of torch into buffers that take turns: the logits of this chunk and of the one before."""
+
+    def __init__(self, head: Head):
+        self._weight, self._shard, self._chunk = head.weight.detach(), head.shard, head.chunk
+        self._buffers: list[Tensor] = []
+
+    def reduce(self, hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._logits(hidden)
+        return reduce_logits(logits, targets, temperature, self._shard), logits
+
+    def reduce_pair(
+        self, a: Tensor, b: Tensor, temperature_a: Tensor, temperature_b: Tensor, logits_a: Tensor | None
+    ) -> Tensor:
+        if logits_a is None:
+            logits_a = self._logits(a)
+        logits_b = self._logits(b)
+        parts = reduce_pair(logits_a, logits_b, temperature_a, temperature_b, self._shard)
+        self._buffers.reverse()  # so that the buffer of `logits_a` is not the next to be overwritten
+        return parts
+
+    def gradient(
+        self,
+        hidden: Tensor,
+        logits: Tensor | None,
+        targets: Tensor,
+        temperature: Tensor,
+        merged: Merged,
+        by_logprob: Tensor,
+        by_entropy: Tensor | None,
+    ) -> Tensor:
+        if logits is None:
+            logits = self._logits(hidden)
+        return logits_gradient(logits, targets, temperature, merged, by_logprob, by_entropy, self._shard, out=logits)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[C, padded columns] in the buffer that was not used last."""
+        if len(self._buffers) < 2:
+            self._buffers.append(self._weight.new_empty(max(self._chunk, len(hidden)), len(self._weight)))
+        else:
+            self._buffers.reverse()
+        return torch.mm(hidden, self._weight.t(), out=self._buffers[-1][: len(hidden)])
+
+
+class TritonPass:
+    """Kernels that go over the vocabulary in tiles; only `gradient` writes something of the logits' size."""
+
+    def __init__(self, head: Head):
+        from megatron_policysplit.vocab_parallel import triton_head
+
+        self._kernels, self._weight, self._shard = triton_head, head.weight.detach(), head.shard
+
+    def reduce(self, hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, None]:
+        local = targets - self._shard.start
+        return self._kernels.reduce_head(hidden, self._weight, local, temperature, self._shard.columns), None
+
+    def reduce_pair(
+        self, a: Tensor, b: Tensor, temperature_a: Tensor, temperature_b: Tensor, logits_a: Tensor | None
+    ) -> Tensor:
+        return self._kernels.reduce_head_pair(a, b, self._weight, temperature_a, temperature_b, self._shard.columns)
+
+    def gradient(
+        self,
+        hidden: Tensor,
+        logits: Tensor | None,
+        targets: Tensor,
+        temperature: Tensor,
+        merged: Merged,
+        by_logprob: Tensor,
+        by_entropy: Tensor | None,
+    ) -> Tensor:
+        return self._kernels.head_gradient(
+            hidden,
+            self._weight,
+            targets - self._shard.start,
+            temperature,
+            self._shard.columns,
+            merged.top,
+            merged.log_total,
+            merged.entropy,
+            by_logprob,
+            by_entropy,
+        )

@@ -1,0 +1,124 @@
+"""A policy loss from hidden states in one pass: the chunk that makes the logits makes their gradient too.
+
+The loss is a sum over tokens of a known function of a token's own log-prob and entropy; its weights hold the global
+denominators, so nothing that comes later can change a token's gradient but a common factor. Forward therefore computes
+both gradients; backward multiplies them by that factor and hands them on. While a chunk's floats are gathered from the
+other ranks, the next chunk's logits are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_policysplit.vocab_parallel.chunk_pass import chunk_pass
+from megatron_policysplit.vocab_parallel.head import Head
+from megatron_policysplit.vocab_parallel.reduction import Merged, merge, statistics_dtype
+from megatron_policysplit.vocab_parallel.shard import Gathering
+from megatron_policysplit.vocab_parallel.weight_gradient import WeightGradient
+
+# (tokens of the call, log-probs, entropy) -> the sum of their losses, a scalar with gradient in the last two
+TokenLoss = Callable[[slice, Tensor, Tensor], Tensor]
+
+
+class FusedLoss(NamedTuple):
+    """loss: scalar with gradient. logprobs, entropy [T]: nats, without."""
+
+    loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def fused_loss(head: Head, hidden: Tensor, targets: Tensor, temperature: Tensor, token_loss: TokenLoss) -> FusedLoss:
+    """The sum of `token_loss` over hidden states [T, H] at targets [T] (int64, global ids) and temperature [T].
+
+    token_loss(span, logprobs, entropy) gets the chunks in order, `span` of the T tokens each, and must not look beyond
+    its arguments' tokens; it is called once per chunk, also where no gradient is wanted. The loss is differentiable in
+    `hidden` and `head.weight`, once. Collectives: an all-gather of 4 floats a token per chunk, overlapped with the next
+    chunk's matrix product; in backward one all-reduce of the gradient of `hidden`.
+    """
+    return FusedLoss(*_FusedLoss.apply(hidden, head.weight, targets, temperature, head, token_loss))
+
+
+@dataclass
+class _Chunk:
+    """A chunk whose floats are on their way."""
+
+    span: slice
+    logits: Tensor | None
+    gathering: Gathering
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Forward communicates once a chunk (all-gather), backward once (all-reduce of [T, H])."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, head, token_loss):
+        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        temperature = temperature.to(statistics_dtype(hidden))
+        passing = chunk_pass(head)
+        grad_hidden = torch.empty_like(hidden) if needed else None
+        total = WeightGradient(weight) if needed else None
+        loss = temperature.new_zeros(())
+        logprobs, entropy = torch.empty_like(temperature), torch.empty_like(temperature)
+        for chunk in _ahead(_reduced(passing, head, hidden, targets, temperature)):
+            span = chunk.span
+            merged = merge(chunk.gathering.wait()[0], temperature[span])
+            logprobs[span], entropy[span] = merged.logprobs, merged.entropy
+            part, by_logprob, by_entropy = _slopes(token_loss, span, merged, needed)
+            loss += part
+            if needed:
+                at = hidden[span], chunk.logits, targets[span], temperature[span]
+                grad = passing.gradient(*at, merged, by_logprob, by_entropy)
+                torch.mm(grad, weight, out=grad_hidden[span])
+                total.add(grad, hidden[span])
+        ctx.head, ctx.grad_hidden, ctx.total = head, grad_hidden, total
+        ctx.mark_non_differentiable(logprobs, entropy)
+        return loss, logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale, *unused):
+        if ctx.total is None:
+            raise RuntimeError("the gradients of a fused loss have been handed on already: call backward once")
+        grad_hidden, total = ctx.grad_hidden, ctx.total
+        ctx.grad_hidden = ctx.total = None
+        grad_hidden = ctx.head.sum_over_ranks(grad_hidden.mul_(scale))
+        return grad_hidden, total.deliver(scale), None, None, None, None
+
+
+def _reduced(passing, head: Head, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Iterator[_Chunk]:
+    for span in head.chunks(len(hidden)):
+        parts, logits = passing.reduce(hidden[span], targets[span], temperature[span])
+        yield _Chunk(span, logits, Gathering([parts], head.shard))
+
+
+def _ahead(chunks: Iterator[_Chunk]) -> Iterator[_Chunk]:
+    """The same chunks, each handed out only when the next one has been begun."""
+    before = None
+    for chunk in chunks:
+        if before is not None:
+            yield before
+        before = chunk
+    if before is not None:
+        yield before
+
+
+def _slopes(token_loss: TokenLoss, span: slice, merged: Merged, needed: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The chunk's loss, and its derivatives by the log-probs and, if it has any, by the entropies; [C] each."""
+    logprobs, entropy = merged.logprobs.detach(), merged.entropy.detach()
+    with torch.enable_grad():
+        logprobs.requires_grad_(needed)
+        entropy.requires_grad_(needed)
+        loss = token_loss(span, logprobs, entropy)
+    if not needed or not loss.requires_grad:
+        return loss.detach(), torch.zeros_like(logprobs), None
+    by_logprob, by_entropy = torch.autograd.grad(loss, (logprobs, entropy), allow_unused=True)
+    if by_logprob is None:
+        by_logprob = torch.zeros_like(logprobs)
+    return loss.detach(), by_logprob, by_entropy

@@ -1,0 +1,221 @@
+"""The LM head without its logits: statistics from hidden states, a chunk of tokens at a time.
+
+Logits [chunk, V / TP] exist for one chunk; what is kept for the tokens of a whole call is a few floats each. `score`
+is forward only. `head_statistics` and `head_pair_statistics` are differentiable: their backward makes the logits again,
+chunk by chunk. `fused_loss` (its own file) needs no second pass. Only rows that count should be passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_policysplit.vocab_parallel.chunk_pass import chunk_pass
+from megatron_policysplit.vocab_parallel.reduction import (
+    Merged,
+    MergedPair,
+    merge,
+    merge_pair,
+    pair_gradient,
+    statistics_dtype,
+)
+from megatron_policysplit.vocab_parallel.shard import Gathering, VocabularyShard
+from megatron_policysplit.vocab_parallel.statistics import PairStatistics
+from megatron_policysplit.vocab_parallel.weight_gradient import WeightGradient
+
+
+@dataclass(frozen=True)
+class Head:
+    """A rank's shard of the LM head: weight [padded columns, H], chunk: tokens whose logits exist at a time.
+
+    reduces_hidden: backward sums the gradient of the hidden states over the ranks (one all-reduce). Off where the
+    hidden states come from `gather_sequence`, whose backward sums and scatters. triton: by kernels that hold no logits
+    (a GPU, operands of at most 32 bits).
+    """
+
+    weight: Tensor
+    shard: VocabularyShard
+    chunk: int
+    reduces_hidden: bool = True
+    triton: bool = False
+
+    def chunks(self, tokens: int) -> Iterator[slice]:
+        return (slice(start, min(start + self.chunk, tokens)) for start in range(0, tokens, self.chunk))
+
+    def sum_over_ranks(self, grad_hidden: Tensor) -> Tensor:
+        """The gradient of the hidden states [T, H], of which each rank has its columns' part, in place."""
+        if self.reduces_hidden and self.shard.ranks > 1:
+            dist.all_reduce(grad_hidden, group=self.shard.group)
+        return grad_hidden
+
+
+@dataclass(frozen=True)
+class Partner:
+    """The other policy at tokens [start, start + L) of a call: hidden states [L, H] and temperature [L]."""
+
+    start: int
+    hidden: Tensor
+    temperature: Tensor
+
+
+class Scores(NamedTuple):
+    """logprobs, entropy [T]; kl: for each partner KL(own || partner's) and KL(partner's || own), [L] each. Nats."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    kl: list[tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def score(head: Head, hidden: Tensor, targets: Tensor, temperature: Tensor, partners: Sequence[Partner] = ()) -> Scores:
+    """Statistics of hidden [T, H] at targets [T] (int64, global ids) and temperature [T], and exact KL to partners.
+
+    One all-gather for the whole call. A token's bits depend on its chunk alone, not on partners.
+    """
+    passing = chunk_pass(head)
+    dtype = statistics_dtype(hidden)
+    temperature = temperature.to(dtype)
+    parts = hidden.new_empty(4, len(hidden), dtype=dtype)
+    pairs = [hidden.new_empty(6, len(partner.hidden), dtype=dtype) for partner in partners]
+    for span in head.chunks(len(hidden)):
+        parts[:, span], logits = passing.reduce(hidden[span], targets[span], temperature[span])
+        for partner, pair in zip(partners, pairs, strict=True):
+            start = max(span.start, partner.start)
+            stop = min(span.stop, partner.start + len(partner.hidden))
+            if start < stop:
+                theirs = slice(start - partner.start, stop - partner.start)
+                ours = slice(start - span.start, stop - span.start)
+                pair[:, theirs] = passing.reduce_pair(
+                    hidden[start:stop],
+                    partner.hidden[theirs],
+                    temperature[start:stop],
+                    partner.temperature[theirs].to(dtype),
+                    None if logits is None else logits[ours],
+                )
+    gathered, *gathered_pairs = Gathering([parts, *pairs], head.shard).wait()
+    merged = merge(gathered, temperature)
+    kl = []
+    for partner, pair in zip(partners, gathered_pairs, strict=True):
+        own = temperature[partner.start : partner.start + len(partner.hidden)]
+        both = merge_pair(pair, own, partner.temperature.to(dtype))
+        kl.append((both.kl_ab, both.kl_ba))
+    return Scores(merged.logprobs, merged.entropy, kl)
+
+
+def head_statistics(head: Head, hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-prob of the target and entropy, nats: ([T], [T]); differentiable in `hidden` [T, H] and `head.weight`.
+
+    Forward: one all-gather. Backward makes the logits again; one all-reduce, of the gradient of `hidden`.
+    """
+    return _HeadStatistics.apply(hidden, head.weight, targets, temperature, head)
+
+
+def head_pair_statistics(
+    head: Head, hidden_a: Tensor, hidden_b: Tensor, targets: Tensor, temperature_a: Tensor, temperature_b: Tensor
+) -> PairStatistics:
+    """Statistics of two policies at the same tokens and the exact KL between them, [T] each; all differentiable in
+    both hidden states [T, H] and in `head.weight`.
+
+    Forward: one all-gather. Backward makes the logits again; one all-reduce, of both gradients together.
+    """
+    return PairStatistics(
+        *_HeadPairStatistics.apply(hidden_a, hidden_b, head.weight, targets, temperature_a, temperature_b, head)
+    )
+
+
+class _HeadStatistics(torch.autograd.Function):
+    """Forward communicates once (all-gather of floats per token), backward once (all-reduce of [T, H])."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, head):
+        ctx.set_materialize_grads(False)
+        passing, dtype = chunk_pass(head), statistics_dtype(hidden)
+        temperature = temperature.to(dtype)
+        parts = hidden.new_empty(4, len(hidden), dtype=dtype)
+        for span in head.chunks(len(hidden)):
+            parts[:, span], _ = passing.reduce(hidden[span], targets[span], temperature[span])
+        merged = merge(Gathering([parts], head.shard).wait()[0], temperature)
+        ctx.head = head
+        ctx.save_for_backward(hidden, weight, targets, temperature, *vars(merged).values())
+        return merged.logprobs, merged.entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, by_logprob, by_entropy):
+        hidden, weight, targets, temperature, *kept = ctx.saved_tensors
+        head, merged = ctx.head, Merged(*kept)
+        if by_logprob is None:
+            by_logprob = torch.zeros_like(merged.logprobs)
+        passing, total, grad_hidden = chunk_pass(head), WeightGradient(weight), torch.empty_like(hidden)
+        for span in head.chunks(len(hidden)):
+            grad = passing.gradient(
+                hidden[span],
+                None,
+                targets[span],
+                temperature[span],
+                _cut(merged, span),
+                by_logprob[span],
+                None if by_entropy is None else by_entropy[span],
+            )
+            torch.mm(grad, weight, out=grad_hidden[span])
+            total.add(grad, hidden[span])
+        return head.sum_over_ranks(grad_hidden), total.deliver(), None, None, None
+
+
+class _HeadPairStatistics(torch.autograd.Function):
+    """Forward communicates once (all-gather of floats per token), backward once (all-reduce of [2, T, H])."""
+
+    @staticmethod
+    def forward(ctx, hidden_a, hidden_b, weight, targets, temperature_a, temperature_b, head):
+        passing, dtype = chunk_pass(head), statistics_dtype(hidden_a)
+        both, temperatures = (hidden_a, hidden_b), (temperature_a.to(dtype), temperature_b.to(dtype))
+        parts = [hidden_a.new_empty(count, len(hidden_a), dtype=dtype) for count in (4, 4, 6)]
+        for span in head.chunks(len(hidden_a)):
+            for hidden, temperature, part in zip(both, temperatures, parts[:2], strict=True):
+                part[:, span], _ = passing.reduce(hidden[span], targets[span], temperature[span])
+            t_a, t_b = (temperature[span] for temperature in temperatures)
+            parts[2][:, span] = passing.reduce_pair(hidden_a[span], hidden_b[span], t_a, t_b, None)
+        gathered_a, gathered_b, gathered_pair = Gathering(parts, head.shard).wait()
+        merged_a, merged_b = merge(gathered_a, temperatures[0]), merge(gathered_b, temperatures[1])
+        pair = merge_pair(gathered_pair, *temperatures)
+        ctx.head = head
+        kept = [value for merged in (merged_a, merged_b, pair) for value in vars(merged).values()]
+        ctx.save_for_backward(hidden_a, hidden_b, weight, targets, *temperatures, *kept)
+        own = (merged_a.logprobs, merged_a.entropy, merged_b.logprobs, merged_b.entropy)
+        return (*own, pair.kl_ab, pair.kl_ba)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, by_logprob_a, by_entropy_a, by_logprob_b, by_entropy_b, by_kl_ab, by_kl_ba):
+        hidden_a, hidden_b, weight, targets, t_a, t_b, *kept = ctx.saved_tensors
+        head, merged_a, merged_b, pair = ctx.head, Merged(*kept[:4]), Merged(*kept[4:8]), MergedPair(*kept[8:])
+        passing, total = chunk_pass(head), WeightGradient(weight)
+        grad_hidden = torch.empty(2, *hidden_a.shape, dtype=hidden_a.dtype, device=hidden_a.device)
+        for span in head.chunks(len(hidden_a)):
+            a, b = (hidden[span] @ weight.t() for hidden in (hidden_a, hidden_b))
+            to_a = passing.gradient(
+                hidden_a[span], a.clone(), targets[span], t_a[span], _cut(merged_a, span), by_logprob_a[span],
+                by_entropy_a[span],
+            )  # fmt: skip
+            to_b = passing.gradient(
+                hidden_b[span], b.clone(), targets[span], t_b[span], _cut(merged_b, span), by_logprob_b[span],
+                by_entropy_b[span],
+            )  # fmt: skip
+            pair_gradient(
+                a, b, t_a[span], t_b[span], _cut(pair, span), by_kl_ab[span], by_kl_ba[span], head.shard, to_a, to_b
+            )
+            for own, hidden, grad in zip(grad_hidden, (hidden_a, hidden_b), (to_a, to_b), strict=True):
+                torch.mm(grad, weight, out=own[span])
+                total.add(grad, hidden[span])
+        to_hidden_a, to_hidden_b = head.sum_over_ranks(grad_hidden)
+        return to_hidden_a, to_hidden_b, total.deliver(), None, None, None, None
+
+
+def _cut(merged: Merged | MergedPair, span: slice):
+    return type(merged)(*(value[span] for value in vars(merged).values()))

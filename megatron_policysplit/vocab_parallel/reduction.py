@@ -1,0 +1,205 @@
+"""The algebra: a shard of logits reduced to a few floats per token, shards merged, and the gradient of the logits.
+
+With z the logits of a token, t its temperature and m = max z over the columns of a shard, x = (z - m) / t and
+e = exp(x). A shard gives m, sum e, sum e x and z at the target; so does, with other m, the whole row, whose sums are
+the shards' sums brought to a common m. Then with s = log sum e of the row:
+
+    log p(target) = (z_target - m) / t - s        entropy = s - E[x]
+    KL(a || b) = E_a[x_a - x_b] - (s_a - s_b)     which is exactly 0 for equal logits
+
+Subtracting m before dividing by t costs no digits however far all logits are from 0. Everything here works on rows a
+few at a time, so that what it needs beside its input and output stays in a processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_policysplit.vocab_parallel.shard import VocabularyShard
+
+TILE_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Of whole rows, [T] each: log_p of any column is (z - top) / temperature - log_total. Nats."""
+
+    top: Tensor
+    log_total: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
+class MergedPair:
+    """Of two policies a and b at the same tokens, [T] each: KL(a || b) and KL(b || a), nats; and what their gradients
+    need: log p of policy a is (z_a - top_a) / temperature_a - log_total_a."""
+
+    kl_ab: Tensor
+    kl_ba: Tensor
+    top_a: Tensor
+    log_total_a: Tensor
+    top_b: Tensor
+    log_total_b: Tensor
+
+
+def statistics_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def reduce_logits(logits: Tensor, targets: Tensor, temperature: Tensor, shard: VocabularyShard) -> Tensor:
+    """[4, T]: m, sum e, sum e x, z at the target (0 where another rank has it), of logits [T, padded columns]."""
+    parts = logits.new_empty(4, len(logits), dtype=statistics_dtype(logits))
+    local, owned = _local(targets, shard)
+    for rows in _tiles(logits):
+        z = _true_columns(logits[rows], shard)
+        highest, x = _shift(z, temperature[rows])
+        e = x.exp()
+        parts[0, rows], parts[1, rows], parts[2, rows] = highest, e.sum(1), x.mul_(e).sum(1)
+        at_target = z.gather(1, local[rows, None])[:, 0] if shard.columns else highest
+        parts[3, rows] = at_target.where(owned[rows], 0.0)
+    return parts
+
+
+def reduce_pair(a: Tensor, b: Tensor, temperature_a: Tensor, temperature_b: Tensor, shard: VocabularyShard) -> Tensor:
+    """[6, T]: m_a, sum e_a, sum e_a (x_a - x_b), m_b, sum e_b, sum e_b (x_b - x_a), of two [T, padded columns]."""
+    parts = a.new_empty(6, len(a), dtype=statistics_dtype(a))
+    for rows in _tiles(a):
+        highest_a, x_a = _shift(_true_columns(a[rows], shard), temperature_a[rows])
+        highest_b, x_b = _shift(_true_columns(b[rows], shard), temperature_b[rows])
+        e_a, e_b, d = x_a.exp(), x_b.exp(), x_a.sub_(x_b)
+        parts[0, rows], parts[1, rows], parts[2, rows] = highest_a, e_a.sum(1), (e_a * d).sum(1)
+        parts[3, rows], parts[4, rows], parts[5, rows] = highest_b, e_b.sum(1), -(e_b * d).sum(1)
+    return parts
+
+
+def merge(gathered: Tensor, temperature: Tensor) -> Merged:
+    """From `reduce_logits` of every shard, [shards, 4, T]; temperature [T]. The same bits wherever it is done."""
+    top, step = _steps(gathered[:, 0], temperature)
+    log_total, mean = _merge(gathered[:, 1], gathered[:, 2], step, step)
+    logprobs = (gathered[:, 3].sum(0) - top) / temperature - log_total
+    return Merged(top, log_total, logprobs, log_total - mean)
+
+
+def merge_pair(gathered: Tensor, temperature_a: Tensor, temperature_b: Tensor) -> MergedPair:
+    """From `reduce_pair` of every shard, [shards, 6, T]. In fp64: the sums can be large, their difference small."""
+    dtype, gathered = gathered.dtype, gathered.double()
+    top_a, step_a = _steps(gathered[:, 0], temperature_a.double())
+    top_b, step_b = _steps(gathered[:, 3], temperature_b.double())
+    log_a, mean_a = _merge(gathered[:, 1], gathered[:, 2], step_a, step_a - step_b)
+    log_b, mean_b = _merge(gathered[:, 4], gathered[:, 5], step_b, step_b - step_a)
+    gap = log_a - log_b
+    merged = (mean_a - gap, mean_b + gap, top_a, log_a, top_b, log_b)
+    return MergedPair(*(value.to(dtype) for value in merged))
+
+
+def logits_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: Tensor,
+    merged: Merged,
+    by_logprob: Tensor,
+    by_entropy: Tensor | None,
+    shard: VocabularyShard,
+    out: Tensor,
+) -> Tensor:
+    """d loss / d logits into `out` [T, padded columns], which may be `logits` itself.
+
+    by_logprob, by_entropy [T]: d loss / d logprobs and d entropy; None for an entropy without gradient. Padding
+    columns get 0. dlogp/dz = (1[target] - p) / t; dH/dz = -p (log p + H) / t.
+    """
+    local, owned = _local(targets, shard)
+    for rows in _tiles(logits):
+        log_p = _log_p(logits[rows], temperature[rows], merged.top[rows], merged.log_total[rows], shard)
+        if by_entropy is None:
+            grad = log_p.exp_().mul_(-by_logprob[rows, None])
+        else:
+            p = log_p.exp()
+            slope = log_p.add_(merged.entropy[rows, None]).mul_(by_entropy[rows, None]).add_(by_logprob[rows, None])
+            grad = p.mul_(slope).neg_()
+        if shard.columns:
+            grad.scatter_add_(1, local[rows, None], by_logprob[rows].where(owned[rows], 0.0)[:, None])
+        out[rows, : shard.columns] = grad.div_(temperature[rows, None])
+    out[:, shard.columns :] = 0
+    return out
+
+
+def pair_gradient(
+    a: Tensor,
+    b: Tensor,
+    temperature_a: Tensor,
+    temperature_b: Tensor,
+    merged: MergedPair,
+    by_kl_ab: Tensor,
+    by_kl_ba: Tensor,
+    shard: VocabularyShard,
+    add_to_a: Tensor,
+    add_to_b: Tensor,
+) -> None:
+    """Add d loss / d z_a and d loss / d z_b to two [T, padded columns]; by_kl_* [T]: d loss / d KL.
+
+    With L = log p_a - log p_b: dKL(a||b)/dz_a = p_a (L - KL(a||b)) / t_a and dKL(a||b)/dz_b = (p_b - p_a) / t_b.
+    """
+    for rows in _tiles(a):
+        log_a = _log_p(a[rows], temperature_a[rows], merged.top_a[rows], merged.log_total_a[rows], shard)
+        log_b = _log_p(b[rows], temperature_b[rows], merged.top_b[rows], merged.log_total_b[rows], shard)
+        p_a, p_b, gap = log_a.exp(), log_b.exp(), log_a - log_b
+        ab, ba = by_kl_ab[rows, None], by_kl_ba[rows, None]
+        to_a = p_a * (gap - merged.kl_ab[rows, None]) * ab + (p_a - p_b) * ba
+        to_b = p_b * (-gap - merged.kl_ba[rows, None]) * ba + (p_b - p_a) * ab
+        add_to_a[rows, : shard.columns] += to_a / temperature_a[rows, None]
+        add_to_b[rows, : shard.columns] += to_b / temperature_b[rows, None]
+
+
+def _tiles(logits: Tensor) -> Iterator[slice]:
+    """Rows of `logits` that make about TILE_ELEMENTS."""
+    height = max(1, TILE_ELEMENTS.get(logits.device.type, 2**25) // max(1, logits.shape[1]))
+    return (slice(start, min(start + height, len(logits))) for start in range(0, len(logits), height))
+
+
+def _local(targets: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
+    """Targets as columns of the shard, clamped into it, and whether they are in it; [T] each."""
+    local = targets - shard.start
+    return local.clamp(0, max(0, shard.columns - 1)), (local >= 0) & (local < shard.columns)
+
+
+def _true_columns(logits: Tensor, shard: VocabularyShard) -> Tensor:
+    return logits[:, : shard.columns].to(statistics_dtype(logits))
+
+
+def _shift(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """m [T] and x [T, v], a new tensor. m is minus infinity if the shard is empty."""
+    highest = z.max(1).values if z.shape[1] else z.new_full((len(z),), -torch.inf)
+    return highest, (z - highest[:, None]).div_(temperature[:, None])
+
+
+def _log_p(logits: Tensor, temperature: Tensor, top: Tensor, log_total: Tensor, shard: VocabularyShard) -> Tensor:
+    """log p of the shard's columns [T, v], a new tensor."""
+    z = _true_columns(logits, shard)
+    return (z - top[:, None]).div_(temperature[:, None]).sub_(log_total[:, None])
+
+
+def _steps(highest: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """From the shards' maxima [shards, T]: the row's, [T], and how far each lies below it, [shards, T] (<= 0).
+
+    An empty shard is no step below; its sums are 0 anyway.
+    """
+    top = highest.max(0).values
+    step = (highest - top) / temperature
+    return top, step.where(highest != -torch.inf, 0.0)
+
+
+def _merge(total: Tensor, moment: Tensor, step: Tensor, moment_step: Tensor) -> tuple[Tensor, Tensor]:
+    """Shards' [shards, T] to (log sum e, E[x]) over the whole row, [T] each.
+
+    total: a shard's sum e; moment: its sum e x. step, moment_step: what the shifted logits and x gain when the shift
+    is the row's.
+    """
+    scale = step.exp()
+    total_all = (scale * total).sum(0)
+    moment_all = (scale * (moment + moment_step * total)).sum(0)
+    return total_all.log(), moment_all / total_all

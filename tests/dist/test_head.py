@@ -1,0 +1,347 @@
+"""The chunked LM head and the fused loss against plain torch on all logits, in real process groups."""
+
+import functools
+
+import pytest
+import torch
+
+from megatron_policysplit.vocab_parallel.fused_loss import fused_loss
+from megatron_policysplit.vocab_parallel.head import Head, Partner, head_pair_statistics, head_statistics, score
+from tests.support.dist import run_distributed
+from tests.support.vocabulary import (
+    SIZES,
+    Sharded,
+    assert_same_bits_everywhere,
+    counted_collectives,
+    mine,
+    named,
+    plain_kl,
+    plain_statistics,
+    random,
+    ranks,
+    run_checks,
+    shard_of,
+)
+
+TOKENS, HIDDEN = 70, 6
+CHUNKS = (1, 7, 64, TOKENS)
+
+
+def inputs(vocab, dtype=torch.float32, tokens=TOKENS):
+    """hidden [T, H], weight [V, H], targets with the first and the last id, temperatures 0.6 and 1 in turn."""
+    hidden, weight = random(tokens, HIDDEN, seed=1, scale=1.0, dtype=dtype), random(vocab, HIDDEN, seed=2, dtype=dtype)
+    targets = torch.randint(0, vocab, (tokens,), generator=torch.Generator().manual_seed(3))
+    targets[0], targets[1] = 0, vocab - 1
+    return hidden, weight, targets, torch.tensor([0.6, 1.0]).repeat(tokens)[:tokens]
+
+
+def head_of(weight, chunk):
+    """This rank's rows of a weight [V, H], as a leaf; garbage in the rows of padding."""
+    return Head(mine(weight.t()).detach().t().contiguous().requires_grad_(), shard_of(len(weight)), chunk)
+
+
+def sharded_head(weight, chunk):
+    """The same, connected with the whole weight."""
+    return Head(Sharded.apply(weight, 0), shard_of(len(weight)), chunk)
+
+
+def rows_of(head, vocab, grad):
+    """The true rows of this rank, of a gradient of the whole weight; padding must have 0 of its own."""
+    start, columns = head.shard.start, head.shard.columns
+    assert (head.weight.grad[columns:] == 0).all()
+    return head.weight.grad[:columns], grad[start : start + columns]
+
+
+def curved(span, logprobs, entropy):
+    """A loss per token that is linear in nothing and different for every token."""
+    factor = torch.linspace(0.5, 1.5, TOKENS, dtype=logprobs.dtype)[span]
+    return (factor * (torch.exp(0.3 * logprobs) - 0.2 * entropy**2)).sum()
+
+
+def check_score():
+    for vocab in SIZES:
+        hidden, weight, targets, temperature = inputs(vocab)
+        expected = plain_statistics(hidden.double() @ weight.double().t(), targets, temperature)
+        by_chunk = [score(head_of(weight, chunk), hidden, targets, temperature) for chunk in CHUNKS]
+        for got in by_chunk:
+            assert got.logprobs.dtype == torch.float32 and not got.logprobs.requires_grad
+            for value, truth, reference in zip(got[:2], expected, by_chunk[0][:2], strict=True):
+                torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(value, reference, rtol=1e-6, atol=1e-6)
+            assert_same_bits_everywhere(got.logprobs, got.entropy)
+
+
+def check_score_with_partners():
+    """Two responses of the call have been seen under another prompt; one of them crosses chunks."""
+    for vocab in SIZES:
+        hidden, weight, targets, temperature = inputs(vocab)
+        other = hidden + random(*hidden.shape, seed=9, scale=0.1)
+        spans = (slice(0, 5), slice(20, 69))
+        flipped = temperature.flip(0)
+        partners = [Partner(span.start, other[span], flipped[span]) for span in spans]
+        for chunk in CHUNKS:
+            got = score(head_of(weight, chunk), hidden, targets, temperature, partners)
+            alone = score(head_of(weight, chunk), hidden, targets, temperature)
+            assert torch.equal(got.logprobs, alone.logprobs) and torch.equal(got.entropy, alone.entropy)
+            for span, (there, back) in zip(spans, got.kl, strict=True):
+                a, b = (states[span].double() @ weight.double().t() for states in (hidden, other))
+                t_a, t_b = temperature[span], flipped[span]
+                torch.testing.assert_close(there.double(), plain_kl(a, b, t_a, t_b), rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(back.double(), plain_kl(b, a, t_b, t_a), rtol=1e-4, atol=1e-5)
+                assert_same_bits_everywhere(there, back)
+
+
+def check_equal_partners():
+    """KL of exactly 0, and several partners at the same tokens do not disturb each other."""
+    hidden, weight, targets, temperature = inputs(131)
+    near = hidden + 0.1
+    partners = [Partner(3, states[3:60], temperature[3:60]) for states in (hidden, near, hidden)]
+    for chunk in CHUNKS:
+        first, second, third = score(head_of(weight, chunk), hidden, targets, temperature, partners).kl
+        assert all((value == 0).all() for value in (*first, *third)) and (second[0] > 0).all()
+
+
+def check_extreme_logits():
+    for vocab in SIZES:
+        hidden, weight, targets, temperature = inputs(vocab)
+        weight[0] *= 3e3
+        head = head_of(weight, 16)
+        leaf = hidden.clone().requires_grad_()
+        loss, logprobs, entropy = fused_loss(head, leaf, targets, temperature, lambda span, lp, h: lp.sum() + h.sum())
+        loss.backward()
+        expected = plain_statistics(hidden.double() @ weight.double().t(), targets, temperature)
+        torch.testing.assert_close(logprobs.double(), expected[0], rtol=1e-5, atol=1e-2)
+        assert all(value.isfinite().all() for value in (logprobs, entropy, leaf.grad, head.weight.grad))
+
+
+def check_gradients():
+    """Of log-prob and entropy, each alone and both, by recomputation and by the fused loss; any chunk."""
+    for vocab in SIZES:
+        hidden, weight, targets, temperature = inputs(vocab)
+        for use in ((1, 0), (0, 1), (1, 1)):
+
+            def loss_of(span, logprobs, entropy, use=use):
+                parts = [torch.exp(0.3 * logprobs), -0.2 * entropy**2]
+                return sum(part.sum() for part, used in zip(parts, use, strict=True) if used)
+
+            plain = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
+            whole = slice(0, TOKENS)
+            truth = loss_of(whole, *plain_statistics(plain[0] @ plain[1].t(), targets, temperature))
+            truth.backward()
+            for chunk in CHUNKS:
+                for fused in (False, True):
+                    head, leaf = head_of(weight, chunk), hidden.clone().requires_grad_()
+                    if fused:
+                        loss = fused_loss(head, leaf, targets, temperature, loss_of).loss
+                    else:
+                        loss = loss_of(whole, *head_statistics(head, leaf, targets, temperature))
+                    (2.0 * loss).backward()
+                    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-5)
+                    torch.testing.assert_close(leaf.grad.double(), 2 * plain[0].grad, rtol=1e-4, atol=1e-4)
+                    got, expected = rows_of(head, vocab, 2 * plain[1].grad)
+                    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+                    assert_same_bits_everywhere(leaf.grad)
+
+
+def gradcheck(function, *tensors):
+    assert torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in tensors])
+
+
+def check_gradcheck_of_statistics():
+    hidden, weight, targets, temperature = inputs(5, torch.float64, tokens=4)
+    gradcheck(lambda h, w: head_statistics(sharded_head(w, 3), h, targets, temperature), hidden, weight)
+
+
+def check_gradcheck_of_pairs():
+    hidden, weight, targets, temperature = inputs(5, torch.float64, tokens=4)
+    other = random(4, HIDDEN, seed=8, scale=1.0, dtype=torch.float64)
+
+    def statistics(a, b, w):
+        return head_pair_statistics(sharded_head(w, 3), a, b, targets, temperature, temperature.flip(0))
+
+    gradcheck(statistics, hidden, other, weight)
+
+
+class Anew(torch.autograd.Function):
+    """`function` of tensors, evaluated again for every backward: gradcheck goes backward more than once."""
+
+    @staticmethod
+    def forward(ctx, function, *tensors):
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        return function(*tensors).detach()
+
+    @staticmethod
+    def backward(ctx, scale):
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            return None, *torch.autograd.grad(ctx.function(*leaves), leaves, scale)
+
+
+def check_gradcheck_of_the_fused_loss():
+    hidden, weight, targets, temperature = inputs(5, torch.float64, tokens=4)
+
+    def loss(h, w):
+        return fused_loss(sharded_head(w, 3), h, targets, temperature, curved).loss
+
+    gradcheck(lambda h, w: Anew.apply(loss, h, w), hidden, weight)
+
+
+def check_training_sees_what_scoring_saw():
+    """Bit for bit: the first ratio of a policy loss is 1."""
+    for vocab in SIZES:
+        hidden, weight, targets, temperature = inputs(vocab)
+        for chunk in CHUNKS:
+            head = head_of(weight, chunk)
+            partners = [Partner(0, hidden[:30].flip(0), temperature[:30])]
+            before = score(head, hidden, targets, temperature, partners)
+            seen = fused_loss(head, hidden.clone().requires_grad_(), targets, temperature, curved)
+            assert torch.equal(before.logprobs, seen.logprobs) and torch.equal(before.entropy, seen.entropy)
+
+
+def check_main_grad():
+    """The gradient is added to it, the hook fires, and a gradient that comes by autograd is not lost (tied weights)."""
+    hidden, weight, targets, temperature = inputs(131)
+    plain = head_of(weight, 16)
+    fused_loss(plain, hidden.clone().requires_grad_(), targets, temperature, curved).loss.backward()
+    for tied in (False, True):
+        head = head_of(weight, 16)
+        head.weight.main_grad = torch.ones_like(head.weight)
+        fired = []
+
+        def hook(parameter, fired=fired):  # as Megatron's DDP does
+            parameter.main_grad.add_(parameter.grad)
+            parameter.grad = None
+            fired.append(True)
+
+        head.weight.register_post_accumulate_grad_hook(hook)
+        loss = fused_loss(head, hidden.clone().requires_grad_(), targets, temperature, curved).loss
+        if tied:
+            loss = loss + 3.0 * head.weight.sum()
+        loss.backward()
+        assert fired == [True]
+        torch.testing.assert_close(head.weight.main_grad, plain.weight.grad + (4.0 if tied else 1.0))
+
+
+def check_bfloat16():
+    """Operands in bf16, statistics and main_grad in fp32: near the fp32 result, and the hidden gradient is bf16."""
+    hidden, weight, targets, temperature = inputs(131)
+    hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    exact, rounded = head_of(weight.float(), 16), head_of(weight, 16)
+    rounded.weight.main_grad = torch.zeros(rounded.weight.shape)
+    leaf = hidden.clone().requires_grad_()
+    got = fused_loss(rounded, leaf, targets, temperature, curved)
+    truth = fused_loss(exact, hidden.float().requires_grad_(), targets, temperature, curved)
+    got.loss.backward()
+    truth.loss.backward()
+    assert got.logprobs.dtype == torch.float32 and leaf.grad.dtype == rounded.weight.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(got.logprobs, truth.logprobs, rtol=0.02, atol=0.1)
+    difference = (rounded.weight.main_grad - exact.weight.grad).norm() / exact.weight.grad.norm()
+    assert difference < 0.1
+
+
+def check_collectives():
+    """One per scoring call, one per chunk in the fused loss, one reduction of hidden gradients."""
+    hidden, weight, targets, temperature = inputs(131)
+    sharded = ranks() > 1
+    head, leaf = head_of(weight, 32), hidden.clone().requires_grad_()
+    with counted_collectives() as calls:
+        score(head, hidden, targets, temperature, [Partner(0, hidden[:40], temperature[:40])])
+        assert calls == ([("all_gather_into_tensor", 4 * TOKENS + 6 * 40)] if sharded else [])
+        calls.clear()
+        loss = fused_loss(head, leaf, targets, temperature, curved).loss
+        assert calls == ([("all_gather_into_tensor", 4 * size) for size in (32, 32, 6)] if sharded else [])
+        calls.clear()
+        loss.backward()
+        assert calls == ([("all_reduce", hidden.numel())] if sharded else [])
+        calls.clear()
+        logprobs, entropy = head_statistics(head, leaf, targets, temperature)
+        assert calls == ([("all_gather_into_tensor", 4 * TOKENS)] if sharded else [])
+        calls.clear()
+        (logprobs + entropy).sum().backward()
+        assert calls == ([("all_reduce", hidden.numel())] if sharded else [])
+
+
+def check_no_tokens():
+    """A micro-batch without response tokens takes part and changes nothing."""
+    hidden, weight, targets, temperature = inputs(131)
+    head, leaf = head_of(weight, 32), hidden[:0].clone().requires_grad_()
+    assert len(score(head, leaf, targets[:0], temperature[:0]).logprobs) == 0
+    loss = fused_loss(head, leaf, targets[:0], temperature[:0], curved).loss
+    loss.backward()
+    assert loss == 0 and (head.weight.grad == 0).all() and leaf.grad.shape == (0, HIDDEN)
+
+
+def check_without_gradient():
+    hidden, weight, targets, temperature = inputs(131)
+    head = head_of(weight, 32)
+    with torch.no_grad():
+        without = fused_loss(head, hidden, targets, temperature, curved)
+    with_gradient = fused_loss(head, hidden.clone().requires_grad_(), targets, temperature, curved)
+    assert not without.loss.requires_grad and torch.equal(without.loss, with_gradient.loss)
+
+
+def check_backward_once():
+    hidden, weight, targets, temperature = inputs(131)
+    loss = fused_loss(head_of(weight, 32), hidden.clone().requires_grad_(), targets, temperature, curved).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
+
+
+CHECKS = named(
+    check_score,
+    check_score_with_partners,
+    check_equal_partners,
+    check_extreme_logits,
+    check_gradients,
+    check_gradcheck_of_statistics,
+    check_gradcheck_of_pairs,
+    check_gradcheck_of_the_fused_loss,
+    check_training_sees_what_scoring_saw,
+    check_main_grad,
+    check_bfloat16,
+    check_collectives,
+    check_no_tokens,
+    check_without_gradient,
+    check_backward_once,
+)
+
+
+@functools.cache
+def failures(tensor):
+    """Check name -> traceback or None on every rank."""
+    return run_distributed(run_checks, tensor, CHECKS)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_one_rank(name):
+    CHECKS[name]()
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("tensor", (2, 4))
+def test_on_sharded_vocabulary(tensor, name):
+    for rank, results in enumerate(failures(tensor)):
+        assert results[name] is None, f"rank {rank} of {tensor}:\n{results[name]}"
+
+
+def score_in_group(rank, tokens):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    hidden, weight, targets, temperature = inputs(131)
+    got = score(head_of(weight, 16), hidden, targets, temperature, [Partner(0, hidden.flip(0), temperature)])
+    values = [value.tolist() for value in (*got[:2], *got.kl[0])]
+    dist.destroy_process_group()
+    return values
+
+
+def test_tensor_parallelism_changes_nothing():
+    """Against one rank, 1e-5."""
+    hidden, weight, targets, temperature = inputs(131)
+    one = score(head_of(weight, 16), hidden, targets, temperature, [Partner(0, hidden.flip(0), temperature)])
+    for tensor in (2, 4):
+        for values in run_distributed(score_in_group, tensor, TOKENS):
+            for value, reference in zip(values, (*one[:2], *one.kl[0]), strict=True):
+                torch.testing.assert_close(torch.tensor(value), reference, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,155 @@
+"""Sharded vocabularies for tests: inputs alike on every rank, the unsharded truth in fp64, counted collectives."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from megatron_policysplit.vocab_parallel import VocabularyShard
+
+SIZES = (5, 131, 128)  # 5 over 4 ranks: two columns a rank, and the last rank's shard is all padding
+TOKENS = 7
+GARBAGE = 1e6  # what stands in padding columns: a leak would win every maximum
+
+
+# --- the unsharded truth -----------------------------------------------------------------------------
+
+
+def plain_statistics(logits, targets, temperature):
+    """Log-prob of the target and entropy, fp64."""
+    log_p = (logits.double() / temperature.double()[:, None]).log_softmax(-1)
+    return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def plain_kl(a, b, temperature_a, temperature_b):
+    log_a = (a.double() / temperature_a.double()[:, None]).log_softmax(-1)
+    log_b = (b.double() / temperature_b.double()[:, None]).log_softmax(-1)
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+# --- inputs, the same on every rank ------------------------------------------------------------------
+
+
+def group():
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+def ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def random(*shape, seed, scale=3.0, dtype=torch.float32):
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).to(dtype)
+
+
+def random_targets(vocab, seed=1):
+    """Includes the first and the last id."""
+    targets = torch.randint(0, vocab, (TOKENS,), generator=torch.Generator().manual_seed(seed))
+    targets[0], targets[1] = 0, vocab - 1
+    return targets
+
+
+def mixed_temperatures(flip=False):
+    """0.6 and 1.0 in turn, as micro-batches that hold rows of both modes have them."""
+    return torch.tensor([0.6 if (token % 2 == 0) != flip else 1.0 for token in range(TOKENS)])
+
+
+def shard_of(vocab):
+    return VocabularyShard.of(vocab, -(-vocab // ranks()), rank(), group())
+
+
+def mine(full):
+    """This rank's columns of full [T, V], padding filled with garbage; a leaf that wants a gradient."""
+    columns = -(-full.shape[1] // ranks())
+    padded = full.new_full((full.shape[0], columns * ranks()), GARBAGE)
+    padded[:, : full.shape[1]] = full
+    return padded[:, rank() * columns : (rank() + 1) * columns].clone().requires_grad_()
+
+
+def gathered(local, vocab):
+    """The ranks' [T, columns] as one [T, vocab], and their padding columns."""
+    pieces = [torch.empty_like(local) for _ in range(ranks())]
+    if ranks() > 1:
+        dist.all_gather(pieces, local.contiguous())
+    else:
+        pieces = [local]
+    full = torch.cat(pieces, 1)
+    return full[:, :vocab], full[:, vocab:]
+
+
+def assert_same_bits_everywhere(*tensors):
+    for tensor in tensors:
+        pieces = [torch.empty_like(tensor) for _ in range(ranks())]
+        if ranks() > 1:
+            dist.all_gather(pieces, tensor.contiguous())
+            assert all(torch.equal(piece, tensor) for piece in pieces)
+
+
+class Sharded(torch.autograd.Function):
+    """full [T, V] or [V, H], the same on all ranks -> this rank's columns or rows; backward sums over the ranks."""
+
+    @staticmethod
+    def forward(ctx, full, dimension):
+        ctx.size, ctx.dimension = full.shape[dimension], dimension
+        return mine(full.transpose(dimension, 1) if dimension == 0 else full).detach().transpose(0, 1 - dimension)
+
+    @staticmethod
+    def backward(ctx, grad):
+        by_column = grad.transpose(0, 1 - ctx.dimension)
+        return gathered(by_column, ctx.size)[0].transpose(0, 1 - ctx.dimension).clone(), None
+
+
+@contextmanager
+def counted_collectives() -> Iterator[list[tuple[str, int]]]:
+    """What goes over any group meanwhile, in order: name and number of elements that this rank sends."""
+    sent_argument = {"all_gather": 1, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "all_to_all_single": 1}
+    names = ("all_gather", "all_reduce", "all_gather_into_tensor", "broadcast", "reduce_scatter_tensor", "all_to_all",
+             "all_to_all_single", "send", "recv", "isend", "irecv", "batch_isend_irecv")  # fmt: skip
+    originals, calls = {name: getattr(dist, name) for name in names}, []
+
+    def counting(name: str) -> Callable:
+        def call(*arguments, **keywords):
+            sent = arguments[sent_argument.get(name, 0)]
+            calls.append((name, sent.numel() if isinstance(sent, torch.Tensor) else -1))
+            return originals[name](*arguments, **keywords)
+
+        return call
+
+    for name in names:
+        setattr(dist, name, counting(name))
+    try:
+        yield calls
+    finally:
+        for name in names:
+            setattr(dist, name, originals[name])
+
+
+def run_checks(rank: int, checks: dict[str, Callable]) -> dict[str, str | None]:
+    """Every check in one process group: check name -> its traceback if it failed."""
+    from datetime import timedelta
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    try:
+        return {name: outcome(check) for name, check in checks.items()}
+    finally:
+        dist.destroy_process_group()
+
+
+def outcome(check: Callable) -> str | None:
+    try:
+        check()
+    except Exception:
+        return traceback.format_exc()
+    return None
+
+
+def named(*checks: Callable) -> dict[str, Callable]:
+    return {check.__name__.removeprefix("check_"): check for check in checks}
