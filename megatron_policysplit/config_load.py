@@ -33,6 +33,7 @@ _FREE_KEYS = {
     "reward.timeout_seconds",
     "train.steps",
     "train.max_tokens_per_micro_batch",
+    "train.head_chunk_tokens",
     "train.max_bad_steps",
 }
 
@@ -289,6 +290,8 @@ def check_config(config: Config) -> list[str]:
             "set eval.path=null"
         )
     check_engines(config)
+    if config.parallel.sequence and config.parallel.tensor == 1:
+        raise ConfigError("parallel.sequence=true splits tokens over tensor-parallel ranks; raise parallel.tensor")
     optimizer_steps = train.steps * train.optimizer_steps_per_batch
     if train.warmup_steps > optimizer_steps:
         raise ConfigError(

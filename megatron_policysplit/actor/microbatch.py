@@ -44,9 +44,13 @@ def make_microbatch(
     indices: Sequence[int],
     temperatures: Mapping[Mode, float],
     pair_of: Mapping[int, int],
+    multiple: int = 1,
 ) -> MicroBatch:
-    """The rows at `indices` as one micro-batch; pair_of: row index -> pair number where KL is wanted."""
-    width = max(rows[i].length for i in indices)
+    """The rows at `indices` as one micro-batch; pair_of: row index -> pair number where KL is wanted.
+
+    multiple: what S must be a multiple of.
+    """
+    width = -(-max(rows[i].length for i in indices) // multiple) * multiple
     tokens = torch.zeros(len(indices), width, dtype=torch.int64)
     predictors, targets, temperature = [], [], []
     for b, index in enumerate(indices):

@@ -14,7 +14,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
 from checkpoints_conv import architecture_of, check_layout
@@ -60,7 +63,39 @@ class PolicyModel(GPTModel):
         group = parallel_state.get_tensor_model_parallel_group()
         rank = parallel_state.get_tensor_model_parallel_rank()
         shard = VocabularyShard.of(self.vocab_size, len(weight), rank, group)
-        return Head(weight, shard, chunk, triton=cpu.use_triton())
+        # Under sequence parallelism the backward of `whole` sums the gradients of the hidden states.
+        return Head(weight, shard, chunk, not self.config.sequence_parallel, cpu.use_triton())
+
+    def whole(self, hidden: Tensor) -> Tensor:
+        """Hidden states [s, b, h] of all tokens; under sequence parallelism from this rank's [s / TP, b, h].
+
+        Forward then all-gathers over the tensor-parallel group, backward reduce-scatters.
+        """
+        if not self.config.sequence_parallel:
+            return hidden
+        return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+
+
+class _RMSNorm:
+    """torch's RMSNorm where tokens are split over ranks: Megatron's wrapper of it refuses that for want of the mark by
+    which the gradients of its weight are summed over the tensor-parallel group."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any):
+        norm = torch.nn.RMSNorm(hidden_size, eps=eps)
+        norm.weight.sequence_parallel = True
+        return norm
+
+
+def _local_spec(config: TransformerConfig, qk_layernorm: bool) -> ModuleSpec | TransformerBlockSubmodules:
+    """Megatron's own layers, without Transformer Engine."""
+    spec = get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization="RMSNorm")
+    if not config.sequence_parallel:
+        return spec
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = _RMSNorm
+    if qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = _RMSNorm
+    return TransformerBlockSubmodules([spec] * get_num_layers_to_build(config), layer_norm=_RMSNorm)
 
 
 def build_model(
@@ -70,6 +105,7 @@ def build_model(
     pre_process: bool | None = None,
     post_process: bool | None = None,
     transformer_engine: bool | None = None,
+    sequence: bool = False,
 ) -> PolicyModel:
     """This rank's stage of the model, with zero weights; `weights.load_weights` fills them.
 
@@ -97,6 +133,7 @@ def build_model(
         **cpu.model_options(),
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        sequence_parallel=sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -114,11 +151,10 @@ def build_model(
         embedding_init_method=torch.nn.init.zeros_,
     )
     qk_layernorm = arguments.transformer["qk_layernorm"]
-    spec = (
-        get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
-        if transformer_engine
-        else get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization="RMSNorm")
-    )
+    if transformer_engine:
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+    else:
+        spec = _local_spec(config, qk_layernorm)
     gpt = dict(arguments.gpt)
     return PolicyModel(
         config=config,

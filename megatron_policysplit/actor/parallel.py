@@ -28,6 +28,7 @@ class Layout:
 
     world: all ranks. control: all ranks again, with a short time-out (`control.py`).
     replica: the TP x PP ranks of this replica. leaders: the leaders of all replicas; None on other ranks.
+    sequence: whether hidden states are split over the tensor-parallel ranks by position.
     """
 
     rank: int
@@ -42,6 +43,7 @@ class Layout:
     replica: dist.ProcessGroup
     leaders: dist.ProcessGroup | None
     leader_ranks: list[int]
+    sequence: bool = False
 
     @property
     def is_leader(self) -> bool:
@@ -167,6 +169,7 @@ def _layout(parallel: ParallelConfig, rank: int) -> Layout:
         replica=replica,
         leaders=leaders if rank in leader_ranks else None,
         leader_ranks=leader_ranks,
+        sequence=parallel.sequence,
     )
 
 

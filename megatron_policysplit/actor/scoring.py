@@ -78,7 +78,7 @@ class Scorer:
 
     def _collect(self, batch: MicroBatch, hidden: Tensor, results: dict, waiting: dict) -> None:
         device = hidden.device
-        selected, temperature = batch.select(hidden), batch.temperature.to(device)
+        selected, temperature = batch.select(self.model.whole(hidden)), batch.temperature.to(device)
         met: list[tuple[int, _Waiting]] = []
         partners, spans, start = [], {}, 0
         for row, length, pair in zip(batch.rows, batch.lengths, batch.pair_of, strict=True):

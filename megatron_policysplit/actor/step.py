@@ -68,6 +68,7 @@ class Actor:
             pre_process=layout.is_first_stage,
             post_process=layout.is_last_stage,
             transformer_engine=cpu.use_transformer_engine(),
+            sequence=layout.sequence,
         ).to(cpu.device(), DTYPES[config.model.dtype])
         load_weights(self.model, config.model.path)
         ddp = DistributedDataParallelConfig(
@@ -165,7 +166,8 @@ class Actor:
             temperatures = dict.fromkeys(Mode, temperature)
         pairs = _kl_pairs(rows, self.config.log.kl_tokens)
         shares = [step[self.layout.data_rank] for step in plan.shares]
-        make = partial(make_microbatch, rows, temperatures=temperatures, pair_of=pairs)
+        multiple = self.layout.tensor if self.layout.sequence else 1
+        make = partial(make_microbatch, rows, temperatures=temperatures, pair_of=pairs, multiple=multiple)
         train = [[make(indices) for indices in share.train] for share in shares]
         score_only = [[make(indices) for indices in share.score_only] for share in shares]
         return train, score_only
@@ -240,7 +242,8 @@ class Actor:
             return chunks[-1].loss
 
         targets, temperature = batch.targets.to(device), batch.temperature.to(device)
-        loss = fused_loss(self.head, batch.select(hidden), targets, temperature, token_loss).loss
+        selected = batch.select(self.model.whole(hidden))
+        loss = fused_loss(self.head, selected, targets, temperature, token_loss).loss
         out = LossOutputs.over(chunks)
         metrics = [loss.detach(), out.ratio_sum, out.clipped_tokens, out.tokens, out.ratio_off_one]
         return loss, out.tokens.int(), torch.stack([value.double() for value in metrics])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_policysplit.vocab_parallel.shard import VocabularyShard
 
-TILE_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
+TILE_ELEMENTS = 2**18
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def pair_gradient(
 
 def _tiles(logits: Tensor) -> Iterator[slice]:
     """Rows of `logits` that make about TILE_ELEMENTS."""
-    height = max(1, TILE_ELEMENTS.get(logits.device.type, 2**25) // max(1, logits.shape[1]))
+    height = max(1, TILE_ELEMENTS // max(1, logits.shape[1]))
     return (slice(start, min(start + height, len(logits))) for start in range(0, len(logits), height))
 
 

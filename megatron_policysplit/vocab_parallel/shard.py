@@ -40,7 +40,7 @@ class Gathering:
             self._all = mine.expand(shard.ranks, -1)
         else:
             self._all = mine.new_empty(shard.ranks, len(mine))
-            self._work = dist.all_gather_into_tensor(self._all.view(-1), mine, group=shard.group, async_op=True)
+            self._work = dist.all_gather(list(self._all.unbind()), mine, group=shard.group, async_op=True)
 
     def wait(self) -> list[Tensor]:
         """Every part with the ranks as a new first dimension, in rank order."""

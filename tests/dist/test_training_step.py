@@ -19,7 +19,7 @@ from tests.support.dist import run_distributed
 from tests.support.hf_models import make_model
 from tests.support.training_cases import CASES, SEED, VOCAB
 
-LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2)]  # TP, PP, DP
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (2, 1, 1, "sequence"), (2, 2, 1, "sequence")]
 BY_NAME = {case.name: case for case in CASES}
 FAMILIES = {"qwen3": True, "llama": False}  # family: tied head
 RELATIVE = 1e-4
@@ -48,8 +48,9 @@ def run_cases(rank, shape, paths):
     from megatron_policysplit.actor.parallel import initialize
     from megatron_policysplit.config import ParallelConfig
 
-    tensor, pipeline, data = shape
-    layout = initialize(ParallelConfig(tensor=tensor, pipeline=pipeline, data=data), seed=1, timeout_seconds=60)
+    tensor, pipeline, data, *sequence = shape  # ranks of tensor, pipeline and data parallelism
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, data=data, sequence=bool(sequence))
+    layout = initialize(parallel, seed=1, timeout_seconds=60)
     outcomes = {case.name: run_case(case, paths[case.model], layout) for case in CASES}
     outcomes["nan"] = run_case(BY_NAME["grpo"], paths["qwen3"], layout, poison=True)
     return outcomes
@@ -217,7 +218,7 @@ def reference(paths):
 def outcomes(paths):
     """layout -> every rank's outcomes by case."""
     return functools.cache(
-        lambda shape: run_distributed(run_cases, int(np.prod(shape)), shape, paths, timeout_seconds=240)
+        lambda shape: run_distributed(run_cases, int(np.prod(shape[:3])), shape, paths, timeout_seconds=240)
     )
 
 
@@ -230,7 +231,9 @@ def leaders(outcomes, shape, name):
 
 # --- tests -------------------------------------------------------------------------------------------
 
-every_layout = pytest.mark.parametrize("shape", LAYOUTS, ids=lambda shape: "tp{}-pp{}-dp{}".format(*shape))
+every_layout = pytest.mark.parametrize(
+    "shape", LAYOUTS, ids=lambda shape: "tp{}-pp{}-dp{}".format(*shape) + "-sp" * (len(shape) > 3)
+)
 every_case = pytest.mark.parametrize("name", BY_NAME)
 
 

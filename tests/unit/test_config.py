@@ -103,7 +103,8 @@ def test_unknown_keys_and_the_nearest_right_one(given, nearest, tmp_path):
 
 
 def test_unknown_keys_that_resemble_none():
-    assert message(load, "parallel.tp=2") == "unknown key parallel.tp; the keys of parallel are tensor, pipeline, data"
+    keys = "tensor, pipeline, data, sequence"
+    assert message(load, "parallel.tp=2") == f"unknown key parallel.tp; the keys of parallel are {keys}"
     groups = "model, parallel, data, modes, rollout, weight_sync, agreement, reward, algorithm, train, eval, "
     groups += "checkpoint, log, run"
     assert message(load, "xyzzy=1") == f"unknown key xyzzy; the groups are {groups}"
@@ -199,6 +200,10 @@ def test_all_missing_keys_are_named_at_once():
         (
             ["rollout.high_entropy.top_k=0"],
             "rollout.high_entropy.top_k=0 keeps no token; use -1 to keep all, or at least 1",
+        ),
+        (
+            ["parallel.sequence=true"],
+            "parallel.sequence=true splits tokens over tensor-parallel ranks; raise parallel.tensor",
         ),
         (["algorithm.clip_low=1"], "algorithm.clip_low=1.0 lets the ratio reach 0; use a value below 1"),
         (["train.adam_beta2=1"], "train.adam_beta2=1.0 is not allowed; use a value below 1"),

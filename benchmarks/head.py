@@ -1,0 +1,229 @@
+"""The LM head with and without its logits: seconds and memory, side by side, on the CPU with tensor parallelism 2.
+
+    python -m benchmarks.head [--tokens 1024 4096 16384] [--hidden 1024 4096] [--vocabulary 151936] [--results FILE]
+
+Two ranks (gloo), fp32, one thread each. `chunked` is what the actor does: `vocab_parallel.score` (forward) and
+`vocab_parallel.fused_loss` (forward and backward), 256 tokens at a time. `materialising` is what is common elsewhere:
+fp32 logits of all tokens; maximum, sum, target and entropy reduced one after the other; logits and softmax kept for
+backward, which works in place. Both give the same log-probs and gradients, which is checked. Every case runs in
+processes of its own. Memory is a rank's peak beyond the weights, their gradient, the hidden states and theirs, and what
+the process held before. Where the materialising method does not fit into half of the machine's memory its bytes are
+computed: fp32 logits and softmax, forward+backward; logits and one more, forward. Prints a Markdown table; the last
+line is JSON with every case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_policysplit.launch import free_port, rank_environment
+from megatron_policysplit.vocab_parallel import Head, VocabularyShard, fused_loss, score
+
+RANKS, CHUNK, MIB = 2, 256, 2**20
+
+
+class Materialised(torch.autograd.Function):
+    """Log-prob and entropy of logits [T, V / TP] as one finds them: four all-reduces, softmax and logits kept."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, shard):
+        highest = logits.max(1).values
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
+        local = targets - shard.start
+        owned = (local >= 0) & (local < shard.columns)
+        local = local.clamp(0, shard.columns - 1)[:, None]
+        shifted = logits.sub_(highest[:, None])
+        at_target = shifted.gather(1, local)[:, 0].where(owned, 0.0)
+        dist.all_reduce(at_target, group=shard.group)
+        softmax = shifted.exp()
+        total = softmax.sum(1)
+        dist.all_reduce(total, group=shard.group)
+        softmax.div_(total[:, None])
+        mean = torch.einsum("tv,tv->t", softmax, shifted)
+        dist.all_reduce(mean, group=shard.group)
+        ctx.save_for_backward(softmax, local, owned)
+        return at_target - total.log(), total.log() - mean
+
+    @staticmethod
+    def backward(ctx, by_logprob, by_entropy):
+        softmax, local, owned = ctx.saved_tensors
+        grad = softmax.mul_(-by_logprob[:, None])
+        grad.scatter_add_(1, local, by_logprob.where(owned, 0.0)[:, None])
+        return grad, None, None
+
+
+class SummedOverRanks(torch.autograd.Function):
+    """Identity; backward sums the gradient over the ranks."""
+
+    @staticmethod
+    def forward(ctx, hidden):
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dist.all_reduce(grad)
+        return grad
+
+
+def ppo(old: torch.Tensor, advantages: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+    ratio = torch.exp(logprobs - old)
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).sum() / 1000
+
+
+def run_chunked(hidden, weight, shard, targets, old, advantages, backward: bool):
+    head, ones = Head(weight, shard, CHUNK), torch.ones(len(hidden))
+    if not backward:
+        return score(head, hidden, targets, ones).logprobs
+
+    def token_loss(span, logprobs, entropy):
+        return ppo(old[span], advantages[span], logprobs)
+
+    result = fused_loss(head, hidden, targets, ones, token_loss)
+    result.loss.backward()
+    return result.logprobs
+
+
+def run_materialising(hidden, weight, shard, targets, old, advantages, backward: bool):
+    with torch.set_grad_enabled(backward):
+        logits = SummedOverRanks.apply(hidden) @ weight.t()
+        logprobs, _ = Materialised.apply(logits, targets, shard)
+        if backward:
+            del logits
+            ppo(old, advantages, logprobs).backward()
+    return logprobs.detach()
+
+
+METHODS = {"chunked": run_chunked, "materialising": run_materialising}
+
+
+def resident(name: str) -> int:
+    """VmRSS or VmHWM of this process, bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def measure(rank: int, method: str, tokens: int, hidden_size: int, vocabulary: int, backward: bool, repeats: int):
+    """(seconds of each repetition, peak bytes of the first, checksums) of one rank."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    columns = -(-vocabulary // RANKS)
+    shard = VocabularyShard.of(vocabulary, columns, rank, dist.group.WORLD)
+    weight = torch.randn(columns, hidden_size, generator=torch.Generator().manual_seed(rank)).div_(hidden_size**0.5)
+    generator = torch.Generator().manual_seed(9)
+    hidden = torch.randn(tokens, hidden_size, generator=generator)
+    targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    advantages = torch.randn(tokens, generator=generator)
+    old = torch.full((tokens,), -math.log(vocabulary) - 0.5)
+    weight.requires_grad_(backward)
+    hidden.requires_grad_(backward)
+    small = hidden.detach()[:8].clone().requires_grad_(backward)  # threads and libraries start before the clock does
+    METHODS[method](small, weight, shard, targets[:8], old[:8], advantages[:8], backward)
+    weight.grad = None
+    seconds, peak = [], 0
+    for repetition in range(repeats):
+        hidden.grad = weight.grad = None
+        dist.barrier()
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        began = time.perf_counter()
+        logprobs = METHODS[method](hidden, weight, shard, targets, old, advantages, backward)
+        dist.barrier()
+        seconds.append(time.perf_counter() - began)
+        if repetition == 0:
+            gradients = (weight.numel() + hidden.numel()) * 4 if backward else 0
+            peak = resident("VmHWM") - before - gradients
+    sums = [logprobs.double().mean().item()]
+    if backward:
+        sums += [hidden.grad.double().norm().item(), weight.grad.double().norm().item()]
+    dist.destroy_process_group()
+    return seconds, peak, sums
+
+
+def rank_main(port: int, rank: int, *arguments):
+    os.environ |= rank_environment(rank, RANKS, port)
+    return measure(rank, *arguments)
+
+
+def case(method: str, tokens: int, hidden_size: int, vocabulary: int, backward: bool, repeats: int) -> dict:
+    arguments = (method, tokens, hidden_size, vocabulary, backward, repeats)
+    port = free_port()
+    with multiprocessing.get_context("spawn").Pool(RANKS) as pool:
+        results = pool.starmap(rank_main, [(port, rank, *arguments) for rank in range(RANKS)], chunksize=1)
+    slowest = [max(times) for times in zip(*(seconds for seconds, _, _ in results), strict=True)]
+    return {
+        "method": method,
+        "tokens": tokens,
+        "hidden": hidden_size,
+        "backward": backward,
+        "seconds": round(statistics.median(slowest), 3),
+        "repetitions": [round(value, 3) for value in slowest],
+        "memory_mib": round(max(peak for _, peak, _ in results) / MIB, 1),
+        "sums": results[0][2],
+    }
+
+
+def computed_mib(tokens: int, vocabulary: int) -> float:
+    """Two fp32 tensors of all logits of a rank."""
+    return 2 * 4 * tokens * -(-vocabulary // RANKS) / MIB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384])
+    parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--vocabulary", type=int, default=151936)
+    parser.add_argument("--repeats", type=int, default=3, help="for 1024 tokens; fewer for more tokens, at least 1")
+    parser.add_argument("--results", type=Path, help="write the JSON here too")
+    arguments = parser.parse_args()
+    if arguments.vocabulary % RANKS:
+        parser.error(f"--vocabulary {arguments.vocabulary} is not a multiple of {RANKS}, which materialising needs")
+    import psutil
+
+    half_mib, cases = psutil.virtual_memory().total / MIB / 2, []
+    print("| T | H | pass | chunked s | materialising s | ratio | chunked MiB | materialising MiB |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for hidden_size in arguments.hidden:
+        for tokens in arguments.tokens:
+            for backward in (False, True):
+                repeats = max(1, arguments.repeats * 1024 // tokens)
+                where = (tokens, hidden_size, arguments.vocabulary, backward, repeats)
+                ours = case("chunked", *where)
+                cases.append(ours)
+                needed = computed_mib(tokens, arguments.vocabulary)
+                theirs_seconds, ratio, theirs_memory = "-", "-", f"{needed:.0f} (computed)"
+                if RANKS * needed < half_mib:
+                    theirs = case("materialising", *where)
+                    for one, other in zip(ours["sums"], theirs["sums"], strict=True):
+                        assert math.isclose(one, other, rel_tol=1e-4), (ours, theirs)
+                    cases.append(theirs)
+                    theirs_seconds, theirs_memory = f"{theirs['seconds']:.2f}", f"{theirs['memory_mib']:.0f}"
+                    ratio = f"{theirs['seconds'] / ours['seconds']:.2f}"
+                name = "forward+backward" if backward else "forward"
+                cells = (tokens, hidden_size, name, f"{ours['seconds']:.2f}", theirs_seconds, ratio)
+                print(f"| {' | '.join(map(str, cells))} | {ours['memory_mib']:.0f} | {theirs_memory} |", flush=True)
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": psutil.cpu_count(),
+        "torch": torch.__version__,
+    }
+    result = {"date": date.today().isoformat(), "machine": machine, "vocabulary": arguments.vocabulary, "cases": cases}
+    result |= {"ranks": RANKS, "chunk": CHUNK}
+    if arguments.results is not None:
+        arguments.results.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

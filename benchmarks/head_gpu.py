@@ -1,0 +1,232 @@
+"""What the LM head's Triton kernels cost on a GPU, beside logits held in fp32 and beside verl's fused kernel.
+
+    python -m benchmarks.head_gpu [--tokens 1024 4096 16384] [--hidden 1024 4096] [--output FILE.json]
+
+Hidden states [T, H] and weight [V, H] in bf16 to log-prob and entropy per token, forward only (scoring) and with the
+gradients of hidden states and weight (training; both outputs are in the loss). "triton" is ours: statistics without
+logits, then for each chunk of tokens the gradient of its logits and two matrix products. "materialised" holds fp32
+logits and leaves the rest to autograd. "verl" is `verl.utils.kernel.linear_cross_entropy`, where verl is installed.
+
+Methods take turns, after a warm-up in which blocks are tuned. Seconds are a median, by CUDA events. Memory is the peak
+above the inputs; gradients that are returned are part of it and listed apart. `difference` is the largest of a
+method's log-probs and entropies, in nats, from the materialised ones, or from ours where those do not fit in memory.
+The last line printed is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """hidden [T, H], weight [V, H] bf16; targets [T] int64; upstream gradients [T] fp32 of log-prob and entropy."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    grad_logprobs: Tensor
+    grad_entropy: Tensor
+    chunk: int
+
+    @classmethod
+    def random(cls, tokens: int, features: int, vocab: int, chunk: int, device: str) -> "Inputs":
+        random = torch.Generator(device).manual_seed(0)
+        normal = {"generator": random, "device": device}
+        return cls(
+            torch.randn(tokens, features, **normal).bfloat16(),
+            (torch.randn(vocab, features, **normal) * 2 / features**0.5).bfloat16(),
+            torch.randint(vocab, (tokens,), **normal),
+            *torch.randn(2, tokens, **normal),
+            chunk,
+        )
+
+    @property
+    def gradient_bytes(self) -> int:
+        return self.hidden.nbytes + self.weight.nbytes
+
+
+# Inputs and whether to compute gradients -> (log-prob [T], entropy [T]) or with (d hidden [T, H], d weight [V, H]).
+Method = Callable[[Inputs, bool], tuple[Tensor, ...]]
+
+
+def triton_head(inputs: Inputs, backward: bool) -> tuple[Tensor, ...]:
+    from megatron_policysplit.vocab_parallel.triton_head import head_gradient, reduce_head
+
+    hidden, weight, targets, columns = inputs.hidden, inputs.weight, inputs.targets, len(inputs.weight)
+    temperature = torch.ones_like(inputs.grad_logprobs)
+    top, total, moment, at_target = reduce_head(hidden, weight, targets, temperature, columns)
+    log_total = total.log()
+    logprobs, entropy = at_target - top - log_total, log_total - moment / total
+    if not backward:
+        return logprobs, entropy
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+    rows = (top, log_total, entropy, inputs.grad_logprobs, inputs.grad_entropy)
+    for start in range(0, len(hidden), inputs.chunk):
+        part = slice(start, start + inputs.chunk)
+        of_part = (row[part] for row in rows)
+        grad = head_gradient(hidden[part], weight, targets[part], temperature[part], columns, *of_part)
+        torch.mm(grad, weight, out=grad_hidden[part])
+        grad_weight.addmm_(grad.T, hidden[part])
+    return logprobs, entropy, grad_hidden, grad_weight
+
+
+def materialised(inputs: Inputs, backward: bool) -> tuple[Tensor, ...]:
+    return _by_autograd(_full_softmax, inputs, backward)
+
+
+def _full_softmax(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = (hidden @ weight.T).float().log_softmax(1)
+    return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(1)
+
+
+def find_verl() -> Method | None:
+    """verl's kernel as a method, None where verl is not installed.
+
+    Its arguments are bound by name, for versions of verl order them differently and autograd takes none by name.
+    """
+    try:
+        from verl.utils.kernel.linear_cross_entropy import LinearCrossEntropy
+    except ImportError:
+        return None
+    names = list(inspect.signature(LinearCrossEntropy.forward).parameters)[1:]
+    fixed = {"reduction": "none", "temperature": 1.0, "dist_process_group": None}
+    if unknown := set(names) - {"hidden", "weight", "labels"} - set(fixed):
+        raise SystemExit(f"this version of verl's kernel takes {sorted(unknown)}, which the benchmark does not know")
+
+    def kernel(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        values = {"hidden": hidden, "weight": weight, "labels": targets} | fixed
+        return LinearCrossEntropy.apply(*(values[name] for name in names))
+
+    return lambda inputs, backward: _by_autograd(kernel, inputs, backward)
+
+
+def _by_autograd(function, inputs: Inputs, backward: bool) -> tuple[Tensor, ...]:
+    if not backward:
+        with torch.no_grad():
+            return function(inputs.hidden, inputs.weight, inputs.targets)
+    hidden, weight = inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_()
+    outputs = function(hidden, weight, inputs.targets)
+    grads = torch.autograd.grad(outputs, (hidden, weight), (inputs.grad_logprobs, inputs.grad_entropy))
+    return *(output.detach() for output in outputs), *grads
+
+
+def measure(inputs: Inputs, methods: dict[str, Method | None], backward: bool, repeats: int) -> list[dict]:
+    """A row per method; those that do not run here say why instead of figures."""
+    rows = {name: {"method": name} for name in methods}
+    outputs: dict[str, Tensor] = {}
+    for name, method in methods.items():
+        if method is None:
+            rows[name]["failed"] = "not installed"
+            continue
+        try:
+            for _ in range(WARM_UP):
+                method(inputs, backward)
+            outputs[name], rows[name]["peak_bytes"] = _peak(method, inputs, backward)
+        except torch.OutOfMemoryError:
+            rows[name]["failed"] = "out of memory"
+        torch.cuda.empty_cache()
+    seconds: dict[str, list[float]] = {name: [] for name in outputs}
+    for _ in range(repeats):
+        for name in outputs:
+            seconds[name].append(_seconds(methods[name], inputs, backward))
+    reference = outputs.get("materialised", outputs["triton"])
+    for name in outputs:
+        rows[name]["seconds"] = statistics.median(seconds[name])
+        rows[name]["lowest_seconds"], rows[name]["highest_seconds"] = min(seconds[name]), max(seconds[name])
+        rows[name]["difference"] = (outputs[name] - reference).abs().max().item()
+    ours = rows["triton"]
+    for name in outputs:
+        rows[name]["times_our_seconds"] = rows[name]["seconds"] / ours["seconds"]
+        rows[name]["times_our_bytes"] = rows[name]["peak_bytes"] / ours["peak_bytes"]
+    return list(rows.values())
+
+
+def _peak(method: Method, inputs: Inputs, backward: bool) -> tuple[Tensor, int]:
+    """Log-probs and entropies [2, T] of one call, on the host, and the bytes it had allocated at its peak."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    outputs = method(inputs, backward)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    return torch.stack(outputs[:2]).cpu(), peak
+
+
+def _seconds(method: Method, inputs: Inputs, backward: bool) -> float:
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    began.record()
+    method(inputs, backward)
+    ended.record()
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1e3
+
+
+def main() -> None:
+    arguments = _arguments()
+    if not torch.cuda.is_available():
+        raise SystemExit(f"benchmarks.head_gpu needs a CUDA device, and PyTorch {torch.__version__} sees none here")
+    methods = {"triton": triton_head, "materialised": materialised, "verl": find_verl()}
+    cases = []
+    for features in arguments.hidden:
+        for tokens in arguments.tokens:
+            inputs = Inputs.random(tokens, features, arguments.vocab, arguments.chunk, "cuda")
+            for backward in (False, True):
+                name = "forward+backward" if backward else "forward"
+                rows = measure(inputs, methods, backward, arguments.repeats)
+                case = {"tokens": tokens, "hidden": features, "pass": name, "methods": rows}
+                cases.append(case | ({"gradient_bytes": inputs.gradient_bytes} if backward else {}))
+                print(f"T {tokens}, H {features}, {name}", flush=True)
+                for row in rows:
+                    print(f"  {row['method']:12s} {_figures(row)}", flush=True)
+    result = {
+        "device": torch.cuda.get_device_name(),
+        "device_bytes": torch.cuda.get_device_properties(0).total_memory,
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "vocab": arguments.vocab,
+        "dtype": "bfloat16",
+        "chunk_tokens": arguments.chunk,
+        "repeats": arguments.repeats,
+        "cases": cases,
+    }
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+def _figures(row: dict) -> str:
+    if "failed" in row:
+        return row["failed"]
+    return (
+        f"{row['seconds'] * 1e3:9.2f} ms ({row['times_our_seconds']:.2f} x ours), "
+        f"{row['peak_bytes'] / 1e6:9.1f} MB ({row['times_our_bytes']:.2f} x ours), differs {row['difference']:.1e} nats"
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384])
+    parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 4096], help="features of a hidden state")
+    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--chunk", type=int, default=1024, help="tokens whose logits' gradient is held at a time")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
