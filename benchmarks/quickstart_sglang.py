@@ -3,8 +3,8 @@
     python -m benchmarks.quickstart_sglang [--out runs/quickstart_engines] [--seeds 5] [--results FILE]
 
 For every seed all runs start from the same warmed-up model. `local` and `sglang` differ in `rollout.engine` alone, but
-that means other draws, and what is learnt depends on them: `local_redrawn` is the local engine again with another
-`run.seed`, and says how much. Every final model answers every question in 8 batches of 8 samples
+that means other draws, and what is learnt depends on them: `local_redrawn` is the local engine again with four other
+`run.seed`s, and says how much. Every final model answers every question in 8 batches of 8 samples
 (examples/quickstart/study.py). `replayed` trains once more, from the responses that the SGLang run recorded, without a
 server: it must end where that run ended, bit for bit. Also the largest agreement difference of engine and actor. A
 finished seed is not run again. Prints a Markdown table; the last line is JSON.
@@ -24,7 +24,7 @@ from examples.quickstart.run import CONFIG, clear, prepare, train
 from examples.quickstart.study import answer
 from examples.quickstart_sglang.run import CONFIG as SGLANG_CONFIG
 
-RUNS = {"local": (CONFIG, 0), "local_redrawn": (CONFIG, 1000), "sglang": (SGLANG_CONFIG, 0)}  # added to run.seed
+REDRAWS = (1000, 2000, 2001, 2002)  # added to run.seed
 NAMES = ("accuracy", "unique_correct", "entropy_nats", "kl_nats")
 
 
@@ -34,16 +34,19 @@ def run_seed(out: Path, seed: int, overrides: list[str]) -> dict:
 
     clear(out)
     prepare(out, seed, {})
-    result = {}
-    for name, (config, offset) in RUNS.items():
+
+    def one(name: str, config: Path, draw: int = 0) -> dict:
         began = time.perf_counter()
-        settings = ["algorithm.name=policy_split", f"run.seed={seed + offset}", "agreement.every=1", *overrides]
+        settings = ["algorithm.name=policy_split", f"run.seed={seed + draw}", "agreement.every=1", *overrides]
         run = train(out, name, settings, config)
         seconds = time.perf_counter() - began
         differences = [r["agreement/difference"] for r in records(run) if "agreement/difference" in r]
-        result[name] = answer(run / "hf", out / "questions.jsonl", 1.0, MODES)
-        result[name] |= {"seconds": round(seconds, 1), "compared": len(differences), "difference": max(differences)}
+        scores = answer(run / "hf", out / "questions.jsonl", 1.0, MODES)
+        return scores | {"seconds": round(seconds, 1), "compared": len(differences), "difference": max(differences)}
+
+    result = {"local": one("local", CONFIG), "sglang": one("sglang", SGLANG_CONFIG)}
     result["sglang"]["replayed_bit_for_bit"] = replays(out, seed, overrides)
+    result["local_redrawn"] = [one(f"draw_{draw}", CONFIG, draw) for draw in REDRAWS]
     return result
 
 
@@ -64,28 +67,30 @@ def replays(out: Path, seed: int, overrides: list[str]) -> bool:
 
 
 def table(seeds: dict[str, dict]) -> str:
-    """Mean and standard deviation over seeds of every run, and of its difference from `local` on the same seed."""
+    """Mean, standard deviation, lowest and highest over seeds (and draws)."""
+    runs = {
+        "local": [seed["local"] for seed in seeds.values()],
+        "local, redrawn": [draw for seed in seeds.values() for draw in seed["local_redrawn"]],
+        "sglang": [seed["sglang"] for seed in seeds.values()],
+    }
     lines = [
-        "| | local | local, redrawn | sglang | redrawn - local | sglang - local |",
-        "|---|---|---|---|---|---|",
+        f"| | {' | '.join(f'{name} ({len(found)})' for name, found in runs.items())} |",
+        "|---|---|---|---|",
     ]
 
-    def values(run: str, mode: str, name: str) -> list[float]:
-        return [seed[run][mode][name] for seed in seeds.values()]
-
     def spread(numbers: list[float]) -> str:
-        return f"{statistics.fmean(numbers):.3f} +- {statistics.stdev(numbers) if len(numbers) > 1 else 0:.3f}"
+        deviation = statistics.stdev(numbers) if len(numbers) > 1 else 0
+        return f"{statistics.fmean(numbers):.3f} +- {deviation:.3f} ({min(numbers):.3f} to {max(numbers):.3f})"
 
     for mode in ("normal", "high_entropy"):
         for name in NAMES:
-            runs = [values(run, mode, name) for run in RUNS]
-            gaps = [[b - a for a, b in zip(runs[0], other, strict=True)] for other in runs[1:]]
-            lines.append(f"| {mode}: {name} | {' | '.join(spread(numbers) for numbers in runs + gaps)} |")
+            cells = [spread([run[mode][name] for run in found]) for found in runs.values()]
+            lines.append(f"| {mode}: {name} | {' | '.join(cells)} |")
     for name in ("seconds", "difference"):
-        cells = [f"{max(seed[run][name] for seed in seeds.values()):.3g}" for run in RUNS]
-        lines.append(f"| largest {name} | {' | '.join(cells)} | | |")
-    replayed = sum(seed["sglang"]["replayed_bit_for_bit"] for seed in seeds.values())
-    lines.append(f"| replayed bit for bit | | | {replayed} of {len(seeds)} | | |")
+        cells = [f"{max(run[name] for run in found):.3g}" for found in runs.values()]
+        lines.append(f"| largest {name} | {' | '.join(cells)} |")
+    replayed = sum(run["replayed_bit_for_bit"] for run in runs["sglang"])
+    lines.append(f"| replayed bit for bit | | | {replayed} of {len(seeds)} |")
     return "\n".join(lines)
 
 
