@@ -41,7 +41,16 @@ setup(
             "transformer-engine[pytorch]>=2.9; python_version >= '3.12'",
         ],
         "gguf": ["gguf>=0.10"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "mbridge==0.15.1", "einops>=0.7", "wandb>=0.19"],
+        # triton: its interpreter runs the GPU kernels' tests on a CPU.
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.6",
+            "mbridge==0.15.1",
+            "einops>=0.7",
+            "wandb>=0.19",
+            "triton>=3.4",
+        ],
     },
     entry_points={"console_scripts": ["policysplit=megatron_policysplit.cli:main"]},
 )

@@ -4,8 +4,9 @@
 
 Hidden states [T, H] and weight [V, H] in bf16 to log-prob and entropy per token, forward only (scoring) and with the
 gradients of hidden states and weight (training; both outputs are in the loss). "triton" is ours: statistics without
-logits, then for each chunk of tokens the gradient of its logits and two matrix products. "materialised" holds fp32
-logits and leaves the rest to autograd. "verl" is `verl.utils.kernel.linear_cross_entropy`, where verl is installed.
+logits, then for each chunk of tokens the gradient of its logits and two matrix products. "materialised" rounds
+logits to bf16, as an LM head does, holds them in fp32 and leaves the rest to autograd. "verl" is the kernel
+`verl.utils.kernel.linear_cross_entropy`, where verl is installed.
 
 Methods take turns, after a warm-up in which blocks are tuned. Seconds are a median, by CUDA events. Memory is the peak
 above the inputs; gradients that are returned are part of it and listed apart. `difference` is the largest of a
@@ -136,6 +137,8 @@ def measure(inputs: Inputs, methods: dict[str, Method | None], backward: bool, r
                 method(inputs, backward)
             outputs[name], rows[name]["peak_bytes"] = _peak(method, inputs, backward)
         except torch.OutOfMemoryError:
+            if name == "triton":
+                raise
             rows[name]["failed"] = "out of memory"
         torch.cuda.empty_cache()
     seconds: dict[str, list[float]] = {name: [] for name in outputs}
