@@ -6,9 +6,9 @@ Two ranks (gloo), fp32, one thread each. `chunked` is what the actor does: `voca
 `vocab_parallel.fused_loss` (forward and backward), 256 tokens at a time. `materialising` is what is common elsewhere:
 fp32 logits of all tokens; maximum, sum, target and entropy reduced one after the other; logits and softmax kept for
 backward, which works in place. Both give the same log-probs and gradients, which is checked. Every case runs in
-processes of its own. Memory is a rank's peak beyond the weights, their gradient, the hidden states and theirs, and what
-the process held before. Where the materialising method does not fit into half of the machine's memory its bytes are
-computed: fp32 logits and softmax, forward+backward; logits and one more, forward. Prints a Markdown table; the last
+processes of its own. Memory is a rank's peak beyond what it held before and the gradients of weights and hidden states
+that exist at the time: `fused_loss` makes them in its forward pass. Where the materialising method does not fit into
+half of the machine's memory its bytes are computed: two fp32 tensors of all logits. Prints a Markdown table; the last
 line is JSON with every case.
 """
 
@@ -85,27 +85,24 @@ def ppo(old: torch.Tensor, advantages: torch.Tensor, logprobs: torch.Tensor) -> 
 def run_chunked(hidden, weight, shard, targets, old, advantages, backward: bool):
     head, ones = Head(weight, shard, CHUNK), torch.ones(len(hidden))
     if not backward:
-        return score(head, hidden, targets, ones).logprobs
+        return score(head, hidden, targets, ones).logprobs, None
 
     def token_loss(span, logprobs, entropy):
         return ppo(old[span], advantages[span], logprobs)
 
     result = fused_loss(head, hidden, targets, ones, token_loss)
-    result.loss.backward()
-    return result.logprobs
+    return result.logprobs, result.loss
 
 
 def run_materialising(hidden, weight, shard, targets, old, advantages, backward: bool):
     with torch.set_grad_enabled(backward):
         logits = SummedOverRanks.apply(hidden) @ weight.t()
         logprobs, _ = Materialised.apply(logits, targets, shard)
-        if backward:
-            del logits
-            ppo(old, advantages, logprobs).backward()
-    return logprobs.detach()
+        return logprobs.detach(), ppo(old, advantages, logprobs)
 
 
 METHODS = {"chunked": run_chunked, "materialising": run_materialising}
+MAKES_GRADIENTS_IN_FORWARD = {"chunked": True, "materialising": False}
 
 
 def resident(name: str) -> int:
@@ -114,8 +111,12 @@ def resident(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def peak_begins_anew() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def measure(rank: int, method: str, tokens: int, hidden_size: int, vocabulary: int, backward: bool, repeats: int):
-    """(seconds of each repetition, peak bytes of the first, checksums) of one rank."""
+    """(seconds of each repetition, peak bytes, checksums) of one rank."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     columns = -(-vocabulary // RANKS)
@@ -129,21 +130,25 @@ def measure(rank: int, method: str, tokens: int, hidden_size: int, vocabulary: i
     weight.requires_grad_(backward)
     hidden.requires_grad_(backward)
     small = hidden.detach()[:8].clone().requires_grad_(backward)  # threads and libraries start before the clock does
-    METHODS[method](small, weight, shard, targets[:8], old[:8], advantages[:8], backward)
-    weight.grad = None
+    _, loss = METHODS[method](small, weight, shard, targets[:8], old[:8], advantages[:8], backward)
+    if backward:
+        loss.backward()
+    gradients = (weight.numel() + hidden.numel()) * 4 if backward else 0
     seconds, peak = [], 0
-    for repetition in range(repeats):
-        hidden.grad = weight.grad = None
+    for _ in range(repeats):
+        loss = hidden.grad = weight.grad = None
         dist.barrier()
         before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        peak_begins_anew()
         began = time.perf_counter()
-        logprobs = METHODS[method](hidden, weight, shard, targets, old, advantages, backward)
+        logprobs, loss = METHODS[method](hidden, weight, shard, targets, old, advantages, backward)
+        peak = max(peak, resident("VmHWM") - before - gradients * MAKES_GRADIENTS_IN_FORWARD[method])
+        if backward:
+            peak_begins_anew()
+            loss.backward()
+            peak = max(peak, resident("VmHWM") - before - gradients)
         dist.barrier()
         seconds.append(time.perf_counter() - began)
-        if repetition == 0:
-            gradients = (weight.numel() + hidden.numel()) * 4 if backward else 0
-            peak = resident("VmHWM") - before - gradients
     sums = [logprobs.double().mean().item()]
     if backward:
         sums += [hidden.grad.double().norm().item(), weight.grad.double().norm().item()]

