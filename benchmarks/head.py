@@ -4,9 +4,9 @@
 
 Two ranks (gloo), fp32, one thread each. `chunked` is what the actor does: `vocab_parallel.score` (forward) and
 `vocab_parallel.fused_loss` (forward and backward), 256 tokens at a time. `materialising` is what is common elsewhere:
-fp32 logits of all tokens; maximum, sum, target and entropy reduced one after the other; logits and softmax kept for
-backward, which works in place. Both give the same log-probs and gradients, which is checked. Every case runs in
-processes of its own. Memory is a rank's peak beyond what it held before and the gradients of weights and hidden states
+fp32 logits of all tokens; maximum, sum, target and entropy reduced one after the other; softmax beside the logits, and
+kept for backward, which works in place. The log-probs' mean and the gradients' norms are checked to be the same. Every
+case runs in processes of its own. Memory is a rank's peak beyond what it held before and the gradients of weights and hidden states
 that exist at the time: `fused_loss` makes them in its forward pass. Where the materialising method does not fit into
 half of the machine's memory its bytes are computed: two fp32 tensors of all logits. Prints a Markdown table; the last
 line is JSON with every case.
@@ -19,7 +19,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import time
 from datetime import date
@@ -179,6 +178,11 @@ def case(method: str, tokens: int, hidden_size: int, vocabulary: int, backward: 
     }
 
 
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
+
+
 def computed_mib(tokens: int, vocabulary: int) -> float:
     """Two fp32 tensors of all logits of a rank."""
     return 2 * 4 * tokens * -(-vocabulary // RANKS) / MIB
@@ -219,7 +223,7 @@ def main() -> None:
                 cells = (tokens, hidden_size, name, f"{ours['seconds']:.2f}", theirs_seconds, ratio)
                 print(f"| {' | '.join(map(str, cells))} | {ours['memory_mib']:.0f} | {theirs_memory} |", flush=True)
     machine = {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": psutil.cpu_count(),
         "torch": torch.__version__,
     }

@@ -3,8 +3,9 @@
     python -m benchmarks.head_gpu [--tokens 1024 4096 16384] [--hidden 1024 4096] [--output FILE.json]
 
 Hidden states [T, H] and weight [V, H] in bf16 to log-prob and entropy per token, forward only (scoring) and with the
-gradients of hidden states and weight (training; both outputs are in the loss). "triton" is ours: statistics without
-logits, then for each chunk of tokens the gradient of its logits and two matrix products. "materialised" rounds
+gradients of hidden states and weight (training; both outputs are in the loss). "triton" is what the actor calls,
+`score` and `fused_loss`: for each chunk of tokens statistics without logits, the gradient of its logits and two matrix
+products; the weight's gradient is summed in fp32. "materialised" rounds
 logits to bf16, as an LM head does, holds them in fp32 and leaves the rest to autograd. "verl" is the kernel
 `verl.utils.kernel.linear_cross_entropy`, where verl is installed.
 
@@ -21,12 +22,14 @@ import inspect
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from megatron_policysplit.vocab_parallel import Head, VocabularyShard, fused_loss, score
 
 WARM_UP = 3
 
@@ -64,24 +67,17 @@ Method = Callable[[Inputs, bool], tuple[Tensor, ...]]
 
 
 def triton_head(inputs: Inputs, backward: bool) -> tuple[Tensor, ...]:
-    from megatron_policysplit.vocab_parallel.triton_head import head_gradient, reduce_head
-
-    hidden, weight, targets, columns = inputs.hidden, inputs.weight, inputs.targets, len(inputs.weight)
+    head = Head(inputs.weight, VocabularyShard(0, len(inputs.weight), None), inputs.chunk, triton=True)
     temperature = torch.ones_like(inputs.grad_logprobs)
-    top, total, moment, at_target = reduce_head(hidden, weight, targets, temperature, columns)
-    log_total = total.log()
-    logprobs, entropy = at_target - top - log_total, log_total - moment / total
     if not backward:
-        return logprobs, entropy
-    grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-    rows = (top, log_total, entropy, inputs.grad_logprobs, inputs.grad_entropy)
-    for start in range(0, len(hidden), inputs.chunk):
-        part = slice(start, start + inputs.chunk)
-        of_part = (row[part] for row in rows)
-        grad = head_gradient(hidden[part], weight, targets[part], temperature[part], columns, *of_part)
-        torch.mm(grad, weight, out=grad_hidden[part])
-        grad_weight.addmm_(grad.T, hidden[part])
-    return logprobs, entropy, grad_hidden, grad_weight
+        return score(head, inputs.hidden, inputs.targets, temperature)[:2]
+    hidden, weight = inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_()
+
+    def token_loss(span: slice, logprobs: Tensor, entropy: Tensor) -> Tensor:
+        return (logprobs * inputs.grad_logprobs[span] + entropy * inputs.grad_entropy[span]).sum()
+
+    result = fused_loss(replace(head, weight=weight), hidden, inputs.targets, temperature, token_loss)
+    return result.logprobs, result.entropy, *torch.autograd.grad(result.loss, (hidden, weight))
 
 
 def materialised(inputs: Inputs, backward: bool) -> tuple[Tensor, ...]:
@@ -225,7 +221,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 4096], help="features of a hidden state")
     parser.add_argument("--vocab", type=int, default=151_936)
-    parser.add_argument("--chunk", type=int, default=1024, help="tokens whose logits' gradient is held at a time")
+    parser.add_argument("--chunk", type=int, default=1024, help="tokens that are computed at a time")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--output", type=Path)
     return parser.parse_args()

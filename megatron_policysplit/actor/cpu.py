@@ -9,6 +9,7 @@ With a GPU nothing is changed.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -59,8 +60,10 @@ def head_chunk_tokens() -> int:
 
 
 def use_triton() -> bool:
-    """Whether the LM head is computed by Triton kernels."""
-    return not active() and importlib.util.find_spec("triton") is not None
+    """Whether the LM head is computed by Triton kernels: where triton is new enough for them (torch 2.8 brings 3.4)."""
+    if active() or importlib.util.find_spec("triton") is None:
+        return False
+    return tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 4)
 
 
 def gpu_count() -> int:

@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from megatron_policysplit.vocab_parallel.reduction import Merged, logits_gradient, reduce_logits, reduce_pair
+from megatron_policysplit.vocab_parallel.reduction import (
+    Merged,
+    logits_gradient,
+    reduce_logits,
+    reduce_pair,
+    statistics_dtype,
+)
 
 if TYPE_CHECKING:
     from megatron_policysplit.vocab_parallel.head import Head
+
+SLICE_ROWS = 8192  # of a weight of 16 bits, widened at a time
 
 
 class ChunkPass(Protocol):
@@ -41,16 +49,31 @@ class ChunkPass(Protocol):
         """d loss / d logits [C, padded columns] in the dtype of `hidden`; `logits` may be overwritten by it."""
 
 
-def chunk_pass(head: Head) -> ChunkPass:
-    """How chunks of this head are computed."""
-    return TritonPass(head) if head.triton else TorchPass(head)
+def chunk_pass(head: Head, tokens: int) -> ChunkPass:
+    """How the chunks of a call with so many tokens are computed."""
+    return TritonPass(head) if head.triton else TorchPass(head, tokens)
+
+
+def shard_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """hidden [C, H] @ weight [padded columns, H]^T into `out` [C, padded columns], fp32 (fp64 for fp64 operands).
+
+    Operands of 16 bits are widened, the weight a slice at a time, so that logits are not rounded to 16 bits: KL between
+    policies that are close would drown in that.
+    """
+    if weight.dtype == out.dtype:
+        return torch.mm(hidden, weight.t(), out=out)
+    wide = hidden.to(out.dtype)
+    for start in range(0, len(weight), SLICE_ROWS):
+        rows = slice(start, start + SLICE_ROWS)
+        out[:, rows] = wide @ weight[rows].to(out.dtype).t()
+    return out
 
 
 class TorchPass:
     """Matrix products of torch into buffers that take turns: the logits of this chunk and of the one before."""
 
-    def __init__(self, head: Head):
-        self._weight, self._shard, self._chunk = head.weight.detach(), head.shard, head.chunk
+    def __init__(self, head: Head, tokens: int):
+        self._weight, self._shard, self._chunk = head.weight.detach(), head.shard, min(head.chunk, tokens)
         self._buffers: list[Tensor] = []
 
     def reduce(self, hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,15 +102,17 @@ class TorchPass:
     ) -> Tensor:
         if logits is None:
             logits = self._logits(hidden)
-        return logits_gradient(logits, targets, temperature, merged, by_logprob, by_entropy, self._shard, out=logits)
+        args = (logits, targets, temperature, merged, by_logprob, by_entropy, self._shard)
+        return logits_gradient(*args, out=logits).to(hidden.dtype)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[C, padded columns] in the buffer that was not used last."""
         if len(self._buffers) < 2:
-            self._buffers.append(self._weight.new_empty(max(self._chunk, len(hidden)), len(self._weight)))
+            dtype = statistics_dtype(self._weight)
+            self._buffers.append(self._weight.new_empty(self._chunk, len(self._weight), dtype=dtype))
         else:
             self._buffers.reverse()
-        return torch.mm(hidden, self._weight.t(), out=self._buffers[-1][: len(hidden)])
+        return shard_logits(hidden, self._weight, self._buffers[-1][: len(hidden)])
 
 
 class TritonPass:

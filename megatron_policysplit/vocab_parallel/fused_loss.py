@@ -61,8 +61,8 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, head, token_loss, needed):
         temperature = temperature.to(statistics_dtype(hidden))
-        passing = chunk_pass(head)
-        grad_hidden = torch.empty_like(hidden) if needed else None
+        passing = chunk_pass(head, len(hidden))
+        grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needed else None
         total = WeightGradient(weight) if needed else None
         loss = temperature.new_zeros(())
         logprobs, entropy = torch.empty_like(temperature), torch.empty_like(temperature)

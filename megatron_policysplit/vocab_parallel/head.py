@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_policysplit.vocab_parallel.chunk_pass import chunk_pass
+from megatron_policysplit.vocab_parallel.chunk_pass import chunk_pass, shard_logits
 from megatron_policysplit.vocab_parallel.reduction import (
     Merged,
     MergedPair,
+    logits_gradient,
     merge,
     merge_pair,
     pair_gradient,
@@ -78,7 +79,7 @@ def score(head: Head, hidden: Tensor, targets: Tensor, temperature: Tensor, part
 
     One all-gather for the whole call. A token's bits depend on its chunk alone, not on partners.
     """
-    passing = chunk_pass(head)
+    passing = chunk_pass(head, len(hidden))
     dtype = statistics_dtype(hidden)
     temperature = temperature.to(dtype)
     parts = hidden.new_empty(4, len(hidden), dtype=dtype)
@@ -135,7 +136,7 @@ class _HeadStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, head):
         ctx.set_materialize_grads(False)
-        passing, dtype = chunk_pass(head), statistics_dtype(hidden)
+        passing, dtype = chunk_pass(head, len(hidden)), statistics_dtype(hidden)
         temperature = temperature.to(dtype)
         parts = hidden.new_empty(4, len(hidden), dtype=dtype)
         for span in head.chunks(len(hidden)):
@@ -152,7 +153,8 @@ class _HeadStatistics(torch.autograd.Function):
         head, merged = ctx.head, Merged(*kept)
         if by_logprob is None:
             by_logprob = torch.zeros_like(merged.logprobs)
-        passing, total, grad_hidden = chunk_pass(head), WeightGradient(weight), torch.empty_like(hidden)
+        passing, total = chunk_pass(head, len(hidden)), WeightGradient(weight)
+        grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         for span in head.chunks(len(hidden)):
             grad = passing.gradient(
                 hidden[span],
@@ -173,7 +175,7 @@ class _HeadPairStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_a, hidden_b, weight, targets, temperature_a, temperature_b, head):
-        passing, dtype = chunk_pass(head), statistics_dtype(hidden_a)
+        passing, dtype = chunk_pass(head, len(hidden_a)), statistics_dtype(hidden_a)
         both, temperatures = (hidden_a, hidden_b), (temperature_a.to(dtype), temperature_b.to(dtype))
         parts = [hidden_a.new_empty(count, len(hidden_a), dtype=dtype) for count in (4, 4, 6)]
         for span in head.chunks(len(hidden_a)):
@@ -195,22 +197,21 @@ class _HeadPairStatistics(torch.autograd.Function):
     def backward(ctx, by_logprob_a, by_entropy_a, by_logprob_b, by_entropy_b, by_kl_ab, by_kl_ba):
         hidden_a, hidden_b, weight, targets, t_a, t_b, *kept = ctx.saved_tensors
         head, merged_a, merged_b, pair = ctx.head, Merged(*kept[:4]), Merged(*kept[4:8]), MergedPair(*kept[8:])
-        passing, total = chunk_pass(head), WeightGradient(weight)
+        total = WeightGradient(weight)
         grad_hidden = torch.empty(2, *hidden_a.shape, dtype=hidden_a.dtype, device=hidden_a.device)
         for span in head.chunks(len(hidden_a)):
-            a, b = (hidden[span] @ weight.t() for hidden in (hidden_a, hidden_b))
-            to_a = passing.gradient(
-                hidden_a[span], a.clone(), targets[span], t_a[span], _cut(merged_a, span), by_logprob_a[span],
-                by_entropy_a[span],
-            )  # fmt: skip
-            to_b = passing.gradient(
-                hidden_b[span], b.clone(), targets[span], t_b[span], _cut(merged_b, span), by_logprob_b[span],
-                by_entropy_b[span],
-            )  # fmt: skip
-            pair_gradient(
-                a, b, t_a[span], t_b[span], _cut(pair, span), by_kl_ab[span], by_kl_ba[span], head.shard, to_a, to_b
-            )
-            for own, hidden, grad in zip(grad_hidden, (hidden_a, hidden_b), (to_a, to_b), strict=True):
+            shape = (2, span.stop - span.start, len(weight))
+            logits = torch.empty(shape, dtype=t_a.dtype, device=weight.device)
+            a, b = shard_logits(hidden_a[span], weight, logits[0]), shard_logits(hidden_b[span], weight, logits[1])
+            grads = to_a, to_b = torch.empty_like(logits)
+            own_a = (targets[span], t_a[span], _cut(merged_a, span), by_logprob_a[span], by_entropy_a[span])
+            own_b = (targets[span], t_b[span], _cut(merged_b, span), by_logprob_b[span], by_entropy_b[span])
+            logits_gradient(a, *own_a, head.shard, out=to_a)
+            logits_gradient(b, *own_b, head.shard, out=to_b)
+            kl = (_cut(pair, span), by_kl_ab[span], by_kl_ba[span])
+            pair_gradient(a, b, t_a[span], t_b[span], *kl, head.shard, to_a, to_b)
+            for own, hidden, grad in zip(grad_hidden, (hidden_a, hidden_b), grads, strict=True):
+                grad = grad.to(hidden.dtype)
                 torch.mm(grad, weight, out=own[span])
                 total.add(grad, hidden[span])
         to_hidden_a, to_hidden_b = head.sum_over_ranks(grad_hidden)

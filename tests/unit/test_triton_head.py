@@ -23,6 +23,8 @@ def head():
     Triton decides when a function is decorated, its own library included. So it is imported afresh here, whether or
     not another test has imported it, and what was there before comes back afterwards.
     """
+    from megatron_policysplit import vocab_parallel
+
     before = {name: module for name, module in sys.modules.items() if is_triton(name) or name == MODULE}
     for name in before:
         del sys.modules[name]
@@ -33,6 +35,9 @@ def head():
     for name in [name for name in sys.modules if is_triton(name) or name == MODULE]:
         sys.modules[f"interpreted.{name}"] = sys.modules.pop(name)
     sys.modules.update(before)
+    del vocab_parallel.triton_head
+    if MODULE in before:
+        vocab_parallel.triton_head = before[MODULE]
 
 
 def random_case(tokens, features, columns, padded, dtype=torch.float32, seed=0):
@@ -254,17 +259,32 @@ def test_what_does_not_fit_is_refused(head):
         head.reduce_head_pair(hidden, hidden[1:], weight, temperature, temperature, 5)
 
 
-def test_scoring_and_losses_by_kernels(head):
-    """What the actor calls, by kernels and by torch: scores with a partner, the fused loss and both its gradients."""
-    from megatron_policysplit.vocab_parallel import Head, Partner, VocabularyShard, fused_loss, head_statistics, score
+@pytest.mark.parametrize("start", [0, 40], ids=["whole", "shard"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scoring_and_losses_by_kernels(head, dtype, start):
+    """What the actor calls, by kernels and by torch: scores with a partner, the fused loss, statistics with gradient.
 
-    hidden, weight, _, temperature = random_case(33, 40, 131, 160)
-    targets = torch.arange(33) * 3
-    partners = [Partner(5, hidden[3:20].flip(0).contiguous(), temperature[:17])]
+    Of a shard that begins at 40 targets outside are 0, as its rank would contribute.
+    """
+    from megatron_policysplit.vocab_parallel import (
+        Head,
+        Partner,
+        VocabularyShard,
+        fused_loss,
+        head_pair_statistics,
+        head_statistics,
+        score,
+    )
+
+    hidden, weight, _, temperature = random_case(33, 40, 131, 160, dtype=dtype)
+    targets = torch.arange(33) * 3 + start // 2
+    other = hidden.roll(1, 0).contiguous()
+    partners = [Partner(5, other[5:22], temperature[:17])]
     found = []
     for triton in (True, False):
-        leaf, parameter = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        by = Head(parameter, VocabularyShard(0, 131, None), 16, triton=triton)
+        leaf, second, parameter = (tensor.clone().requires_grad_() for tensor in (hidden, other, weight))
+        parameter.main_grad = torch.zeros(weight.shape)
+        by = Head(parameter, VocabularyShard(start, 131, None), 16, triton=triton)
         scores = score(by, leaf, targets, temperature, partners)
 
         def token_loss(span, logprobs, entropy):
@@ -273,9 +293,13 @@ def test_scoring_and_losses_by_kernels(head):
         fused = fused_loss(by, leaf, targets, temperature, token_loss)
         fused.loss.backward()
         assert torch.equal(fused.logprobs, scores.logprobs)
-        gradients = [leaf.grad.clone(), parameter.grad.clone()]
-        leaf.grad = parameter.grad = None
         token_loss(None, *head_statistics(by, leaf, targets, temperature)).backward()
-        found.append([*scores[:2], *scores.kl[0], *gradients, leaf.grad, parameter.grad])
+        pair = head_pair_statistics(by, leaf, second, targets, temperature, temperature.flip(0))
+        (pair.kl_ab + 2 * pair.kl_ba + pair.logprobs_b).sum().backward()
+        found.append([*scores[:2], *scores.kl[0], *pair, leaf.grad, second.grad, parameter.main_grad])
+    # A gradient of 16 bits; the interpreter truncates to them.
+    tolerance = 1e-4 if dtype == torch.float32 else 0.03
     for by_kernels, by_torch in zip(*found, strict=True):
-        torch.testing.assert_close(by_kernels, by_torch, rtol=1e-4, atol=1e-4)
+        tight = by_torch.dim() == 1
+        scale = by_torch.abs().max().item()
+        torch.testing.assert_close(by_kernels, by_torch, rtol=0, atol=scale * (1e-5 if tight else tolerance))
