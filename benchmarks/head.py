@@ -6,10 +6,10 @@ Two ranks (gloo), fp32, one thread each. `chunked` is what the actor does: `voca
 `vocab_parallel.fused_loss` (forward and backward), 256 tokens at a time. `materialising` is what is common elsewhere:
 fp32 logits of all tokens; maximum, sum, target and entropy reduced one after the other; softmax beside the logits, and
 kept for backward, which works in place. The log-probs' mean and the gradients' norms are checked to be the same. Every
-case runs in processes of its own. Memory is a rank's peak beyond what it held before and the gradients of weights and hidden states
-that exist at the time: `fused_loss` makes them in its forward pass. Where the materialising method does not fit into
-half of the machine's memory its bytes are computed: two fp32 tensors of all logits. Prints a Markdown table; the last
-line is JSON with every case.
+case runs in processes of its own. Memory is a rank's peak beyond what it held before and the gradients of weights and
+hidden states that exist at the time: `fused_loss` makes them in its forward pass. Where the materialising method does
+not fit into half of the machine's memory its bytes are computed: two fp32 tensors of all logits. Prints a Markdown
+table; the last line is JSON with every case.
 """
 
 from __future__ import annotations
