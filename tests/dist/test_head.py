@@ -290,14 +290,15 @@ def check_many_tiles_and_slices():
 
 def check_gradients_do_not_depend_on_chunks():
     hidden, weight, targets, temperature = inputs(131)
-    found = []
+    found = {}
     for chunk in CHUNKS:
         head, leaf = head_of(weight, chunk), hidden.clone().requires_grad_()
         fused_loss(head, leaf, targets, temperature, curved).loss.backward()
-        found.append((leaf.grad, head.weight.grad))
-    for gradients in found[1:]:
-        for one, other in zip(found[0], gradients, strict=True):
-            assert (one - other).norm() < 1e-6 * one.norm()
+        found[chunk] = leaf.grad, head.weight.grad
+    for chunk, gradients in found.items():
+        bound = 1e-6 if chunk > 1 else 3e-6  # a product with a single row is another routine's
+        for one, other in zip(found[TOKENS], gradients, strict=True):
+            assert (one - other).norm() <= bound * one.norm()
 
 
 def check_no_tokens():
