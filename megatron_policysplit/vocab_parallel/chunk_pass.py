@@ -5,6 +5,7 @@ Two implementations: torch, which holds the chunk's logits, and Triton kernels o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from megatron_policysplit.vocab_parallel.reduction import (
     Merged,
+    exponentials_gradient,
     logits_gradient,
     reduce_logits,
     reduce_pair,
@@ -24,12 +26,25 @@ if TYPE_CHECKING:
 SLICE_ROWS = 8192  # of a weight of 16 bits, widened at a time
 
 
+@dataclass(frozen=True)
+class Exponentials:
+    """What `reduction.reduce_logits` leaves of a chunk's logits: e [C, padded columns] relative to highest [C]."""
+
+    values: Tensor
+    highest: Tensor
+
+
 class ChunkPass(Protocol):
-    """hidden [C, H], targets and temperature [C]. What `reduce` gives beside the floats may be given to the others, as
-    long as no further chunk but the next has been reduced."""
+    """hidden [C, H], targets and temperature [C]. What a reduction gives beside the floats may be given to the others,
+    as long as no further chunk but the next has been reduced."""
 
     def reduce(self, hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor | None]:
         """`reduction.reduce_logits` of the chunk, [4, C], and the chunk's logits [C, padded columns] if there are."""
+
+    def reduce_for_gradient(
+        self, hidden: Tensor, targets: Tensor, temperature: Tensor
+    ) -> tuple[Tensor, Exponentials | None]:
+        """The same floats, bit for bit, and what `gradient` can use."""
 
     def reduce_pair(
         self, a: Tensor, b: Tensor, temperature_a: Tensor, temperature_b: Tensor, logits_a: Tensor | None
@@ -39,14 +54,14 @@ class ChunkPass(Protocol):
     def gradient(
         self,
         hidden: Tensor,
-        logits: Tensor | None,
+        kept: Exponentials | None,
         targets: Tensor,
         temperature: Tensor,
         merged: Merged,
         by_logprob: Tensor,
         by_entropy: Tensor | None,
     ) -> Tensor:
-        """d loss / d logits [C, padded columns] in the dtype of `hidden`; `logits` may be overwritten by it."""
+        """d loss / d logits [C, padded columns] in the dtype of `hidden`; may overwrite `kept`."""
 
 
 def chunk_pass(head: Head, tokens: int) -> ChunkPass:
@@ -80,6 +95,11 @@ class TorchPass:
         logits = self._logits(hidden)
         return reduce_logits(logits, targets, temperature, self._shard), logits
 
+    def reduce_for_gradient(self, hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Exponentials]:
+        logits = self._logits(hidden)
+        parts = reduce_logits(logits, targets, temperature, self._shard, leave_exponentials=True)
+        return parts, Exponentials(logits, parts[0])
+
     def reduce_pair(
         self, a: Tensor, b: Tensor, temperature_a: Tensor, temperature_b: Tensor, logits_a: Tensor | None
     ) -> Tensor:
@@ -93,17 +113,18 @@ class TorchPass:
     def gradient(
         self,
         hidden: Tensor,
-        logits: Tensor | None,
+        kept: Exponentials | None,
         targets: Tensor,
         temperature: Tensor,
         merged: Merged,
         by_logprob: Tensor,
         by_entropy: Tensor | None,
     ) -> Tensor:
-        if logits is None:
-            logits = self._logits(hidden)
-        args = (logits, targets, temperature, merged, by_logprob, by_entropy, self._shard)
-        return logits_gradient(*args, out=logits).to(hidden.dtype)
+        args = (targets, temperature, merged, by_logprob, by_entropy, self._shard)
+        if kept is not None:
+            return exponentials_gradient(kept.values, kept.highest, *args).to(hidden.dtype)
+        logits = self._logits(hidden)
+        return logits_gradient(logits, *args, out=logits).to(hidden.dtype)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[C, padded columns] in the buffer that was not used last."""
@@ -127,6 +148,8 @@ class TritonPass:
         local = targets - self._shard.start
         return self._kernels.reduce_head(hidden, self._weight, local, temperature, self._shard.columns), None
 
+    reduce_for_gradient = reduce
+
     def reduce_pair(
         self, a: Tensor, b: Tensor, temperature_a: Tensor, temperature_b: Tensor, logits_a: Tensor | None
     ) -> Tensor:
@@ -135,7 +158,7 @@ class TritonPass:
     def gradient(
         self,
         hidden: Tensor,
-        logits: Tensor | None,
+        kept: Exponentials | None,
         targets: Tensor,
         temperature: Tensor,
         merged: Merged,

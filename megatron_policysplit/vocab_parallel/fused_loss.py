@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_policysplit.vocab_parallel.chunk_pass import chunk_pass
+from megatron_policysplit.vocab_parallel.chunk_pass import Exponentials, chunk_pass
 from megatron_policysplit.vocab_parallel.head import Head
 from megatron_policysplit.vocab_parallel.reduction import Merged, merge, statistics_dtype
 from megatron_policysplit.vocab_parallel.shard import Gathering
@@ -51,7 +51,7 @@ class _Chunk:
     """A chunk whose floats are on their way."""
 
     span: slice
-    logits: Tensor | None
+    kept: Exponentials | None
     gathering: Gathering
 
 
@@ -66,14 +66,15 @@ class _FusedLoss(torch.autograd.Function):
         total = WeightGradient(weight) if needed else None
         loss = temperature.new_zeros(())
         logprobs, entropy = torch.empty_like(temperature), torch.empty_like(temperature)
-        for chunk in _ahead(_reduced(passing, head, hidden, targets, temperature)):
+        reduce = passing.reduce_for_gradient if needed else passing.reduce
+        for chunk in _ahead(_reduced(reduce, head, hidden, targets, temperature)):
             span = chunk.span
             merged = merge(chunk.gathering.wait()[0], temperature[span])
             logprobs[span], entropy[span] = merged.logprobs, merged.entropy
             part, by_logprob, by_entropy = _slopes(token_loss, span, merged, needed)
             loss += part
             if needed:
-                at = hidden[span], chunk.logits, targets[span], temperature[span]
+                at = hidden[span], chunk.kept, targets[span], temperature[span]
                 grad = passing.gradient(*at, merged, by_logprob, by_entropy)
                 torch.mm(grad, weight, out=grad_hidden[span])
                 total.add(grad, hidden[span])
@@ -92,10 +93,10 @@ class _FusedLoss(torch.autograd.Function):
         return grad_hidden, total.deliver(scale), None, None, None, None, None
 
 
-def _reduced(passing, head: Head, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Iterator[_Chunk]:
+def _reduced(reduce, head: Head, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Iterator[_Chunk]:
     for span in head.chunks(len(hidden)):
-        parts, logits = passing.reduce(hidden[span], targets[span], temperature[span])
-        yield _Chunk(span, logits, Gathering([parts], head.shard))
+        parts, kept = reduce(hidden[span], targets[span], temperature[span])
+        yield _Chunk(span, kept, Gathering([parts], head.shard))
 
 
 def _ahead(chunks: Iterator[_Chunk]) -> Iterator[_Chunk]:

@@ -51,17 +51,23 @@ def statistics_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def reduce_logits(logits: Tensor, targets: Tensor, temperature: Tensor, shard: VocabularyShard) -> Tensor:
-    """[4, T]: m, sum e, sum e x, z at the target (0 where another rank has it), of logits [T, padded columns]."""
+def reduce_logits(
+    logits: Tensor, targets: Tensor, temperature: Tensor, shard: VocabularyShard, *, leave_exponentials: bool = False
+) -> Tensor:
+    """[4, T]: m, sum e, sum e x, z at the target (0 where another rank has it), of logits [T, padded columns].
+
+    leave_exponentials: overwrite the true columns of `logits`, of 32 or 64 bits, with e; for `exponentials_gradient`.
+    """
     parts = logits.new_empty(4, len(logits), dtype=statistics_dtype(logits))
     local, owned = _local(targets, shard)
+    scaled = bool((temperature != 1).any())
     for rows in _tiles(logits):
         z = _true_columns(logits[rows], shard)
-        highest, x = _shift(z, temperature[rows])
-        e = x.exp()
-        parts[0, rows], parts[1, rows], parts[2, rows] = highest, e.sum(1), x.mul_(e).sum(1)
-        at_target = z.gather(1, local[rows, None])[:, 0] if shard.columns else highest
+        at_target = z.gather(1, local[rows, None])[:, 0] if shard.columns else parts.new_zeros(len(z))
         parts[3, rows] = at_target.where(owned[rows], 0.0)
+        highest, x = _shift(z, temperature[rows] if scaled else None)
+        e = torch.exp(x, out=z) if leave_exponentials else x.exp()
+        parts[0, rows], parts[1, rows], parts[2, rows] = highest, e.sum(1), x.mul_(e).sum(1)
     return parts
 
 
@@ -128,6 +134,37 @@ def logits_gradient(
     return out
 
 
+def exponentials_gradient(
+    exponentials: Tensor,
+    highest: Tensor,
+    targets: Tensor,
+    temperature: Tensor,
+    merged: Merged,
+    by_logprob: Tensor,
+    by_entropy: Tensor | None,
+    shard: VocabularyShard,
+) -> Tensor:
+    """`logits_gradient` in place of what `reduce_logits` has left: e [T, padded columns], relative to m = highest [T].
+
+    p = e exp((m - top) / t - log_total), so the gradient by a log-prob is e times one number a token.
+    """
+    local, owned = _local(targets, shard)
+    to_p = ((highest - merged.top) / temperature - merged.log_total).exp()
+    at_target = (by_logprob / temperature).where(owned, 0.0)
+    for rows in _tiles(exponentials):
+        e = exponentials[rows, : shard.columns]
+        if by_entropy is None:
+            e.mul_((-by_logprob[rows] * to_p[rows] / temperature[rows])[:, None])
+        else:
+            p = e * to_p[rows, None]
+            slope = torch.special.xlogy(p, p).add_(p * merged.entropy[rows, None]).mul_(by_entropy[rows, None])
+            e.copy_(p.mul_(by_logprob[rows, None]).add_(slope).neg_().div_(temperature[rows, None]))
+        if shard.columns:
+            e.scatter_add_(1, local[rows, None], at_target[rows, None])
+    exponentials[:, shard.columns :] = 0
+    return exponentials
+
+
 def pair_gradient(
     a: Tensor,
     b: Tensor,
@@ -171,10 +208,11 @@ def _true_columns(logits: Tensor, shard: VocabularyShard) -> Tensor:
     return logits[:, : shard.columns].to(statistics_dtype(logits))
 
 
-def _shift(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """m [T] and x [T, v], a new tensor. m is minus infinity if the shard is empty."""
+def _shift(z: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
+    """m [T] and x [T, v], a new tensor; a temperature of None is 1. m is minus infinity if the shard is empty."""
     highest = z.max(1).values if z.shape[1] else z.new_full((len(z),), -torch.inf)
-    return highest, (z - highest[:, None]).div_(temperature[:, None])
+    x = z - highest[:, None]
+    return highest, x if temperature is None else x.div_(temperature[:, None])
 
 
 def _log_p(logits: Tensor, temperature: Tensor, top: Tensor, log_total: Tensor, shard: VocabularyShard) -> Tensor:

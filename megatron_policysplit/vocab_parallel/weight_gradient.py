@@ -41,10 +41,11 @@ class WeightGradient:
         total, self._total = self._total, None
         if self._empty:
             total.zero_()
-        if scale is not None:
-            total.mul_(scale)
         main_grad = getattr(self._weight, "main_grad", None)
         if main_grad is None:
-            return total.to(self._weight.dtype)
-        main_grad.add_(total)
+            return (total if scale is None else total.mul_(scale)).to(self._weight.dtype)
+        if scale is None:
+            main_grad.add_(total)
+        else:
+            main_grad.addcmul_(total, scale.to(total.dtype))
         return total.zero_() if total.dtype == self._weight.dtype else torch.zeros_like(self._weight)
