@@ -269,7 +269,7 @@ def check_many_tiles_and_slices():
     other = hidden + 0.1
 
     def everything(dtype, chunk):
-        head, leaf = head_of(weight.to(dtype), chunk), hidden.to(dtype).requires_grad_()
+        head, leaf = head_of(weight.to(dtype), chunk), hidden.to(dtype, copy=True).requires_grad_()
         scores = score(head, leaf, targets, temperature, [Partner(2, other[2:].to(dtype), temperature[2:])])
         fused_loss(head, leaf, targets, temperature, curved).loss.backward()
         pair = head_pair_statistics(head, leaf, other.to(dtype), targets, temperature, temperature)
