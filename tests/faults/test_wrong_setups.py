@@ -1,5 +1,6 @@
 """Servers that cannot serve the run: one clear error with the remedy, a plain exit code and nothing left running."""
 
+import json
 import shutil
 import socket
 
@@ -8,7 +9,6 @@ import pytest
 from tests.support import e2e, hf_models
 from tests.support.sglang import live_server, make_model
 from tests.support.sglang_runs import TRANSPORTS, Tree
-from tests.support.toy_chat import make_chat_model
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600, func_only=True)]
 
@@ -52,16 +52,29 @@ def test_another_architecture(config, tmp_path, live, round_number):
 
 
 def test_another_tokenizer(config, tmp_path, live, round_number):
-    model = make_chat_model(tmp_path / "model")
-    settings = ("data.max_prompt_tokens=200", "rollout.max_response_tokens=16")
-    error = fails(config, tmp_path / "run", f"model.path={model}", f"rollout.addresses=[{live.address}]", *settings)
+    """Of the same size: two digits have changed places."""
+    model = shutil.copytree(config.parent / "model", tmp_path / "model")
+    file = model / "tokenizer.json"
+    written = json.loads(file.read_text())
+    ids = written["model"]["vocab"]
+    ids["1"], ids["2"] = ids["2"], ids["1"]
+    file.write_text(json.dumps(written))
+    error = fails(config, tmp_path / "run", f"model.path={model}", f"rollout.addresses=[{live.address}]")
     assert live.address in error and "tokenizer" in error
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_weights_of_another_shape(config, tmp_path, live, transport, round_number):
-    """SGLang dies of them, some seconds later."""
+@pytest.fixture
+def unreadable(live):
+    """The server's model directory cannot be read from here, as on another machine."""
     live.start_again()
+    hidden = live.model.rename(live.model.with_name("elsewhere"))
+    yield
+    hidden.rename(live.model)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_weights_of_another_shape(config, tmp_path, live, unreadable, transport, round_number):
+    """SGLang dies of them, some seconds later."""
     model = make_model(tmp_path / "model", hidden_size=64)
     error = fails(
         config,
