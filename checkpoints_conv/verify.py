@@ -25,8 +25,8 @@ def verify(hf: str | Path, megatron: str | Path, *, progress: Progress = silent)
     """Compare every tensor; one stored in another dtype must be the original cast to it.
 
     The model is that of `hf`'s config.json; a converted checkpoint's own must say the same but for the dtype. Raises
-    ModelError naming the key of config.json or the that differ, these with the largest
-    difference, besides the errors of `check_safetensors` and `MegatronCheckpoint`.
+    ModelError naming the key of config.json that differs, or the tensors and their largest difference, besides the
+    errors of `check_safetensors` and `MegatronCheckpoint`.
     """
     import torch
 
