@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from checkpoints_conv.architectures import architecture_of, in_hf_order
@@ -21,6 +21,8 @@ from megatron_policysplit.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+# What torch raises for bytes that are no tensor, or one of another shape.
+_DAMAGED = (RuntimeError, AssertionError, ValueError, TypeError, AttributeError, IndexError, EOFError, UnpicklingError)
 OPTIMIZER = ("optimizer.", "chained_")  # Megatron-Core's prefixes of optimizer state
 
 
@@ -109,11 +111,10 @@ class MegatronCheckpoint:
         plan = LoadPlan(create_read_items_for_chunk_list(key, self._stored[key], [block]))
         try:
             reader.read_data(plan, Into(target))
-        except (RuntimeError, AssertionError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(
-                f"tensor {key} in {self.path} cannot be read: its data are damaged ({reason})"
-            ) from error
+        except OSError as error:
+            raise CheckpointError(f"tensor {key} in {self.path} cannot be read ({error})") from error
+        except _DAMAGED as error:
+            raise CheckpointError(f"tensor {key} in {self.path} cannot be read: its bytes are damaged") from error
         return target.view(tuple(shape))
 
     def _place(self, parameter: Parameter) -> tuple[str, tuple[int, ...]]:
@@ -212,9 +213,7 @@ def _companions_of(path: Path) -> Path:
         return path / COMPANIONS
     config = path.absolute().parent.parent / "config.yaml"
     if not (path / "trainer.json").is_file() or not config.is_file():
-        raise CheckpointError(
-            f"{path} has no {COMPANIONS}/ with config.json and is in no run; name the model with --hf"
-        )
+        raise CheckpointError(f"{path} has no {COMPANIONS}/config.json and is in no run; name the model with --hf")
     import yaml
 
     try:
