@@ -1,14 +1,15 @@
 """Converted checkpoints in Megatron-Core at any layout, and training checkpoints converted, in real process groups."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from checkpoints_conv.hf_to_megatron import hf_to_megatron
 from checkpoints_conv.megatron_to_hf import megatron_to_hf
-from tests.support.conversion import assert_same_model, make_tree
+from tests.support.conversion import assert_same_model, make_tree, tensors_of
 from tests.support.dist import run_distributed
 from tests.support.hf_models import make_model
 
@@ -169,6 +170,27 @@ def save_layer_by_layer(rank, model_path, out):
     state = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     Path(out).mkdir()
     dist_checkpointing.save({"model": state}, out)
+
+
+def test_logits_are_those_of_transformers(models, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(models[0][0], damaged)
+    tensors = tensors_of(damaged)
+    tensors["model.layers.2.self_attn.k_proj.weight"][5] *= 1.1
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    run_distributed(check_all_logits, 1, models[:-1], str(damaged))
+
+
+def check_all_logits(rank, models, damaged):
+    """Of every model in float32; and a checkpoint of other weights is told."""
+    from megatron_policysplit.actor.logits import TOLERANCE, check_logits
+    from megatron_policysplit.errors import ModelError
+
+    for hf, megatron in models:
+        compared = check_logits(hf, megatron)
+        assert compared.difference < TOLERANCE < 1 < compared.largest, hf
+    with pytest.raises(ModelError, match=f"logits of .* differ from those of {damaged} by .*; convert the model again"):
+        check_logits(damaged, models[0][1])
 
 
 def test_several_processes_share_a_conversion(tmp_path):
