@@ -193,6 +193,39 @@ def check_all_logits(rank, models, damaged):
         check_logits(damaged, models[0][1])
 
 
+def test_exports_equal_those_of_mbridge(models, tmp_path):
+    pairs = []
+    for number, (hf, megatron) in enumerate(models):
+        megatron_to_hf(megatron, tmp_path / str(number))
+        pairs.append((hf, str(tmp_path / str(number))))
+    # Tied ones last: after one, mbridge takes all models of the family for tied.
+    run_distributed(check_against_mbridge, 1, sorted(pairs, key=lambda pair: pair[0].endswith("-True")))
+
+
+def check_against_mbridge(rank, pairs):
+    """mbridge loads the original into Megatron-Core and exports it; it is given Transformer Engine's names."""
+    start(1, 1)
+    from mbridge import AutoBridge
+
+    from checkpoints_conv import architecture_of, read_hf_config
+
+    for hf, exported in pairs:
+        config = read_hf_config(hf)
+        table = architecture_of(config).by_megatron_name(config)
+        dtype = torch.bfloat16 if hf.endswith("bf16") else torch.float32
+        model = nan_model(hf, dtype)
+        bridge = AutoBridge.from_pretrained(hf, dtype=dtype)
+        names = {name: table[name].megatron[-1] for name in dict(model.named_parameters())}
+        extra = {name: name for name in model.state_dict() if name not in names}
+        bridge._weight_name_mapping_mcore_local_to_global = lambda model, consider_ep=True, n=names | extra: n
+        bridge.load_weights([model], hf)
+        theirs = dict(bridge.export_weights([model]))
+        ours = tensors_of(exported)
+        assert set(theirs) == set(ours)
+        for name, tensor in theirs.items():
+            assert torch.equal(ours[name], tensor), (hf, name)
+
+
 def test_several_processes_share_a_conversion(tmp_path):
     original = make_tree(make_model(tmp_path / "model", "qwen2", tied=False, vocab=VOCAB))
     run_distributed(convert_there_and_back, 2, str(original), str(tmp_path))
