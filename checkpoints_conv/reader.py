@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints_conv.architectures import architecture_of
+from checkpoints_conv.output import is_partial
 from megatron_policysplit.errors import ModelError
 
 if TYPE_CHECKING:
@@ -29,8 +30,13 @@ class TensorInfo:
 
 
 def read_hf_config(path: str | Path) -> dict[str, Any]:
-    """config.json of a model directory; ModelError if either is missing or the file is not a JSON object."""
+    """config.json of a model directory; ModelError if either is missing or the file is not a JSON object.
+
+    A directory that a killed writer left (`*.partial`) is refused, whatever is in it.
+    """
     path = Path(path)
+    if is_partial(path):
+        raise ModelError(f"{path} is the rest of a write that was interrupted; remove it")
     if not path.is_dir():
         raise ModelError(f"model directory {path} does not exist; give a directory with config.json and safetensors")
     return _json_object(path / "config.json", "a Hugging Face model directory needs it")

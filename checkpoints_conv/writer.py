@@ -1,14 +1,20 @@
-"""Writing a Hugging Face model directory that is either complete or not there."""
+"""Writing a Hugging Face model directory that is either complete or not there, tensor by tensor."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from checkpoints_conv.reader import INDEX, SINGLE, read_hf_config
+from checkpoints_conv.architectures import architecture_of
+from checkpoints_conv.dtypes import BYTES, SAFETENSORS, name_of
+from checkpoints_conv.output import partial_of
+from checkpoints_conv.reader import INDEX, SINGLE, check_shape, read_hf_config
 from megatron_policysplit.errors import ModelError
 
 if TYPE_CHECKING:
@@ -25,6 +31,82 @@ COPIED = (
     "chat_template*",
     "additional_chat_templates",
 )
+SAFETENSORS_OF = {name: short for short, name in SAFETENSORS.items()}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written: its shape and dtype (float32, ...)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * BYTES[self.dtype]
+
+
+class HfFiles:
+    """The safetensors files of a model, laid out before any tensor is there and filled in any order.
+
+    Files hold at most `max_shard_bytes` bytes of data each (a larger tensor gets its own file), tensors in the
+    order of `plan`. Several processes may write to the same files once one of them has called `create`.
+    """
+
+    def __init__(self, directory: Path, plan: Mapping[str, Planned], max_shard_bytes: int):
+        self.directory, self.plan = directory, plan
+        shards = _shards(plan, max_shard_bytes)
+        single = len(shards) == 1
+        self._headers: dict[str, bytes] = {}
+        self._places: dict[str, tuple[str, int]] = {}  # file, and offset in it, of each tensor
+        for number, names in enumerate(shards):
+            file = SINGLE if single else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            header, offsets = _header({name: plan[name] for name in names})
+            self._headers[file] = header
+            self._places.update({name: (file, offset) for name, offset in offsets.items()})
+        self._missing = dict.fromkeys(plan)
+        self._open: dict[str, int] = {}
+
+    def create(self) -> None:
+        """Write headers, and the index if there are several files; the data are holes."""
+        sizes = {file: len(header) for file, header in self._headers.items()}
+        for name, planned in self.plan.items():
+            sizes[self._places[name][0]] += planned.nbytes
+        for file, header in self._headers.items():
+            with (self.directory / file).open("xb") as stream:
+                stream.write(header)
+                stream.truncate(sizes[file])
+        if len(self._headers) > 1:
+            weight_map = {name: self._places[name][0] for name in self.plan}
+            total = sum(planned.nbytes for planned in self.plan.values())
+            write_json(self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    def write(self, name: str, tensor: "torch.Tensor") -> None:
+        """Put a tensor, cast to the planned dtype, into its place. ModelError if it was not planned as it is."""
+        import torch
+
+        if name not in self._missing:
+            raise ModelError(f"tensor {name} was given twice or is none of the model's; nothing is kept")
+        planned = self.plan[name]
+        check_shape(name, tuple(tensor.shape), planned.shape, "what was to be written")
+        data = tensor.detach().to(device="cpu", dtype=getattr(torch, planned.dtype)).contiguous()
+        file, offset = self._places[name]
+        if file not in self._open:
+            self._open[file] = os.open(self.directory / file, os.O_WRONLY)
+        left = memoryview(data.view(-1).view(torch.uint8).numpy())
+        while left:
+            written = os.pwrite(self._open[file], left, offset)
+            left, offset = left[written:], offset + written
+        del self._missing[name]
+
+    def check_complete(self) -> None:
+        """Raise ModelError naming a tensor of the plan that was not written by this process."""
+        if self._missing:
+            raise ModelError(f"tensor {next(iter(self._missing))} of the model was not given; nothing is kept")
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
 
 
 def write_hf(
@@ -36,14 +118,15 @@ def write_hf(
 ) -> None:
     """Write a complete model directory: `tensors` under their names, everything else from `source_dir`.
 
-    Tensors are cast to `dtype` and written in the order they come, in files of at most `max_shard_bytes`
-    bytes of data (a larger tensor gets its own file); no more than one file's tensors is held at a time.
-    All is written beside `path` and renamed at the end, so a killed run leaves no half-written model. An
-    existing model directory at `path` is replaced; ModelError if something else is there.
+    `tensors` are all those of source_dir's architecture, in any order; a second copy of a tied head is left out.
+    They are cast to `dtype` and written as they come, in files of at most `max_shard_bytes` bytes of data (a larger
+    tensor gets its own file); only one tensor is held at a time. All is written beside `path` and renamed at the
+    end, so a killed run leaves no half-written model. An existing model directory at `path` is replaced. ModelError
+    if something else is there, and if a tensor is missing, misshapen or none of the model's.
     """
     path = Path(path)
     hf_config = read_hf_config(source_dir)
-    partial, previous = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.previous")
+    partial, previous = partial_of(path), path.with_name(f".{path.name}.previous")
     if path.exists() and not (path / "config.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
         raise ModelError(f"{path} exists and is not a Hugging Face model directory; choose another path")
     if previous.exists() and not path.exists():
@@ -51,62 +134,70 @@ def write_hf(
     shutil.rmtree(previous, ignore_errors=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    architecture = architecture_of(hf_config)
+    shapes, tied = architecture.hf_tensors(hf_config), architecture.sizes(hf_config).tied
+    files = HfFiles(partial, {name: Planned(shape, name_of(dtype)) for name, shape in shapes.items()}, max_shard_bytes)
     try:
-        _write_tensors(partial, tensors, dtype, max_shard_bytes)
-        _copy_companions(Path(source_dir), partial)
-        name = str(dtype).removeprefix("torch.")
-        keys = [key for key in ("dtype", "torch_dtype") if key in hf_config] or ["torch_dtype"]
-        _write_json(partial / "config.json", {**hf_config, **dict.fromkeys(keys, name)})
+        files.create()
+        for name, tensor in tensors:
+            if not (tied and name == "lm_head.weight"):
+                files.write(name, tensor)
+        files.check_complete()
+        copy_companions(source_dir, partial)
+        write_config(partial, hf_config, name_of(dtype))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        files.close()
     if path.exists():
         path.rename(previous)
     partial.rename(path)
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _write_tensors(directory: Path, tensors, dtype, max_shard_bytes: int) -> None:
-    from safetensors.torch import save_file
-
-    shards: list[list[str]] = []
-    held: dict[str, "torch.Tensor"] = {}
-    held_bytes = total_bytes = 0
-
-    def flush() -> None:
-        nonlocal held_bytes
-        save_file(held, directory / f"{len(shards)}.safetensors", metadata={"format": "pt"})
-        shards.append(list(held))
-        held.clear()
-        held_bytes = 0
-
-    for name, tensor in tensors:
-        # A copy, because a streaming source may reuse its buffer for the next tensor.
-        tensor = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
-        if held and held_bytes + tensor.nbytes > max_shard_bytes:
-            flush()
-        held[name] = tensor
-        held_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
-    if not held:
-        raise ModelError(f"no tensors were given to write to {directory}")
-    flush()
-    if len(shards) == 1:
-        (directory / "0.safetensors").rename(directory / SINGLE)
-        return
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"{number}.safetensors").rename(directory / file)
-        weight_map.update(dict.fromkeys(names, file))
-    _write_json(directory / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-
-
-def _copy_companions(source_dir: Path, directory: Path) -> None:
+def copy_companions(source_dir: str | Path, directory: Path) -> None:
+    """Copy tokenizer, chat templates and generation config; config.json is not one of them."""
     for pattern in COPIED:
-        for file in source_dir.glob(pattern):
+        for file in Path(source_dir).glob(pattern):
             (shutil.copytree if file.is_dir() else shutil.copyfile)(file, directory / file.name)
 
 
-def _write_json(file: Path, value: dict) -> None:
+def write_config(directory: Path, hf_config: Mapping[str, Any], dtype: str | None) -> None:
+    """Write config.json with `dtype` in it; None leaves it as it is."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in hf_config] or ["torch_dtype"]
+    changed = {} if dtype is None else dict.fromkeys(keys, dtype)
+    write_json(directory / "config.json", {**hf_config, **changed})
+
+
+def write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _shards(plan: Mapping[str, Planned], max_shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, planned in plan.items():
+        if shards[-1] and held + planned.nbytes > max_shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += planned.nbytes
+    return shards
+
+
+def _header(tensors: Mapping[str, Planned]) -> tuple[bytes, dict[str, int]]:
+    """A file's bytes before its data, and each tensor's offset in the file. Wide types first, for alignment."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    for name, planned in sorted(tensors.items(), key=lambda item: -BYTES[item[1].dtype]):
+        starts[name], end = end, end + planned.nbytes
+        entries[name] = {
+            "dtype": SAFETENSORS_OF[planned.dtype],
+            "shape": list(planned.shape),
+            "data_offsets": [starts[name], end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + start for name, start in starts.items()}

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from typer.core import TyperCommand
 
-from megatron_policysplit import __version__
-from megatron_policysplit.errors import ConfigError, UserError
-from megatron_policysplit.exit_codes import BAD_INPUT, STOPPED
+from megatron_policysplit import __version__, convert
+from megatron_policysplit.convert import Command, run_app
+from megatron_policysplit.errors import ConfigError
+from megatron_policysplit.exit_codes import STOPPED
 
 app = typer.Typer(
     help="Policy Split reinforcement learning of language models on Megatron-Core.",
@@ -28,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(convert.app, name="convert", short_help="Hugging Face to Megatron-Core and back; verify, inspect.")
 
 
 class Modes(enum.Enum):
@@ -39,13 +40,6 @@ class Modes(enum.Enum):
 class Precision(enum.Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
-
-
-class Command(TyperCommand):
-    """Usage lines without the braces that Typer puts around arguments which must be given."""
-
-    def collect_usage_pieces(self, ctx) -> list[str]:
-        return [piece.translate({ord("{"): None, ord("}"): None}) for piece in super().collect_usage_pieces(ctx)]
 
 
 def _finite(value: float) -> float:
@@ -362,18 +356,8 @@ def _check_output(output: Path) -> None:
 
 
 def main() -> None:
-    """Entry point of `policysplit`: a UserError is one line on stderr and exit code 2.
-
-    Of several ranks the first of every node prints it: what is missing may be missing on that node alone.
-    """
-    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))  # as given; `train` fills gaps
-    try:
-        app()
-    except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or local_rank == "0":
-            print(f"{'' if rank == '0' else f'rank {rank}: '}error: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+    """Entry point of `policysplit`."""
+    run_app(app)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ It loads at any TP x PP x DP layout; the RNG states come back only at the layout
 from __future__ import annotations
 
 import json
-import pickle
 import queue
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -17,11 +16,11 @@ from typing import Any
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from checkpoints_conv.metadata import check_metadata
 from megatron_policysplit.actor import cpu
 from megatron_policysplit.actor.checkpoint_files import check_model, complete, model_keys, path_of, read_trainer_json
 from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.actor.step import Actor
-from megatron_policysplit.errors import CheckpointError
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -98,47 +97,6 @@ def load(actor: Actor, path: Path) -> TrainerState:
     if meta["layout"] == _layout(actor.layout):
         _restore_rng(load_file(path / f"rng_rank{actor.layout.rank:05d}.safetensors"))
     return state
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads torch_dist's `.metadata` and nothing else: only the plain data classes in it may be named."""
-
-    ALLOWED = {
-        "torch": {"Size", "bfloat16", "float32", "float16", "float64", "int32", "int64", "uint8"},
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.distributed.checkpoint.metadata": {
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        },
-        "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
-        "torch.serialization": {"_get_layout"},
-        "pathlib": {"PosixPath"},
-    }
-
-    def find_class(self, module: str, name: str):
-        # Exact names: pickle walks dotted ones, and a whole module would open everything that it imports.
-        if name in self.ALLOWED.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
-def check_metadata(path: Path) -> None:
-    """Raise CheckpointError unless `path` unpickles with torch_dist's own data classes alone.
-
-    Megatron reads this file with pickle; after this check those bytes can run nothing. (`common.pt` it reads
-    with torch.load, whose default since torch 2.6 is weights_only.)
-    """
-    try:
-        with path.open("rb") as file:
-            _MetadataUnpickler(file).load()
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{path} is not torch_dist metadata ({error}); delete the checkpoint") from error
 
 
 def _keep_results_in_process() -> None:

@@ -1,5 +1,8 @@
 """A real instruct model, SmolLM2-135M-Instruct: the actor at pipeline parallelism 2 against transformers."""
 
+import json
+
+import pytest
 import torch
 
 from examples.smollm2.make_model import make_model
@@ -8,17 +11,42 @@ from tests.support.dist import run_distributed
 QUESTION = [{"role": "user", "content": "Name three rivers of Europe, and say in a sentence where each begins."}]
 
 
-def test_logits_equal_transformers_at_pipeline_2(tmp_path):
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("smollm2") / "model"
+    make_model(path)
+    return path
+
+
+def test_conversion_there_and_back_keeps_every_bit(model_path, tmp_path):
+    from checkpoints_conv import SafetensorsReader
+    from checkpoints_conv.hf_to_megatron import hf_to_megatron
+    from checkpoints_conv.megatron_to_hf import megatron_to_hf
+
+    hf_to_megatron(model_path, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", max_shard_bytes=10**8)
+    with SafetensorsReader(model_path) as original, SafetensorsReader(tmp_path / "back") as back:
+        assert set(back.tensors) == set(original.tensors) and len(back.tensors) == 272
+        for name in original.tensors:
+            expected, found = original.get(name), back.get(name)
+            assert found.dtype == expected.dtype
+            assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), name
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (model_path / name).read_bytes()
+    configs = [json.loads((path / "config.json").read_text()) for path in (model_path, tmp_path / "back")]
+    assert configs[0] == configs[1]
+
+
+def test_logits_equal_transformers_at_pipeline_2(model_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    make_model(tmp_path / "model")
-    prompt = AutoTokenizer.from_pretrained(tmp_path / "model").apply_chat_template(
+    prompt = AutoTokenizer.from_pretrained(model_path).apply_chat_template(
         QUESTION, add_generation_prompt=True, return_dict=False
     )
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = model(torch.tensor([prompt])).logits[0]
-    first, last = run_distributed(logits_of, 2, str(tmp_path / "model"), prompt, timeout_seconds=240)
+    first, last = run_distributed(logits_of, 2, str(model_path), prompt, timeout_seconds=240)
     assert first is None
     assert len(prompt) > 30 and expected.std() > 1
     assert (last - expected).abs().max() < 1e-4

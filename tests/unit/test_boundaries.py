@@ -73,7 +73,14 @@ def test_pure_parts_import_no_megatron_and_no_actor():
 
 
 def test_conversion_knows_nothing_of_training():
-    for path in (ROOT / "checkpoints_conv").rglob("*.py"):
+    """But for its command line, which is that of `policysplit convert` and which nothing imports."""
+    package = ROOT / "checkpoints_conv"
+    assert set(imported(package / "__main__.py")) == {
+        "megatron_policysplit.convert",
+        "megatron_policysplit.convert.main",
+    }
+    assert not any("checkpoints_conv.__main__" in imported(path) for path in SOURCES)
+    for path in set(package.rglob("*.py")) - {package / "__main__.py"}:
         own = {module for module in imported(path) if is_of(module, "megatron_policysplit")}
         assert all(is_of(module, "megatron_policysplit.errors") for module in own), (name(path), own)
         assert not [module for module in imported(path) if is_of(module, "megatron")], name(path)

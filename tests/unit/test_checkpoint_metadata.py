@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from megatron_policysplit.actor.checkpoint import check_metadata
+from checkpoints_conv.metadata import check_metadata
 from megatron_policysplit.errors import CheckpointError
 
 
@@ -47,3 +47,12 @@ def test_what_torch_writes_is_accepted(tmp_path):
 
     dcp.save({"weight": torch.ones(3), "half": torch.ones(2, dtype=torch.bfloat16)}, checkpoint_id=tmp_path)
     check_metadata(tmp_path / ".metadata")
+
+
+def test_a_harmless_pickle_of_something_else_is_refused(tmp_path):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps({"weights": [1.0]}))
+    with pytest.raises(CheckpointError, match="it is a pickled dict"):
+        check_metadata(tmp_path / ".metadata")
+    (tmp_path / ".metadata").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is not torch_dist metadata"):
+        check_metadata(tmp_path / ".metadata")

@@ -1,0 +1,284 @@
+"""How long conversion takes beside a plain copy of the same bytes and beside mbridge, and what memory each needs.
+
+    python -m benchmarks.convert [--size-gb 3] [--repeats 3] [--directory DIR] [--output FILE.json]
+
+A made-up bf16 model of Qwen3's shape (hidden size 2048, tied head; more layers for more bytes) is converted to
+Megatron-Core and back, each time in a process of its own, in turns with `cp` and with mbridge on the same files. Every
+time counts from after the imports until what was written is on the disk (fsync). Files are dropped from the system's
+cache before they are read, as far as it will. mbridge converts through a model: its way to Megatron-Core is to build
+one, load it, and save it with dist_checkpointing; back is to build one, load the checkpoint, and save its weights.
+Memory is the peak of the process's anonymous memory above what it had after the imports. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+
+SAMPLE_SECONDS = 0.002
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+VOCABULARY, FULL_SIZE_BYTES = 151936, 3 * 10**9
+
+
+def main() -> None:
+    arguments = _arguments()
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
+        result = _measure(Path(directory), arguments.size_gb, arguments.repeats)
+    for name, found in result["timings"].items():
+        seconds, memory = found["seconds"], found.get("peak_anonymous_bytes")
+        peak = "" if memory is None else f", {memory / 1e6:.0f} MB of memory"
+        span = f"({seconds['lowest']:.2f} to {seconds['highest']:.2f})"
+        print(f"{name:24s} {seconds['median']:.2f} s {span}, {found['bytes_per_second'] / 1e6:.0f} MB/s{peak}")
+    limit = 2 * result["largest_tensor_bytes"] + 200e6
+    print(
+        f"largest tensor {result['largest_tensor_bytes'] / 1e6:.0f} MB; twice that and 200 MB is {limit / 1e6:.0f} MB"
+    )
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size-gb", type=float, default=3.0, help="bytes of the model, in 10^9")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--directory", type=Path, help="on the disk to be measured; default: the system's for temporary"
+    )
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args()
+
+
+def make_model(path: Path, size_gb: float) -> dict[str, int]:
+    """A directory of random weights. Returns its bytes and those of its largest tensor."""
+    import torch
+
+    from checkpoints_conv.architectures import architecture_of
+    from checkpoints_conv.writer import HfFiles, Planned, write_config
+
+    wanted = size_gb * 1e9
+    config = {**CONFIG, "vocab_size": max(256, int(VOCABULARY * min(1.0, wanted / FULL_SIZE_BYTES)))}
+    one = sum(_nbytes({**config, "num_hidden_layers": 1}).values())
+    layer = sum(_nbytes({**config, "num_hidden_layers": 2}).values()) - one
+    config["num_hidden_layers"] = 1 + max(0, round((wanted - one) / layer))
+    path.mkdir()
+    shapes = architecture_of(config).hf_tensors(config)
+    files = HfFiles(path, {name: Planned(shape, "bfloat16") for name, shape in shapes.items()}, 2 * 10**9)
+    files.create()
+    for name, shape in shapes.items():
+        files.write(name, torch.randn(shape, dtype=torch.bfloat16))
+    files.check_complete()
+    files.close()
+    write_config(path, config, None)
+    sizes = _nbytes(config)
+    return {"bytes": sum(sizes.values()), "largest_tensor_bytes": max(sizes.values())}
+
+
+def _nbytes(config: dict) -> dict[str, int]:
+    from checkpoints_conv.architectures import architecture_of
+
+    return {name: 2 * prod(shape) for name, shape in architecture_of(config).hf_tensors(config).items()}
+
+
+def _measure(directory: Path, size_gb: float, repeats: int) -> dict:
+    hf, megatron = directory / "hf", directory / "megatron"
+    sizes = make_model(hf, size_gb)
+    _in_process(to_megatron, hf, megatron)  # what the ways back read; not timed
+    ways: dict[str, tuple[Callable | None, Path]] = {
+        "cp": (None, hf),
+        "to Megatron-Core": (to_megatron, hf),
+        "mbridge, to Megatron-Core": (mbridge_to_megatron, hf),
+        "to Hugging Face": (to_hugging_face, megatron),
+        "mbridge, to Hugging Face": (mbridge_to_hugging_face, megatron),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    memory: dict[str, list[int]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, (way, source) in ways.items():
+            target = directory / "target"
+            _forget(source)
+            if way is None:
+                seconds[name].append(_copy(source, target))
+            else:
+                took, peak = _in_process(way, source, target, hf)
+                seconds[name].append(took)
+                memory[name].append(peak)
+            shutil.rmtree(target)
+    return {
+        **sizes,
+        "repeats": repeats,
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "timings": {
+            name: {
+                "seconds": {"median": statistics.median(s), "lowest": min(s), "highest": max(s)},
+                "bytes_per_second": sizes["bytes"] / statistics.median(s),
+            }
+            | ({"peak_anonymous_bytes": max(memory[name])} if memory[name] else {})
+            for name, s in seconds.items()
+        },
+    }
+
+
+# The ways, each in a process of its own: `start` is called after the imports.
+
+
+def to_megatron(start: Callable, source: Path, target: Path, hf: Path | None = None) -> None:
+    import torch.distributed.checkpoint  # noqa: F401
+
+    import checkpoints_conv.torch_dist  # noqa: F401
+    from checkpoints_conv.hf_to_megatron import hf_to_megatron
+
+    start()
+    hf_to_megatron(source, target)
+
+
+def to_hugging_face(start: Callable, source: Path, target: Path, hf: Path) -> None:
+    import torch.distributed.checkpoint  # noqa: F401
+
+    import checkpoints_conv.torch_dist  # noqa: F401
+    from checkpoints_conv.megatron_to_hf import megatron_to_hf
+
+    start()
+    megatron_to_hf(source, target, max_shard_bytes=2 * 10**9)
+
+
+def mbridge_to_megatron(start: Callable, source: Path, target: Path, hf: Path) -> None:
+    bridge, build = _mbridge(hf)
+    from megatron.core import dist_checkpointing
+
+    start()
+    model = build()
+    bridge.load_weights([model], str(source))
+    target.mkdir()
+    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(target))
+    _sync(target)
+
+
+def mbridge_to_hugging_face(start: Callable, source: Path, target: Path, hf: Path) -> None:
+    bridge, build = _mbridge(hf)
+    from megatron.core import dist_checkpointing
+
+    start()
+    model = build()
+    model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(source))["model"])
+    bridge.safetensor_io = bridge._get_safetensor_io(str(hf))  # it writes the files that it would have read
+    bridge.save_weights([model], str(target))
+    _sync(target)
+
+
+def _mbridge(hf: Path):
+    """mbridge and a function that builds a model, of Megatron-Core's own layers where there is no GPU.
+
+    mbridge knows Transformer Engine's names only, so the names of those layers are given to it as such.
+    """
+    import torch
+    from mbridge import AutoBridge
+
+    from checkpoints_conv import read_hf_config
+    from checkpoints_conv.architectures import architecture_of
+    from megatron_policysplit.actor import cpu, parallel
+    from megatron_policysplit.actor.model import build_model
+    from megatron_policysplit.config import ParallelConfig
+
+    parallel.initialize(ParallelConfig(), seed=0)
+    bridge = AutoBridge.from_pretrained(str(hf))
+    config = read_hf_config(hf)
+    table = architecture_of(config).by_megatron_name(config)
+    bridge._weight_name_mapping_mcore_local_to_global = lambda model, consider_ep=True: {
+        name: table[name].megatron[-1] if name in table else name for name in model.state_dict()
+    }
+    return bridge, lambda: build_model(config, dtype=torch.bfloat16).to(cpu.device())
+
+
+def _in_process(way: Callable, *paths: Path) -> tuple[float, int]:
+    """Seconds and peak anonymous bytes of `way` in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    process = context.Process(target=_child, args=(way, paths, answers))
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise SystemExit(f"{way.__name__} ended with exit code {process.exitcode}; its messages are above")
+    return answers.get()
+
+
+def _child(way: Callable, paths: tuple[Path, ...], answers) -> None:
+    began, before, peak, done = 0.0, 0, 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(SAMPLE_SECONDS):
+            peak = max(peak, _anonymous_bytes())
+
+    thread = threading.Thread(target=watch, daemon=True)
+
+    def start() -> None:
+        nonlocal began, before, peak
+        before = peak = _anonymous_bytes()
+        thread.start()
+        began = time.perf_counter()
+
+    way(start, *paths)
+    took = time.perf_counter() - began
+    done.set()
+    thread.join()
+    answers.put((took, peak - before))
+
+
+def _anonymous_bytes() -> int:
+    with open("/proc/self/status", encoding="ascii") as status:
+        return int(next(line for line in status if line.startswith("RssAnon")).split()[1]) * 1024
+
+
+def _copy(source: Path, target: Path) -> float:
+    began = time.perf_counter()
+    subprocess.run(["cp", "-r", "--reflink=never", "--sparse=never", str(source), str(target)], check=True)
+    _sync(target)
+    return time.perf_counter() - began
+
+
+def _sync(directory: Path) -> None:
+    for file in directory.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+
+
+def _forget(directory: Path) -> None:
+    """Have the system drop the files from its cache, as far as it will, so that they are read from the disk."""
+    _sync(directory)
+    for file in directory.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+if __name__ == "__main__":
+    main()

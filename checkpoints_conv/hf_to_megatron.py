@@ -1,0 +1,166 @@
+"""A Hugging Face directory becomes a torch_dist checkpoint of Megatron-Core, tensor by tensor, without a model."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from checkpoints_conv.architectures import architecture_of
+from checkpoints_conv.dtypes import BYTES, SAFETENSORS, check_cast, torch_dtype, widest
+from checkpoints_conv.mapping import Piece
+from checkpoints_conv.output import check_free, written_beside
+from checkpoints_conv.progress import Progress, silent
+from checkpoints_conv.ranks import Ranks
+from checkpoints_conv.reader import SafetensorsReader, check_safetensors, read_hf_config
+from checkpoints_conv.stored import Parameter, extra_state_keys, parameters_of
+from checkpoints_conv.writer import copy_companions, write_config
+
+if TYPE_CHECKING:
+    import torch
+
+COMPANIONS = "hf"  # subdirectory for config.json, tokenizer and the like
+BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A block of a stored parameter that is written at once: `pieces` of Hugging Face tensors that make it up.
+
+    offset, rows: along the parameter's first axis; other axes are whole. dtype: float32, bfloat16 or float16.
+    """
+
+    parameter: Parameter
+    offset: int
+    rows: int
+    pieces: tuple[Piece, ...]
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, *self.parameter.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * BYTES[self.dtype]
+
+
+def hf_to_megatron(
+    hf: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    allow_downcast: bool = False,
+    progress: Progress = silent,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+) -> None:
+    """Write the model of directory `hf` to `out`, which Megatron-Core loads at any TP x PP.
+
+    Collective over `ranks`, which share the writing. One tensor is held at a time. dtype: float32, bfloat16 or
+    float16; None keeps each tensor's own. Raises ModelError for a damaged or unsupported model (see
+    `check_safetensors`), for an `out` that is taken or has no room, and for a dtype that would round unless
+    `allow_downcast`. `out` is complete or not there.
+    """
+    hf, out = Path(hf), Path(out)
+    found = ranks.together(lambda: check_safetensors(hf))
+    hf_config = read_hf_config(hf)
+    dtypes = {name: SAFETENSORS[info.dtype] for name, info in found.items()}
+    wanted = architecture_of(hf_config).hf_tensors(hf_config)
+    chunks = chunks_of(hf_config, dtypes, dtype)
+
+    def check() -> None:
+        check_cast({name: dtypes[name] for name in wanted}, dtype, allow_downcast)
+        check_free(out, sum(chunk.nbytes for chunk in chunks))
+
+    ranks.together(check)
+    mine = ranks.share(chunks, lambda chunk: chunk.nbytes)
+    with written_beside(out, ranks) as partial, SafetensorsReader(hf) as reader:
+        with progress(sum(chunk.nbytes for chunk in mine)) as advance:
+            _save(partial, mine, extra_state_keys(hf_config), reader, advance, ranks)
+        ranks.first(lambda: _write_rest(partial, hf, hf_config, dtype))
+
+
+def chunks_of(hf_config: Mapping[str, Any], dtypes: Mapping[str, str], dtype: str | None) -> list[Chunk]:
+    """All that is to be written, in the model's order. dtypes: of the Hugging Face tensors. dtype: None keeps them.
+
+    A parameter whose sources lie in it one after the other is written in as many chunks; a fused QKV in one. All
+    layers of a parameter are stored under one key and so in one type, the widest there is among them.
+    """
+    sizes = architecture_of(hf_config).sizes(hf_config)
+    parameters = parameters_of(hf_config)
+    found: dict[str, set[str]] = {}
+    for parameter in parameters:
+        found.setdefault(parameter.key, set()).update(dtypes[src.name] for src in parameter.pair.sources)
+    chunks = []
+    for parameter in parameters:
+        stored = dtype or widest(found[parameter.key])
+        pieces = parameter.pair.pieces(sizes, 0, 1)
+        if len(pieces) == len(parameter.pair.sources) > 1:
+            chunks += [Chunk(parameter, p.offset, p.stop - p.start, (p,), stored) for p in pieces]
+        else:
+            chunks.append(Chunk(parameter, 0, parameter.shape[0], tuple(pieces), stored))
+    return chunks
+
+
+def read_chunk(chunk: Chunk, reader: SafetensorsReader) -> "torch.Tensor":
+    """Its values, chunk.shape."""
+    import torch
+
+    first = chunk.pieces[0]
+    if len(chunk.pieces) == 1:
+        return reader.get(first.source).to(torch_dtype(chunk.dtype))
+    sources = {piece.source: reader.get(piece.source) for piece in chunk.pieces}
+    values = torch.empty(chunk.shape, dtype=torch_dtype(chunk.dtype))
+    for piece in chunk.pieces:
+        length = piece.stop - piece.start
+        values.narrow(piece.dim, piece.offset, length).copy_(
+            sources[piece.source].narrow(piece.dim, piece.start, length)
+        )
+    return values
+
+
+def _save(directory: Path, chunks: list[Chunk], extra_states: list[str], reader, advance, ranks: Ranks) -> None:
+    """Write this rank's chunks and, with all ranks', the metadata (collective)."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from checkpoints_conv.torch_dist import StreamingPlanner, StreamingWriter
+
+    items = {chunk_index(chunk): chunk for chunk in chunks}
+    states = extra_states if ranks.rank == 0 else []
+    planner = StreamingPlanner(items, states, lambda chunk: read_chunk(chunk, reader))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save({}, storage_writer=StreamingWriter(directory, advance), planner=planner, no_dist=ranks.size == 1)
+    except CheckpointException as error:  # every rank has it, with the errors of all
+        raise next(iter(error.failures.values()))[0] from error
+
+
+def chunk_index(chunk: Chunk) -> tuple[str, tuple[int, ...]]:
+    """Key and offsets of a chunk in the stored tensor."""
+    parameter = chunk.parameter
+    offsets = (chunk.offset, *(0 for _ in parameter.shape[1:]))
+    return parameter.key, offsets if parameter.layer is None else (parameter.layer, *offsets)
+
+
+def _write_rest(directory: Path, hf: Path, hf_config: Mapping[str, Any], dtype: str | None) -> None:
+    import torch
+
+    torch.save({"content_metadata": CONTENT}, directory / "common.pt")
+    companions = directory / COMPANIONS
+    companions.mkdir()
+    copy_companions(hf, companions)
+    write_config(companions, hf_config, dtype)
+    # Last: it is what makes the directory a checkpoint for Megatron-Core.
+    (directory / "metadata.json").write_text(json.dumps(BACKEND), encoding="utf-8")

@@ -1,0 +1,234 @@
+"""Reading torch_dist checkpoints, converted ones and those of training, on one CPU without Megatron or a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+from checkpoints_conv.architectures import architecture_of, in_hf_order
+from checkpoints_conv.dtypes import BYTES, name_of, torch_dtype
+from checkpoints_conv.hf_to_megatron import BACKEND, COMPANIONS
+from checkpoints_conv.metadata import read_metadata
+from checkpoints_conv.output import is_partial
+from checkpoints_conv.reader import read_hf_config
+from checkpoints_conv.stored import Parameter, parameters_of
+from megatron_policysplit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+# What torch raises for bytes that are no tensor, or one of another shape.
+_DAMAGED = (RuntimeError, AssertionError, ValueError, TypeError, AttributeError, IndexError, EOFError, UnpicklingError)
+OPTIMIZER = ("optimizer.", "chained_")  # Megatron-Core's prefixes of optimizer state
+
+
+class MegatronCheckpoint:
+    """The model in a torch_dist directory. Optimizer state is never read; of pickles only `.metadata`, restricted.
+
+    hf: the Hugging Face directory that belongs to it (config.json, tokenizer); None finds it: `hf/` in a converted
+    checkpoint, model.path of the run's config.yaml for a training checkpoint. Raises CheckpointError if the directory
+    is not complete, cannot be read, or does not hold what the model needs: tensors missing, unknown, of another
+    shape or type, with gaps, or in files that are cut short. No tensor is read for that.
+    """
+
+    def __init__(self, path: str | Path, hf: str | Path | None = None):
+        self.path = Path(path)
+        _check_kind(self.path)
+        self._metadata = read_metadata(self.path / ".metadata")
+        self.hf = Path(hf) if hf is not None else _companions_of(self.path)
+        self.hf_config = read_hf_config(self.hf)
+        self.parameters = parameters_of(self.hf_config)
+        self._stored = {key: value for key, value in self._metadata.state_dict_metadata.items() if _is_tensor(value)}
+        self._check()
+
+    @property
+    def has_optimizer(self) -> bool:
+        return any(key.startswith(OPTIMIZER) for key in self._stored)
+
+    @property
+    def vocabulary_padding(self) -> int:
+        """Rows of padding that the stored embedding has."""
+        embedding = next(parameter for parameter in self.parameters if parameter.is_vocabulary)
+        return self._stored[embedding.key].size[0] - embedding.shape[0]
+
+    def dtype(self, parameter: Parameter) -> str:
+        """float32, bfloat16 or float16."""
+        return name_of(self._stored[self._place(parameter)[0]].properties.dtype)
+
+    def nbytes(self, parameter: Parameter) -> int:
+        """As stored, without padding."""
+        return parameter.numel * BYTES[self.dtype(parameter)]
+
+    def hf_dtypes(self) -> dict[str, str]:
+        """Name -> stored dtype of every Hugging Face tensor, in transformers' order."""
+        dtypes = {src.name: self.dtype(p) for p in self.parameters for src in p.pair.sources}
+        return {name: dtypes[name] for name in architecture_of(self.hf_config).hf_tensors(self.hf_config)}
+
+    def hf_tensors(
+        self, parameter: Parameter, dtypes: Mapping[str, str] | None = None
+    ) -> "Iterator[tuple[str, torch.Tensor]]":
+        """The Hugging Face tensors of one parameter, each in its dtype of `dtypes` (None: as stored)."""
+        import torch
+
+        sizes = architecture_of(self.hf_config).sizes(self.hf_config)
+        pieces = parameter.pair.pieces(sizes, 0, 1)
+        dtypes = dtypes or dict.fromkeys((src.name for src in parameter.pair.sources), self.dtype(parameter))
+        if len(pieces) == len(parameter.pair.sources):  # each source lies in one block: read that alone
+            for piece in pieces:
+                shape = list(parameter.shape)
+                shape[piece.dim] = piece.stop - piece.start
+                offsets = [0] * len(shape)
+                offsets[piece.dim] = piece.offset
+                yield piece.source, self.read(parameter, offsets, shape, dtypes[piece.source])
+            return
+        fused = self.read(parameter, [0] * len(parameter.shape), parameter.shape, self.dtype(parameter))
+        for src in in_hf_order([parameter.pair]):
+            tensor = torch.empty(src.shape(sizes), dtype=torch_dtype(dtypes[src.name]))
+            for piece in (piece for piece in pieces if piece.source == src.name):
+                length = piece.stop - piece.start
+                block = fused.narrow(piece.dim, piece.offset, length)
+                tensor.narrow(piece.dim, piece.start, length).copy_(block)
+            yield src.name, tensor
+
+    def read(self, parameter: Parameter, offsets: Any, shape: Any, dtype: str) -> "torch.Tensor":
+        """A block of a parameter, from `offsets` on, cast to `dtype`; only the stored chunks it meets are read."""
+        import torch
+        from torch.distributed.checkpoint import FileSystemReader, LoadPlan
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+        from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+        from checkpoints_conv.torch_dist import Into
+
+        key, layer = self._place(parameter)
+        block = ChunkStorageMetadata(torch.Size([*layer, *offsets]), torch.Size([*(1 for _ in layer), *shape]))
+        target = torch.empty(block.sizes, dtype=torch_dtype(dtype))
+        reader = FileSystemReader(self.path)
+        reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        plan = LoadPlan(create_read_items_for_chunk_list(key, self._stored[key], [block]))
+        try:
+            reader.read_data(plan, Into(target))
+        except OSError as error:
+            raise CheckpointError(f"tensor {key} in {self.path} cannot be read ({error})") from error
+        except _DAMAGED as error:
+            raise CheckpointError(f"tensor {key} in {self.path} cannot be read: its bytes are damaged") from error
+        return target.view(tuple(shape))
+
+    def _place(self, parameter: Parameter) -> tuple[str, tuple[int, ...]]:
+        """Key under which it is stored, and its offset along the axis of layers: (layer,), or () if there is none."""
+        if parameter.layer is None or parameter.layer_key in self._stored:
+            return parameter.layer_key, ()
+        return parameter.key, (parameter.layer,)
+
+    def _check(self) -> None:
+        places = {parameter: self._place(parameter) for parameter in self.parameters}
+        name = architecture_of(self.hf_config).name
+        missing = sorted({key for key, _ in places.values() if key not in self._stored})
+        if missing:
+            raise CheckpointError(f"{self.path} lacks {_listed(missing)} that {name} needs")
+        used = {key for key, _ in places.values()}
+        extra = sorted(key for key in self._stored if key not in used and not key.startswith(OPTIMIZER))
+        if extra:
+            raise CheckpointError(f"{self.path} has {_listed(extra)} that {name} (see {self.hf}) does not know")
+        for parameter, (key, layer) in places.items():
+            self._check_shape(parameter, key, stacked=bool(layer))
+        for key in sorted(used):
+            self._check_chunks(key)
+
+    def _check_shape(self, parameter: Parameter, key: str, stacked: bool) -> None:
+        found = tuple(self._stored[key].size)
+        wanted = parameter.stacked_shape if stacked else parameter.shape
+        padded = parameter.is_vocabulary and found[1:] == wanted[1:] and found[0] >= wanted[0]
+        if found != wanted and not padded:
+            raise CheckpointError(
+                f"tensor {key} in {self.path} has shape {list(found)}, "
+                f"but config.json of {self.hf} makes it {list(wanted)}"
+            )
+
+    def _check_chunks(self, key: str) -> None:
+        """The chunks of a tensor fill it, and its files hold them."""
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+
+        stored = self._stored[key]
+        dtype = name_of(stored.properties.dtype)
+        if dtype not in BYTES:
+            raise CheckpointError(f"tensor {key} in {self.path} has dtype {dtype}; supported are {', '.join(BYTES)}")
+        if sum(prod(chunk.sizes) for chunk in stored.chunks) != prod(stored.size):
+            raise CheckpointError(f"tensor {key} in {self.path} has gaps: its chunks do not fill it")
+        for chunk in stored.chunks:
+            place = self._metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+            if place is None:
+                raise CheckpointError(f"{self.path / '.metadata'} does not say where a part of tensor {key} is")
+            file = self.path / place.relative_path
+            if file.parent != self.path:
+                raise CheckpointError(f"{self.path / '.metadata'} names {file}, which is outside the checkpoint")
+            size = file.stat().st_size if file.is_file() else -1
+            if size < 0:
+                raise CheckpointError(f"{file} is missing, but holds a part of tensor {key}")
+            if size < place.offset + place.length:
+                raise CheckpointError(
+                    f"{file} is cut short: tensor {key} ends at byte {place.offset + place.length}, the file has {size}"
+                )
+
+
+def is_megatron(path: Path) -> bool:
+    """Whether the directory looks like a torch_dist checkpoint, whole or not."""
+    return (path / ".metadata").exists() or (path / "metadata.json").exists()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; CheckpointError naming the file if there is none in it."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); the checkpoint is not complete") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} does not hold a JSON object; the checkpoint is damaged")
+    return value
+
+
+def _check_kind(path: Path) -> None:
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory; give a checkpoint of Megatron-Core in the torch_dist format")
+    if is_partial(path):
+        raise CheckpointError(f"{path} is the rest of a write that was interrupted; remove it")
+    if not is_megatron(path):
+        tip = ""
+        if any(path.rglob("*.pt")) or any(path.rglob("*.bin")) or any(path.rglob("*.pth")):
+            tip = "; pickled checkpoints (.pt, .pth, .bin) are not read, save it again with --ckpt-format torch_dist"
+        raise CheckpointError(f"{path} has no metadata.json of a torch_dist checkpoint{tip}")
+    if not (path / "common.pt").is_file():
+        raise CheckpointError(f"{path / 'common.pt'} is missing; the checkpoint is not complete")
+    backend = read_json(path / "metadata.json").get("sharded_backend")
+    if backend != BACKEND["sharded_backend"]:
+        raise CheckpointError(f"{path / 'metadata.json'}: sharded_backend={backend!r}; only 'torch_dist' is supported")
+
+
+def _companions_of(path: Path) -> Path:
+    """The Hugging Face directory that belongs to a checkpoint."""
+    if (path / COMPANIONS).is_dir():
+        return path / COMPANIONS
+    config = path.absolute().parent.parent / "config.yaml"
+    if not (path / "trainer.json").is_file() or not config.is_file():
+        raise CheckpointError(f"{path} has no {COMPANIONS}/config.json and is in no run; name the model with --hf")
+    import yaml
+
+    try:
+        model = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["path"]
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{config} has no model.path ({error}); name the model with --hf") from error
+    if not Path(model).is_dir():
+        raise CheckpointError(f"{config}: model.path={model} is not a directory here; name the model with --hf")
+    return Path(model)
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "chunks")
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:most])}{more}"

@@ -1,0 +1,184 @@
+"""torch_dist files written and read through torch.distributed.checkpoint's interfaces, one tensor at a time.
+
+torch's own FileSystemWriter keeps the last tensor of every key until its file is written, which is a large part of a
+model whose layers share keys; its reader wants the whole tensor of a key as its destination.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from checkpoints_conv.dtypes import torch_dtype
+from checkpoints_conv.progress import Advance
+
+if TYPE_CHECKING:
+    from checkpoints_conv.hf_to_megatron import Chunk
+
+Index = tuple[str, tuple[int, ...]]  # key, and offsets in the stored tensor
+
+
+class StreamingPlanner(SavePlanner):
+    """Plans this rank's `chunks` (and empty extra states) from their sizes, and reads each when it is written."""
+
+    def __init__(self, chunks: "Mapping[Index, Chunk]", extra_states: list[str], read: "Callable[[Chunk], Any]"):
+        self._chunks, self._extra_states, self._read = chunks, extra_states, read
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        """The state dict is empty: what is written comes from a reader."""
+
+    def create_local_plan(self) -> SavePlan:
+        states = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._extra_states]
+        return SavePlan([*states, *(_write_item(index, chunk) for index, chunk in self._chunks.items())])
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return create_default_global_save_plan(all_plans)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> "torch.Tensor | io.BytesIO":
+        if write_item.type == WriteItemType.BYTE_IO:
+            state = io.BytesIO()
+            torch.save([None], state)  # a list, as Megatron-Core's sharded objects are
+            return state
+        chunk = self._chunks[write_item.index.fqn, tuple(write_item.index.offset)]
+        values = self._read(chunk)
+        return values if chunk.parameter.layer is None else values.unsqueeze(0)
+
+
+class StreamingWriter(FileSystemWriter):
+    """One file a rank; each tensor is asked for, written, and forgotten. Calls `advance` with the bytes written."""
+
+    def __init__(self, path: Path, advance: Advance):
+        super().__init__(path)
+        self._advance = advance
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
+        name = f"{plan.storage_data.prefix}0.distcp"
+        results = []
+        with (Path(self.path) / name).open("xb") as file, _no_checksums():
+            for item in plan.items:
+                start = file.tell()
+                data = planner.resolve_data(item)
+                if isinstance(data, io.BytesIO):
+                    file.write(data.getbuffer())
+                else:
+                    _save_tensor(data, file)
+                    self._advance(data.nbytes)
+                del data
+                length = file.tell() - start
+                results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
+            file.flush()
+            os.fsync(file.fileno())
+        done: Future = Future()
+        done.set_result(results)
+        return done
+
+
+class Into(LoadPlanner):
+    """Has a reader copy what it reads into one tensor."""
+
+    def __init__(self, target: "torch.Tensor"):
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> "torch.Tensor":
+        block = self._target
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            block = block.narrow(dim, start, length)
+        return block
+
+    def commit_tensor(self, read_item: ReadItem, tensor: "torch.Tensor") -> None:
+        """The tensor was a view of the target."""
+
+    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
+        """Nothing to set up: read plans are made by the caller."""
+
+    def create_local_plan(self) -> LoadPlan:
+        raise NotImplementedError("read plans are made by the caller")
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        raise NotImplementedError("read plans are made by the caller")
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        raise NotImplementedError("read plans are made by the caller")
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise NotImplementedError("only tensors are read, never pickled objects")
+
+
+def _write_item(index: Index, chunk: "Chunk") -> WriteItem:
+    key, offsets = index
+    sizes = chunk.shape if chunk.parameter.layer is None else (1, *chunk.shape)
+    return WriteItem(
+        index=MetadataIndex(key, torch.Size(offsets)),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes)),
+            properties=TensorProperties(dtype=torch_dtype(chunk.dtype)),
+            size=torch.Size(chunk.parameter.stacked_shape),
+        ),
+    )
+
+
+class _Stream:
+    """A file for torch.save, which reports a full disk as an error of its own: this keeps the system's."""
+
+    def __init__(self, file: Any):
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _save_tensor(tensor: "torch.Tensor", file: Any) -> None:
+    if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
+        tensor = tensor.clone(memory_format=torch.contiguous_format)  # torch.save writes whole storages
+    stream = _Stream(file)
+    try:
+        torch.save(tensor, stream)
+    except Exception as error:
+        if stream.error is not None and error is not stream.error:
+            raise stream.error from error
+        raise
+
+
+@contextmanager
+def _no_checksums():
+    """torch.save without CRC-32, which costs several times the writing and which torch.load does not look at."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)

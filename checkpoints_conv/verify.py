@@ -1,0 +1,64 @@
+"""Whether a torch_dist checkpoint holds the weights of a Hugging Face directory, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoints_conv.dtypes import SAFETENSORS
+from checkpoints_conv.hf_to_megatron import COMPANIONS
+from checkpoints_conv.megatron_reader import MegatronCheckpoint
+from checkpoints_conv.progress import Progress, silent
+from checkpoints_conv.reader import SafetensorsReader, check_safetensors, read_hf_config
+from megatron_policysplit.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Verified:
+    """tensors: compared, all equal. cast: how many of them are stored in another dtype than the original's."""
+
+    tensors: int
+    cast: int
+
+
+def verify(hf: str | Path, megatron: str | Path, *, progress: Progress = silent) -> Verified:
+    """Compare every tensor; one stored in another dtype must be the original cast to it.
+
+    The model is that of `hf`'s config.json; a converted checkpoint's own must say the same but for the dtype. Raises
+    ModelError naming the key of config.json that differs, or the tensors and their largest difference, besides the
+    errors of `check_safetensors` and `MegatronCheckpoint`.
+    """
+    import torch
+
+    found = check_safetensors(hf)
+    checkpoint = MegatronCheckpoint(megatron, hf)
+    if (Path(megatron) / COMPANIONS).is_dir():
+        _check_config(Path(megatron) / COMPANIONS, Path(hf))
+    differing: list[str] = []
+    compared = cast = 0
+    with SafetensorsReader(hf) as reader, progress(sum(map(checkpoint.nbytes, checkpoint.parameters))) as advance:
+        for parameter in checkpoint.parameters:
+            for name, stored in checkpoint.hf_tensors(parameter):
+                original = reader.get(name).to(stored.dtype)
+                compared += 1
+                cast += checkpoint.dtype(parameter) != SAFETENSORS[found[name].dtype]
+                if not torch.equal(original.contiguous().view(torch.uint8), stored.contiguous().view(torch.uint8)):
+                    largest = (original.double() - stored.double()).abs().max().item()
+                    differing.append(f"{name} (by up to {largest:.3g})")
+                advance(stored.nbytes)
+    if differing:
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise ModelError(
+            f"{len(differing)} of {compared} tensors of {megatron} differ from {hf}: {', '.join(differing[:5])}{more}"
+        )
+    return Verified(compared, cast)
+
+
+def _check_config(companions: Path, hf: Path) -> None:
+    ours, theirs = read_hf_config(companions), read_hf_config(hf)
+    for key in sorted(ours.keys() | theirs.keys()):
+        if key not in ("dtype", "torch_dtype") and ours.get(key) != theirs.get(key):
+            raise ModelError(
+                f"config.json: {key}={ours.get(key)!r} in {companions} but {theirs.get(key)!r} in {hf}; "
+                "convert again from the directory that is meant"
+            )

@@ -1,0 +1,73 @@
+"""Whether Megatron-Core computes from a torch_dist checkpoint what transformers computes from its original."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoints_conv import read_hf_config
+from megatron_policysplit.errors import ModelError
+
+TOLERANCE = 1e-4  # of the largest logit, or of 1 if that is smaller
+ROWS, TOKENS = 2, 32
+
+
+@dataclass(frozen=True)
+class Compared:
+    """difference: largest of any logit. largest: absolute value of any of transformers' logits."""
+
+    difference: float
+    largest: float
+
+
+def check_logits(hf: str | Path, megatron: str | Path) -> Compared:
+    """Logits of random tokens in float32, on one process that holds one model at a time.
+
+    transformers loads `hf`; Megatron-Core loads `megatron` with the config of `hf`. Raises ModelError if they differ
+    by more than TOLERANCE.
+    """
+    hf_config = read_hf_config(hf)
+    length = min(TOKENS, hf_config.get("max_position_embeddings") or TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, hf_config["vocab_size"], (ROWS, length), generator=generator)
+    expected = _transformers_logits(hf, ids)
+    found = _megatron_logits(hf_config, megatron, ids)
+    compared = Compared((found - expected).abs().max().item(), expected.abs().max().item())
+    if not compared.difference <= TOLERANCE * max(1.0, compared.largest):
+        raise ModelError(
+            f"logits of {megatron} differ from those of {hf} by {compared.difference:.3g} (the largest is "
+            f"{compared.largest:.3g}; allowed is {TOLERANCE} of it); convert the model again"
+        )
+    return compared
+
+
+@torch.no_grad()
+def _transformers_logits(hf: str | Path, ids: Tensor) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager").eval()
+    return model(ids).logits
+
+
+@torch.no_grad()
+def _megatron_logits(hf_config, megatron: str | Path, ids: Tensor) -> Tensor:
+    """logits[b, s, vocab] of a world of one."""
+    from megatron_policysplit.actor import cpu, parallel
+    from megatron_policysplit.config import ParallelConfig
+
+    try:
+        parallel.initialize(ParallelConfig(), seed=0)
+        from megatron_policysplit.actor.megatron_weights import load_megatron_weights
+        from megatron_policysplit.actor.model import build_model
+
+        model = build_model(hf_config, dtype=torch.float32).to(cpu.device()).eval()
+        load_megatron_weights(model, megatron)
+        ids = ids.to(cpu.device())
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        hidden = model(input_ids=ids, position_ids=positions, attention_mask=None)
+        return (hidden @ model.head(1).weight.t()).transpose(0, 1).cpu()
+    finally:
+        parallel.shutdown()

@@ -1,0 +1,30 @@
+"""Weights in from a torch_dist checkpoint, at any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from checkpoints_conv.metadata import check_metadata
+from megatron_policysplit.errors import CheckpointError
+
+EXTRA_STATE = "_extra_state"
+
+
+def load_megatron_weights(model: nn.Module, path: str | Path) -> None:
+    """Fill this rank's parameters from a torch_dist directory, such as `policysplit convert hf-to-megatron` writes.
+
+    Collective over all ranks. Padding rows of the vocabulary become zero; values are cast to the parameters' dtype.
+    Extra states, pickles that hold nothing without FP8, are not read. Raises CheckpointError if the metadata are not
+    torch_dist's own or a parameter is not in the checkpoint.
+    """
+    from megatron.core import dist_checkpointing
+
+    check_metadata(Path(path) / ".metadata")
+    wanted = {name: value for name, value in model.sharded_state_dict().items() if not name.endswith(EXTRA_STATE)}
+    loaded = dist_checkpointing.load({"model": wanted}, str(path))["model"]
+    result = model.load_state_dict(loaded, strict=False)
+    skipped = [name for name in result.missing_keys if not name.endswith(EXTRA_STATE)]
+    if skipped:
+        raise CheckpointError(f"{path} lacks parameter {skipped[0]} of the model; convert the model again")

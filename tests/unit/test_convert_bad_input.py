@@ -1,0 +1,231 @@
+"""What conversion refuses: one error each, and nothing left that looks whole."""
+
+import errno
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from checkpoints_conv.describe import describe
+from checkpoints_conv.hf_to_megatron import hf_to_megatron
+from checkpoints_conv.megatron_to_hf import megatron_to_hf
+from megatron_policysplit.errors import CheckpointError, ModelError
+from tests.support.conversion import assert_same_model, make_tree, tensors_of
+from tests.support.hf_models import make_model
+
+
+@pytest.fixture
+def original(tmp_path):
+    """A small untied model that a test may damage."""
+    return make_tree(make_model(tmp_path / "hf", "qwen3", tied=False, num_hidden_layers=2))
+
+
+@pytest.fixture
+def converted(original, tmp_path):
+    hf_to_megatron(original, tmp_path / "megatron")
+    return tmp_path / "megatron"
+
+
+def refused(work, kind, match, out=None):
+    """`work` raises; nothing is left at `out` or beside it."""
+    with pytest.raises(kind, match=match):
+        work()
+    if out is not None:
+        assert not out.exists() and not list(out.parent.glob(".*"))
+
+
+def test_a_damaged_model_is_refused(original, tmp_path):
+    out, name = tmp_path / "megatron", "model.layers.1.mlp.up_proj.weight"
+    tensors = tensors_of(original)
+
+    def convert():
+        hf_to_megatron(original, out)
+
+    def save(changed):
+        save_file(changed, original / "model.safetensors", metadata={"format": "pt"})
+
+    save({key: value for key, value in tensors.items() if key != name})
+    refused(convert, ModelError, f"lacks tensor {name} that Qwen3ForCausalLM needs", out)
+    save({**tensors, "model.extra": torch.zeros(1)})
+    refused(convert, ModelError, "has tensor model.extra that Qwen3ForCausalLM does not know", out)
+    save({**tensors, name: torch.zeros(7, 64)})
+    refused(convert, ModelError, rf"tensor {name} in .* has shape \[7, 64\]", out)
+    save(tensors)
+    os.truncate(original / "model.safetensors", 5000)
+    refused(convert, ModelError, "model.safetensors is cut short or damaged", out)
+    (original / "model.safetensors").unlink()
+    (original / "model.safetensors.index.json").write_text('{"weight_map": ')
+    refused(convert, ModelError, "model.safetensors.index.json is not valid JSON", out)
+    (original / "model.safetensors.index.json").unlink()
+    torch.save(tensors, original / "pytorch_model.bin")
+    refused(convert, ModelError, "only safetensors checkpoints are read", out)
+    (original / "config.json").write_text('{"architectures": ["MambaForCausalLM"]}')
+    refused(convert, ModelError, "'MambaForCausalLM' is not supported; supported are LlamaForCausalLM", out)
+
+
+def test_an_output_that_is_taken_is_refused(original, converted, tmp_path):
+    before = (converted / "metadata.json").stat().st_mtime_ns
+    with pytest.raises(ModelError, match="--out .*megatron exists and is not an empty directory"):
+        hf_to_megatron(original, converted)
+    with pytest.raises(ModelError, match="--out .*hf exists and is not an empty directory"):
+        megatron_to_hf(converted, original)
+    assert (converted / "metadata.json").stat().st_mtime_ns == before
+    (tmp_path / "empty").mkdir()
+    megatron_to_hf(converted, tmp_path / "empty")
+    assert_same_model(original, tmp_path / "empty")
+    with pytest.raises(ModelError, match="is not an empty directory"):
+        megatron_to_hf(converted, original / "config.json")
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(original, converted, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    for convert in (
+        lambda: hf_to_megatron(original, tmp_path / "x"),
+        lambda: megatron_to_hf(converted, tmp_path / "x"),
+    ):
+        refused(convert, ModelError, r"no space left for --out .*x: 0.00 GB are needed, 0.00 GB free", tmp_path / "x")
+
+
+def test_a_disk_that_runs_full(original, converted, tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", lambda *arguments: (_ for _ in ()).throw(full))
+        refused(lambda: megatron_to_hf(converted, tmp_path / "x"), ModelError, "no space left for .*x", tmp_path / "x")
+    import checkpoints_conv.torch_dist as torch_dist
+
+    class Full(torch_dist._Stream):
+        written = 0
+
+        def write(self, data):
+            Full.written += len(data)
+            if Full.written > 100_000:
+                self.error = full
+                raise full
+            return super().write(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_dist, "_Stream", Full)
+        refused(lambda: hf_to_megatron(original, tmp_path / "x"), ModelError, "no space left for .*x", tmp_path / "x")
+    assert Full.written > 100_000
+
+
+def edit_metadata(path, change):
+    """Apply `change` to the pickled metadata of a checkpoint."""
+    with (path / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    change(metadata)
+    with (path / ".metadata").open("wb") as file:
+        pickle.dump(metadata, file)
+
+
+QKV = "decoder.layers.self_attention.linear_qkv.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda m: m.state_dict_metadata.pop(QKV), f"lacks tensor {QKV} that Qwen3ForCausalLM needs"),
+        (
+            lambda m: m.state_dict_metadata.update({"decoder.extra": m.state_dict_metadata[QKV]}),
+            "has tensor decoder.extra that Qwen3ForCausalLM",
+        ),
+        (
+            lambda m: setattr(m.state_dict_metadata[QKV], "size", torch.Size([2, 5, 64])),
+            rf"tensor {QKV} in .* has shape \[2, 5, 64\], but config.json of .* makes it \[2, 192, 64\]",
+        ),
+        (lambda m: m.state_dict_metadata[QKV].chunks.pop(), f"tensor {QKV} in .* has gaps"),
+        (
+            lambda m: setattr(m.state_dict_metadata[QKV].properties, "dtype", torch.int32),
+            f"tensor {QKV} in .* has dtype int32; supported are float32, bfloat16, float16",
+        ),
+        (
+            lambda m: [m.storage_data.pop(index) for index in list(m.storage_data) if index.fqn == QKV],
+            f"does not say where a part of tensor {QKV} is",
+        ),
+        (
+            lambda m: [setattr(v, "relative_path", "../x.distcp") for k, v in m.storage_data.items() if k.fqn == QKV],
+            "names .*x.distcp, which is outside the checkpoint",
+        ),
+    ],
+    ids=["missing", "extra", "misshapen", "gap", "dtype", "unplaced", "outside"],
+)
+def test_a_damaged_checkpoint_is_refused(converted, tmp_path, change, match):
+    edit_metadata(converted, change)
+    refused(lambda: megatron_to_hf(converted, tmp_path / "x"), CheckpointError, match, tmp_path / "x")
+    refused(lambda: describe(converted), CheckpointError, match)
+
+
+def test_damaged_files_of_a_checkpoint_are_refused(converted, tmp_path):
+    data = converted / "__0_0.distcp"
+    content = data.read_bytes()
+    os.truncate(data, len(content) - 3000)
+    refused(lambda: describe(converted), CheckpointError, "__0_0.distcp is cut short: tensor .* ends at byte")
+    data.unlink()
+    refused(lambda: describe(converted), CheckpointError, "__0_0.distcp is missing, but holds a part of tensor")
+    data.write_bytes(b"\0" * len(content))
+    match = "tensor embedding.word_embeddings.weight in .* cannot be read: its bytes are damaged"
+    refused(lambda: megatron_to_hf(converted, tmp_path / "x"), CheckpointError, match, tmp_path / "x")
+    data.write_bytes(content)
+    for name in ("common.pt", "metadata.json"):
+        kept = (converted / name).read_bytes()
+        (converted / name).unlink()
+        refused(lambda: describe(converted), CheckpointError, f"{name}.*is not complete")
+        (converted / name).write_bytes(kept)
+    (converted / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    refused(lambda: describe(converted), CheckpointError, "sharded_backend='zarr'; only 'torch_dist' is supported")
+
+
+def test_pickles_are_not_read(converted, tmp_path):
+    class Call:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "marker"), "w"))
+
+    (converted / ".metadata").write_bytes(pickle.dumps(Call()))
+    refused(lambda: megatron_to_hf(converted, tmp_path / "x"), CheckpointError, r"it names \w+\.open", tmp_path / "x")
+    # A tensor's bytes may be a pickle of something else as well.
+    legacy = tmp_path / "legacy" / "mp_rank_00"
+    legacy.mkdir(parents=True)
+    torch.save({"model": Call()}, legacy / "model_optim_rng.pt")
+    refused(lambda: megatron_to_hf(legacy.parent, tmp_path / "x"), CheckpointError, "pickled checkpoints .* not read")
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_pickle_in_place_of_a_tensor_is_not_run(converted, tmp_path):
+    class Call:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "marker"), "w"))
+
+    torch.save(Call(), converted / "evil.distcp")
+    size = (converted / "evil.distcp").stat().st_size
+
+    def swap(metadata):
+        for index, place in metadata.storage_data.items():
+            if index.fqn == "decoder.final_layernorm.weight":
+                place.relative_path, place.offset, place.length = "evil.distcp", 0, size
+
+    edit_metadata(converted, swap)
+    match = "tensor decoder.final_layernorm.weight in .* cannot be read"
+    refused(lambda: megatron_to_hf(converted, tmp_path / "x"), CheckpointError, match, tmp_path / "x")
+    assert not (tmp_path / "marker").exists()
+
+
+def test_companions_must_be_found(original, converted, tmp_path):
+    (converted / "hf").rename(tmp_path / "elsewhere")
+    refused(lambda: describe(converted), CheckpointError, "has no hf/config.json and is in no run; name .* with --hf")
+    assert describe(converted, original) == describe(converted, tmp_path / "elsewhere") | {
+        "config and tokenizer": str(original)
+    }
+    step = tmp_path / "run" / "checkpoints" / "step_000001"
+    step.parent.mkdir(parents=True)
+    converted.rename(step)
+    (step / "trainer.json").write_text('{"state": {"step": 1}}')
+    (tmp_path / "run" / "config.yaml").write_text("model: {path: gone}\n")
+    refused(lambda: describe(step), CheckpointError, "model.path=gone is not a directory here; name .* with --hf")
+    (tmp_path / "run" / "config.yaml").write_text("train: {}\n")
+    refused(lambda: describe(step), CheckpointError, "config.yaml has no model.path .*; name the model with --hf")
+    (tmp_path / "run" / "config.yaml").write_text(f"model: {{path: {original}}}\n")
+    assert describe(step)["training step"] == "1"

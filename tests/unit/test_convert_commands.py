@@ -1,0 +1,115 @@
+"""`policysplit convert` and `python -m checkpoints_conv`, as users run them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from megatron_policysplit.convert import parse_size
+from tests.support.conversion import assert_same_model, make_tree, tensors_of
+from tests.support.hf_models import make_model
+
+POLICYSPLIT = ("-m", "megatron_policysplit.cli", "convert")
+MODULE = ("-m", "checkpoints_conv")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return make_tree(make_model(tmp_path_factory.mktemp("models") / "hf", "qwen3", tied=False, num_hidden_layers=2))
+
+
+def run(*arguments, program=MODULE, code=0):
+    """stdout of a command that must end with `code`; stderr without the progress bar if it is not 0."""
+    command = [sys.executable, "-W", "ignore", *program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_the_whole_way(original, tmp_path):
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    to_megatron = run("hf-to-megatron", "--hf", original, "--out", megatron, program=POLICYSPLIT)
+    assert to_megatron == f"wrote {megatron}\n"
+    assert run("verify", "--hf", original, "--megatron", megatron) == f"{len(tensors_of(original))} tensors are equal\n"
+    assert "Megatron-Core torch_dist, 1 file" in run("inspect", megatron)
+    size = ("--max-shard-size", "60KB")
+    assert run("megatron-to-hf", "--megatron", megatron, "--out", back, *size) == f"wrote {back}\n"
+    assert_same_model(original, back)
+    assert len(list(back.glob("*.safetensors"))) > 3
+    again = run("megatron-to-hf", "--megatron", megatron, "--out", back, code=2)
+    assert again == f"error: --out {back} exists and is not an empty directory; choose another path or remove it\n"
+    rounded = run("hf-to-megatron", "--hf", original, "--out", tmp_path / "x", "--dtype", "bfloat16", code=2)
+    assert rounded.startswith("error: --dtype bfloat16 would round tensor") and rounded.count("\n") == 1
+    refused = run("inspect", tmp_path, code=2)
+    assert refused.startswith("error: ") and refused.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"megatron", "back"}
+
+
+def test_verify_with_logits(original, tmp_path):
+    from checkpoints_conv.hf_to_megatron import hf_to_megatron
+
+    megatron = tmp_path / "megatron"
+    hf_to_megatron(original, megatron)
+    lines = run("verify", "--hf", original, "--megatron", megatron, "--logits").splitlines()
+    assert lines[1].startswith("logits differ by ")
+    assert float(lines[1].split()[3]) < 1e-4
+
+
+def test_sizes():
+    assert [parse_size(text) for text in ("5GB", "1.5MB", "2GiB", "100", "7 kb")] == [5e9, 1.5e6, 2**31, 100, 7e3]
+    for text in ("", "5TB", "-1GB", "0", "GB"):
+        with pytest.raises(typer.BadParameter, match="write 5GB, 500MB or 2GiB"):
+            parse_size(text)
+
+
+PEAK = """
+import sys, threading
+import torch, torch.distributed.checkpoint, safetensors.torch
+from checkpoints_conv.hf_to_megatron import hf_to_megatron
+from checkpoints_conv.megatron_to_hf import megatron_to_hf
+import checkpoints_conv.torch_dist
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith("RssAnon")).split()[1]) * 1024
+
+torch.empty(2**20).fill_(1)
+before, peak, done = anonymous(), [0], threading.Event()
+
+def watch():
+    while not done.wait(0.001):
+        peak[0] = max(peak[0], anonymous())
+
+thread = threading.Thread(target=watch)
+thread.start()
+{"there": hf_to_megatron, "back": megatron_to_hf}[sys.argv[1]](sys.argv[2], sys.argv[3])
+done.set()
+thread.join()
+print(peak[0] - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+def test_memory_is_that_of_a_few_tensors(tmp_path):
+    """A model of 30 times its largest tensor, in one file; what is sampled is anonymous memory above the imports."""
+    sizes = {"hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 10, "head_dim": 64}
+    original = make_model(tmp_path / "hf", "qwen3", tied=False, vocab=3072, **sizes)
+    tensors = tensors_of(original)
+    largest = max(tensor.nbytes for tensor in tensors.values())
+    assert sum(tensor.nbytes for tensor in tensors.values()) > 30 * largest
+    places = {"there": (original, tmp_path / "megatron"), "back": (tmp_path / "megatron", tmp_path / "back")}
+    for direction, (source, target) in places.items():
+        command = [sys.executable, "-c", PEAK, direction, str(source), str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert int(done.stdout) < 2 * largest + 30 * 10**6, direction
+    assert_same_model(original, tmp_path / "back")
+
+
+def test_torchrun_shares_the_work(original, tmp_path):
+    program = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python", sys.executable, *MODULE)
+    out = run("hf-to-megatron", "--hf", original, "--out", tmp_path / "megatron", program=program)
+    assert out == f"wrote {tmp_path / 'megatron'}\n"
+    assert len(list((tmp_path / "megatron").glob("*.distcp"))) == 2
+    assert "2 files" in run("inspect", tmp_path / "megatron")
