@@ -81,7 +81,8 @@ def _check_model(config: Config) -> tuple[str, int]:
     path = config.model.path
     hf_config = read_hf_config(path)
     architecture = architecture_of(hf_config)
-    check_layout(hf_config, config.parallel.tensor, config.parallel.pipeline)
+    parallel = config.parallel
+    check_layout(hf_config, parallel.tensor, parallel.pipeline, parallel.expert, sequence=parallel.sequence)
     tensors = check_safetensors(path)
     if not has_chat_template(path):
         raise ModelError(

@@ -1,7 +1,7 @@
 """Training checkpoints: Megatron's torch_dist for weights and optimizer, JSON and safetensors for the rest.
 
 A checkpoint is written beside its place and renamed, so a directory named `step_NNNNNN` is complete.
-It loads at any TP x PP x DP layout; the RNG states come back only at the layout that saved them.
+It loads at any TP x PP x EP x DP layout; the RNG states come back only at the layout that saved them.
 """
 
 from __future__ import annotations
@@ -173,4 +173,5 @@ def _restore_rng(states) -> None:
 
 
 def _layout(layout: Layout) -> dict[str, int]:
-    return {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data}
+    sizes = {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data}
+    return sizes if layout.expert == 1 else {**sizes, "expert": layout.expert}

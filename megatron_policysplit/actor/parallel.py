@@ -3,6 +3,9 @@
 A *replica* is one copy of the model, TP x PP ranks. Its *leader* is the tensor-rank-0 rank of the last
 pipeline stage: it generates, and token statistics are born there. The *chief*, leader of replica 0,
 logs and writes. Model parallelism is Megatron's; the groups here carry Python objects between CPUs.
+
+Under expert parallelism EP replicas in a row share one copy of the experts. Every layer sends tokens between them, so
+they run the same number of forward and backward passes.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ class Layout:
     tensor: int
     pipeline: int
     data: int
+    expert: int
     tensor_rank: int
     pipeline_rank: int
     data_rank: int
@@ -62,6 +66,11 @@ class Layout:
     def leader(self) -> int:
         """Global rank of this replica's leader."""
         return self.leader_ranks[self.data_rank]
+
+    @property
+    def is_exported(self) -> bool:
+        """Whether this replica is the first, or has experts of the first: whose weights the chief exports."""
+        return self.data_rank < self.expert
 
     @property
     def is_first_stage(self) -> bool:
@@ -127,6 +136,7 @@ def initialize(parallel: ParallelConfig, seed: int, *, timeout_seconds: float = 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        expert_model_parallel_size=parallel.expert,
         distributed_timeout_minutes=max(1, int(timeout_seconds // 60)),
     )
     torch.manual_seed(seed)
@@ -161,6 +171,7 @@ def _layout(parallel: ParallelConfig, rank: int) -> Layout:
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         data=parallel.data,
+        expert=parallel.expert,
         tensor_rank=tensor_rank,
         pipeline_rank=pipeline_rank,
         data_rank=data_rank,
