@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_policysplit.actor import cpu
 from megatron_policysplit.actor.checkpoint_files import check_model, complete, model_keys, path_of, read_trainer_json
+from megatron_policysplit.actor.checkpoint_optimizer import groups_of, regrouped
 from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.actor.step import Actor
 from megatron_policysplit.errors import CheckpointError
@@ -91,10 +92,12 @@ def load(actor: Actor, path: Path) -> TrainerState:
     meta = read_trainer_json(path)
     check_model(meta["model"], actor.hf_config, path)
     check_metadata(path / ".metadata")
-    loaded = dist_checkpointing.load(_sharded_state(actor, is_loading=True), str(path))
+    own = _sharded_state(actor, is_loading=True)
+    groups = groups_of(own["optimizer"])
+    loaded = dist_checkpointing.load(own, str(path))
     actor.model.load_state_dict(loaded["model"])
     state = TrainerState(**meta["state"])
-    actor.optimizer.load_state_dict(loaded["optimizer"], state.optimizer_steps)
+    actor.optimizer.load_state_dict(regrouped(loaded["optimizer"], groups), state.optimizer_steps)
     if meta["layout"] == _layout(actor.layout):
         _restore_rng(load_file(path / f"rng_rank{actor.layout.rank:05d}.safetensors"))
     return state

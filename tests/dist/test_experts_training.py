@@ -27,7 +27,7 @@ from tests.support.training_cases import CASES, SEED, VOCAB
 LAYOUTS = [(1, 1, 1, 1), (1, 1, 2, 1), (1, 1, 2, 2), (2, 1, 1, 1), (1, 2, 2, 2), (2, 1, 2, 2)]  # TP, PP, DP, EP
 NAMES = ("paper_two_steps", "kl_and_entropy", "one_live", "none_live", "distributed_optimizer")
 BY_NAME = {case.name: replace(case, model="qwen3_moe") for case in CASES if case.name in NAMES}
-SPLIT = "distributed_optimizer"  # whose replicas share out the optimizer state of the experts, too
+CHECKPOINTED = BY_NAME["distributed_optimizer"]
 
 
 def layout_of(shape):
@@ -129,22 +129,28 @@ def test_cases_cover_what_they_should(outcomes, reference, initial):
     assert any("mlp.gate.weight" in name for name in moved) and any("experts.7.up_proj" in name for name in moved)
 
 
-def test_a_checkpoint_loads_at_another_expert_parallel_size(path, tmp_path):
-    saved = run_distributed(save_after_a_batch, 2, path, str(tmp_path))
-    for shape in ((1, 1, 1, 1), (1, 1, 2, 2)):
-        for loaded in run_distributed(load_and_go_on, shape[2], shape, path, str(tmp_path)):
+@pytest.mark.parametrize("distributed", [True, False], ids=["distributed_optimizer", "whole_optimizer"])
+@pytest.mark.parametrize(
+    ("shapes"), [((1, 1, 2, 2), (1, 1, 1, 1)), ((1, 1, 1, 1), (1, 1, 2, 2))], ids=["to_one", "to_two"]
+)
+def test_a_checkpoint_loads_at_another_expert_parallel_size(path, tmp_path, shapes, distributed):
+    """Also at its own; the batch after it trains alike."""
+    before, after = shapes
+    saved = run_distributed(save_after_a_batch, before[2], before, path, str(tmp_path), distributed)
+    for shape in (before, after) if distributed else (after,):
+        for loaded in run_distributed(load_and_go_on, shape[2], shape, path, str(tmp_path), distributed):
             for name, weight in saved[0]["saved"].items():
                 assert np.array_equal(loaded["saved"][name], weight), name
             for name, weight in saved[0]["later"].items():
                 np.testing.assert_allclose(loaded["later"][name], weight, rtol=RELATIVE, atol=1e-5, err_msg=name)
 
 
-def save_after_a_batch(rank, path, directory):
+def save_after_a_batch(rank, shape, path, directory, distributed):
     from pathlib import Path
 
     from megatron_policysplit.actor import checkpoint
 
-    actor, case = fresh_actor((1, 1, 2, 2), path)
+    actor, case = fresh_actor(shape, path, distributed)
     train(actor, case, 0)
     state = checkpoint.TrainerState(step=1, optimizer_steps=actor.optimizer.steps_taken)
     checkpoint.save(actor, state, Path(directory), keep=1)
@@ -153,24 +159,24 @@ def save_after_a_batch(rank, path, directory):
     return {"saved": weights, "later": exported(actor)}
 
 
-def load_and_go_on(rank, shape, path, directory):
+def load_and_go_on(rank, shape, path, directory, distributed):
     from pathlib import Path
 
     from megatron_policysplit.actor import checkpoint
 
-    actor, case = fresh_actor(shape, path)
+    actor, case = fresh_actor(shape, path, distributed)
     checkpoint.load(actor, checkpoint.path_of(Path(directory), 1))
     weights = exported(actor)
     train(actor, case, 1)
     return {"saved": weights, "later": exported(actor)}
 
 
-def fresh_actor(shape, path):
+def fresh_actor(shape, path, distributed):
     from checkpoints_conv import read_hf_config
     from megatron_policysplit.actor.step import Actor
 
     layout = layout_of(shape)
-    case = BY_NAME[SPLIT]
+    case = replace(CHECKPOINTED, settings={**CHECKPOINTED.settings, "train.distributed_optimizer": distributed})
     return Actor(case.config(path), read_hf_config(path), layout), case
 
 
