@@ -43,7 +43,8 @@ class Preflight:
         return [
             f"model    {config.model.path} ({self.architecture}, {self.parameters / 1e6:,.1f} M parameters)",
             f"data     {self.train_questions} questions{evaluation}",
-            f"layout   tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {ranks}",
+            f"layout   tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {ranks}"
+            + f", experts over {layout.expert} replicas" * (layout.expert > 1),
             f"engine   {_engines(config)}",
             f"run      {config.run.dir}{' (resumed if it holds a checkpoint)' if self.resumes else ''}",
             *(f"warning: {warning}" for warning in self.warnings),

@@ -31,14 +31,14 @@ class Layout:
 
     world: all ranks. control: all ranks again, with a short time-out (`control.py`).
     replica: the TP x PP ranks of this replica. leaders: the leaders of all replicas; None on other ranks.
-    sequence: whether hidden states are split over the tensor-parallel ranks by position.
+    sequence: whether hidden states are split over the tensor-parallel ranks by position. expert: replicas in a row
+    that share one copy of the experts.
     """
 
     rank: int
     tensor: int
     pipeline: int
     data: int
-    expert: int
     tensor_rank: int
     pipeline_rank: int
     data_rank: int
@@ -48,6 +48,7 @@ class Layout:
     leaders: dist.ProcessGroup | None
     leader_ranks: list[int]
     sequence: bool = False
+    expert: int = 1
 
     @property
     def is_leader(self) -> bool:
@@ -171,7 +172,6 @@ def _layout(parallel: ParallelConfig, rank: int) -> Layout:
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         data=parallel.data,
-        expert=parallel.expert,
         tensor_rank=tensor_rank,
         pipeline_rank=pipeline_rank,
         data_rank=data_rank,
@@ -181,6 +181,7 @@ def _layout(parallel: ParallelConfig, rank: int) -> Layout:
         leaders=leaders if rank in leader_ranks else None,
         leader_ranks=leader_ranks,
         sequence=parallel.sequence,
+        expert=parallel.expert,
     )
 
 

@@ -110,6 +110,7 @@ def check_cases(rank, cases, shape):
         assert [(name, tuple(tensor.shape)) for name, tensor in exported] == listed
         assert_equals_files(exported, case)
         check_destinations(model, hf_config, layout, case)
+    check_failing_consumers(rank, model, hf_config, tensor * pipeline * expert)
     return differences
 
 
@@ -135,6 +136,24 @@ def check_destinations(model, hf_config, layout, case):
     assert all(torch.equal(tensor, files[name]) for name, tensor in of_stage)
     stage = str(layout.pipeline_rank * 4 // layout.pipeline)
     assert not of_stage or f"model.layers.{stage}.mlp.experts.7.up_proj.weight" in dict(of_stage)
+
+
+def check_failing_consumers(rank, model, hf_config, world):
+    """A consumer that fails stops the ranks of every replica that shares the experts."""
+    from megatron_policysplit.actor.weights import consume_weights
+    from megatron_policysplit.errors import TrainingError
+
+    for failing_rank, after in ((0, 0), (world - 1, 40)):
+
+        def consumer(stream, failing_rank=failing_rank, after=after):
+            for count, _ in enumerate(stream):
+                if (rank, count) == (failing_rank, after):
+                    raise ValueError("disk full")
+
+        with pytest.raises(ValueError if rank == failing_rank else TrainingError):
+            consume_weights(model, hf_config, "every_rank", consumer)
+    names = consume_weights(model, hf_config, "every_rank", lambda stream: [name for name, _ in stream])
+    assert names[0] == "model.embed_tokens.weight"
 
 
 def assert_equals_files(exported, case):

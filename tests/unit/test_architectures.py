@@ -1,5 +1,9 @@
 """What config.json says of sliding windows and experts, in Megatron-Core's words or refused."""
 
+import re
+from math import prod
+from pathlib import Path
+
 import pytest
 
 from checkpoints_conv import architecture_of, check_layout
@@ -17,6 +21,14 @@ def config(**changes):
         "num_key_value_heads": 2,
     }
     return {**base, **changes}
+
+
+def test_the_worked_example_is_the_code():
+    page = Path(__file__).parents[2] / "docs" / "new_architecture.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    names = {}
+    exec(block, names)
+    assert names["MISTRAL"] == architecture_of({"architectures": ["MistralForCausalLM"]})
 
 
 WINDOW = "sliding_window=8 is less than max_position_embeddings=32"
@@ -73,6 +85,41 @@ def test_experts_in_megatron_words():
     renamed["num_local_experts"] = renamed.pop("num_experts") // 2  # as transformers 5 writes it
     assert architecture_of(renamed).megatron_arguments(renamed).transformer["num_moe_experts"] == 4
     assert "num_moe_experts" not in architecture_of(config()).megatron_arguments(config()).transformer
+
+
+def test_the_tensors_of_qwen3_30b_a3b():
+    """From its published config.json: as many tensors, and half as many elements as bytes, as its index says."""
+    published = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    }
+    architecture = architecture_of(published)
+    shapes = architecture.hf_tensors(published)
+    assert len(shapes) == 18867 and sum(map(prod, shapes.values())) == 61_064_245_248 // 2
+    assert shapes["model.layers.47.mlp.experts.127.down_proj.weight"] == (2048, 768)
+    assert architecture.megatron_arguments(published).transformer["kv_channels"] == 128
 
 
 @pytest.mark.parametrize(
