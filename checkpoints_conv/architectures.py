@@ -2,73 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from math import gcd
-from typing import Any
+from typing import Any, Literal
 
-from checkpoints_conv.mapping import Pair, Sizes, Source, columns, gated, qkv, replicated, source, vocab_rows
+from checkpoints_conv.mapping import Pair, Sizes, Source
 from checkpoints_conv.rope import Llama3Rope, rope_of
+from checkpoints_conv.tables import (
+    ATTENTION,
+    EMBEDDING,
+    EXPERTS,
+    FINAL_NORM,
+    HEAD,
+    INPUT_NORM,
+    MLP,
+    MLP_NORM,
+    MOE_NORM,
+    QK_NORM,
+    QKV_BIAS,
+    ROUTER,
+    TIED_HEAD,
+)
 from megatron_policysplit.errors import ConfigError, ModelError
-
-_D, _H = "decoder.layers.*.", "model.layers.*."
-
-EMBEDDING = Pair(
-    vocab_rows, ("embedding.word_embeddings.weight",), (source("model.embed_tokens.weight", "vocab", "hidden"),)
-)
-ATTENTION = (
-    Pair(
-        qkv,
-        (_D + "self_attention.linear_qkv.weight",),
-        (
-            source(_H + "self_attn.q_proj.weight", "query", "hidden"),
-            source(_H + "self_attn.k_proj.weight", "kv", "hidden"),
-            source(_H + "self_attn.v_proj.weight", "kv", "hidden"),
-        ),
-    ),
-    Pair(
-        columns,
-        (_D + "self_attention.linear_proj.weight",),
-        (source(_H + "self_attn.o_proj.weight", "hidden", "query"),),
-    ),
-)
-QKV_BIAS = Pair(
-    qkv,
-    (_D + "self_attention.linear_qkv.bias",),
-    (
-        source(_H + "self_attn.q_proj.bias", "query"),
-        source(_H + "self_attn.k_proj.bias", "kv"),
-        source(_H + "self_attn.v_proj.bias", "kv"),
-    ),
-)
-QK_NORM = (
-    Pair(replicated, (_D + "self_attention.q_layernorm.weight",), (source(_H + "self_attn.q_norm.weight", "head"),)),
-    Pair(replicated, (_D + "self_attention.k_layernorm.weight",), (source(_H + "self_attn.k_norm.weight", "head"),)),
-)
-MLP_AND_NORMS = (
-    Pair(
-        gated,
-        (_D + "mlp.linear_fc1.weight",),
-        (
-            source(_H + "mlp.gate_proj.weight", "ffn", "hidden"),
-            source(_H + "mlp.up_proj.weight", "ffn", "hidden"),
-        ),
-    ),
-    Pair(columns, (_D + "mlp.linear_fc2.weight",), (source(_H + "mlp.down_proj.weight", "hidden", "ffn"),)),
-    Pair(
-        replicated,
-        (_D + "input_layernorm.weight", _D + "self_attention.linear_qkv.layer_norm_weight"),
-        (source(_H + "input_layernorm.weight", "hidden"),),
-    ),
-    Pair(
-        replicated,
-        (_D + "pre_mlp_layernorm.weight", _D + "mlp.linear_fc1.layer_norm_weight"),
-        (source(_H + "post_attention_layernorm.weight", "hidden"),),
-    ),
-)
-FINAL_NORM = Pair(replicated, ("decoder.final_layernorm.weight",), (source("model.norm.weight", "hidden"),))
-HEAD = Pair(vocab_rows, ("output_layer.weight",), (source("lm_head.weight", "vocab", "hidden"),))
-TIED_HEAD = Pair(vocab_rows, HEAD.megatron, EMBEDDING.sources)  # a pipeline's last stage has its own copy
 
 
 @dataclass(frozen=True)
@@ -84,7 +41,8 @@ class MegatronArguments:
 class Architecture:
     """name: as in config.json's `architectures`. layer: the table of one layer, in Hugging Face's order.
 
-    defaults: what transformers assumes for keys that config.json leaves out.
+    defaults: what transformers assumes for keys that config.json leaves out. moe: every layer's MLP is a mixture of
+    experts. window: whether `sliding_window` counts: never, always, or if `use_sliding_window` is set.
     """
 
     name: str
@@ -92,6 +50,8 @@ class Architecture:
     layer: tuple[Pair, ...]
     qkv_bias: bool = False
     qk_norm: bool = False
+    moe: bool = False
+    window: Literal["never", "always", "if_set"] = "never"
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def sizes(self, hf_config: Mapping[str, Any]) -> Sizes:
@@ -101,6 +61,14 @@ class Architecture:
         kv_heads = self._integer(hf_config, "num_key_value_heads", heads)
         if heads % kv_heads:
             raise ModelError(f"config.json: num_attention_heads={heads} is not a multiple of {kv_heads} KV heads")
+        experts = {}
+        if self.moe:
+            # transformers 5 writes the number of experts under its common name.
+            key = "num_local_experts" if "num_local_experts" in hf_config else "num_experts"
+            experts = {
+                "experts": self._integer(hf_config, key),
+                "expert_ffn": self._integer(hf_config, "moe_intermediate_size"),
+            }
         return Sizes(
             vocab=self._integer(hf_config, "vocab_size"),
             hidden=hidden,
@@ -110,6 +78,7 @@ class Architecture:
             kv_heads=kv_heads,
             head_dim=self._integer(hf_config, "head_dim", hidden // heads),
             tied=bool(hf_config.get("tie_word_embeddings", False)),
+            **experts,
         )
 
     def _integer(self, hf_config: Mapping[str, Any], key: str, fallback: int | None = None) -> int:
@@ -124,8 +93,17 @@ class Architecture:
     def pairs(self, hf_config: Mapping[str, Any]) -> list[tuple[int | None, list[Pair]]]:
         """The table of the whole model in parts: embedding, each layer (with its number), norm and head."""
         sizes = self.sizes(hf_config)
-        layers = [(layer, [pair.at(layer) for pair in self.layer]) for layer in range(sizes.layers)]
+        layers = [(layer, list(self._rows(layer, sizes.experts))) for layer in range(sizes.layers)]
         return [(None, [EMBEDDING]), *layers, (None, [FINAL_NORM] if sizes.tied else [FINAL_NORM, HEAD])]
+
+    def _rows(self, layer: int, experts: int) -> Iterator[Pair]:
+        """The table of one layer; the rows of an expert stand together, one expert after the other."""
+        for per_expert, rows in groupby(self.layer, key=lambda pair: pair.per_expert):
+            if not per_expert:
+                yield from (pair.at(layer) for pair in rows)
+                continue
+            rows = tuple(rows)
+            yield from (pair.at(layer, expert) for expert in range(experts) for pair in rows)
 
     def hf_tensors(self, hf_config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor of the model, in transformers' order; a tied head is left out."""
@@ -159,6 +137,7 @@ class Architecture:
                 "add_bias_linear": False,
                 "add_qkv_bias": self.qkv_bias,
                 "qk_layernorm": self.qk_norm,
+                **(self._moe_arguments(hf_config, sizes) if self.moe else {}),
             },
             gpt={
                 "vocab_size": sizes.vocab,
@@ -170,6 +149,32 @@ class Architecture:
             },
             llama3_rope=rope.llama3,
         )
+
+    def _moe_arguments(self, hf_config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+        """The experts and their router: the best `topk` of a softmax over all experts, as transformers has it.
+
+        With norm_topk_prob their probabilities are divided by their sum, which is a softmax over the chosen alone. The
+        logits are in the model's precision, the softmax in fp32. transformers adds router_aux_loss_coef's loss only to
+        a language-modelling loss of its own, so it has no counterpart here.
+        """
+        topk = self._integer(hf_config, "num_experts_per_tok")
+        normalized = bool(hf_config.get("norm_topk_prob", self.defaults.get("norm_topk_prob")))
+        if topk > sizes.experts:
+            raise ModelError(f"config.json: num_experts_per_tok={topk} is more than the {sizes.experts} experts")
+        if normalized and topk == 1:
+            raise ModelError("config.json: norm_topk_prob=True with num_experts_per_tok=1 gives every expert weight 1")
+        if self._integer(hf_config, "decoder_sparse_step", 1) != 1 or hf_config.get("mlp_only_layers"):
+            raise ModelError(
+                "config.json: decoder_sparse_step and mlp_only_layers leave some layers without experts; only models "
+                "with experts in every layer are supported"
+            )
+        return {
+            "num_moe_experts": sizes.experts,
+            "moe_ffn_hidden_size": sizes.expert_ffn,
+            "moe_router_topk": topk,
+            "moe_router_pre_softmax": not normalized,
+            "moe_router_load_balancing_type": "none",
+        }
 
     def _refuse_unsupported(self, hf_config: Mapping[str, Any]) -> None:
         allowed = {
@@ -184,31 +189,83 @@ class Architecture:
             if value is not None and value not in values:
                 wanted = f"only {key}={values[0]!r} is supported" if values else f"models with {key} are not supported"
                 raise ModelError(f"config.json: {key}={value!r}; {wanted} for {self.name}")
-        windowed = hf_config.get("use_sliding_window") and hf_config.get("sliding_window") is not None
+        self._refuse_window(hf_config)
         kinds = hf_config.get("layer_types")
-        if kinds is None and windowed and hf_config.get("max_window_layers", 28) < hf_config["num_hidden_layers"]:
-            raise ModelError("config.json: use_sliding_window=True; sliding-window attention is not supported")
         if kinds is not None and any(kind != "full_attention" for kind in kinds):
             other = next(kind for kind in kinds if kind != "full_attention")
             raise ModelError(f"config.json: layer_types has {other!r}; only 'full_attention' is supported")
 
+    def _refuse_window(self, hf_config: Mapping[str, Any]) -> None:
+        """Attention must reach back over all positions in every layer."""
+        window = hf_config.get("sliding_window", self.defaults.get("sliding_window"))
+        used = self.window == "always" or (self.window == "if_set" and hf_config.get("use_sliding_window"))
+        if window is None or not used or hf_config.get("layer_types") is not None:
+            return
+        if "max_window_layers" in self.defaults:  # the first layers have no window
+            whole = hf_config.get("max_window_layers", self.defaults["max_window_layers"])
+            if whole >= self._integer(hf_config, "num_hidden_layers"):
+                return
+        longest = self._integer(hf_config, "max_position_embeddings")
+        if window < longest:
+            raise ModelError(
+                f"config.json: sliding_window={window} is less than max_position_embeddings={longest}; sliding-window "
+                "attention is not supported"
+            )
 
-_QWEN_DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
+
+_QWEN_DEFAULTS = {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_NORMS = (INPUT_NORM, MLP_NORM)
 ARCHITECTURES = (
-    Architecture("LlamaForCausalLM", "llama", ATTENTION + MLP_AND_NORMS, defaults={"max_position_embeddings": 2048}),
+    Architecture(
+        "LlamaForCausalLM",
+        "llama",
+        (*ATTENTION, *MLP, *_NORMS),
+        defaults={"max_position_embeddings": 2048},
+    ),
+    Architecture(
+        "MistralForCausalLM",
+        "mistral",
+        (*ATTENTION, *MLP, *_NORMS),
+        window="always",
+        defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    ),
     Architecture(
         "Qwen2ForCausalLM",
         "qwen2",
-        (*ATTENTION, QKV_BIAS, *MLP_AND_NORMS),
+        (*ATTENTION, QKV_BIAS, *MLP, *_NORMS),
         qkv_bias=True,
+        window="if_set",
         defaults=_QWEN_DEFAULTS,
     ),
     Architecture(
         "Qwen3ForCausalLM",
         "qwen3",
-        ATTENTION + QK_NORM + MLP_AND_NORMS,
+        (*ATTENTION, *QK_NORM, *MLP, *_NORMS),
         qk_norm=True,
+        window="if_set",
         defaults={**_QWEN_DEFAULTS, "head_dim": 128},
+    ),
+    Architecture(
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        (*ATTENTION, *QK_NORM, ROUTER, *EXPERTS, INPUT_NORM, MOE_NORM),
+        qk_norm=True,
+        moe=True,
+        window="if_set",
+        defaults={
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+        },
     ),
 )
 
@@ -216,8 +273,9 @@ ARCHITECTURES = (
 def in_hf_order(part: list[Pair]) -> list[Source]:
     """Sources of a part in the order of transformers' state dict: a module's bias follows its weight."""
     sources = [src for pair in part for src in pair.sources]
-    modules = list(dict.fromkeys(src.name.rpartition(".")[0] for src in sources))
-    return sorted(sources, key=lambda src: modules.index(src.name.rpartition(".")[0]))
+    modules = dict.fromkeys(src.name.rpartition(".")[0] for src in sources)
+    order = {module: index for index, module in enumerate(modules)}
+    return sorted(sources, key=lambda src: order[src.name.rpartition(".")[0]])
 
 
 def architecture_of(hf_config: Mapping[str, Any]) -> Architecture:
@@ -231,21 +289,36 @@ def architecture_of(hf_config: Mapping[str, Any]) -> Architecture:
     raise ModelError(f"config.json: architecture {found!r} is not supported; supported are {supported}")
 
 
-def check_layout(hf_config: Mapping[str, Any], tensor: int, pipeline: int) -> None:
-    """Raise ConfigError if the model cannot be cut into `tensor` x `pipeline` equal parts."""
-    sizes = architecture_of(hf_config).sizes(hf_config)
+def check_layout(
+    hf_config: Mapping[str, Any], tensor: int, pipeline: int, expert: int = 1, *, sequence: bool = False
+) -> None:
+    """Raise ConfigError if the model cannot be cut into `tensor` x `pipeline` x `expert` equal parts.
+
+    sequence: whether tensor-parallel ranks split the tokens, which a mixture of experts needs of them.
+    """
+    architecture = architecture_of(hf_config)
+    sizes = architecture.sizes(hf_config)
+    inner = {"moe_intermediate_size": sizes.expert_ffn} if architecture.moe else {"intermediate_size": sizes.ffn}
     parts = {
-        "parallel.tensor": {
-            "num_attention_heads": sizes.heads,
-            "num_key_value_heads": sizes.kv_heads,
-            "intermediate_size": sizes.ffn,
-        },
-        "parallel.pipeline": {"num_hidden_layers": sizes.layers},
+        "parallel.tensor": (
+            tensor,
+            {"num_attention_heads": sizes.heads, "num_key_value_heads": sizes.kv_heads, **inner},
+        ),
+        "parallel.pipeline": (pipeline, {"num_hidden_layers": sizes.layers}),
     }
-    for key, size in (("parallel.tensor", tensor), ("parallel.pipeline", pipeline)):
-        for dimension, total in parts[key].items():
+    if architecture.moe:
+        parts["parallel.expert"] = (expert, {"num_experts": sizes.experts})
+        if tensor > 1 and not sequence:
+            raise ConfigError(
+                f"parallel.tensor={tensor} with parallel.sequence=false: {architecture.name} has experts, and Megatron-"
+                "Core trains them under tensor parallelism only with parallel.sequence=true"
+            )
+    elif expert > 1:
+        raise ConfigError(f"parallel.expert={expert}, but {architecture.name} has no experts; use 1")
+    for key, (size, dimensions) in parts.items():
+        for dimension, total in dimensions.items():
             if total % size:
-                possible = _common_divisors(parts[key].values())
+                possible = _common_divisors(dimensions.values())
                 raise ConfigError(f"{key}={size} does not divide {dimension}={total} of the model; use {possible}")
 
 

@@ -8,12 +8,15 @@ here needs torch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Dimensions of a dense decoder; `ffn` is the MLP's inner width, `vocab` is not padded."""
+    """Dimensions of a decoder; `ffn` is the MLP's inner width, `vocab` is not padded.
+
+    experts, expert_ffn: their number in each layer and the inner width of one; 0 in a dense model.
+    """
 
     vocab: int
     hidden: int
@@ -23,6 +26,8 @@ class Sizes:
     kv_heads: int
     head_dim: int
     tied: bool
+    experts: int = 0
+    expert_ffn: int = 0
 
     def of(self, dimension: str) -> int:
         """A table's dimension name as a number of elements."""
@@ -33,6 +38,8 @@ class Sizes:
             "query": self.heads * self.head_dim,
             "kv": self.kv_heads * self.head_dim,
             "head": self.head_dim,
+            "experts": self.experts,
+            "expert_ffn": self.expert_ffn,
         }[dimension]
 
     def padded_vocab(self, tensor: int) -> int:
@@ -56,7 +63,7 @@ Rule = Callable[["Pair", Sizes, int, int], list[Piece]]
 
 @dataclass(frozen=True)
 class Source:
-    """A Hugging Face tensor: its name (`*` stands for the layer) and its dimensions' names."""
+    """A Hugging Face tensor: its name (`*` stands for the layer, `#` for the expert) and its dimensions' names."""
 
     name: str
     dims: tuple[str, ...]
@@ -75,22 +82,36 @@ class Pair:
 
     megatron: names of the parameter: the local layer spec's and, where it differs, Transformer Engine's.
     sources: the Hugging Face tensors it holds. rule: how they are laid out over tensor-parallel ranks.
+    expert: whose row it is, once that is known; None for a row that no expert owns.
     """
 
     rule: Rule
     megatron: tuple[str, ...]
     sources: tuple[Source, ...]
+    expert: int | None = None
 
     @property
     def per_layer(self) -> bool:
         return "*" in self.megatron[0]
 
-    def at(self, layer: int) -> "Pair":
-        """This row with the layer's number (counted over the whole model) in place of `*`."""
-        return Pair(
-            self.rule,
-            tuple(name.replace("*", str(layer)) for name in self.megatron),
-            tuple(Source(src.name.replace("*", str(layer)), src.dims) for src in self.sources),
+    @property
+    def per_expert(self) -> bool:
+        return "#" in self.megatron[0]
+
+    def at(self, layer: int, expert: int | None = None) -> "Pair":
+        """This row with the layer's number in place of `*`, and the expert's in place of `#`.
+
+        Both are counted over the whole model.
+        """
+
+        def named(name: str) -> str:
+            return name.replace("*", str(layer)).replace("#", str(expert))
+
+        return replace(
+            self,
+            megatron=tuple(named(name) for name in self.megatron),
+            sources=tuple(Source(named(src.name), src.dims) for src in self.sources),
+            expert=expert,
         )
 
     def pieces(self, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
@@ -130,7 +151,7 @@ def columns(pair: Pair, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
 
 def gated(pair: Pair, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
     """Each rank's share of the gate above its share of the up projection."""
-    rows = sizes.ffn // tensor
+    rows = pair.sources[0].shape(sizes)[0] // tensor
     return [Piece(src.name, 0, rank * rows, (rank + 1) * rows, index * rows) for index, src in enumerate(pair.sources)]
 
 

@@ -32,6 +32,9 @@ class ParallelConfig:
     tensor: int = key(1, "Tensor-parallel size.", minimum=1)
     pipeline: int = key(1, "Pipeline-parallel size.", minimum=1)
     data: int = key(1, "Data-parallel size: number of model replicas.", minimum=1)
+    expert: int = key(
+        1, "Expert-parallel size of a mixture of experts: so many replicas in a row share its experts.", minimum=1
+    )
     sequence: bool = key(
         False, "Sequence parallelism: between tensor-parallel layers, each rank holds its part of the tokens."
     )

@@ -292,6 +292,11 @@ def check_config(config: Config) -> list[str]:
     check_engines(config)
     if config.parallel.sequence and config.parallel.tensor == 1:
         raise ConfigError("parallel.sequence=true splits tokens over tensor-parallel ranks; raise parallel.tensor")
+    if config.parallel.data % config.parallel.expert:
+        raise ConfigError(
+            f"parallel.expert={config.parallel.expert} does not divide parallel.data={config.parallel.data}, over "
+            "whose replicas the experts are shared out; change one of them"
+        )
     optimizer_steps = train.steps * train.optimizer_steps_per_batch
     if train.warmup_steps > optimizer_steps:
         raise ConfigError(

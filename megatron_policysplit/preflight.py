@@ -43,7 +43,8 @@ class Preflight:
         return [
             f"model    {config.model.path} ({self.architecture}, {self.parameters / 1e6:,.1f} M parameters)",
             f"data     {self.train_questions} questions{evaluation}",
-            f"layout   tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {ranks}",
+            f"layout   tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {ranks}"
+            + f", experts over {layout.expert} replicas" * (layout.expert > 1),
             f"engine   {_engines(config)}",
             f"run      {config.run.dir}{' (resumed if it holds a checkpoint)' if self.resumes else ''}",
             *(f"warning: {warning}" for warning in self.warnings),
@@ -81,7 +82,8 @@ def _check_model(config: Config) -> tuple[str, int]:
     path = config.model.path
     hf_config = read_hf_config(path)
     architecture = architecture_of(hf_config)
-    check_layout(hf_config, config.parallel.tensor, config.parallel.pipeline)
+    parallel = config.parallel
+    check_layout(hf_config, parallel.tensor, parallel.pipeline, parallel.expert, sequence=parallel.sequence)
     tensors = check_safetensors(path)
     if not has_chat_template(path):
         raise ModelError(

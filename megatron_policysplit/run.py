@@ -169,8 +169,8 @@ class Run:
         self.served = version
 
     def export(self, name: str) -> None:
-        """Write the weights as a Hugging Face directory `run.dir/name` (collective over the first replica)."""
-        if self.layout.data_rank != 0:
+        """Write the weights as a Hugging Face directory `run.dir/name` (collective over all ranks)."""
+        if not self.layout.is_exported:
             return
         config = self.config
 
@@ -178,7 +178,8 @@ class Run:
             if self.layout.is_chief:
                 write_hf(self.directory / name, config.model.path, stream, DTYPES[config.model.dtype])
 
-        consume_weights(self.actor.model, self.actor.hf_config, "leader", take)
+        destination = "leader" if self.layout.data_rank == 0 else "nowhere"
+        consume_weights(self.actor.model, self.actor.hf_config, destination, take)
 
     def dump(self, path: Path, records: Sequence[dict]) -> None:
         partial = path.with_name(path.name + ".partial")

@@ -1,7 +1,7 @@
 """Training checkpoints: Megatron's torch_dist for weights and optimizer, JSON and safetensors for the rest.
 
 A checkpoint is written beside its place and renamed, so a directory named `step_NNNNNN` is complete.
-It loads at any TP x PP x DP layout; the RNG states come back only at the layout that saved them.
+It loads at any TP x PP x EP x DP layout; the RNG states come back only at the layout that saved them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints_conv.metadata import check_metadata
 from megatron_policysplit.actor import cpu
 from megatron_policysplit.actor.checkpoint_files import check_model, complete, model_keys, path_of, read_trainer_json
+from megatron_policysplit.actor.checkpoint_optimizer import groups_of, regrouped
 from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.actor.step import Actor
 
@@ -90,10 +91,12 @@ def load(actor: Actor, path: Path) -> TrainerState:
     meta = read_trainer_json(path)
     check_model(meta["model"], actor.hf_config, path)
     check_metadata(path / ".metadata")
-    loaded = dist_checkpointing.load(_sharded_state(actor, is_loading=True), str(path))
+    own = _sharded_state(actor, is_loading=True)
+    groups = groups_of(own["optimizer"])
+    loaded = dist_checkpointing.load(own, str(path))
     actor.model.load_state_dict(loaded["model"])
     state = TrainerState(**meta["state"])
-    actor.optimizer.load_state_dict(loaded["optimizer"], state.optimizer_steps)
+    actor.optimizer.load_state_dict(regrouped(loaded["optimizer"], groups), state.optimizer_steps)
     if meta["layout"] == _layout(actor.layout):
         _restore_rng(load_file(path / f"rng_rank{actor.layout.rank:05d}.safetensors"))
     return state
@@ -131,4 +134,5 @@ def _restore_rng(states) -> None:
 
 
 def _layout(layout: Layout) -> dict[str, int]:
-    return {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data}
+    sizes = {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data}
+    return sizes if layout.expert == 1 else {**sizes, "expert": layout.expert}

@@ -20,6 +20,9 @@ MODEL_KEYS = (
     "head_dim",
     "vocab_size",
     "tie_word_embeddings",
+    "moe_intermediate_size",
+    "num_experts_per_tok",
+    "norm_topk_prob",
 )
 
 
@@ -54,4 +57,5 @@ def check_model(saved: dict[str, Any], hf_config: dict[str, Any], path: Path) ->
 
 def model_keys(hf_config: dict[str, Any]) -> dict[str, Any]:
     """The entries of config.json that a checkpoint's model must share with model.path."""
-    return {key: hf_config.get(key) for key in MODEL_KEYS}
+    experts = hf_config.get("num_experts", hf_config.get("num_local_experts"))
+    return {**{key: hf_config.get(key) for key in MODEL_KEYS}, "num_experts": experts}

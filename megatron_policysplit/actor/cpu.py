@@ -13,6 +13,8 @@ import importlib.metadata
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -164,12 +166,47 @@ def install() -> None:
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.random.get_rng_state = cuda.get_rng_state
 
+    import megatron.core.tensor_parallel.mappings as mappings
     import megatron.core.tensor_parallel.random as megatron_random
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    if not hasattr(moe_utils, "te_general_gemm"):  # a router asks whether it is None; without Transformer Engine
+        moe_utils.te_general_gemm = None  # some versions do not say so
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_on_the_host
+    mappings._gather_along_first_dim = partial(_gather, mappings._gather_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = partial(_reduce_scatter, mappings._reduce_scatter_along_first_dim)
     _redirect = _Redirect()
     _redirect.__enter__()
+
+
+def _as_on_the_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What Megatron makes of a tensor that it copies from the GPU: numbers of tokens, in numpy for collectives."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def _gather(equal, tensor, group, output_split_sizes: Sequence[int] | None = None, use_global_buffer: bool = False):
+    """Rows of all ranks one after the other; gloo gathers equal numbers only, so that fewer rows are padded."""
+    sizes = output_split_sizes
+    if sizes is None or len(set(sizes)) == 1:
+        return equal(tensor, group, sizes, use_global_buffer)
+    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in sizes]
+    torch.distributed.all_gather(parts, padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def _reduce_scatter(equal, tensor, group, input_split_sizes: Sequence[int] | None = None, use_global_buffer=False):
+    """This rank's rows of the sum over ranks; gloo scatters equal numbers only, so that all get all and take theirs."""
+    sizes = input_split_sizes
+    if sizes is None or len(set(sizes)) == 1:
+        return equal(tensor, group, sizes, use_global_buffer)
+    total = tensor.clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total.split(list(sizes))[group.rank()].clone()
 
 
 class _NoOp:
@@ -180,6 +217,9 @@ class _NoOp:
 
     def __getattr__(self, name):
         return lambda *args, **kwargs: None
+
+    def record_event(self, *args, **kwargs) -> "_NoOp":
+        return _NoOp()
 
 
 def _names_cuda(value) -> bool:

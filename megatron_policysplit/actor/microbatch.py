@@ -15,6 +15,7 @@ from megatron_policysplit.rows import Mode, Row
 class MicroBatch:
     """B rows padded on the right to S tokens (causal attention never looks at the padding).
 
+    An empty one has no rows, but `tokens` of one, for the sake of ranks that wait for this one's part of the work.
     tokens [B, S] int64. rows [B]: the rows' indices in the batch. predictors [T]: flat positions (b * S + s)
     whose hidden states predict the T response tokens `targets` [T]. lengths [B]: response tokens per row.
     temperature [T]: of the row's mode. pair_of [B]: for each row, a number shared by rows of one rollout if
@@ -46,13 +47,14 @@ def make_microbatch(
     pair_of: Mapping[int, int],
     multiple: int = 1,
 ) -> MicroBatch:
-    """The rows at `indices` as one micro-batch; pair_of: row index -> pair number where KL is wanted.
+    """The rows at `indices` (none: an empty micro-batch) as one; pair_of: row index -> pair number where KL is wanted.
 
     multiple: what S must be a multiple of.
     """
-    width = -(-max(rows[i].length for i in indices) // multiple) * multiple
-    tokens = torch.zeros(len(indices), width, dtype=torch.int64)
-    predictors, targets, temperature = [], [], []
+    width = -(-max((rows[i].length for i in indices), default=1) // multiple) * multiple
+    tokens = torch.zeros(max(len(indices), 1), width, dtype=torch.int64)
+    nothing = torch.empty(0, dtype=torch.int64)
+    predictors, targets, temperature = [nothing], [nothing], [torch.empty(0)]
     for b, index in enumerate(indices):
         row = rows[index]
         start, length = len(row.prompt), row.response_length

@@ -86,9 +86,10 @@ class _RMSNorm:
         return norm
 
 
-def _local_spec(config: TransformerConfig, qk_layernorm: bool) -> ModuleSpec | TransformerBlockSubmodules:
-    """Megatron's own layers, without Transformer Engine."""
-    spec = get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization="RMSNorm")
+def _local_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    """Megatron's own layers, without Transformer Engine; experts one after the other."""
+    experts, qk_layernorm = config.num_moe_experts, config.qk_layernorm
+    spec = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=qk_layernorm, normalization="RMSNorm")
     if not config.sequence_parallel:
         return spec
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
@@ -115,7 +116,8 @@ def build_model(
     """
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
-    check_layout(hf_config, tensor, pipeline)
+    expert = parallel_state.get_expert_model_parallel_world_size()
+    check_layout(hf_config, tensor, pipeline, expert, sequence=sequence)
     arguments = architecture_of(hf_config).megatron_arguments(hf_config)
     if pre_process is None:
         pre_process = parallel_state.is_pipeline_first_stage()
@@ -133,6 +135,8 @@ def build_model(
         **cpu.model_options(),
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        expert_model_parallel_size=expert,
+        moe_grouped_gemm=transformer_engine and "num_moe_experts" in arguments.transformer,
         sequence_parallel=sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -150,11 +154,14 @@ def build_model(
         output_layer_init_method=torch.nn.init.zeros_,
         embedding_init_method=torch.nn.init.zeros_,
     )
-    qk_layernorm = arguments.transformer["qk_layernorm"]
     if transformer_engine:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
     else:
-        spec = _local_spec(config, qk_layernorm)
+        spec = _local_spec(config)
     gpt = dict(arguments.gpt)
     return PolicyModel(
         config=config,

@@ -3,6 +3,9 @@
 A *replica* is one copy of the model, TP x PP ranks. Its *leader* is the tensor-rank-0 rank of the last
 pipeline stage: it generates, and token statistics are born there. The *chief*, leader of replica 0,
 logs and writes. Model parallelism is Megatron's; the groups here carry Python objects between CPUs.
+
+Under expert parallelism EP replicas in a row share one copy of the experts. Every layer sends tokens between them, so
+they run the same number of forward and backward passes.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ class Layout:
 
     world: all ranks. control: all ranks again, with a short time-out (`control.py`).
     replica: the TP x PP ranks of this replica. leaders: the leaders of all replicas; None on other ranks.
-    sequence: whether hidden states are split over the tensor-parallel ranks by position.
+    sequence: whether hidden states are split over the tensor-parallel ranks by position. expert: replicas in a row
+    that share one copy of the experts.
     """
 
     rank: int
@@ -44,6 +48,7 @@ class Layout:
     leaders: dist.ProcessGroup | None
     leader_ranks: list[int]
     sequence: bool = False
+    expert: int = 1
 
     @property
     def is_leader(self) -> bool:
@@ -62,6 +67,11 @@ class Layout:
     def leader(self) -> int:
         """Global rank of this replica's leader."""
         return self.leader_ranks[self.data_rank]
+
+    @property
+    def is_exported(self) -> bool:
+        """Whether this replica is the first, or has experts of the first: whose weights the chief exports."""
+        return self.data_rank < self.expert
 
     @property
     def is_first_stage(self) -> bool:
@@ -127,6 +137,7 @@ def initialize(parallel: ParallelConfig, seed: int, *, timeout_seconds: float = 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        expert_model_parallel_size=parallel.expert,
         distributed_timeout_minutes=max(1, int(timeout_seconds // 60)),
     )
     torch.manual_seed(seed)
@@ -170,6 +181,7 @@ def _layout(parallel: ParallelConfig, rank: int) -> Layout:
         leaders=leaders if rank in leader_ranks else None,
         leader_ranks=leader_ranks,
         sequence=parallel.sequence,
+        expert=parallel.expert,
     )
 
 

@@ -21,6 +21,7 @@ class Share:
 
     train: rows that are scored and trained, in the same micro-batches both times.
     score_only: rows that cannot change the weights; scored for metrics, then skipped.
+    Lists without a row stand at the end where replicas that share experts have more.
     """
 
     train: list[list[int]] = field(default_factory=list)
@@ -40,6 +41,7 @@ def make_plan(
     live: Sequence[bool],
     *,
     replicas: int,
+    expert: int = 1,
     optimizer_steps: int,
     max_tokens: int,
     seed: int,
@@ -47,6 +49,7 @@ def make_plan(
     """Plan for `rows` (sorted by key); live[r] tells whether row r can change the weights.
 
     A micro-batch holds at most `max_tokens` tokens, padding included (a single longer row is alone in one).
+    expert: so many replicas in a row share experts, and get equal numbers of micro-batches.
     """
     rollouts: dict[tuple, list[int]] = {}
     for index, row in enumerate(rows):
@@ -65,6 +68,8 @@ def make_plan(
             kept = [kept for group in groups if (kept := [i for i in group if live[i] == wanted])]
             for share, part in zip(per_replica, _balance(kept, rows, replicas), strict=True):
                 setattr(share, name, _cut(part, rows, max_tokens))
+            for first in range(0, replicas, expert):
+                _even_out([getattr(share, name) for share in per_replica[first : first + expert]])
         shares.append(per_replica)
     return Plan(steps, shares)
 
@@ -94,3 +99,10 @@ def _cut(groups: list[list[int]], rows: Sequence[Row], max_tokens: int) -> list[
                 batches.append([index])
                 longest = rows[index].length
     return batches
+
+
+def _even_out(parts: list[list[list[int]]]) -> None:
+    """Give all parts as many micro-batches as the one that has most."""
+    most = max(len(part) for part in parts)
+    for part in parts:
+        part += [[] for _ in range(most - len(part))]

@@ -38,7 +38,8 @@ class Scorer:
     def score(self, batches: Sequence[MicroBatch]) -> dict[int, TokenStatistics]:
         """Row index -> statistics (CPU) on the last pipeline stage; {} on other stages.
 
-        Collective over the replica's ranks, which all pass the same micro-batches.
+        Collective over the replica's ranks, which all pass the same micro-batches, and over the replicas that share
+        experts with it, which pass as many.
         """
         if not batches:
             return {}
@@ -78,6 +79,8 @@ class Scorer:
 
     def _collect(self, batch: MicroBatch, hidden: Tensor, results: dict, waiting: dict) -> None:
         device = hidden.device
+        if not batch.rows:
+            return
         selected, temperature = batch.select(self.model.whole(hidden)), batch.temperature.to(device)
         met: list[tuple[int, _Waiting]] = []
         partners, spans, start = [], {}, 0

@@ -100,6 +100,7 @@ class Actor:
                 rows,
                 live,
                 replicas=self.layout.data,
+                expert=self.layout.expert,
                 optimizer_steps=train.optimizer_steps_per_batch,
                 max_tokens=train.max_tokens_per_micro_batch,
                 seed=seed,
@@ -194,13 +195,13 @@ class Actor:
                     for i in batch.rows
                 ]
                 fields = {
-                    "old_logprobs": torch.cat([signal.old_logprobs for signal in mine]),
-                    "advantages": torch.cat([signal.advantages for signal in mine]),
-                    "importance": torch.cat([signal.importance for signal in mine]),
-                    "weights": torch.cat(weights),
+                    "old_logprobs": _joined([signal.old_logprobs for signal in mine]),
+                    "advantages": _joined([signal.advantages for signal in mine]),
+                    "importance": _joined([signal.importance for signal in mine]),
+                    "weights": _joined(weights),
                 }
                 if algorithm.kl_coef > 0:
-                    fields["reference_logprobs"] = torch.cat([signal.reference_logprobs for signal in mine])
+                    fields["reference_logprobs"] = _joined([signal.reference_logprobs for signal in mine])
                 inputs.append(fields)
             steps.append(inputs)
         return steps
@@ -244,6 +245,8 @@ class Actor:
         targets, temperature = batch.targets.to(device), batch.temperature.to(device)
         selected = batch.select(self.model.whole(hidden))
         loss = fused_loss(self.head, selected, targets, temperature, token_loss).loss
+        if not batch.rows:
+            token_loss(slice(0), temperature, temperature)
         out = LossOutputs.over(chunks)
         metrics = [loss.detach(), out.ratio_sum, out.clipped_tokens, out.tokens, out.ratio_off_one]
         return loss, out.tokens.int(), torch.stack([value.double() for value in metrics])
@@ -274,6 +277,11 @@ def _sum_gradients(model, num_tokens=None, **kwargs):
     from megatron.core.distributed import finalize_model_grads
 
     finalize_model_grads(model, None, **kwargs)
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    """Values of the tokens of all rows, of which there may be none."""
+    return torch.cat(rows) if rows else torch.empty(0)
 
 
 def _kl_pairs(rows: Sequence[Row], kl_tokens: str) -> dict[int, int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -21,10 +23,13 @@ from checkpoints_conv.reader import check_shape
 from megatron_policysplit.actor import cpu
 from megatron_policysplit.errors import ModelError, TrainingError
 
-Destination = Literal["every_rank", "leader", "stage_leader"]
+Destination = Literal["every_rank", "leader", "stage_leader", "nowhere"]
 Read = Callable[[nn.Parameter], Tensor]
 Result = TypeVar("Result")
 CPU = torch.device("cpu")
+EXPERT_BUCKET_ELEMENTS = 2**26  # of experts that are exported together
+# The number of an expert in a parameter's name: of Megatron's own layers, or of Transformer Engine's grouped ones.
+_EXPERT = re.compile(r"(?<=\.experts\.local_experts\.)\d+|(?<=\.experts\.linear_fc[12]\.weight)\d+$")
 
 
 def load_weights(model: nn.Module, hf_path: str | Path) -> None:
@@ -56,9 +61,10 @@ def load_weights(model: nn.Module, hf_path: str | Path) -> None:
 
 
 def global_parameters(model: nn.Module, sizes: Sizes) -> dict[str, nn.Parameter]:
-    """This rank's parameters by name, wrappers' `module.` removed and layers numbered over the whole model."""
+    """This rank's parameters by name, wrappers' `module.` removed, layers and experts numbered over the whole model."""
     layers = sizes.layers // parallel_state.get_pipeline_model_parallel_world_size()
     first = parallel_state.get_pipeline_model_parallel_rank() * layers
+    first_expert = _expert_rank() * (sizes.experts // _expert_size())
     parameters = {}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
@@ -66,7 +72,8 @@ def global_parameters(model: nn.Module, sizes: Sizes) -> dict[str, nn.Parameter]
             parts.pop(0)
         if parts[:2] == ["decoder", "layers"]:
             parts[2] = str(int(parts[2]) + first)
-        parameters[".".join(parts)] = parameter
+        name = _EXPERT.sub(lambda number: str(int(number[0]) + first_expert), ".".join(parts))
+        parameters[name] = parameter
     return parameters
 
 
@@ -80,17 +87,20 @@ def export_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Full Hugging Face tensors on `device`, in transformers' order, in the parameters' dtype.
 
-    A collective over the TP x PP ranks of a replica: all of them must iterate to the end, and every replica
-    does so on its own. With "leader" only the replica's leader (TP rank 0 of the last stage) gets tensors, with
-    "stage_leader" TP rank 0 of each stage gets those of its stage; the others' iterators yield nothing. A tied
-    head comes once, as the embedding; vocabulary padding is cut.
+    A collective over the TP x PP ranks of a replica, and over those of all replicas that share experts with it: all
+    of them must iterate to the end. With "leader" only the replica's leader (TP rank 0 of the last stage) gets
+    tensors, with "stage_leader" TP rank 0 of each stage gets those of its stage; the others' iterators yield nothing.
+    With "nowhere" no rank of the replica gets any: it only gives its experts. A tied head comes once, as the embedding;
+    vocabulary padding is cut.
 
     read: gives a parameter's values on the rank's own device; needed where parameters wait in host memory.
 
-    Weights travel in buckets known beforehand: the embedding, each layer, and the final norm with the head. A
-    bucket costs one all-reduce of a flag over the replica, one broadcast from the owning stage if PP > 1 (not for
-    "stage_leader"), and one all-gather if TP > 1; no more than one bucket is held at a time. If another rank's
-    consumer failed (see `consume_weights`), PeerFailed is raised at the next bucket.
+    Weights travel in buckets known beforehand: the embedding, each layer, and the final norm with the head; experts in
+    buckets of their own, each of one expert-parallel rank and of at most EXPERT_BUCKET_ELEMENTS. A bucket costs one
+    all-reduce of a flag over all those ranks, for experts one broadcast from the owning rank over the expert-parallel
+    group of its stage if EP > 1, one broadcast from the owning stage if PP > 1 (not for "stage_leader"), and one
+    all-gather if TP > 1; no more than one bucket is held at a time. If another rank's consumer failed (see
+    `consume_weights`), PeerFailed is raised at the next bucket.
     """
     if destination not in get_args(Destination):
         raise ValueError(f"destination={destination!r} is not one of {get_args(Destination)}")
@@ -100,9 +110,10 @@ def export_weights(
     own_stage = parallel_state.get_pipeline_model_parallel_rank()
     by_stage = destination == "stage_leader"
     last_stage = parallel_state.get_pipeline_model_parallel_world_size() - 1
-    for bucket in export_plan(hf_config, _tensor_size(), last_stage + 1):
+    for bucket in export_plan(hf_config, _tensor_size(), last_stage + 1, _expert_size()):
         own, error = None, None
-        if bucket.stage == own_stage:
+        here, wanted = bucket.stage == own_stage, destination != "nowhere"
+        if here and (wanted if bucket.owner is None else bucket.owner == _expert_rank()):
             try:
                 own = _read(bucket, parameters, read)
             except Exception as raised:  # raised again below, once all ranks know
@@ -110,7 +121,9 @@ def export_weights(
         _agree(failed=error is not None, raises=error is None)
         if error is not None:
             raise ExportFailed(f"this rank could not read its weights ({type(error).__name__}: {error})") from error
-        if by_stage and own is None:
+        if here and bucket.owner is not None:
+            own = _from_owner(bucket, own, example)
+        if not wanted or (by_stage and not here):
             continue
         shards = _gather(bucket, own, example, over_stages=not by_stage)
         if destination == "every_rank" or (_tensor_rank() == 0 and (by_stage or own_stage == last_stage)):
@@ -126,7 +139,7 @@ def consume_weights(
     device: torch.device = CPU,
     read: Read = Tensor.detach,
 ) -> Result:
-    """Hand `consumer` the stream of `export_weights`; if it raises on any rank, all ranks of the replica raise.
+    """Hand `consumer` the stream of `export_weights`; if it raises on any rank, all ranks of the collective raise.
 
     The rank that failed raises its own error, the others PeerFailed, at their next bucket or at the
     end: nobody hangs. A consumer need not take all tensors. Costs one all-reduce of a flag more than
@@ -167,9 +180,13 @@ def exported_tensors(hf_config: Mapping[str, Any], pipeline: int) -> list[Export
 
 @dataclass(frozen=True)
 class Bucket:
-    """Parameters that travel together: their rows of the table, and each one's shape on a rank."""
+    """Parameters that travel together: their rows of the table, and each one's shape on a rank.
+
+    owner: the expert-parallel rank that has these experts; None for parameters that all of them have.
+    """
 
     stage: int
+    owner: int | None
     pairs: tuple[Pair, ...]
     shapes: tuple[tuple[int, ...], ...]
 
@@ -179,8 +196,11 @@ class Bucket:
         return sum(prod(shape) for shape in self.shapes)
 
 
-def export_plan(hf_config: Mapping[str, Any], tensor: int, pipeline: int) -> list[Bucket]:
-    """The buckets of `export_weights` and the pipeline stage that owns each; the same on every rank."""
+def export_plan(hf_config: Mapping[str, Any], tensor: int, pipeline: int, expert: int = 1) -> list[Bucket]:
+    """The buckets of `export_weights` and the ranks that own each; the same on every rank.
+
+    The order of the tensors does not depend on the layout.
+    """
     architecture = architecture_of(hf_config)
     sizes = architecture.sizes(hf_config)
     parts = architecture.pairs(hf_config)
@@ -190,14 +210,46 @@ def export_plan(hf_config: Mapping[str, Any], tensor: int, pipeline: int) -> lis
             stage = 0 if index == 0 else pipeline - 1
         else:
             stage = layer // (sizes.layers // pipeline)
-        plan.append(Bucket(stage, tuple(pairs), tuple(pair.local_shape(sizes, tensor) for pair in pairs)))
+        for owner, rows in _by_owner(pairs, sizes, expert):
+            plan.append(Bucket(stage, owner, tuple(rows), tuple(pair.local_shape(sizes, tensor) for pair in rows)))
     return plan
+
+
+def _by_owner(pairs: Sequence[Pair], sizes: Sizes, expert: int) -> Iterator[tuple[int | None, list[Pair]]]:
+    """Consecutive rows of one expert-parallel rank, at most EXPERT_BUCKET_ELEMENTS of them; others all together."""
+
+    def owner_of(pair: Pair) -> int | None:
+        return None if pair.expert is None else pair.expert // (sizes.experts // expert)
+
+    for owner, rows in groupby(pairs, key=owner_of):
+        if owner is None:
+            yield None, list(rows)
+            continue
+        held: list[Pair] = []
+        elements = 0
+        for pair in rows:
+            more = prod(pair.local_shape(sizes, 1))
+            if held and elements + more > EXPERT_BUCKET_ELEMENTS:
+                yield owner, held
+                held, elements = [], 0
+            held.append(pair)
+            elements += more
+        yield owner, held
 
 
 def _read(bucket: Bucket, parameters: dict[str, nn.Parameter], read: Read) -> Tensor:
     """This rank's parameters of the bucket, flat (bucket.numel elements)."""
     owned = [next(parameters[name] for name in pair.megatron if name in parameters) for pair in bucket.pairs]
     return torch.cat([read(parameter).reshape(-1) for parameter in owned])
+
+
+def _from_owner(bucket: Bucket, own: Tensor | None, example: Tensor) -> Tensor:
+    """The experts of a bucket, flat, from the rank of this stage that has them; each tensor-parallel rank its shard."""
+    flat = torch.empty(bucket.numel, dtype=example.dtype, device=cpu.device()) if own is None else own
+    if _expert_size() > 1:
+        group = parallel_state.get_expert_model_parallel_group()
+        dist.broadcast(flat, src=dist.get_global_rank(group, bucket.owner), group=group)
+    return flat
 
 
 def _gather(bucket: Bucket, own: Tensor | None, example: Tensor, *, over_stages: bool) -> list[Tensor]:
@@ -231,11 +283,11 @@ def _assemble(bucket: Bucket, shards: list[Tensor], sizes: Sizes, device: torch.
 
 
 class Agreed(TrainingError):
-    """An export failed, and all ranks of the replica know already."""
+    """An export failed, and all ranks that take part know already."""
 
 
 class PeerFailed(Agreed):
-    """Another rank of the replica failed while it took or gave the weights."""
+    """Another rank failed while it took or gave the weights."""
 
 
 class ExportFailed(Agreed):
@@ -243,9 +295,9 @@ class ExportFailed(Agreed):
 
 
 def _agree(*, failed: bool, raises: bool = True) -> None:
-    """All ranks of the replica learn whether one failed (one all-reduce); they raise then, if `raises`."""
+    """All ranks that take part learn whether one failed (one all-reduce); they raise then, if `raises`."""
     flag = torch.tensor([int(failed)], dtype=torch.int32, device=cpu.device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=parallel_state.get_model_parallel_group())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=parallel_state.get_expert_tensor_model_pipeline_parallel_group())
     if raises and flag.item():
         raise PeerFailed("another rank failed while it took the exported weights; its own message says why")
 
@@ -256,3 +308,11 @@ def _tensor_rank() -> int:
 
 def _tensor_size() -> int:
     return parallel_state.get_tensor_model_parallel_world_size()
+
+
+def _expert_rank() -> int:
+    return parallel_state.get_expert_model_parallel_rank()
+
+
+def _expert_size() -> int:
+    return parallel_state.get_expert_model_parallel_world_size()

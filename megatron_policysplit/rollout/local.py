@@ -24,6 +24,7 @@ from transformers import (
 
 from megatron_policysplit.errors import ConfigError, ModelError, TrainingError
 from megatron_policysplit.rollout.engine import EnginePaused, Request
+from megatron_policysplit.rollout.local_weights import weights_by_file_name
 from megatron_policysplit.rollout.teacher_forcing import teacher_forced
 from megatron_policysplit.rows import Rollout
 
@@ -286,7 +287,7 @@ class LocalEngine:
 
     @torch.no_grad()
     def _copy(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        parameters = weights_by_file_name(self._model)
         taken: dict[int, str] = {}  # parameter -> the name it came under; a tied head may come under both
         seen, problems = set(), []
         for name, tensor in tensors:
@@ -303,8 +304,9 @@ class LocalEngine:
             elif not torch.equal(parameter, tensor.to(parameter)):
                 problems.append(f"{name} is tied to {taken[id(parameter)]} and differs from it")
             seen.add(name)
-        missing = [name for name in self._shapes if id(parameters[name]) not in taken and name not in seen]
-        return problems + [f"missing {name}" for name in missing]
+        absent = [name for name in parameters if id(parameters[name]) not in taken and name not in seen]
+        missing = {id(parameters[name]): name for name in reversed(absent)}  # a tied head once
+        return problems + [f"missing {name}" for name in reversed(missing.values())]
 
     async def pause(self) -> None:
         """Returns once generation has ended, at most a token later; running submits raise EnginePaused."""
@@ -328,7 +330,7 @@ class LocalEngine:
             if not self._allocate():
                 return
             if self._version == 0:
-                self._copy(_read_model(self._path, self._dtype).named_parameters())
+                self._copy(weights_by_file_name(_read_model(self._path, self._dtype)).items())
                 self._unusable = None
 
     async def health(self) -> int:

@@ -67,7 +67,7 @@ class DiskTransport:
         """Snapshots stay: engines that run on may be asked to read them."""
 
     def _write(self, version: int) -> None:
-        if self.layout.data_rank != 0:
+        if not self.layout.is_exported:
             return
         path = self._path(version)
 
@@ -75,7 +75,8 @@ class DiskTransport:
             if self.layout.is_chief:
                 write_hf(path, self.config.model.path, stream, next(self.actor.model.parameters()).dtype)
 
-        consume_weights(self.actor.model, self.actor.hf_config, "leader", take, read=self.read)
+        destination = "leader" if self.layout.data_rank == 0 else "nowhere"
+        consume_weights(self.actor.model, self.actor.hf_config, destination, take, read=self.read)
         if self.layout.is_chief:
             self._written = [*(old for old in self._written if old != path), path][-KEPT:]
             for old in self.directory.iterdir():

@@ -195,7 +195,7 @@ class DistributedTransport:
 
     def _broadcast(self, abort: Abort) -> None:
         """Export, and on a sender broadcast its stage's buckets."""
-        if self.layout.data_rank != 0:
+        if not self.layout.is_exported:
             return
 
         def take(stream) -> None:
@@ -207,9 +207,8 @@ class DistributedTransport:
                     bucket.fill(stream, flat)
                     self._group.broadcast(flat, abort)
 
-        consume_weights(
-            self.actor.model, self.actor.hf_config, "stage_leader", take, device=cpu.device(), read=self.read
-        )
+        destination = "stage_leader" if self.layout.data_rank == 0 else "nowhere"
+        consume_weights(self.actor.model, self.actor.hf_config, destination, take, device=cpu.device(), read=self.read)
 
     async def _offer(self, live: set[int]) -> Offer:
         """Who is there; a process that was started again is not the one that joined a group."""

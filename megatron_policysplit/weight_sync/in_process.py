@@ -10,7 +10,7 @@ from megatron_policysplit.rollout.engine import InProcessEngine
 
 
 def load_in_process(actor: Actor, engine: InProcessEngine | None, version: int) -> None:
-    """Stream the weights into the leader's engine (None on other ranks). Collective over each replica.
+    """Stream the weights into the leader's engine (None on other ranks). Collective over all ranks.
 
     In the main thread, as every collective: `Engine.load` reads the stream in the thread that it runs in, so it gets
     an event loop of its own here, not the one on which it generates.

@@ -80,9 +80,10 @@ class TensorTransport:
         self._release_kept()
         if self.colocated:
             return self._consume("every_rank", lambda stream: self._give_own(stream, live), cpu.device())
-        if self.layout.data_rank != 0:
+        if not self.layout.is_exported:
             return {}
-        return self._consume("leader", lambda stream: self._give_all(stream, live), CPU)
+        destination = "leader" if self.layout.data_rank == 0 else "nowhere"
+        return self._consume(destination, lambda stream: self._give_all(stream, live), CPU)
 
     def _consume(self, destination, take, device: torch.device) -> Failures:
         return consume_weights(self.actor.model, self.actor.hf_config, destination, take, device=device, read=self.read)

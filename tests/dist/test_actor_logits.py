@@ -11,7 +11,7 @@ from tests.support.dist import run_distributed
 from tests.support.hf_models import make_model
 
 VOCAB = 131  # odd, so that tensor parallelism pads it
-MODELS = [(family, tied) for family in ("llama", "qwen2", "qwen3") for tied in (False, True)]
+MODELS = [(family, tied) for family in ("llama", "mistral", "qwen2", "qwen3") for tied in (False, True)]
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 TOLERANCE = 1e-4
 

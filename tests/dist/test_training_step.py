@@ -116,7 +116,8 @@ def as_numpy(tensor):
 def hf_model(path):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager").eval()
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **eager).eval()
 
 
 def run_reference(case, path):
@@ -155,7 +156,7 @@ def run_reference(case, path):
         )
         outcome.loss.append(sum(result.loss for result in results) / len(results))
         outcome.grad_norm.append(sum(result.grad_norm for result in results) / len(results))
-    tied = FAMILIES[case.model]
+    tied = model.config.tie_word_embeddings
     outcome.weights = {
         name: as_numpy(tensor) for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")
     }

@@ -28,6 +28,11 @@ def model(tmp_path_factory):
     return make_model(path, "qwen3", tied=True, hidden_size=96, intermediate_size=384)
 
 
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("experts"), "qwen3_moe", tied=True)
+
+
 @pytest.fixture
 def engines(tmp_path):
     """Start engines: each argument is the faults of one, or a number, its tensor-parallel size."""
@@ -101,6 +106,21 @@ def test_two_engines_take_the_weights_of_a_sharded_actor(model, engines, tmp_pat
     for engine in (first, second):
         assert_serving(engine, 4)
         assert_has(engine, model, 4)
+
+
+@pytest.mark.parametrize("transport", [*TRANSPORTS, "colocated"])
+def test_engines_take_experts_that_two_replicas_share(experts, engines, tmp_path, transport):
+    """The second replica gives its experts, and needs none of the others' unless its own engine does."""
+    colocated = transport == "colocated"
+    started = engines(1, 1) if colocated else engines(())
+    addresses = [engine.address for engine in started]
+    config = sync_config(experts, tmp_path, "tensor" if colocated else transport, addresses, data=2, expert=2)
+    config.rollout.colocated = colocated
+    results = run(config, [(1, None), (2, None)], (1,) * len(started))
+    assert all(failed == {} for rank in results for failed, _ in rank)
+    for engine in started:
+        assert_serving(engine, 2)
+        assert_has(engine, experts, 2)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

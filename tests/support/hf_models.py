@@ -2,6 +2,13 @@
 
 from pathlib import Path
 
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -14,18 +21,28 @@ LLAMA3_ROPE = {
 
 
 def make_model(path: Path, family: str, *, tied: bool, vocab: int = 131, seed: int = 0, **overrides) -> Path:
-    """Save a model of `family` (llama, qwen2 or qwen3) in float32: 4 layers, 4 heads, 2 KV heads.
+    """Save a model of `family` (a key of FAMILIES) in float32: 4 layers, 4 heads, 2 KV heads.
 
     All parameters are random, norms and biases included, so that a swapped or skipped one shows.
     """
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+    import transformers
+    from transformers import AutoModelForCausalLM
 
-    config_class = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
+    config_class = getattr(transformers, FAMILIES[family].replace("ForCausalLM", "Config"))
     special = {
         "llama": {"rope_parameters": dict(LLAMA3_ROPE)},
+        "mistral": {"head_dim": 24, "sliding_window": None},
         "qwen2": {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}},
         "qwen3": {"head_dim": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}},
+        "qwen3_moe": {
+            "head_dim": 24,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+            "moe_intermediate_size": 40,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+        },
     }[family]
     config = config_class(
         **{

@@ -103,7 +103,7 @@ def test_unknown_keys_and_the_nearest_right_one(given, nearest, tmp_path):
 
 
 def test_unknown_keys_that_resemble_none():
-    keys = "tensor, pipeline, data, sequence"
+    keys = "tensor, pipeline, data, expert, sequence"
     assert message(load, "parallel.tp=2") == f"unknown key parallel.tp; the keys of parallel are {keys}"
     groups = "model, parallel, data, modes, rollout, weight_sync, agreement, reward, algorithm, train, eval, "
     groups += "checkpoint, log, run"
@@ -204,6 +204,11 @@ def test_all_missing_keys_are_named_at_once():
         (
             ["parallel.sequence=true"],
             "parallel.sequence=true splits tokens over tensor-parallel ranks; raise parallel.tensor",
+        ),
+        (
+            ["parallel.data=2", "parallel.expert=4"],
+            "parallel.expert=4 does not divide parallel.data=2, over whose replicas the experts are shared out; "
+            "change one of them",
         ),
         (["algorithm.clip_low=1"], "algorithm.clip_low=1.0 lets the ratio reach 0; use a value below 1"),
         (["train.adam_beta2=1"], "train.adam_beta2=1.0 is not allowed; use a value below 1"),

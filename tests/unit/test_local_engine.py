@@ -13,6 +13,7 @@ from megatron_policysplit.errors import ModelError, TrainingError
 from megatron_policysplit.rollout.engine import EnginePaused, Request, Sampling
 from megatron_policysplit.rollout.local import LocalEngine
 from megatron_policysplit.rows import Mode
+from tests.support.hf_models import make_model
 
 VOCAB, STOPS = 40, [3, 17, 22]
 SHAPE = dict(
@@ -269,6 +270,24 @@ def test_release_frees_the_weights_and_restore_or_load_brings_them_back(qwen3):
                 asyncio.run(engine.health())
         asyncio.run(engine.load(model.named_parameters(), 5))
         assert {k: r.tokens for k, r in run(engine, MIXED).items()} == {k: r.tokens for k, r in before.items()}
+
+
+def test_experts_come_one_by_one_as_in_the_files(tmp_path):
+    for seed in (0, 1):
+        make_model(tmp_path / str(seed), "qwen3_moe", tied=False, vocab=VOCAB, seed=seed, num_hidden_layers=1)
+    files = load_file(tmp_path / "1" / "model.safetensors")
+    engine = LocalEngine(str(tmp_path / "0"), STOPS)
+    asyncio.run(engine.load(files.items(), 1))
+    fresh = LocalEngine(str(tmp_path / "1"), STOPS)
+    for (name, ours), theirs in zip(engine._model.named_parameters(), fresh._model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert run(engine, MIXED).keys() == run(fresh, MIXED).keys()
+    asyncio.run(fresh.release())
+    asyncio.run(fresh.restore())
+    assert all(torch.equal(a, b) for a, b in zip(engine._model.parameters(), fresh._model.parameters(), strict=True))
+    files.pop("model.layers.0.mlp.experts.5.up_proj.weight")
+    with pytest.raises(ValueError, match="missing model.layers.0.mlp.experts.5.up_proj.weight$"):
+        asyncio.run(engine.load(files.items(), 2))
 
 
 def test_diverged_weights_are_an_error(qwen3):

@@ -28,8 +28,9 @@ LIVE = [row.rollout.sample == 0 or row.key.question % 2 == 0 for row in ROWS]
 ALL = [True] * len(ROWS)
 
 
-def plan(rows=ROWS, live=LIVE, *, replicas=1, optimizer_steps=1, max_tokens=100, seed=3):
-    return make_plan(rows, live, replicas=replicas, optimizer_steps=optimizer_steps, max_tokens=max_tokens, seed=seed)
+def plan(rows=ROWS, live=LIVE, *, replicas=1, optimizer_steps=1, max_tokens=100, seed=3, **options):
+    sizes = {"optimizer_steps": optimizer_steps, "max_tokens": max_tokens}
+    return make_plan(rows, live, replicas=replicas, seed=seed, **sizes, **options)
 
 
 def flat(batches):
@@ -125,6 +126,24 @@ def test_a_replica_without_work():
     first, second = plan(live=one, replicas=2).shares[0]
     assert sorted(map(len, (flat(first.train), flat(second.train)))) == [0, 2]
     assert len(flat(first.score_only)) + len(flat(second.score_only)) == len(ROWS) - 2
+
+
+def test_replicas_that_share_experts_get_equal_numbers_of_micro_batches():
+    """Empty ones at the end make up for what is missing; nothing else changes."""
+    one = [row.rollout.key == ROWS[0].rollout.key for row in ROWS]
+    added = 0
+    for live in (LIVE, one, [False] * len(ROWS)):
+        made = plan(live=live, replicas=6, expert=3, optimizer_steps=2, max_tokens=60)
+        apart = plan(live=live, replicas=6, optimizer_steps=2, max_tokens=60)
+        for shares, others in zip(made.shares, apart.shares, strict=True):
+            for kind in ("train", "score_only"):
+                ours, theirs = ([getattr(share, kind) for share in step] for step in (shares, others))
+                for first in (0, 3):
+                    most = max(map(len, theirs[first : first + 3]))
+                    for mine, before in zip(ours[first : first + 3], theirs[first : first + 3], strict=True):
+                        assert mine == before + [[]] * (most - len(before))
+                        added += most - len(before)
+    assert added
 
 
 def test_no_live_rows_and_no_rows():

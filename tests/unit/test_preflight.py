@@ -68,6 +68,10 @@ def test_what_a_good_configuration_reports(configure, data, tmp_path):
     assert lines[1] == "data     5 questions, 3 for evaluation"
     assert lines[2] == "layout   tensor 2 x pipeline 1 x data 3 = 6 ranks"
     assert lines[-1].startswith("warning: rollout.normal.top_k=5 cut the sampling")
+    config.parallel.expert = 3
+    assert found.lines(config)[2] == "layout   tensor 2 x pipeline 1 x data 3 = 6 ranks, experts over 3 replicas"
+    refused = message(preflight, configure("parallel.data=2", "parallel.expert=2"))
+    assert refused == "parallel.expert=2, but Qwen3ForCausalLM has no experts; use 1"
     assert not (tmp_path / "run").exists()
 
 
