@@ -32,8 +32,7 @@ def verify(hf: str | Path, megatron: str | Path, *, progress: Progress = silent)
 
     found = check_safetensors(hf)
     checkpoint = MegatronCheckpoint(megatron, hf)
-    if (Path(megatron) / COMPANIONS).is_dir():
-        _check_config(Path(megatron) / COMPANIONS, Path(hf))
+    check_config(megatron, hf)
     differing: list[str] = []
     compared = cast = 0
     with SafetensorsReader(hf) as reader, progress(sum(map(checkpoint.nbytes, checkpoint.parameters))) as advance:
@@ -54,7 +53,14 @@ def verify(hf: str | Path, megatron: str | Path, *, progress: Progress = silent)
     return Verified(compared, cast)
 
 
-def _check_config(companions: Path, hf: Path) -> None:
+def check_config(megatron: str | Path, hf: str | Path) -> None:
+    """Raise ModelError unless the config.json that a converted checkpoint holds says what that of `hf` does.
+
+    They may differ in the dtype. A training checkpoint holds none, and passes.
+    """
+    companions = Path(megatron) / COMPANIONS
+    if not companions.is_dir():
+        return
     ours, theirs = read_hf_config(companions), read_hf_config(hf)
     for key in sorted(ours.keys() | theirs.keys()):
         if key not in ("dtype", "torch_dtype") and ours.get(key) != theirs.get(key):

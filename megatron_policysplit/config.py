@@ -24,6 +24,11 @@ def key(default: Any, help: str, *, choices: tuple = (), minimum: float | None =
 @dataclass
 class ModelConfig:
     path: str = key(MISSING, "Directory of a Hugging Face model (config.json, safetensors, tokenizer).")
+    megatron: Optional[str] = key(
+        None,
+        "torch_dist checkpoint of the same architecture whose weights the actor starts from: a converted one, or "
+        "checkpoints/step_NNNNNN of another run. null takes those of model.path.",
+    )
     dtype: str = key("bfloat16", "Precision of parameters and activations.", choices=("float32", "bfloat16"))
 
 

@@ -1,4 +1,4 @@
-"""Everything that can be checked before a process starts or a weight is read; imports no torch."""
+"""Everything that can be checked before a process starts or a weight is read; without model.megatron, no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from megatron_policysplit.actor.checkpoint_files import check_model, complete, read_trainer_json
 from megatron_policysplit.config import Config
 from megatron_policysplit.config_load import (
     check_config,
@@ -18,7 +20,7 @@ from megatron_policysplit.config_load import (
     to_yaml,
     world_size,
 )
-from megatron_policysplit.errors import ConfigError, ModelError
+from megatron_policysplit.errors import ConfigError, ModelError, UserError
 
 CONFIG_FILE = "config.yaml"
 
@@ -40,8 +42,9 @@ class Preflight:
         layout = config.parallel
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
         evaluation = f", {self.eval_questions} for evaluation" if self.eval_questions else ""
+        start = f", weights of {config.model.megatron}" if config.model.megatron is not None else ""
         return [
-            f"model    {config.model.path} ({self.architecture}, {self.parameters / 1e6:,.1f} M parameters)",
+            f"model    {config.model.path} ({self.architecture}, {self.parameters / 1e6:,.1f} M parameters){start}",
             f"data     {self.train_questions} questions{evaluation}",
             f"layout   tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {ranks}"
             + f", experts over {layout.expert} replicas" * (layout.expert > 1),
@@ -85,6 +88,7 @@ def _check_model(config: Config) -> tuple[str, int]:
     parallel = config.parallel
     check_layout(hf_config, parallel.tensor, parallel.pipeline, parallel.expert, sequence=parallel.sequence)
     tensors = check_safetensors(path)
+    _check_start(config, hf_config)
     if not has_chat_template(path):
         raise ModelError(
             f"the tokenizer of model.path={path} has no chat template; put a chat_template.jinja into that directory "
@@ -92,6 +96,23 @@ def _check_model(config: Config) -> tuple[str, int]:
         )
     read_prompt(config.modes)
     return architecture.name, sum(math.prod(tensor.shape) for tensor in tensors.values())
+
+
+def _check_start(config: Config, hf_config: dict[str, Any]) -> None:
+    """Raises a UserError unless model.megatron, if given, is whole and of model.path's model."""
+    if config.model.megatron is None:
+        return
+    from checkpoints_conv.megatron_reader import MegatronCheckpoint
+    from checkpoints_conv.verify import check_config
+
+    path = Path(config.model.megatron)
+    try:
+        MegatronCheckpoint(path, config.model.path)
+        if (path / "trainer.json").is_file():
+            check_model(read_trainer_json(path)["model"], hf_config, path, remedy="set model.path to that model")
+        check_config(path, config.model.path)
+    except UserError as error:
+        raise type(error)(f"model.megatron: {error}") from error
 
 
 def _check_data(config: Config) -> tuple[int, int]:
@@ -178,7 +199,6 @@ def _has_begun(directory: Path) -> bool:
 def _check_checkpoint(config: Config) -> None:
     """Raises CheckpointError unless the checkpoint that the run would go on from is of this model."""
     from checkpoints_conv import read_hf_config
-    from megatron_policysplit.actor.checkpoint_files import check_model, complete, read_trainer_json
 
     for path in complete(Path(config.run.dir) / "checkpoints")[-1:]:
         check_model(read_trainer_json(path)["model"], read_hf_config(config.model.path), path)

@@ -29,7 +29,13 @@ def main(argv: list[str]) -> int:
     forks_die_with_us()
 
     # Megatron-Core says once a rank what it falls back to without a GPU; docs/architecture.md says it too.
-    for text in (".*Apex (is|are) not installed.*", ".*full scope is deprecated.*", ".*CUDA_DEVICE_MAX_CONNECTIONS.*"):
+    for text in (
+        ".*Apex (is|are) not installed.*",
+        ".*full scope is deprecated.*",
+        ".*CUDA_DEVICE_MAX_CONNECTIONS.*",
+        ".*use DTensor instead.*",
+        "`load_state_dict` is deprecated.*",
+    ):
         warnings.filterwarnings("ignore", message=text)
     from megatron_policysplit.config_load import load_config
     from megatron_policysplit.errors import EngineLost, TrainingError, UserError

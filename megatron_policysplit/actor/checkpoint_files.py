@@ -45,13 +45,14 @@ def read_trainer_json(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def check_model(saved: dict[str, Any], hf_config: dict[str, Any], path: Path) -> None:
+def check_model(
+    saved: dict[str, Any], hf_config: dict[str, Any], path: Path, remedy: str = "use that model or another run.dir"
+) -> None:
     """Raise CheckpointError naming the first key in which the checkpoint's model differs from `hf_config`'s."""
     for key, value in model_keys(hf_config).items():
         if saved.get(key) != value:
             raise CheckpointError(
-                f"{path} was saved from another model: {key}={saved.get(key)} there but {value} in model.path; "
-                "use that model or another run.dir"
+                f"{path} was saved from another model: {key}={saved.get(key)} there but {value} in model.path; {remedy}"
             )
 
 

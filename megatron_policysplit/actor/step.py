@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_policysplit.actor import cpu
+from megatron_policysplit.actor.megatron_weights import load_megatron_weights
 from megatron_policysplit.actor.microbatch import MicroBatch, make_microbatch
 from megatron_policysplit.actor.model import build_model
 from megatron_policysplit.actor.optimizer import PolicyOptimizer
@@ -70,7 +71,10 @@ class Actor:
             transformer_engine=cpu.use_transformer_engine(),
             sequence=layout.sequence,
         ).to(cpu.device(), DTYPES[config.model.dtype])
-        load_weights(self.model, config.model.path)
+        if config.model.megatron is None:
+            load_weights(self.model, config.model.path)
+        else:
+            load_megatron_weights(self.model, config.model.megatron)
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=False,

@@ -15,8 +15,18 @@ def run_distributed(function: Callable, world_size: int, *args: Any, timeout_sec
 
     RANK, WORLD_SIZE and MASTER_* are set; `function` initializes torch.distributed and must be importable.
     If a process raises, ends without an answer or is late, all are killed and RuntimeError carries its
-    traceback. No process is left.
+    traceback. No process is left. If another program takes the port first, all start again with another.
     """
+    for _ in range(2):
+        try:
+            return _run(function, world_size, args, timeout_seconds)
+        except RuntimeError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+    return _run(function, world_size, args, timeout_seconds)
+
+
+def _run(function: Callable, world_size: int, args: tuple, timeout_seconds: float) -> list[Any]:
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     port = free_port()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_policysplit.config_load import load_config, to_yaml
-from megatron_policysplit.errors import ConfigError, DataError, ModelError, UserError
+from megatron_policysplit.errors import CheckpointError, ConfigError, DataError, ModelError, UserError
 from megatron_policysplit.preflight import check_run_dir, preflight, prepare_run_dir
 from tests.support.toy_chat import make_chat_model
 
@@ -198,3 +198,24 @@ def test_a_run_directory_that_cannot_be_written(configure, tmp_path, monkeypatch
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     text = message(check_run_dir, configure())
     assert text == f"run.dir={tmp_path / 'run'} cannot be written: no permission in {tmp_path}; give another run.dir"
+
+
+def test_weights_to_start_from_are_checked(configure, model, copy, tmp_path):
+    from checkpoints_conv.hf_to_megatron import hf_to_megatron
+
+    converted = tmp_path / "converted"
+    hf_to_megatron(model, converted)
+    config = configure(f"model.megatron={converted}")
+    assert preflight(config).lines(config)[0].endswith(f", weights of {converted}")
+
+    absent = configure(f"model.megatron={tmp_path / 'absent'}")
+    assert message(preflight, absent, kind=CheckpointError).startswith(
+        f"model.megatron: {tmp_path / 'absent'} is not a"
+    )
+    theta = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**theta, "rms_norm_eps": 0.5}))
+    other = configure(f"model.megatron={converted}", f"model.path={copy}")
+    assert "model.megatron: config.json: rms_norm_eps=" in message(preflight, other, kind=ModelError)
+    data = next(converted.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-4000])
+    assert f"{data} is cut short" in message(preflight, config, kind=CheckpointError)
