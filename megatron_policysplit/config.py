@@ -7,6 +7,7 @@ The dataclasses below are the single source: the YAML loader (`config_load.py`),
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Optional
 
 MISSING = "???"  # OmegaConf's marker for a value the user must give
@@ -168,40 +169,39 @@ class RewardConfig:
     timeout_seconds: float = key(10.0, "Time limit for one response; past it the reward is 0.", above=0.0)
 
 
+METHOD_NAMES = tuple(sorted(file.stem for file in (Path(__file__).parent / "methods").glob("[a-z]*.py")))
+
+
 @dataclass
 class AlgorithmConfig:
-    name: str = key("policy_split", "The method.", choices=("grpo", "policy_split"))
-    alpha: float = key(0.5, "Policy Split: weight of the high-entropy log-prob in the bonus (Eq. 6).")
-    eta: float = key(0.03, "Policy Split: scale of the bonus in the high-entropy mode (Eq. 3).")
-    eta_normal: float = key(0.0, "Policy Split: scale of the bonus in the normal mode (the paper's ablation).")
-    kappa: float = key(2.0, "Policy Split: the bonus is clamped to |advantage| / kappa (Eq. 3).", above=0.0)
-    normalization: str = key(
-        "zscore",
-        "Policy Split: normalisation of the bonus over a question's tokens (Eq. 4).",
-        choices=("zscore", "mean", "none"),
+    name: str = key("policy_split", "The method (docs/methods.md).", choices=METHOD_NAMES)
+    options: dict[str, Any] = key(
+        dict, "Each method's own keys, `METHOD: {KEY: VALUE}` (docs/methods.md); left out, the defaults of its paper."
     )
-    entropy_estimate: str = key(
-        "logprob",
-        "Policy Split: the bonus from the sampled token's surprisal, or from the exact entropy.",
-        choices=("logprob", "entropy"),
+    statistics: str = key(
+        "batch",
+        "What a method's statistics are of: the weights before the batch, or before each optimizer step, "
+        "for which every one but the first costs a pass of its own.",
+        choices=("batch", "step"),
     )
-    variant: str = key(
-        "paper",
-        "Policy Split: `authors_code` sets clamp_order=code and double_bonus=true.",
-        choices=("paper", "authors_code"),
+    scope: str = key(
+        "global",
+        "Which tokens a method's quantiles, covariances and means are over: all that are trained, "
+        "or those of a micro-batch, as in some authors' code.",
+        choices=("global", "micro"),
     )
-    clamp_order: Optional[str] = key(
+    clip_low: Optional[float] = key(
+        None, "PPO clip: the ratio counts down to 1 - clip_low; null: the method's, or 0.2.", above=0.0
+    )
+    clip_high: Optional[float] = key(
+        None, "PPO clip: the ratio counts up to 1 + clip_high; null: the method's, or 0.2.", above=0.0
+    )
+    dual_clip: Optional[float] = key(
+        None, "Bound of a negative advantage's loss, times |A|; null: the method's, or none.", above=1.0
+    )
+    loss_aggregation: Optional[str] = key(
         None,
-        "Policy Split: `paper` is eta*clip(B), `code` is clip(eta*B); null follows the variant.",
-        choices=("paper", "code"),
-    )
-    double_bonus: Optional[bool] = key(None, "Policy Split: add the bonus twice, as the authors' code does.")
-    clip_low: float = key(0.2, "PPO clip: the ratio counts down to 1 - clip_low.", above=0.0)
-    clip_high: float = key(0.2, "PPO clip: the ratio counts up to 1 + clip_high.", above=0.0)
-    dual_clip: Optional[float] = key(None, "Bound of a negative advantage's loss, times |A|; null is off.", above=1.0)
-    loss_aggregation: str = key(
-        "token_mean",
-        "How token losses become one number.",
+        "How token losses become one number; null: the method's, or token_mean.",
         choices=("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum_norm"),
     )
     kl_coef: float = key(0.0, "Weight of the k3 KL to the initial policy; 0 keeps no reference weights.", minimum=0.0)

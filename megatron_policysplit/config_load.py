@@ -239,6 +239,33 @@ def _interpolation_error(error: Exception) -> str:
     return f"the value of {name} cannot be resolved: {reason}" if name else f"cannot be resolved: {reason}"
 
 
+def read_options(cls: type, given: dict[str, Any], method: str) -> Any:
+    """algorithm.options.METHOD as that method's dataclass; ConfigError for an unknown key or a value not allowed."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    known = {key.name: key for key in _walk(cls, f"algorithm.options.{method}.")}
+    options = OmegaConf.structured(cls)
+    OmegaConf.set_readonly(options, False)
+    for part, value in given.items():
+        name = f"algorithm.options.{method}.{part}"
+        if name not in known:
+            listed = ", ".join(key.rpartition(".")[2] for key in known)
+            raise ConfigError(
+                f"unknown key {name}; " + (f"the options of {method} are {listed}" if known else f"{method} has none")
+            )
+        try:
+            options[part] = value
+            found = options[part]
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{name}={show(value)} is not {known[name].type_name}") from error
+        if not known[name].fits(found):
+            raise ConfigError(
+                f"{name}={show(found)} is not allowed; it must be {known[name].allowed or 'a finite number'}"
+            )
+    return OmegaConf.to_object(options)
+
+
 def flatten(config: Config) -> dict[str, Any]:
     """Full key -> value, in the order of the dataclasses."""
     values = {}
@@ -310,8 +337,8 @@ def check_config(config: Config) -> list[str]:
             f"data.max_prompt_tokens={config.data.max_prompt_tokens} + "
             f"rollout.max_response_tokens={rollout.max_response_tokens} tokens; use at least {longest}"
         )
-    if algorithm.clip_low >= 1:
-        raise ConfigError(f"algorithm.clip_low={show(algorithm.clip_low)} lets the ratio reach 0; use a value below 1")
+    if algorithm.clip_low is not None and algorithm.clip_low > 1:
+        raise ConfigError(f"algorithm.clip_low={show(algorithm.clip_low)} is more than a ratio can fall; use 1 at most")
     for name in ("adam_beta1", "adam_beta2"):
         if getattr(train, name) >= 1:
             raise ConfigError(f"train.{name}={show(getattr(train, name))} is not allowed; use a value below 1")

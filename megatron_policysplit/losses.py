@@ -21,7 +21,8 @@ class LossInputs:
 
     weights: share of each token in the step's loss (`token_weight`), 0 for tokens that are not trained.
     importance: truncated actor/engine weights (1 where none are taken).
-    entropy: differentiable if the entropy bonus is on. reference_logprobs: only with a KL term.
+    entropy: differentiable if an entropy bonus is on. reference_logprobs: only with a KL term. scale, entropy_coef,
+    drift_coef: of methods that have them (`advantages.TokenSignals`).
     """
 
     logprobs: Tensor
@@ -31,6 +32,9 @@ class LossInputs:
     weights: Tensor
     entropy: Tensor
     reference_logprobs: Tensor | None = None
+    scale: Tensor | None = None
+    entropy_coef: Tensor | None = None
+    drift_coef: Tensor | None = None
 
 
 @dataclass
@@ -54,8 +58,8 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> LossOutputs:
     """PPO's clipped loss under the training prompt (paper Eq. 7-8), plus what `config` switches on.
 
     l = max(-A r, -A clip(r, 1 - low, 1 + high)) with r = exp(logprob - old logprob); with dual clip, for
-    A < 0, l = min(l, -A dual_clip). Times the importance weight. Then + kl_coef * k3 KL to the reference
-    policy and - entropy_coef * entropy.
+    A < 0, l = min(l, -A dual_clip). Times the importance weight and the method's scale. Then + kl_coef * k3 KL to the
+    reference policy, - (entropy_coef + the method's) * entropy, and + the method's drift_coef * |log r|.
     """
     trained = inputs.weights > 0
     inputs = _zero_where_untrained(inputs, trained)
@@ -67,10 +71,16 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> LossOutputs:
         bounded = torch.minimum(token_loss, -inputs.advantages * config.dual_clip)
         token_loss = torch.where(inputs.advantages < 0, bounded, token_loss)
     token_loss = token_loss * inputs.importance
+    if inputs.scale is not None:
+        token_loss = token_loss * inputs.scale
     if config.kl_coef > 0:
         token_loss = token_loss + config.kl_coef * k3(inputs.logprobs, inputs.reference_logprobs)
     if config.entropy_coef > 0:
         token_loss = token_loss - config.entropy_coef * inputs.entropy
+    if inputs.entropy_coef is not None:
+        token_loss = token_loss - inputs.entropy_coef * inputs.entropy
+    if inputs.drift_coef is not None:
+        token_loss = token_loss + inputs.drift_coef * (inputs.logprobs - inputs.old_logprobs).abs()
     loss = (token_loss * inputs.weights).sum()
     with torch.no_grad():
         return LossOutputs(

@@ -8,9 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from megatron_policysplit.advantages import TokenStatistics
-from megatron_policysplit.rows import MODES, Mode, Rollout, Row
-
-RIGHT = 0.5  # a reward above this counts as a right answer
+from megatron_policysplit.rows import MODES, RIGHT, Mode, Rollout, Row
 
 
 def mode_metrics(rows: Sequence[Row], statistics: Sequence[TokenStatistics], mode: Mode) -> dict[str, float]:

@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass
 from megatron_policysplit.config import ModesConfig
 from megatron_policysplit.data import Question
 from megatron_policysplit.errors import ModelError
-from megatron_policysplit.metrics import RIGHT
 from megatron_policysplit.report import MODE_LABELS
 from megatron_policysplit.rewards import Graded
 from megatron_policysplit.rollout.engine import Request, Sampling
 from megatron_policysplit.rollout.seeds import sample_seed
-from megatron_policysplit.rows import Mode
+from megatron_policysplit.rows import RIGHT, Mode
 
 
 @dataclass(frozen=True)

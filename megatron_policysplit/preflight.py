@@ -1,4 +1,7 @@
-"""Everything that can be checked before a process starts or a weight is read; without model.megatron, no torch."""
+"""Everything that can be checked before a process starts or a weight is read.
+
+torch is imported only for model.megatron and algorithm.options.
+"""
 
 from __future__ import annotations
 
@@ -69,6 +72,10 @@ def _engines(config: Config) -> str:
 def preflight(config: Config) -> Preflight:
     """Checks keys, model, data, reward, run directory and checkpoint; raises a UserError for the first wrong one."""
     warnings = check_config(config)
+    if config.algorithm.options:
+        from megatron_policysplit.methods import algorithm_of
+
+        algorithm_of(config.algorithm)
     architecture, parameters = _check_model(config)
     train, evaluation = _check_data(config)
     _check_reward(config)

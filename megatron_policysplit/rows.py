@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+RIGHT = 0.5  # a reward above this counts as a right answer
+
 
 class Mode(enum.Enum):
     """One set of weights, two policies. The mode of a row is its prompt, never who sampled it."""

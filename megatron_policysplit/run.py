@@ -21,7 +21,6 @@ from megatron_policysplit.actor.offload import Offload
 from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.actor.step import DTYPES, Actor
 from megatron_policysplit.actor.weights import consume_weights
-from megatron_policysplit.advantages import METHODS, Method
 from megatron_policysplit.config import Config
 from megatron_policysplit.config_load import to_dict
 from megatron_policysplit.control import Control
@@ -29,6 +28,7 @@ from megatron_policysplit.data import Question, QuestionStream, drop_overlong, l
 from megatron_policysplit.engines import build_fleet, engine_in_process, open_fleet, place, sglang_engine
 from megatron_policysplit.errors import ConfigError, UserError
 from megatron_policysplit.logs import Logger
+from megatron_policysplit.methods import Algorithm, algorithm_of
 from megatron_policysplit.modes import PromptBuilder
 from megatron_policysplit.offline import load_tokenizer
 from megatron_policysplit.records import rollout_records
@@ -38,6 +38,7 @@ from megatron_policysplit.rollout.driver import Driver, Leader
 from megatron_policysplit.rollout.fleet import Fleet
 from megatron_policysplit.rows import Mode, Rollout
 from megatron_policysplit.stopping import StopRequested, StopSignal
+from megatron_policysplit.training_signals import SignalSource
 from megatron_policysplit.weight_sync.in_process import load_in_process
 from megatron_policysplit.weight_sync.sync import WeightSync
 
@@ -70,7 +71,7 @@ class Run:
     layout: Layout
     control: Control
     actor: Actor
-    method: Method
+    algorithm: Algorithm
     driver: Driver
     leader: Leader | None
     log: Any
@@ -95,7 +96,14 @@ class Run:
 
     @property
     def samples_per_mode(self) -> Mapping[Mode, int]:
-        return self.method.samples_per_mode(self.config.rollout.samples_per_question)
+        return self.algorithm.method.samples_per_mode(self.config.rollout.samples_per_question)
+
+    def signals(self, rows, old, plan, reference) -> SignalSource | None:
+        """What to train the current batch with (leaders only; None elsewhere)."""
+        if self.leader is None:
+            return None
+        state, seed = self.state.method or None, self.config.run.seed * 1_000_003 + self.state.step
+        return SignalSource(rows, old, plan, self.algorithm, self.config, state=state, reference=reference, seed=seed)
 
     def text(self, rollout: Rollout) -> str:
         """A response as text (leaders only)."""
@@ -253,7 +261,7 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
         layout=layout,
         control=control,
         actor=actor,
-        method=METHODS[config.algorithm.name],
+        algorithm=algorithm_of(config.algorithm),
         driver=Driver(config, layout, control, leader, fleet),
         leader=leader,
         log=log,

@@ -18,7 +18,7 @@ from megatron_policysplit.rollout.staleness import check_staleness, staleness_me
 from megatron_policysplit.rows import MODES, share
 from megatron_policysplit.stopping import StopRequested, StopSignal
 from megatron_policysplit.timing import Phases
-from megatron_policysplit.training_signals import importance_metrics, live_rows, train_signals
+from megatron_policysplit.training_signals import live_rows
 
 
 @dataclass
@@ -76,8 +76,8 @@ class Trainer:
             if config.rollout.overlap and batch + 1 < config.train.steps:
                 self.sync(phases)
                 self.ahead = self.ask(batch + 1)
-            rows = share(rollouts, run.prompts, run.method.training_modes)
-            live = live_rows(rows, run.method, config)
+            rows = share(rollouts, run.prompts, run.algorithm.method.training_modes)
+            live = live_rows(rows, run.algorithm, config)
             with phases.measure("score"):
                 placed = run.actor.place(rows, live, seed=config.run.seed * 1_000_003 + batch)
                 old = run.actor.score(placed)
@@ -86,8 +86,9 @@ class Trainer:
             run.layout.meet()  # replicas score for different times, and the control group does not wait long
             run.control.check()  # a stop signal need not wait for the longest phase
             with phases.measure("update"):
-                signals = train_signals(rows, old, run.method, config, reference)
+                signals = run.signals(rows, old, placed.plan, reference)
                 update = run.actor.update(placed, signals)
+            run.state.method = run.layout.from_chief(signals and signals.state)
             run.state.step += 1
             run.state.stream = asked.cursor
             run.state.optimizer_steps = run.actor.optimizer.steps_taken
@@ -99,7 +100,7 @@ class Trainer:
         memory = run.layout.largest(cpu.peak_memory_bytes())
         if run.layout.is_chief:
             metrics = training_metrics(rows, old, live) | update.named() | _speed(rows, live, phases)
-            metrics |= agreement | staleness_metrics(rollouts, batch_version) | importance_metrics(rows, signals)
+            metrics |= agreement | staleness_metrics(rollouts, batch_version) | signals.metrics()
             metrics |= {"memory/peak_gib": memory / 2**30, "actor/bad_steps_total": float(run.state.bad_steps)}
             run.log.log(run.state.step, metrics | asked.batch.metrics)
             run.log.rollouts(run.state.step, run.records(rollouts))

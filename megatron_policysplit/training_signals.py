@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from megatron_policysplit.advantages import Method, TokenStatistics, make_batch
-from megatron_policysplit.advantages.grpo import response_advantages
+from megatron_policysplit.advantages import AdvantageBatch, State, TokenSignals, TokenStatistics, make_batch
+from megatron_policysplit.advantages.batch import group_numbers
 from megatron_policysplit.config import Config
 from megatron_policysplit.losses import importance_weights
+from megatron_policysplit.methods import Algorithm
+from megatron_policysplit.plan import Plan
 from megatron_policysplit.rows import Row
 
 
 @dataclass
 class TrainSignal:
-    """What training a row needs beside its tokens, [T] fp32 each over its response tokens."""
+    """What training a row needs beside its tokens, [T] each over its response tokens; see `TokenSignals`."""
 
     old_logprobs: Tensor
     advantages: Tensor
     importance: Tensor
     mask: Tensor
+    scale: Tensor | None = None
+    entropy_coef: Tensor | None = None
+    drift_coef: Tensor | None = None
     reference_logprobs: Tensor | None = None
 
 
@@ -33,62 +38,135 @@ def trained_mask(row: Row, overlong: str) -> Tensor:
     return torch.tensor(row.rollout.loss_mask, dtype=torch.bool)
 
 
-def live_rows(rows: Sequence[Row], method: Method, config: Config) -> list[bool]:
+def live_rows(rows: Sequence[Row], algorithm: Algorithm, config: Config) -> list[bool]:
     """Which rows can change the weights; the others are scored but not trained.
 
-    A row without trained tokens never can. A row whose correctness advantage is zero cannot either, if the
-    method says so and the loss has no term beside the advantage.
+    A row without trained tokens never can. A row that the method calls dead cannot either, if the loss has no term
+    beside the method's.
     """
     trained = [bool(trained_mask(row, config.train.overlong).any()) for row in rows]
-    algorithm = config.algorithm
-    if not rows or algorithm.kl_coef > 0 or algorithm.entropy_coef > 0 or not method.zero_reward_advantage_is_zero:
+    if not rows or config.algorithm.kl_coef > 0 or config.algorithm.entropy_coef > 0:
         return trained
-    groups: dict[tuple, int] = {}
-    group = torch.tensor([groups.setdefault(row.key.group, len(groups)) for row in rows])
-    advantage = response_advantages(torch.tensor([row.rollout.reward for row in rows]), group)
-    return [keeps and value != 0 for keeps, value in zip(trained, advantage.tolist(), strict=True)]
+    rewards = torch.tensor([row.rollout.reward for row in rows])
+    alive = algorithm.method.live(rewards, group_numbers(rows), algorithm.options)
+    return [keeps and value for keeps, value in zip(trained, alive.tolist(), strict=True)]
 
 
-def train_signals(
-    rows: Sequence[Row],
-    old: Sequence[TokenStatistics],
-    method: Method,
-    config: Config,
-    reference: Sequence[Tensor] | None = None,
-) -> list[TrainSignal]:
-    """One TrainSignal per row, from the whole batch: no group statistic depends on where a row is trained."""
-    if not rows:
-        return []
-    masks = [trained_mask(row, config.train.overlong) for row in rows]
-    batch = make_batch(rows, old, masks)
-    advantages = method.advantages(batch, config.algorithm).split(batch.offsets.diff().tolist())
-    importance = {
+class SignalSource:
+    """What each row of a batch is trained with, one optimizer step after the other (on leaders, which hold the rows).
+
+    `state` is the method's; it moves on with every step. old: statistics before the batch's first step, whose log-probs
+    are the ratio's denominator. Nothing depends on the layout, nor, with algorithm.scope=global, on micro-batches.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        old: Sequence[TokenStatistics],
+        plan: Plan,
+        algorithm: Algorithm,
+        config: Config,
+        *,
+        state: State | None = None,
+        reference: Sequence[Tensor] | None = None,
+        seed: int = 0,
+    ):
+        self.rows, self.old, self.plan, self.algorithm, self.config = rows, old, plan, algorithm, config
+        self.state = state or algorithm.method.begin(algorithm.options)
+        self._masks = [trained_mask(row, config.train.overlong) for row in rows]
+        self._reference, self._seed = reference, seed
+        self._importance = _importance(rows, old, self._masks, config)
+        self._last: TokenSignals | None = None
+
+    def at(self, step: int, now: Mapping[int, TokenStatistics] | None = None) -> list[TrainSignal]:
+        """One TrainSignal per row for optimizer step `step`. now: new statistics of that step's rows."""
+        if not self.rows:
+            return []
+        batch = self._batch(step, now or {})
+        if now is not None:
+            batch = replace(batch, mask=batch.mask & self._tokens_of(batch, self.plan.steps[step]))
+        if self.config.algorithm.scope == "global":
+            made = self._signals(batch)
+        else:
+            parts = [share.train for share in self.plan.shares[step]]
+            made = self._by_part(batch, [indices for part in parts for indices in part if indices])
+        self.state, self._last = self.algorithm.method.next_state(self.state, batch, self.algorithm.options), made
+        lengths = batch.offsets.diff().tolist()
+        columns = {
+            field.name: value.split(lengths)
+            for field in fields(made)
+            if (value := getattr(made, field.name)) is not None
+        }
+        return [
+            TrainSignal(
+                old_logprobs=self.old[index].logprobs,
+                importance=self._importance[row.rollout.key],
+                mask=self._masks[index],
+                reference_logprobs=None if self._reference is None else self._reference[index],
+                **{name: values[index] for name, values in columns.items()},
+            )
+            for index, row in enumerate(self.rows)
+        ]
+
+    def _batch(self, step: int, now: Mapping[int, TokenStatistics]) -> AdvantageBatch:
+        statistics = [now.get(index, old) for index, old in enumerate(self.old)]
+        loss = self.algorithm.config
+        return replace(
+            make_batch(self.rows, statistics, self._masks),
+            old_logprobs=torch.cat([old.logprobs for old in self.old]),
+            clip_low=loss.clip_low,
+            clip_high=loss.clip_high,
+            seed=self._seed + step,
+        )
+
+    def _signals(self, batch: AdvantageBatch) -> TokenSignals:
+        return self.algorithm.method.signals(batch, self.algorithm.options, self.state)
+
+    def _by_part(self, batch: AdvantageBatch, parts: Sequence[Sequence[int]]) -> TokenSignals:
+        """Signals of each part (row indices) from statistics over its tokens alone; 0 for tokens of no part."""
+        together: dict[str, Tensor] = {}
+        for number, part in enumerate(parts):
+            mine = self._tokens_of(batch, part)
+            made = self._signals(replace(batch, mask=batch.mask & mine, seed=batch.seed * 65_537 + number))
+            for field in fields(made):
+                value = getattr(made, field.name)
+                if value is not None:
+                    empty = torch.zeros_like(value)
+                    together[field.name] = torch.where(mine, value, together.get(field.name, empty))
+        return TokenSignals(**together) if together else TokenSignals(torch.zeros_like(batch.logprobs))
+
+    def metrics(self) -> dict[str, float]:
+        """importance/*: of the weights actor/engine over trained response tokens, each counted once. method/*: the
+        method's state, and the mean of its scale over trained tokens at the batch's last optimizer step.
+        """
+        result = {f"method/{name}": value for name, value in self.state.items()}
+        if self._last is not None and self._last.scale is not None:
+            result["method/scale_mean"] = float(self._last.scale[torch.cat(self._masks)].mean())
+        own = [index for index, row in enumerate(self.rows) if row.on_policy]
+        weights = [self._importance[self.rows[index].rollout.key][self._masks[index]] for index in own]
+        together = torch.cat(weights) if weights else torch.empty(0)
+        if len(together):
+            result["importance/mean"] = float(together.mean())
+            result["importance/min"] = float(together.min())
+            result["importance/max"] = float(together.max())
+        return result
+
+    @staticmethod
+    def _tokens_of(batch: AdvantageBatch, rows: Sequence[int]) -> Tensor:
+        """[T] bool: tokens of these rows."""
+        chosen = torch.zeros(len(batch.rewards), dtype=torch.bool)
+        chosen[list(rows)] = True
+        return chosen[batch.row_of_token]
+
+
+def _importance(
+    rows: Sequence[Row], old: Sequence[TokenStatistics], masks: Sequence[Tensor], config: Config
+) -> dict[tuple, Tensor]:
+    """Rollout -> importance weights [T], from the row under the prompt that it was sampled with."""
+    return {
         row.rollout.key: importance_weights(
             statistics.logprobs, torch.tensor(row.rollout.engine_logprobs), mask, config.algorithm
         )
         for row, statistics, mask in zip(rows, old, masks, strict=True)
         if row.on_policy
-    }
-    return [
-        TrainSignal(
-            old_logprobs=old[index].logprobs,
-            advantages=advantages[index],
-            importance=importance[row.rollout.key],
-            mask=masks[index],
-            reference_logprobs=None if reference is None else reference[index],
-        )
-        for index, row in enumerate(rows)
-    ]
-
-
-def importance_metrics(rows: Sequence[Row], signals: Sequence[TrainSignal]) -> dict[str, float]:
-    """Of the importance weights actor/engine over trained response tokens, each counted once: mean, least, largest."""
-    weights = [signal.importance[signal.mask] for row, signal in zip(rows, signals, strict=True) if row.on_policy]
-    together = torch.cat(weights) if weights else torch.empty(0)
-    if not len(together):
-        return {}
-    return {
-        "importance/mean": float(together.mean()),
-        "importance/min": float(together.min()),
-        "importance/max": float(together.max()),
     }

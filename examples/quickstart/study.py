@@ -21,7 +21,7 @@ from examples.quickstart.run import clear, prepare, train
 RUNS = {
     "grpo": ["algorithm.name=grpo"],
     "policy_split": ["algorithm.name=policy_split"],
-    "eta_0": ["algorithm.name=policy_split", "algorithm.eta=0"],
+    "eta_0": ["algorithm.name=policy_split", "algorithm.options.policy_split.eta=0"],
 }
 SAMPLES, REPEATS, MAX_TOKENS = 8, 8, 8
 

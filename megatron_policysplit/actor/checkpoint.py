@@ -32,7 +32,7 @@ class TrainerState:
 
     step: rollout batches trained. optimizer_steps: taken so far. stream: the data cursor after the last
     trained batch. bad_steps_in_a_row, bad_steps: skipped for a NaN or infinite loss or gradient.
-    evaluated: step of the last evaluation; -1 before the first. best: best evaluation so far.
+    evaluated: step of the last evaluation; -1 before the first. best: best evaluation so far. method: its state.
     date: the day the chat template is pinned to.
     """
 
@@ -44,6 +44,7 @@ class TrainerState:
     bad_steps: int = 0
     evaluated: int = -1
     best: float = -1.0
+    method: dict[str, float] = field(default_factory=dict)
     date: str = ""
 
 

@@ -17,16 +17,27 @@ from megatron_policysplit.actor.microbatch import MicroBatch, make_microbatch
 from megatron_policysplit.actor.model import build_model
 from megatron_policysplit.actor.optimizer import PolicyOptimizer
 from megatron_policysplit.actor.parallel import Layout
-from megatron_policysplit.actor.plan import Plan, make_plan
 from megatron_policysplit.actor.scoring import Scorer
 from megatron_policysplit.actor.weights import load_weights
 from megatron_policysplit.advantages import TokenStatistics
 from megatron_policysplit.config import Config
 from megatron_policysplit.losses import LossInputs, LossOutputs, denominators, policy_loss, token_weight
+from megatron_policysplit.methods import algorithm_of
+from megatron_policysplit.plan import Plan, make_plan
 from megatron_policysplit.rows import Mode, Row
-from megatron_policysplit.training_signals import TrainSignal
+from megatron_policysplit.training_signals import SignalSource, TrainSignal
 from megatron_policysplit.vocab_parallel import fused_loss
 
+# Fields of TrainSignal that are constants of the loss.
+CONSTANTS = (
+    "old_logprobs",
+    "advantages",
+    "importance",
+    "reference_logprobs",
+    "scale",
+    "entropy_coef",
+    "drift_coef",
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -63,6 +74,7 @@ class Actor:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
         self.config, self.hf_config, self.layout = config, hf_config, layout
+        self.algorithm = algorithm_of(config.algorithm).config
         self.model = build_model(
             hf_config,
             dtype=DTYPES[config.model.dtype],
@@ -116,7 +128,7 @@ class Actor:
     def score(self, placed: PlacedBatch) -> list[TokenStatistics]:
         """Statistics of every row of the batch before the update, on leaders in row order; [] elsewhere."""
         batches = [batch for step in (*placed.train, *placed.score_only) for batch in step]
-        return self._gather(self.scorer.score(batches))
+        return list(self._gather(self.scorer.score(batches)).values())
 
     def score_shaken(self, placed: PlacedBatch, relative: float) -> list[Tensor]:
         """Log-probs [T] of every row, on leaders, with each weight moved by up to `relative` times itself, at random.
@@ -136,16 +148,22 @@ class Actor:
         current = [parameter.detach().clone() for parameter in self.model.parameters()]
         self._set_weights(self.reference)
         try:
-            statistics = self._gather(self.scorer.score(batches))
+            statistics = list(self._gather(self.scorer.score(batches)).values())
         finally:
             self._set_weights(current)
         return [row.logprobs for row in statistics]
 
-    def update(self, placed: PlacedBatch, signals: Sequence[TrainSignal]) -> UpdateMetrics:
-        """Train on the batch: `optimizer_steps_per_batch` steps. `signals` in row order, read on leaders."""
-        steps = self.layout.from_leader(self._loss_inputs(placed, signals) if self.layout.is_leader else None)
+    def update(self, placed: PlacedBatch, signals: SignalSource | None) -> UpdateMetrics:
+        """Train on the batch: `optimizer_steps_per_batch` steps. `signals` is read on leaders, None elsewhere.
+
+        With algorithm.statistics=step each step but the first begins with scoring its rows again.
+        """
+        fresh = self.config.algorithm.statistics == "step"
         results, totals, first_off_one = [], [], 0.0
-        for number, (batches, inputs) in enumerate(zip(placed.train, steps, strict=True)):
+        for number, batches in enumerate(placed.train):
+            now = self._score_step(placed, number) if fresh and number > 0 else None
+            inputs = self._loss_inputs(placed, number, signals.at(number, now)) if self.layout.is_leader else None
+            inputs = self.layout.from_leader(inputs)
             self.ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
             sums, off_one = self._sum_over_world(self._forward_backward(batches, inputs))
@@ -164,6 +182,10 @@ class Actor:
             bad_steps=sum(not result.stepped for result in results),
         )
 
+    def _score_step(self, placed: PlacedBatch, number: int) -> dict[int, TokenStatistics]:
+        """Statistics of the rows of one optimizer step by the weights as they are, on leaders; {} elsewhere."""
+        return self._gather(self.scorer.score([*placed.train[number], *placed.score_only[number]]))
+
     def _microbatches(self, rows: Sequence[Row], plan: Plan, temperature: float | None) -> tuple:
         rollout = self.config.rollout
         temperatures = {Mode.NORMAL: rollout.normal.temperature, Mode.HIGH_ENTROPY: rollout.high_entropy.temperature}
@@ -177,38 +199,25 @@ class Actor:
         score_only = [[make(indices) for indices in share.score_only] for share in shares]
         return train, score_only
 
-    def _gather(self, mine: dict[int, TokenStatistics]) -> list[TokenStatistics]:
+    def _gather(self, mine: dict[int, TokenStatistics]) -> dict[int, TokenStatistics]:
+        """Row index -> statistics of all replicas' rows, in row order, on leaders; {} elsewhere."""
         everywhere: dict[int, TokenStatistics] = {}
         for part in self.layout.gather_leaders(mine):
             everywhere.update(part)
-        return [everywhere[index] for index in sorted(everywhere)]
+        return {index: everywhere[index] for index in sorted(everywhere)}
 
-    def _loss_inputs(self, placed: PlacedBatch, signals: Sequence[TrainSignal]) -> list[list[dict[str, Tensor]]]:
-        """Per optimizer step and micro-batch, the constant fields of LossInputs, weights included."""
-        algorithm, rollout = self.config.algorithm, self.config.rollout
+    def _loss_inputs(self, placed: PlacedBatch, number: int, signals: Sequence[TrainSignal]) -> list[dict[str, Tensor]]:
+        """Per micro-batch of an optimizer step, the constant fields of LossInputs, weights included."""
+        aggregation, longest = self.algorithm.loss_aggregation, self.config.rollout.max_response_tokens
         counts = [int(signal.mask.sum()) for signal in signals]
-        steps = []
-        for indices, batches in zip(placed.plan.steps, placed.train, strict=True):
-            total = denominators([counts[i] for i in indices])
-            inputs = []
-            for batch in batches:
-                mine = [signals[i] for i in batch.rows]
-                weights = [
-                    signals[i].mask
-                    * token_weight(counts[i], total, algorithm.loss_aggregation, rollout.max_response_tokens)
-                    for i in batch.rows
-                ]
-                fields = {
-                    "old_logprobs": _joined([signal.old_logprobs for signal in mine]),
-                    "advantages": _joined([signal.advantages for signal in mine]),
-                    "importance": _joined([signal.importance for signal in mine]),
-                    "weights": _joined(weights),
-                }
-                if algorithm.kl_coef > 0:
-                    fields["reference_logprobs"] = _joined([signal.reference_logprobs for signal in mine])
-                inputs.append(fields)
-            steps.append(inputs)
-        return steps
+        total = denominators([counts[i] for i in placed.plan.steps[number]])
+        names = [name for name in CONSTANTS if any(getattr(signal, name) is not None for signal in signals)]
+        inputs = []
+        for batch in placed.train[number]:
+            weights = [signals[i].mask * token_weight(counts[i], total, aggregation, longest) for i in batch.rows]
+            fields = {name: _joined([getattr(signals[i], name) for i in batch.rows]) for name in names}
+            inputs.append({**fields, "weights": _joined(weights)})
+        return inputs
 
     def _forward_backward(self, batches: list[MicroBatch], inputs: list[dict[str, Tensor]]) -> Tensor:
         """Gradients of one optimizer step. Returns [loss, ratio sum, clipped, tokens, max |ratio - 1|] (this rank)."""
@@ -243,7 +252,7 @@ class Actor:
 
         def token_loss(span: slice, logprobs: Tensor, entropy: Tensor) -> Tensor:
             fields = {name: value[span] for name, value in constants.items()}
-            chunks.append(policy_loss(LossInputs(logprobs=logprobs, entropy=entropy, **fields), self.config.algorithm))
+            chunks.append(policy_loss(LossInputs(logprobs=logprobs, entropy=entropy, **fields), self.algorithm))
             return chunks[-1].loss
 
         targets, temperature = batch.targets.to(device), batch.temperature.to(device)

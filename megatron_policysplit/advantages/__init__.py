@@ -1,39 +1,43 @@
-"""Advantage methods: one file a method, pure functions on CPU tensors, chosen by `algorithm.name`."""
+"""What every method is made of: the batch it sees, statistics within groups, and what it gives back. No Megatron."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-
-from torch import Tensor
-
-from megatron_policysplit.advantages import grpo, policy_split
 from megatron_policysplit.advantages.batch import AdvantageBatch, TokenStatistics, make_batch
-from megatron_policysplit.config import AlgorithmConfig
-from megatron_policysplit.rows import MODES, Mode
+from megatron_policysplit.advantages.groups import (
+    EPSILON,
+    centered,
+    group_extremes,
+    group_mean_std,
+    group_sums,
+    leave_one_out,
+    zscore,
+)
+from megatron_policysplit.advantages.method import (
+    Method,
+    NoOptions,
+    State,
+    TokenSignals,
+    all_rows,
+    in_mixed_groups,
+    with_advantage,
+)
+from megatron_policysplit.rows import RIGHT
 
-__all__ = ["METHODS", "AdvantageBatch", "Method", "TokenStatistics", "make_batch"]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method and what it needs from the trainer.
-
-    sampling_modes: modes that sample, in equal shares. training_modes: prompts each response is trained
-    under. zero_reward_advantage_is_zero: a row whose correctness advantage is 0 has a zero advantage at
-    every token, so it cannot change the weights and need not be trained.
-    """
-
-    advantages: Callable[[AdvantageBatch, AlgorithmConfig], Tensor]
-    sampling_modes: Sequence[Mode]
-    training_modes: Sequence[Mode]
-    zero_reward_advantage_is_zero: bool
-
-    def samples_per_mode(self, samples_per_question: int) -> Mapping[Mode, int]:
-        return {mode: samples_per_question // len(self.sampling_modes) for mode in self.sampling_modes}
-
-
-METHODS: Mapping[str, Method] = {
-    "grpo": Method(grpo.advantages, (Mode.NORMAL,), (Mode.NORMAL,), zero_reward_advantage_is_zero=True),
-    "policy_split": Method(policy_split.advantages, MODES, MODES, zero_reward_advantage_is_zero=True),
-}
+__all__ = [
+    "EPSILON",
+    "RIGHT",
+    "AdvantageBatch",
+    "Method",
+    "NoOptions",
+    "State",
+    "TokenSignals",
+    "TokenStatistics",
+    "all_rows",
+    "centered",
+    "group_extremes",
+    "group_mean_std",
+    "group_sums",
+    "in_mixed_groups",
+    "leave_one_out",
+    "make_batch",
+    "with_advantage",
+    "zscore",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,8 +30,10 @@ class AdvantageBatch:
 
     rewards [R] fp32. group [R] int64: rows of one question under one training mode. high_entropy [R] bool:
     the training mode. partner [R] int64: the same response under the other mode, or -1.
-    logprobs, entropy [T] fp32 nats under the row's own prompt, before the update. mask [T] bool: tokens
-    that are trained.
+    logprobs, entropy [T] fp32 nats under the row's own prompt, by the weights before the update. mask [T] bool: tokens
+    that are trained, and over which statistics are taken. old_logprobs [T]: those of the ratio, which differ from
+    `logprobs` only where algorithm.statistics=step took new ones before a later optimizer step. clip_low, clip_high:
+    the loss's clip of their ratio. seed: of what a method draws at random.
     """
 
     rewards: Tensor
@@ -41,12 +44,34 @@ class AdvantageBatch:
     logprobs: Tensor
     entropy: Tensor
     mask: Tensor
+    old_logprobs: Tensor
+    clip_low: float = math.inf
+    clip_high: float = math.inf
+    seed: int = 0
 
     @property
     def row_of_token(self) -> Tensor:
         """[T] int64: the row each token belongs to."""
         lengths = self.offsets.diff()
         return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+
+    def on_tokens(self, per_row: Tensor) -> Tensor:
+        """[T]: each row's value [R] at every token of it, 0 outside the mask."""
+        return per_row[self.row_of_token] * self.mask
+
+    def mean_entropy(self) -> float:
+        """Over all trained tokens, nats; 0 without any."""
+        return float(self.entropy[self.mask].double().mean()) if self.mask.any() else 0.0
+
+    def clipped(self, advantages: Tensor) -> Tensor:
+        """[T] bool: tokens of these advantages [T] to which PPO's clip leaves no gradient."""
+        ratio = torch.exp(self.logprobs - self.old_logprobs)
+        too_high = (advantages > 0) & (ratio > 1 + self.clip_high)
+        return too_high | ((advantages < 0) & (ratio < 1 - self.clip_low))
+
+    def generator(self) -> torch.Generator:
+        """For random draws, the same on every rank."""
+        return torch.Generator().manual_seed(self.seed)
 
     def at_partner(self, values: Tensor) -> Tensor:
         """[T]: for each token, `values` at the same response token of the partner row.
@@ -66,37 +91,22 @@ class AdvantageBatch:
 def make_batch(rows: Sequence[Row], statistics: Sequence[TokenStatistics], masks: Sequence[Tensor]) -> AdvantageBatch:
     """Rows (in any order) and their statistics as one `AdvantageBatch`; masks[r] is bool [T_r]."""
     index = {row.key: i for i, row in enumerate(rows)}
-    groups: dict[tuple, int] = {}
     lengths = torch.tensor([row.response_length for row in rows])
+    logprobs = torch.cat([s.logprobs for s in statistics])
     return AdvantageBatch(
         rewards=torch.tensor([row.rollout.reward for row in rows], dtype=torch.float32),
-        group=torch.tensor([groups.setdefault(row.key.group, len(groups)) for row in rows]),
+        group=group_numbers(rows),
         high_entropy=torch.tensor([row.mode is Mode.HIGH_ENTROPY for row in rows]),
         partner=torch.tensor([index.get(row.key.partner, -1) for row in rows]),
         offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
-        logprobs=torch.cat([s.logprobs for s in statistics]),
+        logprobs=logprobs,
         entropy=torch.cat([s.entropy for s in statistics]),
         mask=torch.cat(list(masks)),
+        old_logprobs=logprobs,
     )
 
 
-def group_mean_std(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation of `values` [N] within each group, spread back to [N].
-
-    A group of one has standard deviation 0. Computed in fp64.
-    """
-    values = values.double()
-    groups = int(group.max()) + 1 if len(group) else 0
-    count = torch.zeros(groups, dtype=torch.float64).index_add_(0, group, torch.ones_like(values))
-    mean = torch.zeros(groups, dtype=torch.float64).index_add_(0, group, values) / count
-    squares = torch.zeros(groups, dtype=torch.float64).index_add_(0, group, (values - mean[group]) ** 2)
-    std = (squares / (count - 1).clamp(min=1)).sqrt()
-    return mean[group], std[group]
-
-
-def group_extremes(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest and smallest of `values` [N] within each group, spread back to [N]."""
-    empty = values.new_zeros(int(group.max()) + 1 if len(group) else 0)
-    highest = empty.scatter_reduce(0, group, values, "amax", include_self=False)
-    lowest = empty.scatter_reduce(0, group, values, "amin", include_self=False)
-    return highest[group], lowest[group]
+def group_numbers(rows: Sequence[Row]) -> Tensor:
+    """[R] int64: equal for rows of one advantage group (`RowKey.group`), counted from 0."""
+    groups: dict[tuple, int] = {}
+    return torch.tensor([groups.setdefault(row.key.group, len(groups)) for row in rows], dtype=torch.int64)

@@ -181,8 +181,8 @@ def fresh_actor(shape, path, distributed):
 
 
 def train(actor, case, batch):
-    from megatron_policysplit.training_signals import live_rows, train_signals
+    from megatron_policysplit.training_signals import live_rows
 
     rows = case.rows(batch) if actor.layout.is_leader else []
-    placed = actor.place(rows, live_rows(rows, case.method, actor.config), seed=SEED + batch)
-    actor.update(placed, train_signals(rows, actor.score(placed), case.method, actor.config, None))
+    placed = actor.place(rows, live_rows(rows, case.algorithm, actor.config), seed=SEED + batch)
+    actor.update(placed, case.signals(rows, actor.score(placed), placed, actor.config))

@@ -43,7 +43,7 @@ def run(rank, setup, path):
 
     tensor, pipeline, data = setup.shape
     layout = initialize(ParallelConfig(tensor=tensor, pipeline=pipeline, data=data), seed=1, timeout_seconds=60)
-    case = Case(setup.name, settings={"algorithm.eta": 0.5, **setup.settings})
+    case = Case(setup.name, settings={"algorithm.options.policy_split.eta": 0.5, **setup.settings})
     config = case.config(path)
 
     def actor():
@@ -72,13 +72,13 @@ def run(rank, setup, path):
 
 def outcome(actor, case, layout, batch):
     """One step: per row the statistics, and the update's metrics, as plain numbers."""
-    from megatron_policysplit.training_signals import live_rows, train_signals
+    from megatron_policysplit.training_signals import live_rows
 
     rows = case.rows(batch) if layout.is_leader else []
-    placed = actor.place(rows, live_rows(rows, case.method, actor.config), seed=SEED + batch)
+    placed = actor.place(rows, live_rows(rows, case.algorithm, actor.config), seed=SEED + batch)
     old = actor.score(placed)
     reference = actor.score_reference(placed) if actor.config.algorithm.kl_coef > 0 else None
-    update = actor.update(placed, train_signals(rows, old, case.method, actor.config, reference))
+    update = actor.update(placed, case.signals(rows, old, placed, actor.config, reference))
     return [(row.logprobs.tolist(), row.entropy.tolist()) for row in old], update
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_policysplit.actor.plan import make_plan
-from megatron_policysplit.training_signals import live_rows, train_signals
+from megatron_policysplit.plan import make_plan
+from megatron_policysplit.training_signals import live_rows
 from tests.reference import plain_step
 from tests.support.dist import run_distributed
 from tests.support.hf_models import make_model
@@ -66,11 +66,11 @@ def run_case(case, path, layout, poison=False):
     outcome = Outcome([], [], [], [], [], [], [], {}, 0)
     for batch in range(case.batches):
         rows = case.rows(batch) if layout.is_leader else []
-        live = live_rows(rows, case.method, config)
+        live = live_rows(rows, case.algorithm, config)
         placed = actor.place(rows, live, seed=SEED + batch)
         old = actor.score(placed)
         reference = actor.score_reference(placed) if config.algorithm.kl_coef > 0 else None
-        signals = train_signals(rows, old, case.method, config, reference)
+        signals = case.signals(rows, old, placed, config, reference)
         if poison:
             outcome.bad_steps.append(poisoned_update(actor, placed, signals, live))
         update = actor.update(placed, signals)
@@ -80,19 +80,30 @@ def run_case(case, path, layout, poison=False):
         if not poison:
             outcome.bad_steps.append(update.bad_steps)
         outcome.statistics.append([(as_numpy(s.logprobs), as_numpy(s.entropy), as_numpy(s.kl)) for s in old])
-        outcome.advantages.append([as_numpy(signal.advantages) for signal in signals])
+        trained = case.signals(rows, old, placed, config, reference).at(0) if signals is not None else []
+        outcome.advantages.append([as_numpy(signal.advantages) for signal in trained])
         outcome.plans.append(placed.plan)
     outcome.weights = exported(actor)
     outcome.steps_taken = actor.optimizer.steps_taken
     return outcome
 
 
+class Poisoned:
+    """Signals in which one token of row `row` has a NaN advantage."""
+
+    def __init__(self, signals, row):
+        self.signals, self.row = copy.deepcopy(signals), row
+
+    def at(self, step, now=None):
+        made = self.signals.at(step, now)
+        made[self.row].advantages[0] = float("nan")
+        return made
+
+
 def poisoned_update(actor, placed, signals, live):
     """Number of bad steps of an update in which one token of one row has a NaN advantage."""
     before = exported(actor)
-    poisoned = copy.deepcopy(signals)
-    if poisoned:
-        poisoned[live.index(True)].advantages[0] = float("nan")
+    poisoned = signals and Poisoned(signals, live.index(True))
     update = actor.update(placed, poisoned)
     after = exported(actor)
     assert all(np.array_equal(before[name], after[name]) for name in before)
@@ -148,7 +159,7 @@ def run_reference(case, path):
             optimizer,
             rows,
             [[rows[index].key for index in step] for step in steps],
-            config.algorithm,
+            case.algorithm.config,
             config.train,
             config.rollout.max_response_tokens,
             temperatures,
@@ -167,7 +178,7 @@ def partition(case, config, rows, batch):
     """Row indices of each optimizer step, which no layout may change: those of a plan for one replica."""
     return make_plan(
         rows,
-        live_rows(rows, case.method, config),
+        live_rows(rows, case.algorithm, config),
         replicas=1,
         optimizer_steps=config.train.optimizer_steps_per_batch,
         max_tokens=10**6,

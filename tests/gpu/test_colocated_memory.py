@@ -46,18 +46,18 @@ def build(path, **settings):
     from megatron_policysplit.config import ParallelConfig
 
     layout = initialize(ParallelConfig(), seed=1)
-    case = Case("gpu", settings={"algorithm.eta": 0.5, "model.dtype": "bfloat16", **settings})
+    case = Case("gpu", settings={"algorithm.options.policy_split.eta": 0.5, "model.dtype": "bfloat16", **settings})
     actor = Actor(case.config(path), read_hf_config(path), layout)
     train(actor, case, 0)
     return actor, case, layout, Offload(actor.ddp, actor.optimizer, actor.reference or ())
 
 
 def train(actor, case, batch):
-    from megatron_policysplit.training_signals import live_rows, train_signals
+    from megatron_policysplit.training_signals import live_rows
 
     rows = case.rows(batch)
-    placed = actor.place(rows, live_rows(rows, case.method, actor.config), seed=SEED + batch)
-    signals = train_signals(rows, actor.score(placed), case.method, actor.config, None)
+    placed = actor.place(rows, live_rows(rows, case.algorithm, actor.config), seed=SEED + batch)
+    signals = case.signals(rows, actor.score(placed), placed, actor.config)
     update = actor.update(placed, signals)
     assert update.bad_steps == 0
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_policysplit.config import AlgorithmConfig, TrainConfig
+from megatron_policysplit.methods.policy_split import Options
 from megatron_policysplit.rows import Mode, Row, RowKey
 
 EPS = 1e-6
@@ -85,7 +86,7 @@ def normalised(values: Tensor, how: str) -> Tensor:
     return centred / (values.std(unbiased=True) + EPS)
 
 
-def surprise(scored: Mapping[RowKey, Scored], key: RowKey, config: AlgorithmConfig) -> Tensor:
+def surprise(scored: Mapping[RowKey, Scored], key: RowKey, config: Options) -> Tensor:
     """b [T] of Eq. 6: alpha x the row's own mode + (1 - alpha) x the other mode, by surprisal or by entropy."""
     own, other = scored[key], scored[key.partner]
     if config.entropy_estimate == "entropy":
@@ -93,7 +94,7 @@ def surprise(scored: Mapping[RowKey, Scored], key: RowKey, config: AlgorithmConf
     return -config.alpha * own.logprobs - (1 - config.alpha) * other.logprobs
 
 
-def bonus(normalised_surprise: Tensor, advantage: float, eta: float, config: AlgorithmConfig) -> Tensor:
+def bonus(normalised_surprise: Tensor, advantage: float, eta: float, config: Options) -> Tensor:
     """Eq. 3's second term [T] for one response: eta clip(B, |A|/kappa), or the authors' clip(eta B, |A|/kappa)."""
     bound = abs(advantage) / config.kappa
     from_code = config.variant == "authors_code"
@@ -108,6 +109,7 @@ def bonus(normalised_surprise: Tensor, advantage: float, eta: float, config: Alg
 
 def advantages(rows: Sequence[Row], scored: Mapping[RowKey, Scored], config: AlgorithmConfig) -> dict[RowKey, Tensor]:
     """Per-token advantage [T] of every row: A_i, and under Policy Split plus the bonus of the row's mode."""
+    options = Options(**config.options.get("policy_split", {}))
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.key.group, []).append(row)
@@ -115,13 +117,13 @@ def advantages(rows: Sequence[Row], scored: Mapping[RowKey, Scored], config: Alg
     for group in groups.values():
         correctness = grpo_advantages([row.rollout.reward for row in group])
         shaped = [torch.full_like(scored[row.key].logprobs, a) for row, a in zip(group, correctness, strict=True)]
-        eta = config.eta if group[0].mode is Mode.HIGH_ENTROPY else config.eta_normal
+        eta = options.eta if group[0].mode is Mode.HIGH_ENTROPY else options.eta_normal
         if config.name == "policy_split" and eta != 0:
             masks = [trained(row) for row in group]
-            tokens = [surprise(scored, row.key, config)[mask] for row, mask in zip(group, masks, strict=True)]
-            pieces = normalised(torch.cat(tokens), config.normalization).split([len(piece) for piece in tokens])
+            tokens = [surprise(scored, row.key, options)[mask] for row, mask in zip(group, masks, strict=True)]
+            pieces = normalised(torch.cat(tokens), options.normalization).split([len(piece) for piece in tokens])
             for values, mask, piece, a in zip(shaped, masks, pieces, correctness, strict=True):
-                values[mask] += bonus(piece, a, eta, config)
+                values[mask] += bonus(piece, a, eta, options)
         result.update({row.key: values for row, values in zip(group, shaped, strict=True)})
     return result
 

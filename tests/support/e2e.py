@@ -30,7 +30,7 @@ data: {path: DIRECTORY/train.jsonl, batch_questions: 4, max_prompt_tokens: 16}
 modes: {high_entropy_prompt: explore widely}
 rollout: {samples_per_question: 8, max_response_tokens: 8}
 reward: {function: "tests.support.e2e:reward", workers: 1, timeout_seconds: 60}
-algorithm: {eta: 0.3}
+algorithm: {options: {policy_split: {eta: 0.3}}}
 train: {steps: 6, learning_rate: 1.0e-3, warmup_steps: 4, optimizer_steps_per_batch: 2, max_tokens_per_micro_batch: 512}
 eval: {path: DIRECTORY/eval.jsonl, every: 3, samples: 4}
 checkpoint: {every: 3, keep: 10}

@@ -36,7 +36,7 @@ rollout:
 weight_sync: {bucket_mib: 1, timeout_seconds: 30}
 agreement: {every: 1, breaches: 1}
 reward: {function: "tests.support.e2e:reward", workers: 1, timeout_seconds: 600}
-algorithm: {eta: 0.3}
+algorithm: {options: {policy_split: {eta: 0.3}}}
 train: {steps: STEPS, learning_rate: 1.0e-3, warmup_steps: 4, max_tokens_per_micro_batch: 2048}
 checkpoint: {every: 1, keep: 20, hugging_face: false}
 """

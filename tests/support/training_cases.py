@@ -6,9 +6,11 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_policysplit.advantages import METHODS, Method
+from megatron_policysplit.advantages import Method
 from megatron_policysplit.config import Config
+from megatron_policysplit.methods import Algorithm, algorithm_of
 from megatron_policysplit.rows import Mode, Rollout, Row, share
+from megatron_policysplit.training_signals import SignalSource
 
 VOCAB = 67  # odd, so that tensor parallelism pads it
 MAX_RESPONSE_TOKENS = 12
@@ -30,8 +32,18 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
+    def algorithm(self) -> Algorithm:
+        return algorithm_of(self.config("").algorithm)
+
+    @property
     def method(self) -> Method:
-        return METHODS[self.config("").algorithm.name]
+        return self.algorithm.method
+
+    def signals(self, rows, old, placed, config, reference=None, state=None) -> SignalSource | None:
+        """For `Actor.update`: on leaders, which have a plan."""
+        if placed.plan is None:
+            return None
+        return SignalSource(rows, old, placed.plan, self.algorithm, config, state=state, reference=reference, seed=SEED)
 
     def config(self, model_path: str) -> Config:
         config = Config()
@@ -48,7 +60,10 @@ class Case:
             section, key = name.rsplit(".", 1)
             target = config
             for part in section.split("."):
-                target = getattr(target, part)
+                target = target.setdefault(part, {}) if isinstance(target, dict) else getattr(target, part)
+            if isinstance(target, dict):
+                target[key] = value
+                continue
             if not hasattr(target, key):
                 raise KeyError(name)
             setattr(target, key, value)
@@ -107,13 +122,14 @@ def none_live(draw: random.Random) -> list[list[Answer]]:
     return [[(1.0, draw.randint(1, 6), set()) for _ in range(2)] for _ in range(2)]
 
 
+SPLIT = "algorithm.options.policy_split."
 HIGH_ENTROPY_T, NORMAL_T = "rollout.high_entropy.temperature", "rollout.normal.temperature"
 CASES = [
     Case("grpo", settings={"algorithm.name": "grpo"}),
     Case(
         "paper_two_steps",
         settings={
-            "algorithm.eta": 0.5,
+            SPLIT + "eta": 0.5,
             "algorithm.loss_aggregation": "sequence_mean_token_mean",
             "train.optimizer_steps_per_batch": 2,
             "train.clip_grad": 0.05,
@@ -125,9 +141,9 @@ CASES = [
         "code_untied",
         model="llama",
         settings={
-            "algorithm.variant": "authors_code",
-            "algorithm.eta": 0.3,
-            "algorithm.eta_normal": -0.1,
+            SPLIT + "variant": "authors_code",
+            SPLIT + "eta": 0.3,
+            SPLIT + "eta_normal": -0.1,
             "algorithm.loss_aggregation": "sequence_mean_token_sum_norm",
             "algorithm.importance_cap": 2.0,
             "train.optimizer_steps_per_batch": 2,
@@ -142,16 +158,20 @@ CASES = [
             "algorithm.dual_clip": 1.1,
             "algorithm.importance_cap": 1.5,
             "algorithm.importance_level": "sequence",
-            "algorithm.entropy_estimate": "entropy",
+            SPLIT + "entropy_estimate": "entropy",
             "algorithm.clip_high": 0.05,
             "train.optimizer_steps_per_batch": 2,
         },
     ),
-    Case("one_live", rollouts="one_live", settings={"algorithm.eta": 0.5, "log.kl_tokens": "none"}),
+    Case("one_live", rollouts="one_live", settings={SPLIT + "eta": 0.5, "log.kl_tokens": "none"}),
     Case("none_live", rollouts="none_live", batches=2, settings={"algorithm.name": "grpo"}),
     Case(
         "distributed_optimizer",
         batches=2,
-        settings={"algorithm.eta": 0.5, "train.distributed_optimizer": True, "log.kl_tokens": "sample"},
+        settings={
+            SPLIT + "eta": 0.5,
+            "train.distributed_optimizer": True,
+            "log.kl_tokens": "sample",
+        },
     ),
 ]

@@ -7,28 +7,26 @@ import statistics
 import pytest
 import torch
 
-from megatron_policysplit.advantages import METHODS, TokenStatistics, make_batch
-from megatron_policysplit.advantages import grpo as grpo_module
-from megatron_policysplit.advantages import policy_split as split
-from megatron_policysplit.advantages.batch import group_extremes, group_mean_std
-from megatron_policysplit.config import AlgorithmConfig
+from megatron_policysplit.advantages import TokenStatistics, group_extremes, group_mean_std, make_batch, zscore
+from megatron_policysplit.methods import method_named
+from megatron_policysplit.methods import policy_split as split
 from megatron_policysplit.rows import Mode, share
 from tests.support.advantage_batches import EOS, prompts, random_batch, rollout
 
 EPS = 1e-6
 
 
-def config(**settings):
-    return AlgorithmConfig(**settings)
-
-
 def policy_split(batch, **settings):
-    return split.advantages(batch, config(**settings))
+    return split.advantages(batch, split.Options(**settings))
+
+
+def grpo(batch):
+    return method_named("grpo").signals(batch, None, {}).advantages
 
 
 def correctness(batch):
     """A of each token's response, masked tokens included."""
-    return grpo_module.response_advantages(batch.rewards, batch.group)[batch.row_of_token]
+    return zscore(batch.rewards, batch.group)[batch.row_of_token]
 
 
 # --- groups (checklist 2) ---------------------------------------------------------------------------
@@ -37,7 +35,7 @@ def correctness(batch):
 def test_both_groups_of_a_question_hold_the_same_rewards_and_give_the_same_advantage():
     rows, batch = random_batch()
     rewards, advantage = {}, {}
-    per_row = grpo_module.response_advantages(batch.rewards, batch.group)
+    per_row = zscore(batch.rewards, batch.group)
     for row, group, reward, a in zip(rows, batch.group.tolist(), batch.rewards.tolist(), per_row.tolist(), strict=True):
         rewards.setdefault((row.key.question, row.mode), []).append(reward)
         assert advantage.setdefault(row.rollout.key, a) == a
@@ -58,7 +56,7 @@ def test_grpo_by_hand():
     scored = [TokenStatistics(torch.zeros(row.response_length), torch.zeros(row.response_length)) for row in rows]
     masks = [torch.ones(row.response_length, dtype=torch.bool) for row in rows]
     masks[3][0] = False
-    found = grpo_module.advantages(make_batch(rows, scored, masks), config(name="grpo"))
+    found = grpo(make_batch(rows, scored, masks))
     mean, std = statistics.mean(rewards), statistics.stdev(rewards)  # stdev is the unbiased one
     a = [(reward - mean) / (std + EPS) for reward in rewards]
     torch.testing.assert_close(found, torch.tensor([a[0], a[1], a[1], a[2], a[2], a[2], 0.0, a[3], a[3], a[3]]))
@@ -70,7 +68,7 @@ def test_equal_rewards_give_exactly_zero(reward, size):
     """Also where the mean of equal numbers is not that number: 0.1 + 0.1 + 0.1 != 0.3."""
     rewards = torch.tensor([reward] * size + [1.0, 0.0])
     group = torch.tensor([0] * size + [1, 1])
-    found = grpo_module.response_advantages(rewards, group)
+    found = zscore(rewards, group)
     assert found[:size].tolist() == [0.0] * size
     torch.testing.assert_close(found[size:], torch.tensor([0.5, -0.5]) / (math.sqrt(0.5) + EPS))
 
@@ -79,9 +77,7 @@ def test_rewards_far_from_zero_keep_their_digits():
     rewards = torch.tensor([1000.0, 1000.0, 1001.0])
     values = rewards.tolist()
     expected = [(r - statistics.mean(values)) / (statistics.stdev(values) + EPS) for r in values]
-    torch.testing.assert_close(
-        grpo_module.response_advantages(rewards, torch.zeros(3, dtype=torch.int64)).tolist(), expected
-    )
+    torch.testing.assert_close(zscore(rewards, torch.zeros(3, dtype=torch.int64)).tolist(), expected)
 
 
 def test_group_statistics_against_python():
@@ -244,7 +240,7 @@ def test_mean_and_none_normalisation():
 def test_bonus_bounds(seed, eta, kappa, order, double):
     _, batch = random_batch(seed)
     a = correctness(batch)
-    bonus = split.bonus(batch, a, config(eta=eta, kappa=kappa, clamp_order=order, double_bonus=double))
+    bonus = split.bonus(batch, a, split.Options(eta=eta, kappa=kappa, clamp_order=order, double_bonus=double))
     bound = a.abs() / kappa * (eta if order == "paper" else 1.0) * (2 if double else 1)
     assert (bonus.abs() <= bound * (1 + 1e-6)).all()
     assert (bonus[a == 0] == 0).all() and (a == 0).any()
@@ -258,14 +254,14 @@ def test_the_bound_is_reached():
     _, batch = random_batch()
     a = correctness(batch)
     for order, factor in (("paper", 0.5), ("code", 1.0)):
-        bonus = split.bonus(batch, a, config(eta=0.5, kappa=100.0, clamp_order=order))
+        bonus = split.bonus(batch, a, split.Options(eta=0.5, kappa=100.0, clamp_order=order))
         assert torch.isclose(bonus.abs(), factor * a.abs() / 100).logical_and(a != 0).any()
 
 
 def test_eta_zero_is_grpo_over_the_shared_rollouts():
     _, batch = random_batch()
     for variant in ("paper", "authors_code"):
-        assert torch.equal(policy_split(batch, eta=0.0, variant=variant), grpo_module.advantages(batch, config()))
+        assert torch.equal(policy_split(batch, eta=0.0, variant=variant), grpo(batch))
 
 
 def test_a_huge_bound_leaves_the_bonus_unclamped():
@@ -279,9 +275,7 @@ def test_a_huge_bound_leaves_the_bonus_unclamped():
     expected = ((a + (eta * z).where(a != 0, 0.0)) * batch.mask).float()
     torch.testing.assert_close(policy_split(batch, eta=0.3, kappa=1e-9, clamp_order="paper"), expected)
     torch.testing.assert_close(policy_split(batch, eta=0.3, kappa=1e-9, clamp_order="code"), expected)
-    torch.testing.assert_close(
-        policy_split(batch, eta=0.3, kappa=1e12), grpo_module.advantages(batch, config()), rtol=0, atol=1e-11
-    )
+    torch.testing.assert_close(policy_split(batch, eta=0.3, kappa=1e12), grpo(batch), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +290,10 @@ def test_a_huge_bound_leaves_the_bonus_unclamped():
     ],
 )
 def test_variant_resolution(settings, order, double):
-    assert (split.clamp_order(config(**settings)), split.double_bonus(config(**settings))) == (order, double)
+    assert (split.clamp_order(split.Options(**settings)), split.double_bonus(split.Options(**settings))) == (
+        order,
+        double,
+    )
     _, batch = random_batch()
     assert torch.equal(
         policy_split(batch, eta=0.7, **settings), policy_split(batch, eta=0.7, clamp_order=order, double_bonus=double)
@@ -320,13 +317,13 @@ def test_no_gradient_and_no_aliasing(name, estimate):
     _, batch = random_batch()
     batch.logprobs.requires_grad_()
     batch.entropy.requires_grad_()
-    inputs = {name: getattr(batch, name).detach().clone() for name in vars(batch)}
-    method = METHODS[name].advantages
-    first = method(batch, config(eta=0.5, entropy_estimate=estimate))
+    inputs = {name: value.detach().clone() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    options = split.Options(eta=0.5, entropy_estimate=estimate)
+    first = method_named(name).signals(batch, options, {}).advantages
     assert not first.requires_grad
     kept = first.clone()
     first += 1.0  # the code that the paper's authors released added its bonus twice for want of this
-    assert torch.equal(method(batch, config(eta=0.5, entropy_estimate=estimate)), kept)
+    assert torch.equal(method_named(name).signals(batch, options, {}).advantages, kept)
     for field, before in inputs.items():
         assert torch.equal(getattr(batch, field), before), field
 

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for name in ("megatron_policysplit", "checkpoints_conv") for path in (ROOT / name).rglob("*.py"))
 DEVICE_MODULE = ROOT / "megatron_policysplit" / "actor" / "cpu.py"
-PURE = ("advantages/", "losses.py", "rows.py", "training_signals.py", "metrics.py", "vocab_parallel/", "actor/plan.py")
+PURE = ("advantages/", "losses.py", "rows.py", "training_signals.py", "metrics.py", "vocab_parallel/", "plan.py")
 # Asking which device there is; cpu.backend(), cpu.device() and the like only pass its answers on.
 DEVICE_QUESTION = re.compile(
     r"cuda\.is_available|cuda\.device_count|\bcpu\.active\b|\bhas_cuda\b|\.is_cuda\b|"

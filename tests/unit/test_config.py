@@ -43,10 +43,10 @@ def test_defaults_then_file_then_overrides(tmp_path):
       normal: {temperature: 0.7}
     data: {options: {size: 10, nested: {a: 1}}}
     checkpoint:
-    algorithm.eta: 0.3
+    algorithm.kl_coef: 0.3
     """
     config = load("train.steps=7", "train.steps=8", "data.options.seed=3", text=text, tmp_path=tmp_path)
-    assert (config.train.steps, config.train.learning_rate, config.algorithm.eta) == (8, 1e-5, 0.3)
+    assert (config.train.steps, config.train.learning_rate, config.algorithm.kl_coef) == (8, 1e-5, 0.3)
     assert (config.rollout.normal.temperature, config.rollout.high_entropy.temperature) == (0.7, 1.0)
     assert config.data.options == {"size": 10, "nested": {"a": 1}, "seed": 3}
     assert config.checkpoint == Config().checkpoint
@@ -137,11 +137,11 @@ def test_every_key_is_found_again_when_misspelt():
         ("=5", "override '=5' is not of the form key=value"),
         ("run.dir=[", "the value of run.dir=[ is not valid YAML; put it in quotes"),
         ("model.dtype=float16", "model.dtype=float16 is not allowed; it must be one of float32, bfloat16"),
-        ("algorithm.clamp_order=x", "algorithm.clamp_order=x is not allowed; it must be one of paper, code, null"),
+        ("rollout.engine=x", "rollout.engine=x is not allowed; it must be one of local, sglang, replay"),
         ("train.steps=0", "train.steps=0 is not allowed; it must be at least 1"),
-        ("algorithm.kappa=0", "algorithm.kappa=0.0 is not allowed; it must be above 0"),
+        ("algorithm.clip_low=0", "algorithm.clip_low=0.0 is not allowed; it must be above 0 or null"),
         ("algorithm.dual_clip=1", "algorithm.dual_clip=1.0 is not allowed; it must be above 1 or null"),
-        ("algorithm.alpha=nan", "algorithm.alpha=nan is not allowed; it must be a finite number"),
+        ("train.adam_eps=nan", "train.adam_eps=nan is not allowed; it must be above 0"),
         ("train.learning_rate=inf", "train.learning_rate=inf is not allowed; it must be at least 0"),
         ("rollout.samples_per_question=1", "rollout.samples_per_question=1 is not allowed; it must be at least 2"),
     ],
@@ -210,7 +210,7 @@ def test_all_missing_keys_are_named_at_once():
             "parallel.expert=4 does not divide parallel.data=2, over whose replicas the experts are shared out; "
             "change one of them",
         ),
-        (["algorithm.clip_low=1"], "algorithm.clip_low=1.0 lets the ratio reach 0; use a value below 1"),
+        (["algorithm.clip_low=1.1"], "algorithm.clip_low=1.1 is more than a ratio can fall; use 1 at most"),
         (["train.adam_beta2=1"], "train.adam_beta2=1.0 is not allowed; use a value below 1"),
         (
             ["train.learning_rate=1e-6", "train.min_learning_rate=1e-5"],
@@ -259,7 +259,12 @@ def test_yaml_round_trip(tmp_path):
 
 def test_fingerprint_separates_runs_and_allows_what_may_change():
     base = fingerprint(load())
-    for other in ["algorithm.eta=0.5", "data.options.size=4", "rollout.normal.temperature=0.5", "run.seed=1"]:
+    for other in [
+        "algorithm.kl_coef=0.5",
+        "data.options.size=4",
+        "rollout.normal.temperature=0.5",
+        "run.seed=1",
+    ]:
         name, value = other.split("=")
         group = name.removesuffix(".size")
         changed = fingerprint(load(other))

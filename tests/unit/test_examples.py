@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_policysplit.config_load import check_config, load_config, world_size
+from megatron_policysplit.methods import algorithm_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIGS = sorted(EXAMPLES.rglob("*.yaml"))
@@ -29,8 +30,9 @@ def test_qwen3_8b_has_the_papers_hyper_parameters():
     """Tables 8 and 9 and section 4.1 of arXiv 2604.11510."""
     config = load_config(str(EXAMPLES / "qwen3_8b" / "config.yaml"), [])
     algorithm, train, rollout = config.algorithm, config.train, config.rollout
-    assert (algorithm.name, algorithm.variant) == ("policy_split", "paper")
-    assert (algorithm.alpha, algorithm.eta, algorithm.eta_normal, algorithm.kappa) == (0.5, 0.03, 0.0, 2.0)
+    options = algorithm_of(algorithm).options
+    assert (algorithm.name, options.variant) == ("policy_split", "paper")
+    assert (options.alpha, options.eta, options.eta_normal, options.kappa) == (0.5, 0.03, 0.0, 2.0)
     assert (algorithm.clip_low, algorithm.clip_high, algorithm.kl_coef) == (0.2, 0.2, 0.0)
     assert (config.data.batch_questions, rollout.samples_per_question, rollout.max_response_tokens) == (256, 8, 12288)
     assert (train.learning_rate, train.lr_decay, train.weight_decay, train.clip_grad) == (3e-6, "constant", 0.01, 1.0)

@@ -16,8 +16,14 @@ from megatron_policysplit.losses import (
     policy_loss,
     token_weight,
 )
+from megatron_policysplit.methods import algorithm_of
 
 NAN = float("nan")
+
+
+def filled(**settings):
+    """With the method's defaults in place of nulls."""
+    return algorithm_of(AlgorithmConfig(name="grpo", **settings)).config
 
 
 def inputs(ratios, advantages, weights=None, **settings):
@@ -59,7 +65,7 @@ def plain_token_loss(ratio, advantage, config):
 )
 def test_clip(ratio, advantage, loss, slope):
     given = inputs([ratio], [advantage])
-    out = policy_loss(given, AlgorithmConfig(clip_low=0.1, clip_high=0.3))
+    out = policy_loss(given, filled(clip_low=0.1, clip_high=0.3))
     out.loss.backward()
     assert out.loss.item() == pytest.approx(loss)
     assert given.logprobs.grad.item() == pytest.approx(slope)
@@ -77,7 +83,7 @@ def test_clip(ratio, advantage, loss, slope):
 )
 def test_dual_clip(ratio, advantage, loss, slope):
     given = inputs([ratio], [advantage])
-    out = policy_loss(given, AlgorithmConfig(dual_clip=3.0))
+    out = policy_loss(given, filled(dual_clip=3.0))
     out.loss.backward()
     assert out.loss.item() == pytest.approx(loss)
     assert given.logprobs.grad.item() == pytest.approx(slope)
@@ -86,14 +92,14 @@ def test_dual_clip(ratio, advantage, loss, slope):
 def test_gradient_at_ratio_one_is_whole():
     """Both branches are equal there; their gradients must not be halved or doubled."""
     given = inputs([1.0, 1.0], [2.0, -3.0])
-    policy_loss(given, AlgorithmConfig()).loss.backward()
+    policy_loss(given, filled()).loss.backward()
     assert given.logprobs.grad.tolist() == [-2.0, 3.0]
 
 
 @pytest.mark.parametrize("dual_clip", [None, 1.5])
 def test_random_tokens_against_a_loop(dual_clip):
     draw = random.Random(0)
-    config = AlgorithmConfig(clip_low=0.1, clip_high=0.25, dual_clip=dual_clip)
+    config = filled(clip_low=0.1, clip_high=0.25, dual_clip=dual_clip)
     ratios = [math.exp(draw.gauss(0, 0.5)) for _ in range(200)]
     advantages = [draw.choice([0.0, draw.gauss(0, 1)]) for _ in ratios]
     weights = [draw.choice([0.0, draw.random()]) for _ in ratios]
@@ -138,7 +144,7 @@ def test_aggregations_over_any_packing(how, cuts):
         losses = [loss for row in part for loss in row]
         weights = [token_weight(len(row), step, how, 8) for row in part for _ in row]
         # At ratio 1 a token's loss is minus its advantage.
-        total += policy_loss(inputs([1.0] * len(losses), [-loss for loss in losses], weights), AlgorithmConfig()).loss
+        total += policy_loss(inputs([1.0] * len(losses), [-loss for loss in losses], weights), filled()).loss
     assert total.item() == pytest.approx(plain_aggregate(how, 8))
 
 
@@ -156,13 +162,13 @@ def test_skipped_rows_stay_in_the_denominators():
     """A row whose advantages are all 0 adds nothing, but the mean is over it too: skipping it changes nothing."""
     step = denominators([2, 3])
     whole = [token_weight(2, step, "token_mean", 8)] * 2 + [token_weight(3, step, "token_mean", 8)] * 3
-    both = policy_loss(inputs([1.0, 1.2, 1.0, 0.7, 2.0], [1.0, -2.0, 0.0, 0.0, 0.0], whole), AlgorithmConfig())
-    alone = policy_loss(inputs([1.0, 1.2], [1.0, -2.0], whole[:2]), AlgorithmConfig())
+    both = policy_loss(inputs([1.0, 1.2, 1.0, 0.7, 2.0], [1.0, -2.0, 0.0, 0.0, 0.0], whole), filled())
+    alone = policy_loss(inputs([1.0, 1.2], [1.0, -2.0], whole[:2]), filled())
     assert both.loss.item() == pytest.approx(alone.loss.item()) == pytest.approx((-1.0 + 2.4) / 5)
 
 
 def test_no_tokens_at_all():
-    out = policy_loss(inputs([], []), AlgorithmConfig(entropy_coef=0.1))
+    out = policy_loss(inputs([], []), filled(entropy_coef=0.1))
     out.loss.backward()
     assert [value.item() for value in (out.loss, out.tokens, out.clipped_tokens, out.ratio_off_one)] == [0, 0, 0, 0]
 
@@ -187,7 +193,7 @@ def test_k3_estimates_the_kl():
 def test_kl_term():
     reference = torch.tensor([-2.0, -0.3], dtype=torch.float64)
     given = inputs([1.0, 1.1], [0.0, 0.0], [0.25, 0.5], reference_logprobs=reference)
-    out = policy_loss(given, AlgorithmConfig(kl_coef=0.7))
+    out = policy_loss(given, filled(kl_coef=0.7))
     out.loss.backward()
     differences = [-2.0 + 1.0, -0.3 - (math.log(1.1) - 1)]
     assert out.loss.item() == pytest.approx(
@@ -199,18 +205,18 @@ def test_kl_term():
 
 def test_entropy_bonus_has_a_gradient_and_is_off_by_default():
     given = inputs([1.0, 1.0], [1.0, -1.0], [0.25, 0.75])
-    out = policy_loss(given, AlgorithmConfig(entropy_coef=0.2))
+    out = policy_loss(given, filled(entropy_coef=0.2))
     assert out.loss.requires_grad
     out.loss.backward()
     assert given.entropy.grad.tolist() == pytest.approx([-0.2 * 0.25, -0.2 * 0.75])
     assert out.loss.item() == pytest.approx(-0.25 + 0.75 - 0.2 * 0.5)
     given = inputs([1.0, 1.0], [1.0, -1.0])
-    policy_loss(given, AlgorithmConfig()).loss.backward()
+    policy_loss(given, filled()).loss.backward()
     assert given.entropy.grad is None or (given.entropy.grad == 0).all()
 
 
 def test_metrics_carry_no_gradient():
-    out = policy_loss(inputs([1.1], [1.0]), AlgorithmConfig())
+    out = policy_loss(inputs([1.1], [1.0]), filled())
     assert not any(value.requires_grad for value in (out.ratio_sum, out.ratio_off_one, out.clipped_tokens, out.tokens))
 
 
@@ -222,7 +228,7 @@ def test_metrics_carry_no_gradient():
     "field", ["logprobs", "old_logprobs", "advantages", "importance", "entropy", "reference_logprobs"]
 )
 def test_untrained_tokens_reach_neither_loss_nor_gradient(poison, field):
-    config = AlgorithmConfig(kl_coef=0.1, entropy_coef=0.1, dual_clip=3.0)
+    config = filled(kl_coef=0.1, entropy_coef=0.1, dual_clip=3.0)
 
     def run(value):
         reference = torch.tensor([-0.7, -0.9, -1.2], dtype=torch.float64)
@@ -246,7 +252,7 @@ def test_nan_in_a_trained_token_is_not_hidden(field):
     given = inputs([1.0, 1.0], [1.0, -1.0])
     with torch.no_grad():
         getattr(given, field)[0] = NAN
-    assert policy_loss(given, AlgorithmConfig()).loss.isnan()
+    assert policy_loss(given, filled()).loss.isnan()
 
 
 # --- importance weights ------------------------------------------------------------------------------
@@ -256,19 +262,19 @@ ALL = torch.ones(3, dtype=torch.bool)
 
 
 def test_importance_weights_are_off_by_default():
-    assert importance_weights(ACTOR, ENGINE, ALL, AlgorithmConfig()).tolist() == [1.0, 1.0, 1.0]
+    assert importance_weights(ACTOR, ENGINE, ALL, filled()).tolist() == [1.0, 1.0, 1.0]
 
 
 def test_importance_weights_per_token():
-    found = importance_weights(ACTOR, ENGINE, ALL, AlgorithmConfig(importance_cap=1.2))
+    found = importance_weights(ACTOR, ENGINE, ALL, filled(importance_cap=1.2))
     torch.testing.assert_close(found.tolist(), [1.2, math.exp(-1.0), math.exp(0.1)], rtol=1e-6, atol=0)
 
 
 def test_importance_weights_per_response():
-    config = AlgorithmConfig(importance_cap=2.0, importance_level="sequence")
+    config = filled(importance_cap=2.0, importance_level="sequence")
     found = importance_weights(ACTOR, ENGINE, ALL, config)
     torch.testing.assert_close(found.tolist(), [math.exp(-0.4)] * 3, rtol=1e-6, atol=0)
-    capped = importance_weights(ENGINE, ACTOR, ALL, AlgorithmConfig(importance_cap=1.3, importance_level="sequence"))
+    capped = importance_weights(ENGINE, ACTOR, ALL, filled(importance_cap=1.3, importance_level="sequence"))
     torch.testing.assert_close(capped.tolist(), [1.3] * 3)
 
 
@@ -276,5 +282,5 @@ def test_importance_of_a_response_leaves_untrained_tokens_out():
     """They were not sampled by the policy, and hold whatever their source put there."""
     mask = torch.tensor([True, False, True])
     engine = torch.tensor([-1.5, NAN, -0.6])
-    found = importance_weights(ACTOR, engine, mask, AlgorithmConfig(importance_cap=9.0, importance_level="sequence"))
+    found = importance_weights(ACTOR, engine, mask, filled(importance_cap=9.0, importance_level="sequence"))
     torch.testing.assert_close(found.tolist(), [math.exp(0.6)] * 3, rtol=1e-6, atol=0)

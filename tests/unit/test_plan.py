@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from megatron_policysplit.actor.plan import make_plan
+from megatron_policysplit.plan import make_plan
 from megatron_policysplit.rows import MODES, Mode, Rollout
 from megatron_policysplit.rows import share as share_rows
 

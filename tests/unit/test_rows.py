@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from megatron_policysplit.advantages import METHODS
+from megatron_policysplit.methods import method_named
 from megatron_policysplit.rows import MODES, Mode, Rollout, share
 from tests.support.advantage_batches import EOS, prompts, rollout
 
@@ -36,14 +36,14 @@ def test_share_does_not_depend_on_the_order_of_arrival():
 
 
 def test_share_for_grpo_gives_the_normal_rows_alone():
-    method = METHODS["grpo"]
+    method = method_named("grpo")
     rows = share([rollout(0, Mode.NORMAL, 0, [1, EOS])], prompts((0,)), method.training_modes)
     assert [row.mode for row in rows] == [Mode.NORMAL]
 
 
 def test_samples_are_split_over_the_sampling_modes():
-    assert METHODS["grpo"].samples_per_mode(8) == {Mode.NORMAL: 8}
-    assert METHODS["policy_split"].samples_per_mode(8) == {Mode.NORMAL: 4, Mode.HIGH_ENTROPY: 4}
+    assert method_named("grpo").samples_per_mode(8) == {Mode.NORMAL: 8}
+    assert method_named("policy_split").samples_per_mode(8) == {Mode.NORMAL: 4, Mode.HIGH_ENTROPY: 4}
 
 
 def test_a_rollout_with_unequal_lists_is_an_error():

@@ -14,10 +14,11 @@ from megatron_policysplit.actor.checkpoint import TrainerState
 from megatron_policysplit.config import Config
 from megatron_policysplit.errors import EngineError, EngineLost
 from megatron_policysplit.exit_codes import DONE, STOPPED
+from megatron_policysplit.methods import algorithm_of
 from megatron_policysplit.run import Run, SilentLog
 from megatron_policysplit.stopping import StopRequested
 
-FAR = {"train_signals": None, "live_rows": [], "share": [], "check_staleness": None}
+FAR = {"live_rows": [], "share": [], "check_staleness": None}
 
 
 class Stream:
@@ -80,7 +81,7 @@ class Parts:
         return []
 
     def place(self, rows, live, seed):
-        return []
+        return SimpleNamespace(plan=None)
 
     def score(self, placed):
         self.log.append("score")
@@ -143,7 +144,7 @@ def build(tmp_path, monkeypatch):
             layout=LAYOUT,
             control=parts,
             actor=parts,
-            method=SimpleNamespace(training_modes=(), samples_per_mode=lambda count: {}),
+            algorithm=algorithm_of(config.algorithm),
             driver=parts,
             leader=SimpleNamespace(engine=parts),
             log=SilentLog(),

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from megatron_policysplit.advantages import METHODS, TokenStatistics
-from megatron_policysplit.advantages.policy_split import advantages as policy_split_advantages
+from megatron_policysplit.advantages import TokenStatistics, make_batch
 from megatron_policysplit.config import Config
+from megatron_policysplit.methods import algorithm_of, method_named, policy_split
+from megatron_policysplit.plan import make_plan
 from megatron_policysplit.rows import MODES, Mode, Rollout, share
-from megatron_policysplit.training_signals import live_rows, train_signals, trained_mask
+from megatron_policysplit.training_signals import SignalSource, live_rows, trained_mask
 
 PROMPTS = {q: {Mode.NORMAL: [1, 2], Mode.HIGH_ENTROPY: [3, 4, 1, 2]} for q in range(3)}
 
@@ -39,20 +40,32 @@ def config(**settings):
     return result
 
 
+def algorithm(settings, method="policy_split"):
+    settings.algorithm.name = method
+    return algorithm_of(settings.algorithm)
+
+
+def train_signals(rows, old, settings, method="policy_split", reference=None):
+    live = [True] * len(rows)
+    plan = make_plan(rows, live, replicas=1, optimizer_steps=1, max_tokens=1000, seed=0)
+    return SignalSource(rows, old, plan, algorithm(settings, method), settings, reference=reference).at(0)
+
+
 def batch(method, *answers):
     """Rows of one question per answer list; answers are `rollout` keyword dicts, dealt to the modes in turn."""
-    modes = METHODS[method].sampling_modes
+    modes = method_named(method).sampling_modes
     rollouts = [
         rollout(question, modes[index % len(modes)], index, **answer)
         for question, group in enumerate(answers)
         for index, answer in enumerate(group)
     ]
-    return share(rollouts, PROMPTS, METHODS[method].training_modes)
+    return share(rollouts, PROMPTS, method_named(method).training_modes)
 
 
 def live(rows, method="policy_split", **settings):
     """{(question, sample)} of the live rows; both rows of a response must agree."""
-    flags = live_rows(rows, METHODS[method], config(**settings))
+    given = config(**settings)
+    flags = live_rows(rows, algorithm(given, method), given)
     assert len(flags) == len(rows)
     by_rollout = {}
     for row, flag in zip(rows, flags, strict=True):
@@ -116,18 +129,15 @@ def test_overlong_responses_are_live_only_when_graded():
     assert live(rows, train__overlong="grade") == {(0, 0), (0, 1)}
     assert live(rows, train__overlong="mask") == {(0, 0)}
     # Its reward still counts in its group: the other response keeps its advantage.
-    signals = train_signals(rows, score(rows), METHODS["policy_split"], config(train__overlong="mask"))
+    signals = train_signals(rows, score(rows), config(train__overlong="mask"))
     for row, signal in zip(rows, signals, strict=True):
         assert signal.mask.any() == (signal.advantages != 0).all() == (row.key.sample == 0)
 
 
-def test_a_method_that_does_not_promise_zero_advantages_keeps_every_row():
-    from dataclasses import replace
-
-    rows = batch("policy_split", EQUAL)
-    method = replace(METHODS["policy_split"], zero_reward_advantage_is_zero=False)
-    assert live_rows(rows, method, config()) == [True] * len(rows)
-    assert live_rows(rows, METHODS["policy_split"], config()) == [False] * len(rows)
+def test_a_method_with_a_term_of_its_own_keeps_every_row():
+    rows = batch("grpo", EQUAL)
+    assert live(rows, "entropy_bonus") == {(0, sample) for sample in range(4)}
+    assert live(rows, "grpo") == set()
 
 
 @pytest.mark.parametrize("method", ["grpo", "policy_split"])
@@ -135,16 +145,17 @@ def test_a_method_that_does_not_promise_zero_advantages_keeps_every_row():
 def test_the_methods_promise_holds(method, variant):
     """Rows that are not live have an advantage of exactly zero at every token, and only those."""
     rows = batch(method, MIXED, EQUAL, CENTRED)
-    settings = config(algorithm__eta=0.9, algorithm__eta_normal=0.4, algorithm__variant=variant)
-    flags = live_rows(rows, METHODS[method], settings)
-    for flag, signal in zip(flags, train_signals(rows, score(rows), METHODS[method], settings), strict=True):
+    options = {"eta": 0.9, "eta_normal": 0.4, "variant": variant}
+    settings = config(algorithm__options={"policy_split": options})
+    flags = live_rows(rows, algorithm(settings, method), settings)
+    for flag, signal in zip(flags, train_signals(rows, score(rows), settings, method), strict=True):
         assert flag == bool((signal.advantages != 0).any())
 
 
 def test_no_rows():
     """Ranks that are not leaders hold none."""
-    assert live_rows([], METHODS["policy_split"], config()) == []
-    assert train_signals([], [], METHODS["policy_split"], config()) == []
+    assert live_rows([], algorithm(config()), config()) == []
+    assert train_signals([], [], config()) == []
 
 
 # --- signals -----------------------------------------------------------------------------------------
@@ -154,7 +165,7 @@ def test_signals_follow_their_rows():
     rows = batch("policy_split", [{"reward": 1.0, "mask": (1,)}, {"reward": 0.0, "mask": (1, 0, 1, 1)}], MIXED)
     old = score(rows)
     reference = [-torch.rand(row.response_length) for row in rows]
-    signals = train_signals(rows, old, METHODS["policy_split"], config(), reference)
+    signals = train_signals(rows, old, config(), reference=reference)
     assert len(signals) == len(rows)
     for row, statistics, initial, signal in zip(rows, old, reference, signals, strict=True):
         assert signal.old_logprobs is statistics.logprobs and signal.reference_logprobs is initial
@@ -164,19 +175,17 @@ def test_signals_follow_their_rows():
         assert (signal.importance == 1).all()
         expected = math.copysign(1.0, row.rollout.reward - 0.5)
         assert (signal.advantages[signal.mask].sign() == expected).all()
-    assert train_signals(rows, old, METHODS["policy_split"], config())[0].reference_logprobs is None
+    assert train_signals(rows, old, config())[0].reference_logprobs is None
 
 
 def test_signals_are_those_of_the_whole_batch():
     """The advantages are the method's over all rows at once, cut up again."""
     rows = batch("policy_split", MIXED, CENTRED)
-    old, settings = score(rows), config(algorithm__eta=0.7)
-    from megatron_policysplit.advantages import make_batch
-
+    old, settings = score(rows), config(algorithm__options={"policy_split": {"eta": 0.7}})
     whole = make_batch(rows, old, [trained_mask(row, "grade") for row in rows])
-    signals = train_signals(rows, old, METHODS["policy_split"], settings)
+    signals = train_signals(rows, old, settings)
     together = torch.cat([signal.advantages for signal in signals])
-    assert torch.equal(together, policy_split_advantages(whole, settings.algorithm))
+    assert torch.equal(together, policy_split.advantages(whole, policy_split.Options(eta=0.7)))
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -186,7 +195,7 @@ def test_importance_is_taken_under_the_sampling_prompt_for_both_rows(level):
     rows = batch("policy_split", [{"reward": 1.0, "engine": engines[0]}, {"reward": 0.0, "engine": engines[1]}])
     old = score(rows)
     settings = config(algorithm__importance_cap=1.5, algorithm__importance_level=level)
-    signals = train_signals(rows, old, METHODS["policy_split"], settings)
+    signals = train_signals(rows, old, settings)
     for row, signal in zip(rows, signals, strict=True):
         own = next(i for i, other in enumerate(rows) if other.rollout is row.rollout and other.on_policy)
         actor = old[own].logprobs.tolist()

@@ -1,0 +1,81 @@
+"""What a method is: a pure function from a batch to what each token is trained with, and what it needs for that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_policysplit.advantages.batch import AdvantageBatch
+from megatron_policysplit.advantages.groups import group_extremes, zscore
+from megatron_policysplit.rows import Mode
+
+State = dict[str, float]
+
+
+@dataclass
+class TokenSignals:
+    """What the loss of each response token is made of, [T] fp32 each, nothing with a gradient; None: none of it.
+
+    advantages: 0 outside the mask. scale: multiplies the policy term (None: 1), importance weight included.
+    entropy_coef: weight of the token's differentiable entropy, besides algorithm.entropy_coef.
+    drift_coef: weight of |log pi - log pi_old|.
+    """
+
+    advantages: Tensor
+    scale: Tensor | None = None
+    entropy_coef: Tensor | None = None
+    drift_coef: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a method without any."""
+
+
+def with_advantage(rewards: Tensor, group: Tensor, options: Any) -> Tensor:
+    """[R] bool: rows whose reward differs from the mean of their group."""
+    return zscore(rewards, group) != 0
+
+
+def in_mixed_groups(rewards: Tensor, group: Tensor, options: Any) -> Tensor:
+    """[R] bool: rows of groups whose rewards are not all equal."""
+    highest, lowest = group_extremes(rewards, group)
+    return highest > lowest
+
+
+def all_rows(rewards: Tensor, group: Tensor, options: Any) -> Tensor:
+    """[R] bool: every row, where the loss has a term besides the advantage."""
+    return torch.ones(len(rewards), dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method and what it needs from the trainer.
+
+    signals(batch, options, state): one TokenSignals. `batch` is of the whole rollout batch; which tokens its statistics
+    are over, and how fresh they are, is `algorithm.scope` and `algorithm.statistics`, and no affair of the function.
+    options: dataclass of the keys under algorithm.options, made with `config.key`, with the paper's defaults.
+    source: where it comes from. loss: the method's defaults of keys of `algorithm` that the configuration leaves null.
+    sampling_modes: modes that sample, in equal shares. training_modes: prompts each response is trained under.
+    live(rewards, group, options): [R] bool, rows that can change the weights; the others have a zero loss at every
+    token whatever their statistics, and are not trained.
+    begin(options), next_state(state, batch, options): state that the method carries from one optimizer step to the
+    next, and through checkpoints; `batch` holds the statistics that the step's signals were made from.
+    """
+
+    signals: Callable[[AdvantageBatch, Any, State], TokenSignals]
+    source: str
+    options: type = NoOptions
+    loss: Mapping[str, Any] = field(default_factory=dict)
+    sampling_modes: Sequence[Mode] = (Mode.NORMAL,)
+    training_modes: Sequence[Mode] = (Mode.NORMAL,)
+    live: Callable[[Tensor, Tensor, Any], Tensor] = with_advantage
+    begin: Callable[[Any], State] = lambda options: {}
+    next_state: Callable[[State, AdvantageBatch, Any], State] = lambda state, batch, options: state
+
+    def samples_per_mode(self, samples_per_question: int) -> Mapping[Mode, int]:
+        return {mode: samples_per_question // len(self.sampling_modes) for mode in self.sampling_modes}

@@ -1,0 +1,144 @@
+"""Policy Split (arXiv 2604.11510): correctness for both modes, a clamped entropy bonus for the high-entropy one.
+
+For a response token t of response i in a group, under the training mode m with partner mode m':
+
+    b[t]  = alpha * s_m[t] + (1 - alpha) * s_m'[t]                      Eq. 6; s is -log pi, or the exact entropy
+    B[t]  = (b[t] - mean b) / (std b + 1e-6) over the group's tokens     Eq. 4
+    A~[t] = A_i + eta * clip(B[t], -|A_i| / kappa, +|A_i| / kappa)       Eq. 3, `clamp_order: paper`
+    A~[t] = A_i + clip(eta * B[t], -|A_i| / kappa, +|A_i| / kappa)       `clamp_order: code`
+
+eta is `eta` in the high-entropy mode and `eta_normal` (0 by default) in the normal mode. The authors'
+released code clamps after scaling and, because two names share one tensor, adds the bonus twice;
+`variant: authors_code` does both. A_i is GRPO's, or with `correctness` that of another method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from megatron_policysplit.advantages import (
+    EPSILON,
+    AdvantageBatch,
+    Method,
+    State,
+    TokenSignals,
+    centered,
+    group_extremes,
+    group_mean_std,
+    in_mixed_groups,
+    leave_one_out,
+    with_advantage,
+    zscore,
+)
+from megatron_policysplit.config import key
+from megatron_policysplit.methods import asym_grpo
+from megatron_policysplit.rows import MODES
+
+
+@dataclass(frozen=True)
+class Options:
+    alpha: float = key(0.5, "Weight of the high-entropy log-prob in the bonus (Eq. 6).")
+    eta: float = key(0.03, "Scale of the bonus in the high-entropy mode (Eq. 3).")
+    eta_normal: float = key(0.0, "Scale of the bonus in the normal mode (the paper's ablation).")
+    kappa: float = key(2.0, "The bonus is clamped to |advantage| / kappa (Eq. 3).", above=0.0)
+    normalization: str = key(
+        "zscore", "Normalisation of the bonus over a question's tokens (Eq. 4).", choices=("zscore", "mean", "none")
+    )
+    entropy_estimate: str = key(
+        "logprob",
+        "The bonus from the sampled token's surprisal, or from the exact entropy.",
+        choices=("logprob", "entropy"),
+    )
+    variant: str = key(
+        "paper", "`authors_code` sets clamp_order=code and double_bonus=true.", choices=("paper", "authors_code")
+    )
+    clamp_order: Optional[str] = key(
+        None, "`paper` is eta*clip(B), `code` is clip(eta*B); null follows the variant.", choices=("paper", "code")
+    )
+    double_bonus: Optional[bool] = key(None, "Add the bonus twice, as the authors' code does; null: the variant.")
+    correctness: str = key(
+        "grpo",
+        "Whose advantage the bonus is added to.",
+        choices=("grpo", "dr_grpo", "rloo", "asym_grpo"),
+    )
+    beta_pos: float = key(0.9, "As of asym_grpo, with correctness=asym_grpo.", minimum=0.0)
+    beta_neg: float = key(0.4, "As of asym_grpo, with correctness=asym_grpo.", minimum=0.0)
+
+
+def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSignals:
+    return TokenSignals(advantages(batch, options))
+
+
+def advantages(batch: AdvantageBatch, options: Options) -> Tensor:
+    """[T] fp32, 0 outside the mask. Nothing of it carries a gradient."""
+    own = correctness(batch, options)[batch.row_of_token]
+    return ((own + bonus(batch, own, options)) * batch.mask).detach()
+
+
+def correctness(batch: AdvantageBatch, options: Options) -> Tensor:
+    """A_i of every row, [R] fp32."""
+    if options.correctness == "asym_grpo":
+        exponents = asym_grpo.Options(options.beta_pos, options.beta_neg)
+        return asym_grpo.response_advantages(batch.rewards, batch.group, exponents)
+    rule = {"grpo": zscore, "dr_grpo": centered, "rloo": leave_one_out}[options.correctness]
+    return rule(batch.rewards, batch.group)
+
+
+def bonus(batch: AdvantageBatch, correctness: Tensor, options: Options) -> Tensor:
+    """[T] fp32: what Policy Split adds to the correctness advantage [T] of each token."""
+    surprise = batch.entropy if options.entropy_estimate == "entropy" else -batch.logprobs
+    mixed = options.alpha * surprise + (1 - options.alpha) * batch.at_partner(surprise)
+    row = batch.row_of_token
+    normalized = normalize(mixed, batch.group[row], batch.mask, options.normalization)
+
+    eta = torch.where(batch.high_entropy, options.eta, options.eta_normal)[row]
+    bound = correctness.abs() / options.kappa
+    if clamp_order(options) == "paper":
+        result = eta * normalized.clamp(-bound, bound)
+    else:
+        result = (eta * normalized).clamp(-bound, bound)
+    return 2 * result if double_bonus(options) else result
+
+
+def normalize(values: Tensor, group: Tensor, mask: Tensor, method: str) -> Tensor:
+    """`values` [T] normalised over the unmasked tokens of each group; 0 where masked.
+
+    zscore: (x - mean) / (std + 1e-6), unbiased. mean: (x - mean) / (max - min + 1e-6). none: x.
+    """
+    result = torch.zeros_like(values)
+    kept, kept_group = values[mask], group[mask]
+    if method == "none":
+        result[mask] = kept
+        return result
+    mean, spread = group_mean_std(kept, kept_group)
+    if method == "mean":
+        highest, lowest = group_extremes(kept, kept_group)
+        spread = (highest - lowest).double()
+    result[mask] = ((kept.double() - mean) / (spread + EPSILON)).to(values.dtype)
+    return result
+
+
+def clamp_order(options: Options) -> str:
+    """`clamp_order` if given, otherwise what `variant` says."""
+    return options.clamp_order or ("code" if options.variant == "authors_code" else "paper")
+
+
+def double_bonus(options: Options) -> bool:
+    """`double_bonus` if given, otherwise what `variant` says."""
+    return options.variant == "authors_code" if options.double_bonus is None else options.double_bonus
+
+
+METHOD = Method(
+    signals,
+    source="arXiv 2604.11510",
+    options=Options,
+    sampling_modes=MODES,
+    training_modes=MODES,
+    live=lambda rewards, group, options: (in_mixed_groups if options.correctness == "asym_grpo" else with_advantage)(
+        rewards, group, options
+    ),
+)
