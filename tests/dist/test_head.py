@@ -1,7 +1,5 @@
 """The chunked LM head and the fused loss against plain torch on all logits, in real process groups."""
 
-import functools
-
 import pytest
 import torch
 
@@ -12,15 +10,14 @@ from tests.support.dist import run_distributed
 from tests.support.vocabulary import (
     SIZES,
     Sharded,
+    as_tests,
     assert_same_bits_everywhere,
     counted_collectives,
     mine,
-    named,
     plain_kl,
     plain_statistics,
     random,
     ranks,
-    run_checks,
     shard_of,
 )
 
@@ -340,7 +337,7 @@ def check_backward_once():
         loss.backward()
 
 
-CHECKS = named(
+test_on_one_rank, test_on_sharded_vocabulary = as_tests(
     check_score,
     check_score_with_partners,
     check_equal_partners,
@@ -359,24 +356,6 @@ CHECKS = named(
     check_without_gradient,
     check_backward_once,
 )
-
-
-@functools.cache
-def failures(tensor):
-    """Check name -> traceback or None on every rank."""
-    return run_distributed(run_checks, tensor, CHECKS)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_one_rank(name):
-    CHECKS[name]()
-
-
-@pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("tensor", (2, 4))
-def test_on_sharded_vocabulary(tensor, name):
-    for rank, results in enumerate(failures(tensor)):
-        assert results[name] is None, f"rank {rank} of {tensor}:\n{results[name]}"
 
 
 def score_in_group(rank, tokens):

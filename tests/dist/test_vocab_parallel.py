@@ -1,28 +1,23 @@
 """Vocabulary-parallel statistics against plain torch on the unsharded logits, in real process groups."""
 
-import functools
-
-import pytest
 import torch
 
 from megatron_policysplit.vocab_parallel import VocabularyShard, pair_statistics, token_statistics
-from tests.support.dist import run_distributed
 from tests.support.vocabulary import (
     SIZES,
     TOKENS,
     Sharded,
+    as_tests,
     assert_same_bits_everywhere,
     counted_collectives,
     gathered,
     mine,
     mixed_temperatures,
-    named,
     plain_kl,
     plain_statistics,
     random,
     random_targets,
     ranks,
-    run_checks,
     shard_of,
 )
 
@@ -192,7 +187,7 @@ def check_collectives():
         assert calls == []
 
 
-CHECKS = named(
+test_on_one_rank, test_on_sharded_vocabulary = as_tests(
     check_statistics,
     check_gradients,
     check_gradcheck,
@@ -205,24 +200,6 @@ CHECKS = named(
     check_pair_gradcheck,
     check_collectives,
 )
-
-
-@functools.cache
-def failures(tensor):
-    """Check name -> traceback or None on every rank."""
-    return run_distributed(run_checks, tensor, CHECKS)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_one_rank(name):
-    CHECKS[name]()
-
-
-@pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("tensor", (2, 4))
-def test_on_sharded_vocabulary(tensor, name):
-    for rank, results in enumerate(failures(tensor)):
-        assert results[name] is None, f"rank {rank} of {tensor}:\n{results[name]}"
 
 
 def test_shards_cover_the_vocabulary_once():

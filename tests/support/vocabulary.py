@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_policysplit.vocab_parallel import VocabularyShard
+from tests.support.dist import run_distributed
 
 SIZES = (5, 131, 128)  # 5 over 4 ranks: two columns a rank, and the last rank's shard is all padding
 TOKENS = 7
@@ -151,5 +154,23 @@ def outcome(check: Callable) -> str | None:
     return None
 
 
-def named(*checks: Callable) -> dict[str, Callable]:
-    return {check.__name__.removeprefix("check_"): check for check in checks}
+def as_tests(*checks: Callable) -> tuple[Callable, Callable]:
+    """`test_on_one_rank` and `test_on_sharded_vocabulary` of a module: every check in this process, and on every rank
+    of groups of 2 and of 4, which are started once for all of a module's checks."""
+    named = {check.__name__.removeprefix("check_"): check for check in checks}
+
+    @functools.cache
+    def failures(tensor: int) -> list[dict[str, str | None]]:
+        return run_distributed(run_checks, tensor, named)
+
+    @pytest.mark.parametrize("name", named)
+    def test_on_one_rank(name):
+        named[name]()
+
+    @pytest.mark.parametrize("name", named)
+    @pytest.mark.parametrize("tensor", (2, 4))
+    def test_on_sharded_vocabulary(tensor, name):
+        for rank, results in enumerate(failures(tensor)):
+            assert results[name] is None, f"rank {rank} of {tensor}:\n{results[name]}"
+
+    return test_on_one_rank, test_on_sharded_vocabulary
