@@ -10,6 +10,8 @@ from tests.support.vocabulary import (
     as_tests,
     assert_same_bits_everywhere,
     counted_collectives,
+    extreme_logits,
+    extreme_pair,
     gathered,
     mine,
     mixed_temperatures,
@@ -71,13 +73,7 @@ def check_gradcheck():
 def check_extreme_logits():
     """Logits 1e4 apart: nothing overflows, and values and gradients stay those of fp64."""
     for vocab in SIZES:
-        full, targets = random(TOKENS, vocab, seed=vocab), random_targets(vocab)
-        full[0, 0] += 1e4  # the target is certain
-        full[1, 0] += 1e4  # the target is hopeless
-        full[2] -= 1e4  # a common shift changes nothing
-        full[3] += 1e4
-        full[4, : vocab // 2] -= 1e4  # whole shards far below
-        full[5, 1] = full[5, 4] = 1e4  # a tie of two columns that TP=4 puts on different ranks
+        full, targets = extreme_logits(vocab), random_targets(vocab)
         temperature = mixed_temperatures()
         local = mine(full)
         logprobs, entropy = token_statistics(local, targets, temperature, shard_of(vocab))
@@ -113,13 +109,7 @@ def check_kl():
 
 def check_kl_of_extreme_logits():
     for vocab in SIZES:
-        a = random(TOKENS, vocab, seed=vocab)
-        b = a + random(TOKENS, vocab, seed=vocab + 1, scale=0.3)
-        a[0, 0] += 1e4  # certain under a, one of many under b: one way is 1e4 nats and more
-        b[1, 0] += 1e4
-        a[2] += 1e4  # a shift between the two changes no probability: the KL stays small and must stay right
-        b[3] -= 1e4
-        a[4, : vocab // 2] -= 1e4
+        a, b = extreme_pair(vocab)
         ones = torch.ones(TOKENS)
         there, back = kl_divergence(mine(a), mine(b), ones, ones, shard_of(vocab))
         torch.testing.assert_close(there.double(), plain_kl(a, b, ones, ones), rtol=1e-5, atol=2e-6)
