@@ -1,7 +1,7 @@
 """Hugging Face checkpoints for Megatron-Core and back: tables of names, readers and a writer. Needs no Megatron."""
 
 from checkpoints_conv.architectures import Architecture, MegatronArguments, architecture_of, check_layout
-from checkpoints_conv.reader import SafetensorsReader, check_safetensors, read_hf_config
+from checkpoints_conv.reader import SafetensorsReader, check_safetensors, model_keys, read_hf_config
 from checkpoints_conv.writer import write_hf
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "architecture_of",
     "check_layout",
     "check_safetensors",
+    "model_keys",
     "read_hf_config",
     "write_hf",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,20 @@ if TYPE_CHECKING:
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = ("F32", "BF16", "F16")
+MODEL_KEYS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+    "moe_intermediate_size",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,12 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
     if not path.is_dir():
         raise ModelError(f"model directory {path} does not exist; give a directory with config.json and safetensors")
     return _json_object(path / "config.json", "a Hugging Face model directory needs it")
+
+
+def model_keys(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of config.json in which two copies of one model must agree; None for one that is not there."""
+    experts = hf_config.get("num_experts", hf_config.get("num_local_experts"))
+    return {**{key: hf_config.get(key) for key in MODEL_KEYS}, "num_experts": experts}
 
 
 def read_headers(path: str | Path) -> dict[str, TensorInfo]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from checkpoints_conv import read_hf_config, write_hf
-from megatron_policysplit.actor import checkpoint, parallel
+from megatron_policysplit.actor import checkpoint, cpu, parallel
 from megatron_policysplit.actor.checkpoint import TrainerState
 from megatron_policysplit.actor.checkpoint_files import complete
 from megatron_policysplit.actor.offload import Offload
@@ -227,6 +227,8 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
     _agreed(layout, lambda: log.start(state.step))
     if found:
         log.message(f"resumed from {found}")
+    if (slower := cpu.missing_triton()) is not None:
+        log.message(slower)
 
     state.date = layout.from_chief(state.date or datetime.date.today().isoformat())
     fleet, url = None, None

@@ -16,9 +16,10 @@ from typing import Any
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from checkpoints_conv import model_keys
 from checkpoints_conv.metadata import check_metadata
 from megatron_policysplit.actor import cpu
-from megatron_policysplit.actor.checkpoint_files import check_model, complete, model_keys, path_of, read_trainer_json
+from megatron_policysplit.actor.checkpoint_files import check_model, complete, path_of, read_trainer_json
 from megatron_policysplit.actor.checkpoint_optimizer import groups_of, regrouped
 from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.actor.step import Actor

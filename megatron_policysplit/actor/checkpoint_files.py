@@ -7,23 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from checkpoints_conv import model_keys
 from megatron_policysplit.errors import CheckpointError
 
 NAME = re.compile(r"step_(\d{6,})")
-MODEL_KEYS = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "tie_word_embeddings",
-    "moe_intermediate_size",
-    "num_experts_per_tok",
-    "norm_topk_prob",
-)
 
 
 def path_of(directory: Path, step: int) -> Path:
@@ -54,9 +41,3 @@ def check_model(
             raise CheckpointError(
                 f"{path} was saved from another model: {key}={saved.get(key)} there but {value} in model.path; {remedy}"
             )
-
-
-def model_keys(hf_config: dict[str, Any]) -> dict[str, Any]:
-    """The entries of config.json that a checkpoint's model must share with model.path."""
-    experts = hf_config.get("num_experts", hf_config.get("num_local_experts"))
-    return {**{key: hf_config.get(key) for key in MODEL_KEYS}, "num_experts": experts}

@@ -62,10 +62,24 @@ def head_chunk_tokens() -> int:
 
 
 def use_triton() -> bool:
-    """Whether the LM head is computed by Triton kernels: where triton is new enough for them (torch 2.8 brings 3.4)."""
-    if active() or importlib.util.find_spec("triton") is None:
-        return False
-    return tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 4)
+    """Whether the LM head is computed by Triton kernels: on a GPU where nothing is missing."""
+    return not active() and missing_triton() is None
+
+
+def missing_triton() -> str | None:
+    """Why a GPU computes the LM head in plain torch, and what to do; None if its kernels can run, or without a GPU.
+
+    They need Triton 3.4, which torch 2.8 brings.
+    """
+    if active():
+        return None
+    if importlib.util.find_spec("triton") is None:
+        found = "is not installed"
+    elif tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 4):
+        found = f"{importlib.metadata.version('triton')} is too old for its kernels"
+    else:
+        return None
+    return f"the LM head is computed in plain torch: triton {found}; pip install 'triton>=3.4' (torch 2.8 brings it)"
 
 
 def gpu_count() -> int:

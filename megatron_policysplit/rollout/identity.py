@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints_conv import read_hf_config
-from megatron_policysplit.actor.checkpoint_files import model_keys
+from checkpoints_conv import model_keys, read_hf_config
 from megatron_policysplit.errors import EngineError
 from megatron_policysplit.rollout.members import Member
 

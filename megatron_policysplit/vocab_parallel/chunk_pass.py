@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from megatron_policysplit.vocab_parallel.reduction import (
+    Exponentials,
     Merged,
+    PerToken,
+    Slopes,
+    Tokens,
     exponentials_gradient,
     logits_gradient,
     reduce_logits,
@@ -27,39 +31,28 @@ SLICE_ROWS = 8192  # of a weight of 16 bits, widened at a time
 
 
 @dataclass(frozen=True)
-class Exponentials:
-    """What `reduction.reduce_logits` leaves of a chunk's logits: e [C, padded columns] relative to highest [C]."""
+class States(PerToken):
+    """One of two policies at the tokens of a chunk: hidden states [C, H] and temperature [C]."""
 
-    values: Tensor
-    highest: Tensor
+    hidden: Tensor
+    temperature: Tensor
 
 
 class ChunkPass(Protocol):
-    """hidden [C, H], targets and temperature [C]. What a reduction gives beside the floats may be given to the others,
-    as long as no further chunk but the next has been reduced."""
+    """hidden [C, H] of a chunk. What a reduction gives beside the floats may be given to the others, as long as no
+    further chunk but the next has been reduced."""
 
-    def reduce(self, hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor | None]:
+    def reduce(self, hidden: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """`reduction.reduce_logits` of the chunk, [4, C], and the chunk's logits [C, padded columns] if there are."""
 
-    def reduce_for_gradient(
-        self, hidden: Tensor, targets: Tensor, temperature: Tensor
-    ) -> tuple[Tensor, Exponentials | None]:
+    def reduce_for_gradient(self, hidden: Tensor, tokens: Tokens) -> tuple[Tensor, Exponentials | None]:
         """The same floats, bit for bit, and what `gradient` can use."""
 
-    def reduce_pair(
-        self, a: Tensor, b: Tensor, temperature_a: Tensor, temperature_b: Tensor, logits_a: Tensor | None
-    ) -> Tensor:
-        """`reduction.reduce_pair` of hidden states a and b [C, H], [6, C]."""
+    def reduce_pair(self, a: States, b: States, logits_a: Tensor | None) -> Tensor:
+        """`reduction.reduce_pair` of two policies, [6, C]. logits_a: of the first, if they are there."""
 
     def gradient(
-        self,
-        hidden: Tensor,
-        kept: Exponentials | None,
-        targets: Tensor,
-        temperature: Tensor,
-        merged: Merged,
-        by_logprob: Tensor,
-        by_entropy: Tensor | None,
+        self, hidden: Tensor, kept: Exponentials | None, tokens: Tokens, merged: Merged, slopes: Slopes
     ) -> Tensor:
         """d loss / d logits [C, padded columns] in the dtype of `hidden`; may overwrite `kept`."""
 
@@ -91,40 +84,30 @@ class TorchPass:
         self._weight, self._shard, self._chunk = head.weight.detach(), head.shard, min(head.chunk, tokens)
         self._buffers: list[Tensor] = []
 
-    def reduce(self, hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    def reduce(self, hidden: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         logits = self._logits(hidden)
-        return reduce_logits(logits, targets, temperature, self._shard), logits
+        return reduce_logits(logits, tokens, self._shard), logits
 
-    def reduce_for_gradient(self, hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Exponentials]:
+    def reduce_for_gradient(self, hidden: Tensor, tokens: Tokens) -> tuple[Tensor, Exponentials]:
         logits = self._logits(hidden)
-        parts = reduce_logits(logits, targets, temperature, self._shard, leave_exponentials=True)
+        parts = reduce_logits(logits, tokens, self._shard, leave_exponentials=True)
         return parts, Exponentials(logits, parts[0])
 
-    def reduce_pair(
-        self, a: Tensor, b: Tensor, temperature_a: Tensor, temperature_b: Tensor, logits_a: Tensor | None
-    ) -> Tensor:
+    def reduce_pair(self, a: States, b: States, logits_a: Tensor | None) -> Tensor:
         if logits_a is None:
-            logits_a = self._logits(a)
-        logits_b = self._logits(b)
-        parts = reduce_pair(logits_a, logits_b, temperature_a, temperature_b, self._shard)
+            logits_a = self._logits(a.hidden)
+        logits_b = self._logits(b.hidden)
+        parts = reduce_pair(logits_a, logits_b, a.temperature, b.temperature, self._shard)
         self._buffers.reverse()  # so that the buffer of `logits_a` is not the next to be overwritten
         return parts
 
     def gradient(
-        self,
-        hidden: Tensor,
-        kept: Exponentials | None,
-        targets: Tensor,
-        temperature: Tensor,
-        merged: Merged,
-        by_logprob: Tensor,
-        by_entropy: Tensor | None,
+        self, hidden: Tensor, kept: Exponentials | None, tokens: Tokens, merged: Merged, slopes: Slopes
     ) -> Tensor:
-        args = (targets, temperature, merged, by_logprob, by_entropy, self._shard)
         if kept is not None:
-            return exponentials_gradient(kept.values, kept.highest, *args).to(hidden.dtype)
+            return exponentials_gradient(kept, tokens, merged, slopes, self._shard).to(hidden.dtype)
         logits = self._logits(hidden)
-        return logits_gradient(logits, *args, out=logits).to(hidden.dtype)
+        return logits_gradient(logits, tokens, merged, slopes, self._shard, out=logits).to(hidden.dtype)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[C, padded columns] in the buffer that was not used last."""
@@ -144,36 +127,28 @@ class TritonPass:
 
         self._kernels, self._weight, self._shard = triton_head, head.weight.detach(), head.shard
 
-    def reduce(self, hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, None]:
-        local = targets - self._shard.start
-        return self._kernels.reduce_head(hidden, self._weight, local, temperature, self._shard.columns), None
+    def reduce(self, hidden: Tensor, tokens: Tokens) -> tuple[Tensor, None]:
+        local, columns = tokens.targets - self._shard.start, self._shard.columns
+        return self._kernels.reduce_head(hidden, self._weight, local, tokens.temperature, columns), None
 
     reduce_for_gradient = reduce
 
-    def reduce_pair(
-        self, a: Tensor, b: Tensor, temperature_a: Tensor, temperature_b: Tensor, logits_a: Tensor | None
-    ) -> Tensor:
-        return self._kernels.reduce_head_pair(a, b, self._weight, temperature_a, temperature_b, self._shard.columns)
+    def reduce_pair(self, a: States, b: States, logits_a: Tensor | None) -> Tensor:
+        hidden, temperatures = (a.hidden, b.hidden), (a.temperature, b.temperature)
+        return self._kernels.reduce_head_pair(*hidden, self._weight, *temperatures, self._shard.columns)
 
     def gradient(
-        self,
-        hidden: Tensor,
-        kept: Exponentials | None,
-        targets: Tensor,
-        temperature: Tensor,
-        merged: Merged,
-        by_logprob: Tensor,
-        by_entropy: Tensor | None,
+        self, hidden: Tensor, kept: Exponentials | None, tokens: Tokens, merged: Merged, slopes: Slopes
     ) -> Tensor:
         return self._kernels.head_gradient(
             hidden,
             self._weight,
-            targets - self._shard.start,
-            temperature,
+            tokens.targets - self._shard.start,
+            tokens.temperature,
             self._shard.columns,
             merged.top,
             merged.log_total,
             merged.entropy,
-            by_logprob,
-            by_entropy,
+            slopes.by_logprob,
+            slopes.by_entropy,
         )

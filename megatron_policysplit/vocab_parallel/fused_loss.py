@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_policysplit.vocab_parallel.chunk_pass import Exponentials, chunk_pass
+from megatron_policysplit.vocab_parallel.chunk_pass import chunk_pass
 from megatron_policysplit.vocab_parallel.head import Head
-from megatron_policysplit.vocab_parallel.reduction import Merged, merge, statistics_dtype
+from megatron_policysplit.vocab_parallel.reduction import Exponentials, Merged, Slopes, Tokens, merge, statistics_dtype
 from megatron_policysplit.vocab_parallel.shard import Gathering
 from megatron_policysplit.vocab_parallel.weight_gradient import WeightGradient
 
@@ -60,22 +60,21 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, head, token_loss, needed):
-        temperature = temperature.to(statistics_dtype(hidden))
+        tokens = Tokens(targets, temperature.to(statistics_dtype(hidden)))
         passing = chunk_pass(head, len(hidden))
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needed else None
         total = WeightGradient(weight) if needed else None
-        loss = temperature.new_zeros(())
-        logprobs, entropy = torch.empty_like(temperature), torch.empty_like(temperature)
+        loss = tokens.temperature.new_zeros(())
+        logprobs, entropy = torch.empty_like(tokens.temperature), torch.empty_like(tokens.temperature)
         reduce = passing.reduce_for_gradient if needed else passing.reduce
-        for chunk in _ahead(_reduced(reduce, head, hidden, targets, temperature)):
+        for chunk in _ahead(_reduced(reduce, head, hidden, tokens)):
             span = chunk.span
-            merged = merge(chunk.gathering.wait()[0], temperature[span])
+            merged = merge(chunk.gathering.wait()[0], tokens.temperature[span])
             logprobs[span], entropy[span] = merged.logprobs, merged.entropy
-            part, by_logprob, by_entropy = _slopes(token_loss, span, merged, needed)
+            part, slopes = _slopes(token_loss, span, merged, needed)
             loss += part
             if needed:
-                at = hidden[span], chunk.kept, targets[span], temperature[span]
-                grad = passing.gradient(*at, merged, by_logprob, by_entropy)
+                grad = passing.gradient(hidden[span], chunk.kept, tokens[span], merged, slopes)
                 torch.mm(grad, weight, out=grad_hidden[span])
                 total.add(grad, hidden[span])
         ctx.head, ctx.grad_hidden, ctx.total = head, grad_hidden, total
@@ -93,9 +92,9 @@ class _FusedLoss(torch.autograd.Function):
         return grad_hidden, total.deliver(scale), None, None, None, None, None
 
 
-def _reduced(reduce, head: Head, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Iterator[_Chunk]:
+def _reduced(reduce, head: Head, hidden: Tensor, tokens: Tokens) -> Iterator[_Chunk]:
     for span in head.chunks(len(hidden)):
-        parts, kept = reduce(hidden[span], targets[span], temperature[span])
+        parts, kept = reduce(hidden[span], tokens[span])
         yield _Chunk(span, kept, Gathering([parts], head.shard))
 
 
@@ -110,16 +109,16 @@ def _ahead(chunks: Iterator[_Chunk]) -> Iterator[_Chunk]:
         yield before
 
 
-def _slopes(token_loss: TokenLoss, span: slice, merged: Merged, needed: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The chunk's loss, and its derivatives by the log-probs and, if it has any, by the entropies; [C] each."""
+def _slopes(token_loss: TokenLoss, span: slice, merged: Merged, needed: bool) -> tuple[Tensor, Slopes]:
+    """The chunk's loss, a scalar, and its derivatives by the log-probs and, if it has any, by the entropies."""
     logprobs, entropy = merged.logprobs.detach(), merged.entropy.detach()
     with torch.enable_grad():
         logprobs.requires_grad_(needed)
         entropy.requires_grad_(needed)
         loss = token_loss(span, logprobs, entropy)
     if not needed or not loss.requires_grad:
-        return loss.detach(), torch.zeros_like(logprobs), None
+        return loss.detach(), Slopes(torch.zeros_like(logprobs), None)
     by_logprob, by_entropy = torch.autograd.grad(loss, (logprobs, entropy), allow_unused=True)
     if by_logprob is None:
         by_logprob = torch.zeros_like(logprobs)
-    return loss.detach(), by_logprob, by_entropy
+    return loss.detach(), Slopes(by_logprob, by_entropy)

@@ -16,10 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_policysplit.vocab_parallel.chunk_pass import chunk_pass, shard_logits
+from megatron_policysplit.vocab_parallel.chunk_pass import States, chunk_pass, shard_logits
 from megatron_policysplit.vocab_parallel.reduction import (
     Merged,
     MergedPair,
+    Slopes,
+    Tokens,
     logits_gradient,
     merge,
     merge_pair,
@@ -82,10 +84,11 @@ def score(head: Head, hidden: Tensor, targets: Tensor, temperature: Tensor, part
     passing = chunk_pass(head, len(hidden))
     dtype = statistics_dtype(hidden)
     temperature = temperature.to(dtype)
+    tokens = Tokens(targets, temperature)
     parts = hidden.new_empty(4, len(hidden), dtype=dtype)
     pairs = [hidden.new_empty(6, len(partner.hidden), dtype=dtype) for partner in partners]
     for span in head.chunks(len(hidden)):
-        parts[:, span], logits = passing.reduce(hidden[span], targets[span], temperature[span])
+        parts[:, span], logits = passing.reduce(hidden[span], tokens[span])
         for partner, pair in zip(partners, pairs, strict=True):
             start = max(span.start, partner.start)
             stop = min(span.stop, partner.start + len(partner.hidden))
@@ -93,10 +96,8 @@ def score(head: Head, hidden: Tensor, targets: Tensor, temperature: Tensor, part
                 theirs = slice(start - partner.start, stop - partner.start)
                 ours = slice(start - span.start, stop - span.start)
                 pair[:, theirs] = passing.reduce_pair(
-                    hidden[start:stop],
-                    partner.hidden[theirs],
-                    temperature[start:stop],
-                    partner.temperature[theirs].to(dtype),
+                    States(hidden, temperature)[start:stop],
+                    States(partner.hidden, partner.temperature.to(dtype))[theirs],
                     None if logits is None else logits[ours],
                 )
     gathered, *gathered_pairs = Gathering([parts, *pairs], head.shard).wait()
@@ -137,34 +138,25 @@ class _HeadStatistics(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, head):
         ctx.set_materialize_grads(False)
         passing, dtype = chunk_pass(head, len(hidden)), statistics_dtype(hidden)
-        temperature = temperature.to(dtype)
+        tokens = Tokens(targets, temperature.to(dtype))
         parts = hidden.new_empty(4, len(hidden), dtype=dtype)
         for span in head.chunks(len(hidden)):
-            parts[:, span], _ = passing.reduce(hidden[span], targets[span], temperature[span])
-        merged = merge(Gathering([parts], head.shard).wait()[0], temperature)
+            parts[:, span], _ = passing.reduce(hidden[span], tokens[span])
+        merged = merge(Gathering([parts], head.shard).wait()[0], tokens.temperature)
         ctx.head = head
-        ctx.save_for_backward(hidden, weight, targets, temperature, *vars(merged).values())
+        ctx.save_for_backward(hidden, weight, *vars(tokens).values(), *vars(merged).values())
         return merged.logprobs, merged.entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, by_logprob, by_entropy):
         hidden, weight, targets, temperature, *kept = ctx.saved_tensors
-        head, merged = ctx.head, Merged(*kept)
-        if by_logprob is None:
-            by_logprob = torch.zeros_like(merged.logprobs)
+        head, tokens, merged = ctx.head, Tokens(targets, temperature), Merged(*kept)
+        slopes = Slopes(torch.zeros_like(merged.logprobs) if by_logprob is None else by_logprob, by_entropy)
         passing, total = chunk_pass(head, len(hidden)), WeightGradient(weight)
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         for span in head.chunks(len(hidden)):
-            grad = passing.gradient(
-                hidden[span],
-                None,
-                targets[span],
-                temperature[span],
-                _cut(merged, span),
-                by_logprob[span],
-                None if by_entropy is None else by_entropy[span],
-            )
+            grad = passing.gradient(hidden[span], None, tokens[span], merged[span], slopes[span])
             torch.mm(grad, weight, out=grad_hidden[span])
             total.add(grad, hidden[span])
         return head.sum_over_ranks(grad_hidden), total.deliver(), None, None, None
@@ -176,19 +168,18 @@ class _HeadPairStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_a, hidden_b, weight, targets, temperature_a, temperature_b, head):
         passing, dtype = chunk_pass(head, len(hidden_a)), statistics_dtype(hidden_a)
-        both, temperatures = (hidden_a, hidden_b), (temperature_a.to(dtype), temperature_b.to(dtype))
+        policies = a, b = States(hidden_a, temperature_a.to(dtype)), States(hidden_b, temperature_b.to(dtype))
         parts = [hidden_a.new_empty(count, len(hidden_a), dtype=dtype) for count in (4, 4, 6)]
         for span in head.chunks(len(hidden_a)):
-            for hidden, temperature, part in zip(both, temperatures, parts[:2], strict=True):
-                part[:, span], _ = passing.reduce(hidden[span], targets[span], temperature[span])
-            t_a, t_b = (temperature[span] for temperature in temperatures)
-            parts[2][:, span] = passing.reduce_pair(hidden_a[span], hidden_b[span], t_a, t_b, None)
+            for policy, part in zip(policies, parts[:2], strict=True):
+                part[:, span], _ = passing.reduce(policy.hidden[span], Tokens(targets, policy.temperature)[span])
+            parts[2][:, span] = passing.reduce_pair(a[span], b[span], None)
         gathered_a, gathered_b, gathered_pair = Gathering(parts, head.shard).wait()
-        merged_a, merged_b = merge(gathered_a, temperatures[0]), merge(gathered_b, temperatures[1])
-        pair = merge_pair(gathered_pair, *temperatures)
+        merged_a, merged_b = merge(gathered_a, a.temperature), merge(gathered_b, b.temperature)
+        pair = merge_pair(gathered_pair, a.temperature, b.temperature)
         ctx.head = head
         kept = [value for merged in (merged_a, merged_b, pair) for value in vars(merged).values()]
-        ctx.save_for_backward(hidden_a, hidden_b, weight, targets, *temperatures, *kept)
+        ctx.save_for_backward(hidden_a, hidden_b, weight, targets, a.temperature, b.temperature, *kept)
         own = (merged_a.logprobs, merged_a.entropy, merged_b.logprobs, merged_b.entropy)
         return (*own, pair.kl_ab, pair.kl_ba)
 
@@ -197,6 +188,8 @@ class _HeadPairStatistics(torch.autograd.Function):
     def backward(ctx, by_logprob_a, by_entropy_a, by_logprob_b, by_entropy_b, by_kl_ab, by_kl_ba):
         hidden_a, hidden_b, weight, targets, t_a, t_b, *kept = ctx.saved_tensors
         head, merged_a, merged_b, pair = ctx.head, Merged(*kept[:4]), Merged(*kept[4:8]), MergedPair(*kept[8:])
+        tokens_a, tokens_b = Tokens(targets, t_a), Tokens(targets, t_b)
+        slopes_a, slopes_b = Slopes(by_logprob_a, by_entropy_a), Slopes(by_logprob_b, by_entropy_b)
         total = WeightGradient(weight)
         grad_hidden = torch.empty(2, *hidden_a.shape, dtype=hidden_a.dtype, device=hidden_a.device)
         for span in head.chunks(len(hidden_a)):
@@ -204,11 +197,9 @@ class _HeadPairStatistics(torch.autograd.Function):
             logits = torch.empty(shape, dtype=t_a.dtype, device=weight.device)
             a, b = shard_logits(hidden_a[span], weight, logits[0]), shard_logits(hidden_b[span], weight, logits[1])
             grads = to_a, to_b = torch.empty_like(logits)
-            own_a = (targets[span], t_a[span], _cut(merged_a, span), by_logprob_a[span], by_entropy_a[span])
-            own_b = (targets[span], t_b[span], _cut(merged_b, span), by_logprob_b[span], by_entropy_b[span])
-            logits_gradient(a, *own_a, head.shard, out=to_a)
-            logits_gradient(b, *own_b, head.shard, out=to_b)
-            kl = (_cut(pair, span), by_kl_ab[span], by_kl_ba[span])
+            logits_gradient(a, tokens_a[span], merged_a[span], slopes_a[span], head.shard, out=to_a)
+            logits_gradient(b, tokens_b[span], merged_b[span], slopes_b[span], head.shard, out=to_b)
+            kl = (pair[span], by_kl_ab[span], by_kl_ba[span])
             pair_gradient(a, b, t_a[span], t_b[span], *kl, head.shard, to_a, to_b)
             for own, hidden, grad in zip(grad_hidden, (hidden_a, hidden_b), grads, strict=True):
                 grad = grad.to(hidden.dtype)
@@ -216,7 +207,3 @@ class _HeadPairStatistics(torch.autograd.Function):
                 total.add(grad, hidden[span])
         to_hidden_a, to_hidden_b = head.sum_over_ranks(grad_hidden)
         return to_hidden_a, to_hidden_b, total.deliver(), None, None, None, None
-
-
-def _cut(merged: Merged | MergedPair, span: slice):
-    return type(merged)(*(value[span] for value in vars(merged).values()))

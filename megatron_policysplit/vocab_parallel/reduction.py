@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -24,8 +25,39 @@ from megatron_policysplit.vocab_parallel.shard import VocabularyShard
 TILE_ELEMENTS = 2**18
 
 
+class PerToken:
+    """A dataclass of tensors [T], or None for one that is not there; cut like a tensor."""
+
+    def __getitem__(self, rows: slice) -> Self:
+        return type(self)(*(None if value is None else value[rows] for value in vars(self).values()))
+
+
 @dataclass(frozen=True)
-class Merged:
+class Tokens(PerToken):
+    """What is asked of the logits of T tokens: targets (int64, global ids) and temperature, [T]."""
+
+    targets: Tensor
+    temperature: Tensor
+
+
+@dataclass(frozen=True)
+class Slopes(PerToken):
+    """d loss / d logprobs and d loss / d entropy, [T] each; None for an entropy without gradient."""
+
+    by_logprob: Tensor
+    by_entropy: Tensor | None
+
+
+@dataclass(frozen=True)
+class Exponentials:
+    """What `reduce_logits` leaves of logits if asked: e [T, padded columns], and m of the shard [T] in `highest`."""
+
+    values: Tensor
+    highest: Tensor
+
+
+@dataclass(frozen=True)
+class Merged(PerToken):
     """Of whole rows, [T] each: log_p of any column is (z - top) / temperature - log_total. Nats."""
 
     top: Tensor
@@ -35,7 +67,7 @@ class Merged:
 
 
 @dataclass(frozen=True)
-class MergedPair:
+class MergedPair(PerToken):
     """Of two policies a and b at the same tokens, [T] each: KL(a || b) and KL(b || a), nats; and what their gradients
     need: log p of policy a is (z_a - top_a) / temperature_a - log_total_a."""
 
@@ -52,14 +84,15 @@ def statistics_dtype(logits: Tensor) -> torch.dtype:
 
 
 def reduce_logits(
-    logits: Tensor, targets: Tensor, temperature: Tensor, shard: VocabularyShard, *, leave_exponentials: bool = False
+    logits: Tensor, tokens: Tokens, shard: VocabularyShard, *, leave_exponentials: bool = False
 ) -> Tensor:
     """[4, T]: m, sum e, sum e x, z at the target (0 where another rank has it), of logits [T, padded columns].
 
     leave_exponentials: overwrite the true columns of `logits`, of 32 or 64 bits, with e; for `exponentials_gradient`.
     """
     parts = logits.new_empty(4, len(logits), dtype=statistics_dtype(logits))
-    local, owned = _local(targets, shard)
+    temperature = tokens.temperature
+    local, owned = _local(tokens.targets, shard)
     scaled = bool((temperature != 1).any())
     for rows in _tiles(logits):
         z = _true_columns(logits[rows], shard)
@@ -104,65 +137,65 @@ def merge_pair(gathered: Tensor, temperature_a: Tensor, temperature_b: Tensor) -
 
 
 def logits_gradient(
-    logits: Tensor,
-    targets: Tensor,
-    temperature: Tensor,
-    merged: Merged,
-    by_logprob: Tensor,
-    by_entropy: Tensor | None,
-    shard: VocabularyShard,
-    out: Tensor,
+    logits: Tensor, tokens: Tokens, merged: Merged, slopes: Slopes, shard: VocabularyShard, out: Tensor
 ) -> Tensor:
-    """d loss / d logits into `out` [T, padded columns], which may be `logits` itself.
+    """d loss / d logits into `out` [T, padded columns], which may be `logits` itself. Padding columns get 0.
 
-    by_logprob, by_entropy [T]: d loss / d logprobs and d entropy; None for an entropy without gradient. Padding
-    columns get 0. dlogp/dz = (1[target] - p) / t; dH/dz = -p (log p + H) / t.
+    dlogp/dz = (1[target] - p) / t; dH/dz = -p (log p + H) / t.
     """
-    local, owned = _local(targets, shard)
+    factors = _Factors.of((-merged.log_total).exp(), tokens, merged, slopes, shard)
     for rows in _tiles(logits):
-        log_p = _log_p(logits[rows], temperature[rows], merged.top[rows], merged.log_total[rows], shard)
-        if by_entropy is None:
-            grad = log_p.exp_().mul_(-by_logprob[rows, None])
-        else:
-            p = log_p.exp()
-            slope = log_p.add_(merged.entropy[rows, None]).mul_(by_entropy[rows, None]).add_(by_logprob[rows, None])
-            grad = p.mul_(slope).neg_()
-        if shard.columns:
-            grad.scatter_add_(1, local[rows, None], by_logprob[rows].where(owned[rows], 0.0)[:, None])
-        out[rows, : shard.columns] = grad.div_(temperature[rows, None])
+        z = _true_columns(logits[rows], shard)
+        e = (z - merged.top[rows, None]).div_(tokens.temperature[rows, None]).exp_()
+        out[rows, : shard.columns] = _into_gradient(e, factors[rows])
     out[:, shard.columns :] = 0
     return out
 
 
 def exponentials_gradient(
-    exponentials: Tensor,
-    highest: Tensor,
-    targets: Tensor,
-    temperature: Tensor,
-    merged: Merged,
-    by_logprob: Tensor,
-    by_entropy: Tensor | None,
-    shard: VocabularyShard,
+    exponentials: Exponentials, tokens: Tokens, merged: Merged, slopes: Slopes, shard: VocabularyShard
 ) -> Tensor:
-    """`logits_gradient` in place of what `reduce_logits` has left: e [T, padded columns], relative to m = highest [T].
+    """`logits_gradient` in place of the exponentials: what `reduce_logits` computed is not computed again."""
+    e, below = exponentials.values, (exponentials.highest - merged.top) / tokens.temperature
+    factors = _Factors.of((below - merged.log_total).exp(), tokens, merged, slopes, shard)
+    for rows in _tiles(e):
+        _into_gradient(e[rows, : shard.columns], factors[rows])
+    e[:, shard.columns :] = 0
+    return e
 
-    p = e exp((m - top) / t - log_total), so the gradient by a log-prob is e times one number a token.
-    """
-    local, owned = _local(targets, shard)
-    to_p = ((highest - merged.top) / temperature - merged.log_total).exp()
-    at_target = (by_logprob / temperature).where(owned, 0.0)
-    for rows in _tiles(exponentials):
-        e = exponentials[rows, : shard.columns]
-        if by_entropy is None:
-            e.mul_((-by_logprob[rows] * to_p[rows] / temperature[rows])[:, None])
-        else:
-            p = e * to_p[rows, None]
-            slope = torch.special.xlogy(p, p).add_(p * merged.entropy[rows, None]).mul_(by_entropy[rows, None])
-            e.copy_(p.mul_(by_logprob[rows, None]).add_(slope).neg_().div_(temperature[rows, None]))
-        if shard.columns:
-            e.scatter_add_(1, local[rows, None], at_target[rows, None])
-    exponentials[:, shard.columns :] = 0
-    return exponentials
+
+@dataclass(frozen=True)
+class _Factors(PerToken):
+    """What turns e into the gradient of the logits, [T] each: p = e to_p; slopes by z, not by z / t; the target's
+    column in the shard, if it has any, and what is added there."""
+
+    to_p: Tensor
+    entropy: Tensor
+    by_logprob: Tensor
+    by_entropy: Tensor | None
+    column: Tensor
+    at_column: Tensor
+
+    @classmethod
+    def of(cls, to_p: Tensor, tokens: Tokens, merged: Merged, slopes: Slopes, shard: VocabularyShard) -> Self:
+        column, owned = _local(tokens.targets, shard)
+        by_logprob = slopes.by_logprob / tokens.temperature
+        by_entropy = None if slopes.by_entropy is None else slopes.by_entropy / tokens.temperature
+        return cls(to_p, merged.entropy, by_logprob, by_entropy, column, by_logprob.where(owned, 0.0))
+
+
+def _into_gradient(e: Tensor, factors: _Factors) -> Tensor:
+    """e [T, v] overwritten with d loss / d z. Without entropy that is e times one number a token."""
+    if factors.by_entropy is None:
+        e.mul_((factors.to_p * -factors.by_logprob)[:, None])
+    else:
+        p = e.mul_(factors.to_p[:, None])
+        log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log_()  # where p is 0, p log p must be
+        by_entropy = log_p.add_(factors.entropy[:, None]).mul_(factors.by_entropy[:, None])
+        p.mul_(by_entropy.add_(factors.by_logprob[:, None]).neg_())
+    if e.shape[1]:
+        e.scatter_add_(1, factors.column[:, None], factors.at_column[:, None])
+    return e
 
 
 def pair_gradient(

@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 from megatron_policysplit.vocab_parallel.reduction import (
     Merged,
     MergedPair,
+    PerToken,
+    Slopes,
+    Tokens,
     logits_gradient,
     merge,
     merge_pair,
@@ -72,19 +75,19 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, temperature, shard):
-        temperature = temperature.to(statistics_dtype(logits))
-        (gathered,) = Gathering([reduce_logits(logits, targets, temperature, shard)], shard).wait()
-        merged = merge(gathered, temperature)
+        tokens = Tokens(targets, temperature.to(statistics_dtype(logits)))
+        (gathered,) = Gathering([reduce_logits(logits, tokens, shard)], shard).wait()
+        merged = merge(gathered, tokens.temperature)
         ctx.shard = shard
-        ctx.save_for_backward(logits, targets, temperature, *_tensors(merged))
+        ctx.save_for_backward(logits, *_tensors(tokens), *_tensors(merged))
         return merged.logprobs, merged.entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, by_logprob, by_entropy):
         logits, targets, temperature, *merged = ctx.saved_tensors
-        out = torch.empty_like(logits)
-        logits_gradient(logits, targets, temperature, Merged(*merged), by_logprob, by_entropy, ctx.shard, out)
+        tokens, slopes = Tokens(targets, temperature), Slopes(by_logprob, by_entropy)
+        out = logits_gradient(logits, tokens, Merged(*merged), slopes, ctx.shard, torch.empty_like(logits))
         return out, None, None, None
 
 
@@ -95,8 +98,8 @@ class _PairStatistics(torch.autograd.Function):
     def forward(ctx, a, b, targets, temperature_a, temperature_b, shard):
         temperature_a, temperature_b = (t.to(statistics_dtype(a)) for t in (temperature_a, temperature_b))
         parts = [
-            reduce_logits(a, targets, temperature_a, shard),
-            reduce_logits(b, targets, temperature_b, shard),
+            reduce_logits(a, Tokens(targets, temperature_a), shard),
+            reduce_logits(b, Tokens(targets, temperature_b), shard),
             reduce_pair(a, b, temperature_a, temperature_b, shard),
         ]
         gathered_a, gathered_b, gathered_pair = Gathering(parts, shard).wait()
@@ -113,12 +116,12 @@ class _PairStatistics(torch.autograd.Function):
     def backward(ctx, by_logprob_a, by_entropy_a, by_logprob_b, by_entropy_b, by_kl_ab, by_kl_ba):
         a, b, targets, t_a, t_b, *kept = ctx.saved_tensors
         merged_a, merged_b, pair = Merged(*kept[:4]), Merged(*kept[4:8]), MergedPair(*kept[8:])
-        to_a, to_b = torch.empty_like(a), torch.empty_like(b)
-        logits_gradient(a, targets, t_a, merged_a, by_logprob_a, by_entropy_a, ctx.shard, to_a)
-        logits_gradient(b, targets, t_b, merged_b, by_logprob_b, by_entropy_b, ctx.shard, to_b)
+        slopes_a, slopes_b = Slopes(by_logprob_a, by_entropy_a), Slopes(by_logprob_b, by_entropy_b)
+        to_a = logits_gradient(a, Tokens(targets, t_a), merged_a, slopes_a, ctx.shard, torch.empty_like(a))
+        to_b = logits_gradient(b, Tokens(targets, t_b), merged_b, slopes_b, ctx.shard, torch.empty_like(b))
         pair_gradient(a, b, t_a, t_b, pair, by_kl_ab, by_kl_ba, ctx.shard, to_a, to_b)
         return to_a, to_b, None, None, None, None
 
 
-def _tensors(merged: Merged | MergedPair) -> tuple[Tensor, ...]:
-    return tuple(vars(merged).values())
+def _tensors(values: PerToken) -> tuple[Tensor, ...]:
+    return tuple(vars(values).values())

@@ -1,7 +1,5 @@
 """The chunked LM head and the fused loss against plain torch on all logits, in real process groups."""
 
-import functools
-
 import pytest
 import torch
 
@@ -11,17 +9,23 @@ from megatron_policysplit.vocab_parallel.head import Head, Partner, head_pair_st
 from tests.support.dist import run_distributed
 from tests.support.vocabulary import (
     SIZES,
-    Sharded,
+    Anew,
+    as_tests,
+    assert_gradients,
     assert_same_bits_everywhere,
     counted_collectives,
-    mine,
-    named,
+    exact_head,
+    extreme_logits,
+    extreme_pair,
+    head_of,
+    mixed_temperatures,
     plain_kl,
     plain_statistics,
     random,
+    random_targets,
     ranks,
-    run_checks,
-    shard_of,
+    rows_of,
+    sharded_head,
 )
 
 TOKENS, HIDDEN = 70, 6
@@ -34,23 +38,6 @@ def inputs(vocab, dtype=torch.float32, tokens=TOKENS):
     targets = torch.randint(0, vocab, (tokens,), generator=torch.Generator().manual_seed(3))
     targets[0], targets[1] = 0, vocab - 1
     return hidden, weight, targets, torch.tensor([0.6, 1.0]).repeat(tokens)[:tokens]
-
-
-def head_of(weight, chunk):
-    """This rank's rows of a weight [V, H], as a leaf; garbage in the rows of padding."""
-    return Head(mine(weight.t()).detach().t().contiguous().requires_grad_(), shard_of(len(weight)), chunk)
-
-
-def sharded_head(weight, chunk):
-    """The same, connected with the whole weight."""
-    return Head(Sharded.apply(weight, 0), shard_of(len(weight)), chunk)
-
-
-def rows_of(head, vocab, grad):
-    """The true rows of this rank, of a gradient of the whole weight; padding must have 0 of its own."""
-    start, columns = head.shard.start, head.shard.columns
-    assert (head.weight.grad[columns:] == 0).all()
-    return head.weight.grad[:columns], grad[start : start + columns]
 
 
 def curved(span, logprobs, entropy):
@@ -103,16 +90,50 @@ def check_equal_partners():
 
 
 def check_extreme_logits():
+    """Logits 1e4 apart: values and gradients stay those of fp64."""
     for vocab in SIZES:
-        hidden, weight, targets, temperature = inputs(vocab)
-        weight[0] *= 3e3
-        head = head_of(weight, 16)
-        leaf = hidden.clone().requires_grad_()
-        loss, logprobs, entropy = fused_loss(head, leaf, targets, temperature, lambda span, lp, h: lp.sum() + h.sum())
-        loss.backward()
-        expected = plain_statistics(hidden.double() @ weight.double().t(), targets, temperature)
-        torch.testing.assert_close(logprobs.double(), expected[0], rtol=1e-5, atol=1e-2)
-        assert all(value.isfinite().all() for value in (logprobs, entropy, leaf.grad, head.weight.grad))
+        logits, targets, temperature = extreme_logits(vocab), random_targets(vocab), mixed_temperatures()
+        plain = logits.double().requires_grad_()
+        truth = plain_statistics(plain, targets, temperature)
+        (truth[0] + 0.5 * truth[1]).sum().backward()
+        for chunk in (1, 3, len(logits)):
+            head, hidden = exact_head(logits, chunk)
+            fused = fused_loss(head, hidden, targets, temperature, lambda span, lp, h: (lp + 0.5 * h).sum())
+            fused.loss.backward()
+            again, leaf = exact_head(logits, chunk)
+            logprobs, entropy = head_statistics(again, leaf, targets, temperature)
+            (logprobs + 0.5 * entropy).sum().backward()
+            scores = score(again, leaf, targets, temperature)
+            for got in (fused[1:], (logprobs.detach(), entropy.detach()), scores[:2]):
+                for value, expected in zip(got, truth, strict=True):
+                    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=2e-6)
+                assert got[0][0] == got[1][0] == 0
+                assert_same_bits_everywhere(*got)
+            for own, states in ((head, hidden), (again, leaf)):
+                assert_gradients(own, states, logits, plain.grad, torch.full((len(logits),), 2e-6))
+
+
+def check_kl_of_extreme_logits():
+    """Values and gradients of two policies whose logits are 1e4 apart, in themselves or from each other."""
+    for vocab in SIZES:
+        a, b = extreme_pair(vocab)
+        both, tokens = torch.cat([a, b]), len(a)
+        targets, t_a, t_b = random_targets(vocab), mixed_temperatures(), mixed_temperatures(flip=True)
+        plain = both.double().requires_grad_()
+        p, q = plain.split(tokens)
+        truth = plain_kl(p, q, t_a, t_b), plain_kl(q, p, t_b, t_a)
+        (truth[0] + 0.5 * truth[1]).sum().backward()
+        for chunk in (1, 3, tokens):
+            head, hidden = exact_head(both, chunk)
+            kl = head_pair_statistics(head, hidden[:tokens], hidden[tokens:], targets, t_a, t_b)[4:]
+            (kl[0] + 0.5 * kl[1]).sum().backward()
+            partner = Partner(0, hidden[tokens:], t_b)
+            (scored,) = score(head, hidden[:tokens], targets, t_a, [partner]).kl
+            for got in (kl, scored):
+                for value, expected in zip(got, truth, strict=True):
+                    torch.testing.assert_close(value.detach().double(), expected, rtol=1e-6, atol=2e-6)
+            largest = torch.maximum(*truth).detach().clamp_min(1.0)  # in p (L - KL) both may be 1e4, and cancel
+            assert_gradients(head, hidden, both, plain.grad, 1e-6 * largest.repeat(2))
 
 
 def check_gradients():
@@ -161,22 +182,6 @@ def check_gradcheck_of_pairs():
         return head_pair_statistics(sharded_head(w, 3), a, b, targets, temperature, temperature.flip(0))
 
     gradcheck(statistics, hidden, other, weight)
-
-
-class Anew(torch.autograd.Function):
-    """`function` of tensors, evaluated again for every backward: gradcheck goes backward more than once."""
-
-    @staticmethod
-    def forward(ctx, function, *tensors):
-        ctx.function = function
-        ctx.save_for_backward(*tensors)
-        return function(*tensors).detach()
-
-    @staticmethod
-    def backward(ctx, scale):
-        with torch.enable_grad():
-            leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-            return None, *torch.autograd.grad(ctx.function(*leaves), leaves, scale)
 
 
 def check_gradcheck_of_the_fused_loss():
@@ -340,11 +345,12 @@ def check_backward_once():
         loss.backward()
 
 
-CHECKS = named(
+test_on_one_rank, test_on_sharded_vocabulary = as_tests(
     check_score,
     check_score_with_partners,
     check_equal_partners,
     check_extreme_logits,
+    check_kl_of_extreme_logits,
     check_gradients,
     check_gradcheck_of_statistics,
     check_gradcheck_of_pairs,
@@ -359,24 +365,6 @@ CHECKS = named(
     check_without_gradient,
     check_backward_once,
 )
-
-
-@functools.cache
-def failures(tensor):
-    """Check name -> traceback or None on every rank."""
-    return run_distributed(run_checks, tensor, CHECKS)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_one_rank(name):
-    CHECKS[name]()
-
-
-@pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("tensor", (2, 4))
-def test_on_sharded_vocabulary(tensor, name):
-    for rank, results in enumerate(failures(tensor)):
-        assert results[name] is None, f"rank {rank} of {tensor}:\n{results[name]}"
 
 
 def score_in_group(rank, tokens):

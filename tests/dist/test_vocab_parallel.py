@@ -1,28 +1,25 @@
 """Vocabulary-parallel statistics against plain torch on the unsharded logits, in real process groups."""
 
-import functools
-
-import pytest
 import torch
 
 from megatron_policysplit.vocab_parallel import VocabularyShard, pair_statistics, token_statistics
-from tests.support.dist import run_distributed
 from tests.support.vocabulary import (
     SIZES,
     TOKENS,
     Sharded,
+    as_tests,
     assert_same_bits_everywhere,
     counted_collectives,
+    extreme_logits,
+    extreme_pair,
     gathered,
     mine,
     mixed_temperatures,
-    named,
     plain_kl,
     plain_statistics,
     random,
     random_targets,
     ranks,
-    run_checks,
     shard_of,
 )
 
@@ -76,13 +73,7 @@ def check_gradcheck():
 def check_extreme_logits():
     """Logits 1e4 apart: nothing overflows, and values and gradients stay those of fp64."""
     for vocab in SIZES:
-        full, targets = random(TOKENS, vocab, seed=vocab), random_targets(vocab)
-        full[0, 0] += 1e4  # the target is certain
-        full[1, 0] += 1e4  # the target is hopeless
-        full[2] -= 1e4  # a common shift changes nothing
-        full[3] += 1e4
-        full[4, : vocab // 2] -= 1e4  # whole shards far below
-        full[5, 1] = full[5, 4] = 1e4  # a tie of two columns that TP=4 puts on different ranks
+        full, targets = extreme_logits(vocab), random_targets(vocab)
         temperature = mixed_temperatures()
         local = mine(full)
         logprobs, entropy = token_statistics(local, targets, temperature, shard_of(vocab))
@@ -118,13 +109,7 @@ def check_kl():
 
 def check_kl_of_extreme_logits():
     for vocab in SIZES:
-        a = random(TOKENS, vocab, seed=vocab)
-        b = a + random(TOKENS, vocab, seed=vocab + 1, scale=0.3)
-        a[0, 0] += 1e4  # certain under a, one of many under b: one way is 1e4 nats and more
-        b[1, 0] += 1e4
-        a[2] += 1e4  # a shift between the two changes no probability: the KL stays small and must stay right
-        b[3] -= 1e4
-        a[4, : vocab // 2] -= 1e4
+        a, b = extreme_pair(vocab)
         ones = torch.ones(TOKENS)
         there, back = kl_divergence(mine(a), mine(b), ones, ones, shard_of(vocab))
         torch.testing.assert_close(there.double(), plain_kl(a, b, ones, ones), rtol=1e-5, atol=2e-6)
@@ -192,7 +177,7 @@ def check_collectives():
         assert calls == []
 
 
-CHECKS = named(
+test_on_one_rank, test_on_sharded_vocabulary = as_tests(
     check_statistics,
     check_gradients,
     check_gradcheck,
@@ -205,24 +190,6 @@ CHECKS = named(
     check_pair_gradcheck,
     check_collectives,
 )
-
-
-@functools.cache
-def failures(tensor):
-    """Check name -> traceback or None on every rank."""
-    return run_distributed(run_checks, tensor, CHECKS)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_one_rank(name):
-    CHECKS[name]()
-
-
-@pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("tensor", (2, 4))
-def test_on_sharded_vocabulary(tensor, name):
-    for rank, results in enumerate(failures(tensor)):
-        assert results[name] is None, f"rank {rank} of {tensor}:\n{results[name]}"
 
 
 def test_shards_cover_the_vocabulary_once():

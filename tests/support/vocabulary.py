@@ -1,15 +1,18 @@
-"""Sharded vocabularies for tests: inputs alike on every rank, the unsharded truth in fp64, counted collectives."""
+"""Sharded vocabularies for tests: the unsharded truth in fp64, inputs alike on every rank, heads, collectives."""
 
 from __future__ import annotations
 
+import functools
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_policysplit.vocab_parallel import VocabularyShard
+from megatron_policysplit.vocab_parallel import Head, VocabularyShard
+from tests.support.dist import run_distributed
 
 SIZES = (5, 131, 128)  # 5 over 4 ranks: two columns a rank, and the last rank's shard is all padding
 TOKENS = 7
@@ -55,6 +58,30 @@ def random_targets(vocab, seed=1):
     targets = torch.randint(0, vocab, (TOKENS,), generator=torch.Generator().manual_seed(seed))
     targets[0], targets[1] = 0, vocab - 1
     return targets
+
+
+def extreme_logits(vocab):
+    """[TOKENS, vocab] fp32, 1e4 apart; for `random_targets(vocab)`."""
+    full = random(TOKENS, vocab, seed=vocab)
+    full[0, 0] += 1e4  # the target is certain
+    full[1, 0] += 1e4  # the target is hopeless
+    full[2] -= 1e4  # a common shift changes nothing
+    full[3] += 1e4
+    full[4, : vocab // 2] -= 1e4  # whole shards far below
+    full[5, 1] = full[5, 4] = 1e4  # a tie of two columns that TP=4 puts on different ranks
+    return full
+
+
+def extreme_pair(vocab):
+    """Two policies' [TOKENS, vocab] fp32, 1e4 apart in themselves or from each other."""
+    a = random(TOKENS, vocab, seed=vocab)
+    b = a + random(TOKENS, vocab, seed=vocab + 1, scale=0.3)
+    a[0, 0] += 1e4  # certain under a, one of many under b: one way is 1e4 nats and more
+    b[1, 0] += 1e4
+    a[2] += 1e4  # a shift between the two changes no probability: the KL stays small and must stay right
+    b[3] -= 1e4
+    a[4, : vocab // 2] -= 1e4
+    return a, b
 
 
 def mixed_temperatures(flip=False):
@@ -107,6 +134,65 @@ class Sharded(torch.autograd.Function):
         return gathered(by_column, ctx.size)[0].transpose(0, 1 - ctx.dimension).clone(), None
 
 
+# --- heads -------------------------------------------------------------------------------------------
+
+
+def head_of(weight, chunk):
+    """This rank's rows of a weight [V, H], as a leaf; garbage in the rows of padding."""
+    return Head(mine(weight.t()).detach().t().contiguous().requires_grad_(), shard_of(len(weight)), chunk)
+
+
+def sharded_head(weight, chunk):
+    """The same, connected with the whole weight."""
+    return Head(Sharded.apply(weight, 0), shard_of(len(weight)), chunk)
+
+
+def rows_of(head, vocab, grad):
+    """The true rows of this rank, of a gradient of the whole weight; padding must have 0 of its own."""
+    start, columns = head.shard.start, head.shard.columns
+    assert (head.weight.grad[columns:] == 0).all()
+    return head.weight.grad[:columns], grad[start : start + columns]
+
+
+def exact_head(logits, chunk):
+    """A head, and hidden states of which each picks one of its columns: their product is logits [T, V] exactly."""
+    hidden = torch.eye(len(logits))
+    assert torch.equal(hidden @ logits, logits)
+    return head_of(logits.t(), chunk), hidden.requires_grad_()
+
+
+def assert_gradients(head, hidden, logits, by_logits, accuracy):
+    """Of head and hidden states of `exact_head`, from the true d loss / d logits [T, V], fp64.
+
+    The weight's are these, within accuracy [T]. The hidden states' are their product with the weight, whose terms may
+    be thousands and cancel: within twice the accuracy of what the terms add up to without their signs.
+    """
+    got, expected = rows_of(head, logits.shape[1], by_logits.t())
+    assert ((got - expected).abs() <= accuracy).all(), (got - expected).abs().max()
+    error = hidden.grad - by_logits @ logits.double().t()
+    terms = by_logits.abs() @ logits.double().abs().t()
+    assert (error.abs() <= 2 * accuracy[:, None] * terms).all(), error.abs().max()
+
+
+class Anew(torch.autograd.Function):
+    """`function` of tensors, evaluated again for every backward: gradcheck goes backward more than once."""
+
+    @staticmethod
+    def forward(ctx, function, *tensors):
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        return function(*tensors).detach()
+
+    @staticmethod
+    def backward(ctx, scale):
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            return None, *torch.autograd.grad(ctx.function(*leaves), leaves, scale)
+
+
+# --- collectives and checks ---------------------------------------------------------------------------
+
+
 @contextmanager
 def counted_collectives() -> Iterator[list[tuple[str, int]]]:
     """What goes over any group meanwhile, in order: name and number of elements that this rank sends."""
@@ -151,5 +237,23 @@ def outcome(check: Callable) -> str | None:
     return None
 
 
-def named(*checks: Callable) -> dict[str, Callable]:
-    return {check.__name__.removeprefix("check_"): check for check in checks}
+def as_tests(*checks: Callable) -> tuple[Callable, Callable]:
+    """`test_on_one_rank` and `test_on_sharded_vocabulary` of a module: every check in this process, and on every rank
+    of groups of 2 and of 4, which are started once for all of a module's checks."""
+    named = {check.__name__.removeprefix("check_"): check for check in checks}
+
+    @functools.cache
+    def failures(tensor: int) -> list[dict[str, str | None]]:
+        return run_distributed(run_checks, tensor, named)
+
+    @pytest.mark.parametrize("name", named)
+    def test_on_one_rank(name):
+        named[name]()
+
+    @pytest.mark.parametrize("name", named)
+    @pytest.mark.parametrize("tensor", (2, 4))
+    def test_on_sharded_vocabulary(tensor, name):
+        for rank, results in enumerate(failures(tensor)):
+            assert results[name] is None, f"rank {rank} of {tensor}:\n{results[name]}"
+
+    return test_on_one_rank, test_on_sharded_vocabulary

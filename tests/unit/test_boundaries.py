@@ -72,6 +72,15 @@ def test_pure_parts_import_no_megatron_and_no_actor():
         assert not [module for module in modules if is_of(module, "megatron_policysplit.actor")], name(path)
 
 
+def test_rollouts_know_of_the_actor_only_its_device_and_its_groups():
+    allowed = {f"megatron_policysplit.actor{rest}" for rest in ("", ".cpu", ".parallel", ".parallel.Layout")}
+    rollout = [path for path in SOURCES if ROOT / "megatron_policysplit" / "rollout" in path.parents]
+    assert len(rollout) >= 15
+    for path in rollout:
+        actor = {module for module in imported(path) if is_of(module, "megatron_policysplit.actor")}
+        assert actor <= allowed, f"{name(path)} imports {sorted(actor - allowed)}"
+
+
 def test_conversion_knows_nothing_of_training():
     """But for its command line, which is that of `policysplit convert` and which nothing imports."""
     package = ROOT / "checkpoints_conv"
