@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron_policysplit.advantages import AdvantageBatch, Method, State, TokenSignals, group_sums, zscore
@@ -33,6 +34,7 @@ def normalized_entropy(batch: AdvantageBatch) -> Tensor:
     return (mean / average).where(average > 0, 1.0).float()
 
 
+@torch.no_grad()
 def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSignals:
     shaped = zscore(batch.rewards, batch.group) / normalized_entropy(batch).clamp(min=options.least)
     return TokenSignals(batch.on_tokens(shaped))

@@ -22,6 +22,7 @@ class Options:
     kappa: float = key(2.0, "The bonus is at most |advantage| / kappa; above 1 it cannot change a sign.", above=0.0)
 
 
+@torch.no_grad()
 def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSignals:
     advantages = batch.on_tokens(zscore(batch.rewards, batch.group))
     bonus = torch.minimum(options.alpha * batch.entropy, advantages.abs() / options.kappa)

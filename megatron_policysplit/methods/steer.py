@@ -53,6 +53,7 @@ def weights(change: Tensor, mask: Tensor, options: Options) -> Tensor:
     return scale.where(mask, 1.0)
 
 
+@torch.no_grad()
 def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSignals:
     advantages = batch.on_tokens(zscore(batch.rewards, batch.group))
     return TokenSignals(advantages, scale=weights(entropy_change(batch, advantages), batch.mask, options))

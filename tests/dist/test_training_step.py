@@ -364,7 +364,7 @@ def test_cases_cover_what_they_should(outcomes, reference):
                 replicas_of.setdefault(rows[index].key.group, set()).add(replica)
     assert {0, 1} in replicas_of.values()
     assert reference("paper_two_steps").grad_norm[0] > BY_NAME["paper_two_steps"].settings["train.clip_grad"]
-    assert {case.config("").algorithm.loss_aggregation for case in CASES} == {
+    assert {case.algorithm.config.loss_aggregation for case in CASES} == {
         "token_mean",
         "sequence_mean_token_mean",
         "sequence_mean_token_sum_norm",

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from megatron_policysplit.config import AlgorithmConfig, TrainConfig
+from megatron_policysplit.methods import algorithm_of
 from megatron_policysplit.methods.policy_split import Options
 from megatron_policysplit.rows import Mode, Row, RowKey
+from tests.reference.plain_methods import Seen, Terms, terms
 
 EPS = 1e-6
 ONES = {Mode.NORMAL: 1.0, Mode.HIGH_ENTROPY: 1.0}
@@ -168,10 +170,15 @@ def row_losses(
     config: AlgorithmConfig,
     temperature: float = 1.0,
     reference: Mapping[RowKey, Scored] | None = None,
+    terms: Sequence[Terms] | None = None,
 ) -> Tensor:
-    """[T] token losses of one row: clipped loss, entropy bonus, k3 KL to the reference policy."""
+    """[T] token losses of one row: clipped loss, entropy bonus, k3 KL to the reference policy, a method's `terms`."""
     now = score_row(model, row, temperature)
     losses = clipped_losses(now.logprobs, old[row.key].logprobs, advantage, config) * importance(row, old, config)
+    if terms is not None:
+        drift = (now.logprobs - old[row.key].logprobs).abs()
+        extra = zip(losses, terms, now.entropy, drift, strict=True)
+        losses = torch.stack([loss * t.scale - t.entropy * h + t.drift * d for loss, t, h, d in extra])
     if config.entropy_coef:
         losses = losses - config.entropy_coef * now.entropy
     if config.kl_coef:
@@ -190,6 +197,36 @@ def aggregate(token_losses: Sequence[Tensor], masks: Sequence[Tensor], how: str,
     if how == "sequence_mean_token_sum_norm":
         return torch.stack([losses.sum() / max_response_tokens for losses in kept]).mean()
     raise ValueError(how)
+
+
+# --- other methods -----------------------------------------------------------------------------------
+
+
+class PlainMethod:
+    """`plain_methods.terms` of a batch, one optimizer step after the other."""
+
+    def __init__(self, rows: Sequence[Row], old: Mapping[RowKey, Scored], config: AlgorithmConfig):
+        self.rows, self.config = rows, config
+        self.options = algorithm_of(config).options
+        self.state = {"coef": 0.0} if config.name == "adaptive_entropy" else {}
+        self.old = self._tokens(old)
+
+    def step(self, now: Mapping[RowKey, Scored] | None) -> dict[RowKey, list[Terms]]:
+        """Terms of every row. now: new scores of the step's rows, over which alone statistics then are."""
+        counted = {(row.key, t) for row in self.rows for t in trained(row).nonzero().flatten().tolist()}
+        if now is not None:
+            counted = {token for token in counted if token[0] in now}
+        seen = Seen(self.rows, self.old, self.old | self._tokens(now or {}), counted)
+        found, self.state = terms(self.config.name, seen, self.options, self.state)
+        return {row.key: [found[row.key, t] for t in range(row.response_length)] for row in self.rows}
+
+    @staticmethod
+    def _tokens(scored: Mapping[RowKey, Scored]) -> dict:
+        return {
+            (key, t): (s.logprobs[t].item(), s.entropy[t].item())
+            for key, s in scored.items()
+            for t in range(len(s.logprobs))
+        }
 
 
 # --- optimisation ------------------------------------------------------------------------------------
@@ -237,12 +274,20 @@ def train_batch(
         raise ValueError("the partition does not hold every row exactly once")
     old = score(model, rows, temperatures)
     shaped = advantages(rows, old, algorithm)
+    method = None if algorithm.name in ("grpo", "policy_split") else PlainMethod(rows, old, algorithm)
     reference = score(reference_model, rows, temperatures) if algorithm.kl_coef else None
     results = []
     for part in partition:
         step_rows = [by_key[key] for key in part]
+        shares: dict = {}
+        if method is not None:
+            fresh = algorithm.statistics == "step" and results
+            shares = method.step(score(model, step_rows, temperatures) if fresh else None)
+            shaped = {key: torch.tensor([term.advantage for term in shares[key]]).to(shaped[key]) for key in shares}
         losses = [
-            row_losses(model, row, old, shaped[row.key], algorithm, temperatures[row.mode], reference)
+            row_losses(
+                model, row, old, shaped[row.key], algorithm, temperatures[row.mode], reference, shares.get(row.key)
+            )
             for row in step_rows
         ]
         masks = [trained(row) for row in step_rows]

@@ -174,4 +174,27 @@ CASES = [
             "log.kl_tokens": "sample",
         },
     ),
+    Case(
+        "kl_cov_fresh",
+        settings={
+            "algorithm.name": "kl_cov",
+            "algorithm.options.kl_cov.share": 0.3,
+            "algorithm.statistics": "step",
+            "train.optimizer_steps_per_batch": 2,
+        },
+    ),
+    Case(
+        "forking_old",
+        settings={"algorithm.name": "forking_tokens", "train.optimizer_steps_per_batch": 2},
+    ),
+    Case(
+        "adaptive_entropy",
+        model="llama",
+        settings={
+            "algorithm.name": "adaptive_entropy",
+            "algorithm.options.adaptive_entropy.target": 10.0,
+            "algorithm.options.adaptive_entropy.delta": 0.05,
+            "train.optimizer_steps_per_batch": 2,
+        },
+    ),
 ]

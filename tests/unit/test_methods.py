@@ -1,0 +1,219 @@
+"""Every method against plain Python, its limits, and what it may not do (no gradient, no aliasing, no row order)."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_policysplit.advantages import zscore
+from megatron_policysplit.config import METHOD_NAMES, AlgorithmConfig
+from megatron_policysplit.errors import ConfigError
+from megatron_policysplit.methods import algorithm_of
+from tests.reference import plain_methods
+from tests.support.advantage_batches import random_batch
+
+GIVEN = {  # options beside the defaults, so that a formula shows on a small batch
+    "adaptive_entropy": [{"target": 10.0}, {"target": 1e-3}],
+    "asym_grpo": [{}, {"beta_pos": 0.0, "beta_neg": 1.7}],
+    "clip_cov": [{"ratio": 1.0, "low": 0.05, "high": 0.6}],
+    "edge_grpo": [{}, {"least": 0.9}],
+    "entropy_adv": [{}, {"alpha": 5.0, "kappa": 1.0}],
+    "entropy_bonus": [{"coef": 0.2}],
+    "forking_tokens": [{}, {"share": 0.55}, {"share": 1.0}],
+    "kl_cov": [{"share": 0.15, "beta": 0.5}, {}],
+    "steer": [{}, {"variant": "linear"}, {"low": 0.3}],
+}
+PLAIN = sorted(set(METHOD_NAMES) - {"policy_split"})  # which has a file of tests and a reference of its own
+CASES = [(name, given) for name in PLAIN for given in GIVEN.get(name, [{}])]
+STATES = {"adaptive_entropy": {"coef": 0.3}}
+
+
+def algorithm(name, given=None):
+    return algorithm_of(AlgorithmConfig(name=name, options={name: given or {}}))
+
+
+def moved(batch, seed=0):
+    """The same batch after an optimizer step: its log-probs and entropies are no longer those of the ratio."""
+    draw = torch.Generator().manual_seed(seed)
+    shift = torch.randn(len(batch.logprobs), generator=draw)
+    return replace(batch, logprobs=(batch.logprobs + shift).clamp(max=-1e-3), entropy=batch.entropy + 0.1 * shift.abs())
+
+
+def seen(rows, batch):
+    """What the reference is given of a batch."""
+    tokens = [(row.key, t) for row in rows for t in range(row.response_length)]
+    now = dict(zip(tokens, zip(batch.logprobs.tolist(), batch.entropy.tolist(), strict=True), strict=True))
+    old = dict(zip(tokens, zip(batch.old_logprobs.tolist(), batch.entropy.tolist(), strict=True), strict=True))
+    counted = {token for token, kept in zip(tokens, batch.mask.tolist(), strict=True) if kept}
+    return tokens, plain_methods.Seen(rows, old, now, counted)
+
+
+@pytest.mark.parametrize(("name", "given"), CASES, ids=str)
+@pytest.mark.parametrize("later", [False, True], ids=["first-step", "later-step"])
+def test_against_plain_python(name, given, later):
+    rows, batch = random_batch(seed=3, questions=4)
+    batch = moved(batch) if later else batch
+    chosen, state = algorithm(name, given), STATES.get(name, {})
+    if chosen.config.clip_low < 10:
+        batch = replace(batch, clip_low=chosen.config.clip_low, clip_high=chosen.config.clip_high)
+    found = chosen.method.signals(batch, chosen.options, state)
+    tokens, view = seen(rows, batch)
+    expected, after = plain_methods.terms(name, view, chosen.options, dict(state))
+    torch.testing.assert_close(found.advantages.tolist(), [expected[t].advantage for t in tokens], rtol=1e-5, atol=1e-6)
+    ones, zeros = torch.ones(len(tokens)), torch.zeros(len(tokens))
+    for value, field, without in (
+        (found.scale, "scale", ones),
+        (found.entropy_coef, "entropy", zeros),
+        (found.drift_coef, "drift", zeros),
+    ):
+        kept = batch.mask.tolist()
+        wanted = [getattr(expected[t], field) for t, k in zip(tokens, kept, strict=True) if k]
+        torch.testing.assert_close(
+            (without if value is None else value)[batch.mask].tolist(), wanted, rtol=1e-4, atol=1e-5
+        )
+    assert chosen.method.next_state(dict(state), batch, chosen.options) == pytest.approx(after)
+
+
+def test_the_cases_show_what_they_should():
+    """Scales, weights and advantages that a wrong formula would change are there in the batch."""
+    rows, batch = random_batch(seed=3, questions=4)
+    for name, field in (("clip_cov", "scale"), ("forking_tokens", "scale"), ("kl_cov", "drift_coef")):
+        for given in GIVEN[name][:1]:
+            chosen = algorithm(name, given)
+            value = getattr(chosen.method.signals(batch, chosen.options, {}), field)[batch.mask]
+            assert 0 < (value != value[0]).sum() < len(value)
+
+
+@pytest.mark.parametrize(("name", "given"), CASES, ids=str)
+def test_no_gradient_no_aliasing_and_nothing_outside_the_mask(name, given):
+    _, batch = random_batch()
+    batch.logprobs.requires_grad_()
+    batch.entropy.requires_grad_()
+    before = {name: value.detach().clone() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    chosen, state = algorithm(name, given), STATES.get(name, {})
+    first = chosen.method.signals(batch, chosen.options, dict(state))
+    kept = {field: value.clone() for field, value in vars(first).items() if value is not None}
+    for value in kept.values():
+        assert not value.requires_grad and value.dtype == torch.float32 and value.shape == batch.mask.shape
+    assert (first.advantages[~batch.mask] == 0).all()
+    for field in kept:
+        getattr(first, field).add_(1.0)
+    again = chosen.method.signals(batch, chosen.options, dict(state))
+    for field, value in kept.items():
+        assert torch.equal(getattr(again, field), value)
+    for field, value in before.items():
+        assert torch.equal(getattr(batch, field), value), field
+
+
+@pytest.mark.parametrize(("name", "given"), CASES, ids=str)
+def test_rows_that_the_method_calls_dead_have_no_loss(name, given):
+    rows, batch = random_batch(seed=1)
+    chosen, state = algorithm(name, given), STATES.get(name, {})
+    found = chosen.method.signals(batch, chosen.options, state)
+    alive = chosen.method.live(batch.rewards, batch.group, chosen.options)
+    assert len(alive) == len(rows)
+    dead = ~alive[batch.row_of_token]
+    assert (found.advantages[dead] == 0).all()
+    for value in (found.entropy_coef, found.drift_coef):
+        assert value is None or (value[dead] == 0).all()
+
+
+def test_asym_grpo_at_one_half_is_grpo_with_the_populations_deviation():
+    rewards, group = torch.tensor([1.0, 0, 0, 1, 1, 0, 0, 0]), torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
+    chosen = algorithm("asym_grpo", {"beta_pos": 0.5, "beta_neg": 0.5})
+    from megatron_policysplit.methods.asym_grpo import response_advantages
+
+    expected = [(r - 0.6) / (0.6 * 0.4) ** 0.5 for r in rewards[:5].tolist()] + [0.0] * 3
+    torch.testing.assert_close(response_advantages(rewards, group, chosen.options).tolist(), expected)
+    plus_minus = algorithm("asym_grpo", {"beta_pos": 0.0, "beta_neg": 0.0}).options
+    assert response_advantages(rewards, group, plus_minus).tolist() == [1, -1, -1, 1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("entropy_bonus", {"coef": 0.0}),
+        ("entropy_adv", {"alpha": 0.0}),
+        ("forking_tokens", {"share": 1.0}),
+        ("kl_cov", {"beta": 0.0}),
+        ("steer", {"low": 1.0}),
+        ("clip_cov", {"low": 1e6, "high": 2e6}),
+    ],
+    ids=str,
+)
+def test_with_nothing_to_do_a_method_is_grpo(name, given):
+    _, batch = random_batch()
+    chosen = algorithm(name, given)
+    found = chosen.method.signals(batch, chosen.options, {})
+    torch.testing.assert_close(found.advantages, batch.on_tokens(zscore(batch.rewards, batch.group)))
+    assert found.scale is None or (found.scale[batch.mask] == 1).all()
+    assert found.entropy_coef is None or (found.entropy_coef == 0).all()
+    assert found.drift_coef is None or (found.drift_coef == 0).all()
+
+
+def test_policy_split_takes_the_correctness_of_another_method():
+    from megatron_policysplit.methods import asym_grpo, policy_split
+
+    _, batch = random_batch()
+    options = policy_split.Options(eta=0.0, correctness="asym_grpo", beta_pos=0.7, beta_neg=0.2)
+    expected = asym_grpo.response_advantages(batch.rewards, batch.group, asym_grpo.Options(0.7, 0.2))
+    assert torch.equal(policy_split.advantages(batch, options), batch.on_tokens(expected))
+    bound = policy_split.advantages(batch, replace(options, eta=50.0, clamp_order="code")) - batch.on_tokens(expected)
+    assert 0 < bound.abs().max() <= expected.abs().max() / options.kappa + 1e-6
+
+
+def test_clip_cov_draws_as_many_as_it_should_and_the_same_again():
+    _, batch = random_batch(seed=2, questions=6)
+    chosen = algorithm("clip_cov", {"ratio": 0.05, "low": 0.0, "high": 100.0})
+    first, second, other = (
+        chosen.method.signals(replace(batch, seed=seed), chosen.options, {}).scale for seed in (1, 1, 2)
+    )
+    wanted = max(1, int(0.05 * int(batch.mask.sum())))
+    assert (first == 0).sum() == (other == 0).sum() == wanted > 1
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_options_are_checked():
+    for options, told in [
+        ({"kl_cov": {"beta": -1}}, "algorithm.options.kl_cov.beta=-1.0 is not allowed; it must be at least 0"),
+        ({"kl_cov": {"beta": "x"}}, "algorithm.options.kl_cov.beta=x is not a number"),
+        ({"kl_cov": {"betta": 1}}, "unknown key algorithm.options.kl_cov.betta; the options of kl_cov are share, beta"),
+        ({"grpo": {"eta": 1}}, "unknown key algorithm.options.grpo.eta; grpo has none"),
+        ({"eta": 1}, "unknown key algorithm.options.eta; it holds options by method"),
+        ({"grpo": 1}, "algorithm.options.grpo=1 is not a mapping"),
+    ]:
+        with pytest.raises(ConfigError) as error:
+            algorithm_of(AlgorithmConfig(name="grpo", options=options))
+        assert told in str(error.value)
+
+
+def test_nulls_are_filled_by_the_method_and_given_values_stay():
+    assert algorithm("dr_grpo").config.loss_aggregation == "sequence_mean_token_sum_norm"
+    assert (algorithm("grpo").config.clip_low, algorithm("grpo").config.loss_aggregation) == (0.2, "token_mean")
+    assert algorithm("clip_cov").config.clip_high == 1.0
+    assert algorithm_of(AlgorithmConfig(name="clip_cov", clip_high=0.3)).config.clip_high == 0.3
+
+
+def test_the_order_of_rows_does_not_matter():
+    rows, batch = random_batch(seed=3, questions=4)
+    order = list(range(len(rows)))
+    random.Random(5).shuffle(order)
+    lengths = batch.offsets.diff().tolist()
+    from megatron_policysplit.advantages import TokenStatistics, make_batch
+
+    per_row = [value.split(lengths) for value in (batch.logprobs, batch.entropy, batch.mask)]
+    shuffled = make_batch(
+        [rows[i] for i in order],
+        [TokenStatistics(per_row[0][i], per_row[1][i]) for i in order],
+        [per_row[2][i] for i in order],
+    )
+    for name, given in CASES:
+        chosen, state = algorithm(name, given), STATES.get(name, {})
+        expected, found = (chosen.method.signals(b, chosen.options, state) for b in (batch, shuffled))
+        for field in ("advantages", "scale", "entropy_coef", "drift_coef"):
+            if getattr(expected, field) is None:
+                continue
+            parts = getattr(found, field).split(shuffled.offsets.diff().tolist())
+            for position, i in enumerate(order):
+                torch.testing.assert_close(parts[position], getattr(expected, field).split(lengths)[i])
