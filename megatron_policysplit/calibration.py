@@ -61,11 +61,7 @@ def input_maxima(
                 "it is another model's"
             )
     measured = _measure(hf, prompts, progress)
-    maxima = {name: measured[_module(name)] for group in weight_groups(hf_config) for name in group}
-    for name, value in maxima.items():
-        if not math.isfinite(value):
-            raise ModelError(f"the input of {name} is {value} on some prompt of {calibration}; the model is damaged")
-    return maxima
+    return {name: measured[_module(name)] for group in weight_groups(hf_config) for name in group}
 
 
 def spread(questions: Sequence[Question], most: int) -> list[Question]:
@@ -91,8 +87,13 @@ def _measure(hf: str | Path, prompts: Sequence[Sequence[int]], progress: Progres
                 model(input_ids=torch.tensor([tokens], device=cpu.device()), use_cache=False)
                 advance(len(tokens))
 
-    with redirect_stdout(io.StringIO()):  # ModelOpt reports what it inserts
-        mtq.quantize(model, mtq.FP8_DEFAULT_CFG, calibrate)
+    try:
+        with redirect_stdout(io.StringIO()):  # ModelOpt reports what it inserts
+            mtq.quantize(model, mtq.FP8_DEFAULT_CFG, calibrate)
+    except AssertionError as error:  # so it says that a maximum is none
+        raise ModelError(
+            f"activations of {hf} cannot be measured ({error}); its weights or questions are bad"
+        ) from error
     return dict(_maxima(model))
 
 

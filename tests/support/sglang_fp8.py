@@ -1,18 +1,18 @@
 """Runs in SGLang's own interpreter: what its loader and its model make of an FP8 directory, on a CPU.
 
-    python sglang_fp8.py MODEL PROMPTS.json OUT.safetensors
+    python -P sglang_fp8.py MODEL PROMPTS.json OUT.safetensors
 
 Configuration, model, weight loading and the pass are SGLang's. Its FP8 kernels exist for GPUs only, so plain torch
-stands in for three: rounding with a given scale; the linear map of ModelOpt's FP8, whose input is rounded with its
-fixed scale; and that of block FP8, whose weight is SGLang's own dequantization and whose input is not rounded. OUT:
-`logits` [prompts, vocabulary] after each prompt, and all parameters as loaded, before SGLang changes them. The last
-line of stdout is JSON: the name of SGLang's quantization and the kernels that were called, with their number.
+stands in for them: rounding with a given scale; linear maps and experts with dequantized weights and inputs as they
+are. OUT: `logits` [prompts, vocabulary] after each prompt, and all parameters as loaded, before SGLang changes them.
+The last line of stdout is JSON: the name of SGLang's quantization, and how often each stand-in was called.
 """
 
 import json
 import sys
 from array import array
 from collections import Counter
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
@@ -27,28 +27,53 @@ def rounded(values, scale):
 
 def modelopt_linear(self, layer, x, bias=None):
     called["modelopt"] += 1
-    y = (rounded(x, layer.input_scale).float() * layer.input_scale) @ (layer.weight.float() * layer.weight_scale)
+    y = x.float() @ (layer.weight.float() * layer.weight_scale)
     return (y if bias is None else y + bias).to(x.dtype)
+
+
+def blocks(values, scales):
+    from sglang.srt.layers.quantization.fp8_utils import block_quant_dequant
+
+    return block_quant_dequant(values, scales, [128, 128], torch.float32)
 
 
 def block_linear(self, layer, x, bias=None):
-    from sglang.srt.layers.quantization.fp8_utils import block_quant_dequant
-
     called["block"] += 1
-    weight = block_quant_dequant(layer.weight, layer.weight_scale_inv, self.weight_block_size, torch.float32)
-    y = x.float() @ weight.t()
+    y = x.float() @ blocks(layer.weight, layer.weight_scale_inv).t()
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def replace_kernels():
-    from sglang.srt.layers.quantization import utils
-    from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
-    from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp8LinearMethod
+def experts(layer, inner, outer, dispatched):
+    from sglang.srt.layers.moe.fused_moe_native import fused_moe_forward_native
 
-    utils.scaled_fp8_quant = lambda values, scale: (rounded(values, scale), scale)
-    ModelOptFp8LinearMethod.apply = modelopt_linear
-    Fp8LinearMethod.apply = block_linear
-    Fp8LinearMethod.process_weights_after_loading = lambda self, layer: None  # on a CPU it wants AMX kernels
+    dtype = dispatched.hidden_states.dtype
+    weights = SimpleNamespace(
+        moe_runner_config=layer.moe_runner_config, w13_weight=inner.to(dtype), w2_weight=outer.to(dtype)
+    )
+    return fused_moe_forward_native(weights, dispatched)
+
+
+def modelopt_experts(self, layer, dispatch_output):
+    called["modelopt experts"] += 1
+    inner = layer.w13_weight.float() * layer.w13_weight_scale[:, None, None]
+    return experts(layer, inner, layer.w2_weight.float() * layer.w2_weight_scale[:, None, None], dispatch_output)
+
+
+def block_experts(self, layer, dispatch_output):
+    called["block experts"] += 1
+    inner = blocks(layer.w13_weight, layer.w13_weight_scale_inv)
+    return experts(layer, inner, blocks(layer.w2_weight, layer.w2_weight_scale_inv), dispatch_output)
+
+
+def replace_kernels():
+    from sglang.srt.layers.quantization import fp8, modelopt_quant, utils
+
+    utils.scaled_fp8_quant = modelopt_quant.scaled_fp8_quant = lambda values, scale: (rounded(values, scale), scale)
+    modelopt_quant.ModelOptFp8LinearMethod.apply = modelopt_linear
+    modelopt_quant.ModelOptFp8MoEMethod.apply = modelopt_experts
+    for method, apply in ((fp8.Fp8LinearMethod, block_linear), (fp8.Fp8MoEMethod, block_experts)):
+        method.apply = apply
+        method.process_weights_after_loading = lambda self, layer: None  # on a CPU it packs for AMX kernels
 
 
 def keep_what_is_loaded():
