@@ -84,7 +84,7 @@ def _measure(hf: str | Path, prompts: Sequence[Sequence[int]], progress: Progres
     def calibrate(model: "torch.nn.Module") -> None:
         with torch.no_grad(), progress(sum(map(len, prompts))) as advance:
             for tokens in prompts:
-                model(input_ids=torch.tensor([tokens], device=cpu.device()), use_cache=False)
+                model(input_ids=torch.tensor([tokens], device=cpu.device()), use_cache=False, logits_to_keep=1)
                 advance(len(tokens))
 
     try:

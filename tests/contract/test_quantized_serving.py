@@ -12,7 +12,7 @@ from checkpoints_conv.quantize import quantize
 from megatron_policysplit.calibration import input_maxima
 from megatron_policysplit.config import ModesConfig
 from tests.support.conversion import tensors_of
-from tests.support.fp8 import WHOLE_BLOCKS, last_logits, served_logits, write_questions
+from tests.support.fp8 import WHOLE_BLOCKS, last_logits, served_model, write_questions
 from tests.support.sglang import ROOT, interpreter, require_server_environment
 from tests.support.toy_chat import make_chat_model
 
@@ -106,6 +106,6 @@ def test_sglang_loads_and_computes_what_is_written(tmp_path, family, form):
             found = found[: len(tensor)]
         assert found.dtype == tensor.dtype and found.shape == tensor.shape, name
         assert torch.equal(found.view(torch.uint8), tensor.view(torch.uint8)), name
-    reference = served_logits(out, original, PROMPTS, round_inputs=False)
+    reference = last_logits(served_model(out, original, round_inputs=False), PROMPTS)
     plain = last_logits(AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32), PROMPTS)
     assert (logits - reference).abs().mean() < 0.1 * (reference - plain).abs().mean()

@@ -38,9 +38,10 @@ def dequantized(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def served_logits(path: Path, original: Path, prompts: list[list[int]], *, round_inputs: bool) -> Tensor:
-    """Logits [prompts, vocabulary] after each prompt: transformers in float32, with the weights of FP8 directory `path`
-    and the config of `original`. round_inputs: with their fixed scales, as a server does; not those of experts.
+def served_model(path: Path, original: Path, *, round_inputs: bool):
+    """transformers' model in float32 with the weights of FP8 directory `path` and the config of `original`.
+
+    round_inputs: of linear maps, with their fixed scales, as a server does; not those of experts.
     """
     from transformers import AutoModelForCausalLM
 
@@ -59,7 +60,7 @@ def served_logits(path: Path, original: Path, prompts: list[list[int]], *, round
     for name, scale in tensors_of(path).items():
         if round_inputs and name.endswith(".input_scale") and ".experts." not in name:
             model.get_submodule(name.removesuffix(".input_scale")).register_forward_pre_hook(rounding(scale))
-    return last_logits(model, prompts)
+    return model
 
 
 def last_logits(model, prompts: list[list[int]]) -> Tensor:

@@ -20,10 +20,10 @@ from tests.support.fp8 import (
     assert_rounded,
     dequantized,
     last_logits,
-    served_logits,
+    served_model,
     write_questions,
 )
-from tests.support.hf_models import make_model
+from tests.support.hf_models import FAMILIES, make_model
 from tests.support.toy_chat import make_chat_model
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -254,10 +254,29 @@ def test_logits_are_those_of_modelopts_own_simulation(chat, fp8):
     for layer in model.model.layers:
         for block, group in ((layer.self_attn, FUSED[0]), (layer.mlp, FUSED[1])):
             preprocess_linear_fusion([getattr(block, name) for name in group])
-    simulated, found = last_logits(model, prompts), served_logits(fp8, chat, prompts, round_inputs=True)
+    simulated, found = last_logits(model, prompts), last_logits(served_model(fp8, chat, round_inputs=True), prompts)
     error = (found - plain).abs().mean()
     assert (found - simulated).abs().mean() < 0.01 * error
     assert 0.001 < error / plain.abs().mean() < 0.25  # random weights; those of a trained model come far closer
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_architecture_in_bfloat16(tmp_path, questions, family, tied):
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
+    sizes |= {"moe_intermediate_size": 128} if family == "qwen3_moe" else {}
+    path = make_chat_model(tmp_path / "model", family, tied=tied, **sizes)
+    cast_model(path, lambda name: torch.bfloat16)
+    original = tensors_of(path)
+    for form in ("fp8", "fp8-block"):
+        out = tmp_path / form
+        quantize(path, out, form, input_maxima=maxima_of(path, questions) if form == "fp8" else None)
+        assert describe(out)["dtype"] == "bfloat16, float32, float8_e4m3fn"
+        values = dequantized(out)
+        assert set(values) == set(original)
+        for name, tensor in original.items():
+            largest = tensor.float().abs().max() if name.endswith("_proj.weight") else 0.0
+            assert (values[name] - tensor.float()).abs().max() <= largest * 2.0**-4, name
 
 
 def test_a_complete_directory_in_shards(work):

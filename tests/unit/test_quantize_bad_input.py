@@ -151,6 +151,8 @@ def test_bad_calibration_files(model, out, tmp_path, content, match):
 
 
 def test_prompts_and_models_that_do_not_fit(model, out, tmp_path):
+    from transformers import AutoTokenizer
+
     file = write_questions(tmp_path / "questions.jsonl", ["what? " * 100])
     measure = lambda: input_maxima(model, file, ModesConfig())  # noqa: E731
     change_config(model, max_position_embeddings=1000)
@@ -163,6 +165,10 @@ def test_prompts_and_models_that_do_not_fit(model, out, tmp_path):
     change_tensor(model, norm, torch.full_like(weight, float("inf")))
     refused(r"activations of .* cannot be measured \(detected inf values", out, model, form="fp8", input_maxima=measure)
     change_tensor(model, norm, weight)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["what?"])
+    tokenizer.save_pretrained(model)
+    refused("gives token 258, but vocab_size=258; it is another model's", out, model, form="fp8", input_maxima=measure)
     (model / "chat_template.jinja").unlink()
     refused("has no chat template", out, model, form="fp8", input_maxima=measure)
 
