@@ -55,8 +55,8 @@ def quantize(
     """Write the model of directory `hf` to `out` as `fp8` or `fp8-block` (see `quantized`).
 
     input_maxima: for fp8: measures, once all else is checked, the largest absolute value of the input that each
-    quantized weight (by its name) is multiplied with. Tensors that stay as they are keep their bits. A few times the
-    largest matrix is held in float32. Raises ConfigError without ModelOpt; ModelError for a damaged or unsupported
+    quantized weight (by its name) is multiplied with. Tensors that stay as they are keep their bits. Six times the
+    largest matrix in float32 is held. Raises ConfigError without ModelOpt; ModelError for a damaged or unsupported
     model, blocks that do not fit, an `out` that is taken or has no room, and values that are not finite. `out` is
     complete or not there.
     """
