@@ -9,6 +9,7 @@ import typer
 
 from megatron_policysplit.convert import parse_size
 from tests.support.conversion import assert_same_model, make_tree, tensors_of
+from tests.support.fp8 import WHOLE_BLOCKS
 from tests.support.hf_models import make_model
 
 POLICYSPLIT = ("-m", "megatron_policysplit.cli", "convert")
@@ -55,6 +56,20 @@ def test_verify_with_logits(original, tmp_path):
     lines = run("verify", "--hf", original, "--megatron", megatron, "--logits").splitlines()
     assert lines[1].startswith("logits differ by ")
     assert float(lines[1].split()[3]) < 1e-4
+
+
+def test_quantize(original, tmp_path):
+    out = tmp_path / "out"
+    refused = run("quantize", "--hf", original, "--out", out, "--format", "fp8-block", program=POLICYSPLIT, code=2)
+    assert refused.startswith("error: --format fp8-block cuts matrices") and refused.count("\n") == 1
+    refused = run("quantize", "--hf", original, "--out", out, "--format", "fp8", code=2)
+    assert refused.startswith("error: --format fp8 needs --calibration FILE") and refused.count("\n") == 1
+    assert "'fp8', 'fp8-block'" in run("quantize", "--hf", original, "--out", out, "--format", "int8", code=2)
+    fitting = make_model(tmp_path / "fitting", "llama", tied=True, num_hidden_layers=1, **WHOLE_BLOCKS)
+    written = run("quantize", "--hf", fitting, "--out", out, "--format", "fp8-block", "--max-shard-size", "60KB")
+    assert written.splitlines()[-1] == "SGLang can serve it with --tp-size 1"
+    assert "fp8-block (FP8, a scale for each" in run("inspect", out)
+    assert len(list(out.glob("*.safetensors"))) > 3
 
 
 def test_sizes():
