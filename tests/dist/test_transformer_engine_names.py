@@ -18,6 +18,8 @@ from tests.support.hf_models import FAMILIES, make_model
 from tests.support.megatron_models import (
     Shape,
     assert_same_parameters,
+    capture,
+    expected_capture,
     expected_parameters,
     expected_tensors,
     load_as_stock_megatron_does,
@@ -95,6 +97,16 @@ def inspect(rank, paths, shape, directory):
         stored.append(stored_by(model))
         save_as_stock_megatron_does(model, f"{directory}/saved-{number}")
     return stored
+
+
+def test_a_capture_of_the_layers_is_what_the_tables_say(models):
+    """What tests/gpu does with Transformer Engine itself."""
+    path = models[MOE, False]
+    (captured,) = run_distributed(capture, 1, path, True)
+    assert captured == expected_capture(read_hf_config(path))
+    assert captured["parameters"]["decoder.layers.1.mlp.experts.linear_fc1.weight7"] == [80, 64]
+    assert captured["stored"]["decoder.layers.mlp.experts.experts.linear_fc1.weight"] == [2, 8, 80, 64]
+    assert "decoder.layers.mlp.experts.experts.linear_fc2._extra_state/shard_1.7_2.8" in captured["extra_states"]
 
 
 def test_layers_of_megatron_itself_find_what_they_look_for(models):

@@ -68,13 +68,21 @@ def load_as_stock_megatron_does(model, megatron):
 
 def save_as_stock_megatron_does(model, directory, **content):
     """content: what Megatron-Core's `sharded_state_dict` takes as metadata."""
+    save_state(model.sharded_state_dict(metadata=content), directory)
+
+
+def save_state(state, directory):
+    """Write a sharded state dict of a model as torch_dist (collective)."""
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
+
+    from megatron_policysplit.actor.checkpoint import _keep_results_in_process
 
     if dist.get_rank() == 0:
         Path(directory).mkdir()
     dist.barrier()
-    dist_checkpointing.save({"model": model.sharded_state_dict(metadata=content)}, directory)
+    _keep_results_in_process()
+    dist_checkpointing.save({"model": state}, directory)
 
 
 def assert_same_parameters(model, expected):
@@ -139,4 +147,43 @@ def expected_tensors(hf_config, tensor, copies):
         p.place.key: (padded, *p.shape[1:]) if p.is_vocabulary else (*p.place.axes, *p.shape)
         for p in parameters_of(hf_config)
         if copies or not p.copy
+    }
+
+
+def capture(rank, path, fake):
+    """A model of Transformer Engine's layers on one rank, as JSON has it: parameters, stored tensors, extra states.
+
+    fake: built of stand-ins. The converted checkpoint beside `path` is loaded into it, too.
+    """
+    import torch
+
+    if fake:
+        from tests.support import fake_transformer_engine
+
+        fake_transformer_engine.install()
+    start()
+    from checkpoints_conv import architecture_of, read_hf_config
+    from megatron_policysplit.actor.weights import global_parameters
+
+    hf_config = read_hf_config(path)
+    model, converted = (make(path, torch.bfloat16, transformer_engine=True) for make in (loaded_model, nan_model))
+    load_as_stock_megatron_does(converted, f"{path}-megatron")
+    assert_same_parameters(converted, model)
+    parameters = global_parameters(model, architecture_of(hf_config).sizes(hf_config))
+    return _listed({name: p.shape for name, p in parameters.items()}, stored_by(model))
+
+
+def expected_capture(hf_config):
+    """What `capture` gives if the mapping tables and `checkpoints_conv.stored` are right."""
+    from checkpoints_conv.stored import extra_state_keys
+
+    stored = Stored(expected_tensors(hf_config, 1, copies=False), set(extra_state_keys(hf_config)))
+    return _listed(expected_parameters(hf_config, Shape(), 0, 0), stored)
+
+
+def _listed(parameters, stored):
+    return {
+        "parameters": {name: list(shape) for name, shape in sorted(parameters.items())},
+        "stored": {key: list(shape) for key, shape in sorted(stored.tensors.items())},
+        "extra_states": sorted(stored.extra_states),
     }
