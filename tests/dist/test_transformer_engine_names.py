@@ -110,10 +110,15 @@ def test_a_capture_of_the_layers_is_what_the_tables_say(models):
 
 
 def test_layers_of_megatron_itself_find_what_they_look_for(models):
-    """Those of Megatron-Core's local spec, unchanged; they keep the norm before experts under another key."""
+    """Those of Megatron-Core's local spec, unchanged; they keep the norm before experts under another key.
+
+    The actor's, which are the same, store what Transformer Engine's do, so that checkpoints load with either.
+    """
     (found,) = run_distributed(load_into_local_layers, 1, list(models.values()))
-    for (family, _), path, stored in zip(models, models.values(), found, strict=True):
+    for (family, _), path, (stored, actor) in zip(models, models.values(), found, strict=True):
         hf_config = read_hf_config(path)
+        assert actor.tensors == expected_tensors(hf_config, 1, copies=False)
+        assert actor.extra_states == stored.extra_states
         converted = expected_tensors(hf_config, 1, copies=True)
         assert stored.tensors.items() <= converted.items()
         assert stored.extra_states < set(extra_state_keys(hf_config))
@@ -136,5 +141,5 @@ def load_into_local_layers(rank, paths):
         stock = nan_model(path, torch.float32)
         load_as_stock_megatron_does(stock, f"{path}-megatron")
         assert_same_parameters(stock, wanted)
-        stored.append(stored_by(stock))
+        stored.append((stored_by(stock), stored_by(wanted)))
     return stored
