@@ -66,6 +66,7 @@ def _model(hf_config: Mapping[str, Any], stored: Mapping[str, Planned]) -> dict[
     return {
         "architecture": architecture.name,
         "layers": f"{sizes.layers}, hidden size {sizes.hidden}, {sizes.heads} heads, {sizes.kv_heads} KV heads",
+        **({"experts": f"{sizes.experts} in each layer, inner width {sizes.expert_ffn}"} if architecture.moe else {}),
         "vocabulary": f"{sizes.vocab}, head {head}",
         "parameters": f"{parameters:,} in {_count(len(stored), 'tensor')}, {nbytes / 1e9:.3f} GB",
         "dtype": ", ".join(sorted({planned.dtype for planned in stored.values()})),

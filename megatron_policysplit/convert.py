@@ -73,7 +73,9 @@ HfOfMegatron = Annotated[
 MegatronDir = Annotated[
     Path,
     typer.Option(
-        "--megatron", metavar="DIR", help="A torch_dist checkpoint: converted, or checkpoints/step_NNNNNN of a run."
+        "--megatron",
+        metavar="DIR",
+        help="A torch_dist checkpoint: converted, or checkpoints/step_NNNNNN of a run, saved at any TP x PP x EP.",
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write; must not exist or be empty.")]
@@ -83,7 +85,7 @@ AllowDowncast = Annotated[bool, typer.Option("--allow-downcast", help="Let --dty
 
 @app.command("hf-to-megatron", cls=Command, short_help="Hugging Face directory to Megatron-Core checkpoint.")
 def hf_to_megatron(hf: HfDir, out: Out, dtype: ToDtype = None, allow_downcast: AllowDowncast = False) -> None:
-    """Write a Hugging Face model as a torch_dist checkpoint that Megatron-Core loads at any TP x PP.
+    """Write a Hugging Face model as a torch_dist checkpoint that Megatron-Core loads at any TP x PP x EP.
 
     Needs no GPU and the memory of one tensor. Several processes started by torchrun share the work. Exit code 2: bad
     input; nothing is left at --out.
@@ -108,7 +110,7 @@ def megatron_to_hf(
     max_shard_size: MaxShardSize = "5GB",
     allow_downcast: AllowDowncast = False,
 ) -> None:
-    """Write the model of a torch_dist checkpoint as a complete Hugging Face directory.
+    """Write the model of a torch_dist checkpoint, of whatever layout, as a complete Hugging Face directory.
 
     Optimizer state is not read. Needs no GPU and the memory of a few tensors. Several processes started by torchrun
     share the work. Exit code 2: bad input; nothing is left at --out.

@@ -22,10 +22,11 @@ KILLED = 9
 MOMENTS = 10
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    path = make_model(tmp_path_factory.mktemp("models") / "hf", "qwen3", tied=True, num_hidden_layers=1)
-    return make_tree(path)
+@pytest.fixture(scope="module", params=["qwen3", "qwen3_moe"])
+def original(request, tmp_path_factory):
+    few = {"num_experts": 2, "num_experts_per_tok": 2} if request.param == "qwen3_moe" else {}
+    root = tmp_path_factory.mktemp("models")
+    return make_tree(make_model(root / "hf", request.param, tied=True, num_hidden_layers=1, **few))
 
 
 @pytest.fixture(scope="module")
