@@ -41,6 +41,7 @@ setup(
             "transformer-engine[pytorch]>=2.9; python_version >= '3.12'",
         ],
         "gguf": ["gguf>=0.10"],
+        "quantize": ["nvidia-modelopt>=0.47"],
         # triton: its interpreter runs the GPU kernels' tests on a CPU.
         "dev": [
             "pytest>=8",
@@ -50,6 +51,7 @@ setup(
             "einops>=0.7",
             "wandb>=0.19",
             "triton>=3.4",
+            "nvidia-modelopt>=0.47",
         ],
     },
     entry_points={"console_scripts": ["policysplit=megatron_policysplit.cli:main"]},

@@ -182,13 +182,18 @@ class Architecture:
             "attention_bias": (self.qkv_bias, False),
             "mlp_bias": (False,),
             "num_nextn_predict_layers": (0,),
-            "quantization_config": (),
         }
         for key, values in allowed.items():
             value = hf_config.get(key)
             if value is not None and value not in values:
-                wanted = f"only {key}={values[0]!r} is supported" if values else f"models with {key} are not supported"
-                raise ModelError(f"config.json: {key}={value!r}; {wanted} for {self.name}")
+                raise ModelError(f"config.json: {key}={value!r}; only {key}={values[0]!r} is supported for {self.name}")
+        quantized = hf_config.get("quantization_config")
+        if quantized is not None:
+            method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+            raise ModelError(
+                f"config.json has a quantization_config (quant_method={method!r}): quantized weights are for serving "
+                "alone; give the directory that they were made from"
+            )
         self._refuse_window(hf_config)
         kinds = hf_config.get("layer_types")
         if kinds is not None and any(kind != "full_attention" for kind in kinds):

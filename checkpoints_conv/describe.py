@@ -8,29 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_conv.architectures import architecture_of
-from checkpoints_conv.dtypes import BYTES, SAFETENSORS
+from checkpoints_conv.dtypes import SAFETENSORS
 from checkpoints_conv.megatron_reader import MegatronCheckpoint, is_megatron, read_json
-from checkpoints_conv.reader import check_safetensors, read_hf_config
+from checkpoints_conv.quantized import FORMATS, KEY, check_quantized, form_of
+from checkpoints_conv.reader import check_safetensors, read_headers, read_hf_config
+from checkpoints_conv.writer import Planned
 
 
 def describe(path: str | Path, hf: str | Path | None = None) -> dict[str, str]:
     """Label -> text about a Hugging Face directory or a torch_dist checkpoint. hf: see `MegatronCheckpoint`.
 
-    Raises ModelError or CheckpointError, as `check_safetensors` and `MegatronCheckpoint` do, unless it is whole.
+    Raises ModelError or CheckpointError, as `check_safetensors`, `check_quantized` and `MegatronCheckpoint` do, unless
+    it is whole.
     """
     path = Path(path)
     if not is_megatron(path):
-        tensors = check_safetensors(path)
-        hf_config = read_hf_config(path)
-        wanted = architecture_of(hf_config).hf_tensors(hf_config)
-        dtypes = {name: SAFETENSORS[tensors[name].dtype] for name in wanted}
-        files = len({info.file for info in tensors.values()})
-        return {"format": f"Hugging Face safetensors, {_count(files, 'file')}", **_model(hf_config, dtypes)}
+        return _describe_hf(path)
     checkpoint = MegatronCheckpoint(path, hf)
+    shapes = architecture_of(checkpoint.hf_config).hf_tensors(checkpoint.hf_config)
+    stored = {name: Planned(shapes[name], dtype) for name, dtype in checkpoint.hf_dtypes().items()}
     files = len(list(path.glob("*.distcp")))
     return {
         "format": f"Megatron-Core torch_dist, {_count(files, 'file')}",
-        **_model(checkpoint.hf_config, checkpoint.hf_dtypes()),
+        **_model(checkpoint.hf_config, stored),
         "padding": f"{_count(checkpoint.vocabulary_padding, 'row')} of the vocabulary",
         "optimizer": "its state is here, too" if checkpoint.has_optimizer else "none",
         **_step(path),
@@ -38,19 +38,38 @@ def describe(path: str | Path, hf: str | Path | None = None) -> dict[str, str]:
     }
 
 
-def _model(hf_config: Mapping[str, Any], dtypes: Mapping[str, str]) -> dict[str, str]:
+def _describe_hf(path: Path) -> dict[str, str]:
+    hf_config = read_hf_config(path)
+    quantized = {}
+    if hf_config.get(KEY) is not None:
+        stored = check_quantized(path)
+        form = form_of(hf_config)
+        quantized = {"quantized": f"{form} ({FORMATS[form]}), for serving alone"}
+    else:
+        found = check_safetensors(path)
+        wanted = architecture_of(hf_config).hf_tensors(hf_config)
+        stored = {name: Planned(shape, SAFETENSORS[found[name].dtype]) for name, shape in wanted.items()}
+    files = len({info.file for info in read_headers(path).values()})
+    return {
+        "format": f"Hugging Face safetensors, {_count(files, 'file')}",
+        **_model(hf_config, stored),
+        **quantized,
+    }
+
+
+def _model(hf_config: Mapping[str, Any], stored: Mapping[str, Planned]) -> dict[str, str]:
     architecture = architecture_of(hf_config)
     sizes = architecture.sizes(hf_config)
-    shapes = architecture.hf_tensors(hf_config)
-    parameters = sum(map(prod, shapes.values()))
-    nbytes = sum(prod(shape) * BYTES[dtypes[name]] for name, shape in shapes.items())
+    parameters = sum(map(prod, architecture.hf_tensors(hf_config).values()))
+    nbytes = sum(planned.nbytes for planned in stored.values())
     head = "tied to the embedding" if sizes.tied else "of its own"
     return {
         "architecture": architecture.name,
         "layers": f"{sizes.layers}, hidden size {sizes.hidden}, {sizes.heads} heads, {sizes.kv_heads} KV heads",
+        **({"experts": f"{sizes.experts} in each layer, inner width {sizes.expert_ffn}"} if architecture.moe else {}),
         "vocabulary": f"{sizes.vocab}, head {head}",
-        "parameters": f"{parameters:,} in {_count(len(shapes), 'tensor')}, {nbytes / 1e9:.3f} GB",
-        "dtype": ", ".join(sorted(set(dtypes.values()))),
+        "parameters": f"{parameters:,} in {_count(len(stored), 'tensor')}, {nbytes / 1e9:.3f} GB",
+        "dtype": ", ".join(sorted({planned.dtype for planned in stored.values()})),
     }
 
 

@@ -10,8 +10,9 @@ from megatron_policysplit.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
-SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FP8 = "float8_e4m3fn"  # of weights that `quantize` wrote; training and conversion read none
+SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": FP8}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, FP8: 1}
 
 
 def torch_dtype(name: str) -> "torch.dtype":

@@ -64,7 +64,7 @@ def hf_to_megatron(
     progress: Progress = silent,
     ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
 ) -> None:
-    """Write the model of directory `hf` to `out`, which Megatron-Core loads at any TP x PP.
+    """Write the model of directory `hf` to `out`, which Megatron-Core loads at any TP x PP x EP.
 
     Collective over `ranks`, which share the writing. One tensor is held at a time. dtype: float32, bfloat16 or
     float16; None keeps each tensor's own. Raises ModelError for a damaged or unsupported model (see
@@ -94,16 +94,16 @@ def chunks_of(hf_config: Mapping[str, Any], dtypes: Mapping[str, str], dtype: st
     """All that is to be written, in the model's order. dtypes: of the Hugging Face tensors. dtype: None keeps them.
 
     A parameter whose sources lie in it one after the other is written in as many chunks; a fused QKV in one. All
-    layers of a parameter are stored under one key and so in one type, the widest there is among them.
+    layers (and experts) of a parameter are stored under one key and so in one type, the widest there is among them.
     """
     sizes = architecture_of(hf_config).sizes(hf_config)
     parameters = parameters_of(hf_config)
     found: dict[str, set[str]] = {}
     for parameter in parameters:
-        found.setdefault(parameter.key, set()).update(dtypes[src.name] for src in parameter.pair.sources)
+        found.setdefault(parameter.place.key, set()).update(dtypes[src.name] for src in parameter.pair.sources)
     chunks = []
     for parameter in parameters:
-        stored = dtype or widest(found[parameter.key])
+        stored = dtype or widest(found[parameter.place.key])
         pieces = parameter.pair.pieces(sizes, 0, 1)
         if len(pieces) == len(parameter.pair.sources) > 1:
             chunks += [Chunk(parameter, p.offset, p.stop - p.start, (p,), stored) for p in pieces]
@@ -149,9 +149,8 @@ def _save(directory: Path, chunks: list[Chunk], extra_states: list[str], reader,
 
 def chunk_index(chunk: Chunk) -> tuple[str, tuple[int, ...]]:
     """Key and offsets of a chunk in the stored tensor."""
-    parameter = chunk.parameter
-    offsets = (chunk.offset, *(0 for _ in parameter.shape[1:]))
-    return parameter.key, offsets if parameter.layer is None else (parameter.layer, *offsets)
+    place = chunk.parameter.place
+    return place.key, (*place.index, chunk.offset, *(0 for _ in chunk.parameter.shape[1:]))
 
 
 def _write_rest(directory: Path, hf: Path, hf_config: Mapping[str, Any], dtype: str | None) -> None:

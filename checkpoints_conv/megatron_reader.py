@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import product
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from checkpoints_conv.architectures import architecture_of, in_hf_order
-from checkpoints_conv.dtypes import BYTES, name_of, torch_dtype
+from checkpoints_conv.dtypes import BYTES, name_of, torch_dtype, widest
 from checkpoints_conv.hf_to_megatron import BACKEND, COMPANIONS
 from checkpoints_conv.metadata import read_metadata
 from checkpoints_conv.output import is_partial
 from checkpoints_conv.reader import read_hf_config
-from checkpoints_conv.stored import Parameter, parameters_of
+from checkpoints_conv.stored import Parameter, Place, parameters_of
 from megatron_policysplit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -41,8 +44,17 @@ class MegatronCheckpoint:
         self._metadata = read_metadata(self.path / ".metadata")
         self.hf = Path(hf) if hf is not None else _companions_of(self.path)
         self.hf_config = read_hf_config(self.hf)
-        self.parameters = parameters_of(self.hf_config)
         self._stored = {key: value for key, value in self._metadata.state_dict_metadata.items() if _is_tensor(value)}
+        self._chunks: dict[str, dict[tuple[int, ...], list]] = {}  # by key and place.index
+        self.parameters: list[Parameter] = []
+        self.copies: list[Parameter] = []  # of some of them, stored once more
+        for parameter in parameters_of(self.hf_config):
+            if not parameter.copy:
+                self.parameters.append(parameter)
+            elif self._is_stored(parameter) and self._is_stored(self.parameters[-1]):
+                self.copies.append(parameter)
+            elif self._is_stored(parameter):
+                self.parameters[-1] = parameter
         self._check()
 
     @property
@@ -53,11 +65,11 @@ class MegatronCheckpoint:
     def vocabulary_padding(self) -> int:
         """Rows of padding that the stored embedding has."""
         embedding = next(parameter for parameter in self.parameters if parameter.is_vocabulary)
-        return self._stored[embedding.key].size[0] - embedding.shape[0]
+        return self._stored[embedding.place.key].size[0] - embedding.shape[0]
 
     def dtype(self, parameter: Parameter) -> str:
         """float32, bfloat16 or float16."""
-        return name_of(self._stored[self._place(parameter)[0]].properties.dtype)
+        return widest({name_of(self._stored[place.key].properties.dtype) for place in self._places(parameter)})
 
     def nbytes(self, parameter: Parameter) -> int:
         """As stored, without padding."""
@@ -97,50 +109,74 @@ class MegatronCheckpoint:
     def read(self, parameter: Parameter, offsets: Any, shape: Any, dtype: str) -> "torch.Tensor":
         """A block of a parameter, from `offsets` on, cast to `dtype`; only the stored chunks it meets are read."""
         import torch
+
+        target = torch.empty(tuple(shape), dtype=torch_dtype(dtype))
+        for place in self._places(parameter):
+            start, stop = max(offsets[0], place.start), min(offsets[0] + shape[0], place.stop)
+            if start < stop:
+                rows = target.narrow(0, start - offsets[0], stop - start)
+                self._read(place, (start - place.start, *offsets[1:]), rows)
+        return target
+
+    def _read(self, place: Place, offsets: tuple[int, ...], target: "torch.Tensor") -> None:
+        """Fill `target` with a block of what is stored at `place`, from `offsets` on."""
+        import torch
         from torch.distributed.checkpoint import FileSystemReader, LoadPlan
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
         from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
         from checkpoints_conv.torch_dist import Into
 
-        key, layer = self._place(parameter)
-        block = ChunkStorageMetadata(torch.Size([*layer, *offsets]), torch.Size([*(1 for _ in layer), *shape]))
-        target = torch.empty(block.sizes, dtype=torch_dtype(dtype))
+        key, sizes = place.key, torch.Size([*(1 for _ in place.index), *target.shape])
+        block = ChunkStorageMetadata(torch.Size([*place.index, *offsets]), sizes)
         reader = FileSystemReader(self.path)
         reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-        plan = LoadPlan(create_read_items_for_chunk_list(key, self._stored[key], [block]))
+        stored = replace(self._stored[key], chunks=self._chunks_at(place))
         try:
-            reader.read_data(plan, Into(target))
+            reader.read_data(LoadPlan(create_read_items_for_chunk_list(key, stored, [block])), Into(target.view(sizes)))
         except OSError as error:
             raise CheckpointError(f"tensor {key} in {self.path} cannot be read ({error})") from error
         except _DAMAGED as error:
             raise CheckpointError(f"tensor {key} in {self.path} cannot be read: its bytes are damaged") from error
-        return target.view(tuple(shape))
 
-    def _place(self, parameter: Parameter) -> tuple[str, tuple[int, ...]]:
-        """Key under which it is stored, and its offset along the axis of layers: (layer,), or () if there is none."""
-        if parameter.layer is None or parameter.layer_key in self._stored:
-            return parameter.layer_key, ()
-        return parameter.key, (parameter.layer,)
+    def _chunks_at(self, place: Place) -> list:
+        """The chunks of a tensor that hold a place's layer and expert: of many thousands a few."""
+        if place.key not in self._chunks:
+            by_index = self._chunks[place.key] = defaultdict(list)
+            for chunk in self._stored[place.key].chunks:
+                spans = zip(chunk.offsets, chunk.sizes, place.axes, strict=False)
+                for index in product(*(range(offset, offset + size) for offset, size, _ in spans)):
+                    by_index[index].append(chunk)
+        return self._chunks[place.key][place.index]
+
+    def _places(self, parameter: Parameter) -> tuple[Place, ...]:
+        """Where it is stored, in the first of its forms that is there; if none is, where it should be."""
+        stored = (form for form in parameter.forms if any(place.key in self._stored for place in form))
+        return next(stored, parameter.forms[0])
+
+    def _is_stored(self, parameter: Parameter) -> bool:
+        return any(place.key in self._stored for place in self._places(parameter))
 
     def _check(self) -> None:
-        places = {parameter: self._place(parameter) for parameter in self.parameters}
+        places = {parameter: self._places(parameter) for parameter in (*self.parameters, *self.copies)}
         name = architecture_of(self.hf_config).name
-        missing = sorted({key for key, _ in places.values() if key not in self._stored})
+        used = {place.key for form in places.values() for place in form}
+        missing = sorted(used - self._stored.keys())
         if missing:
             raise CheckpointError(f"{self.path} lacks {_listed(missing)} that {name} needs")
-        used = {key for key, _ in places.values()}
         extra = sorted(key for key in self._stored if key not in used and not key.startswith(OPTIMIZER))
         if extra:
             raise CheckpointError(f"{self.path} has {_listed(extra)} that {name} (see {self.hf}) does not know")
-        for parameter, (key, layer) in places.items():
-            self._check_shape(parameter, key, stacked=bool(layer))
+        for parameter, form in places.items():
+            for place in form:
+                self._check_shape(parameter, place)
         for key in sorted(used):
             self._check_chunks(key)
 
-    def _check_shape(self, parameter: Parameter, key: str, stacked: bool) -> None:
+    def _check_shape(self, parameter: Parameter, place: Place) -> None:
+        key = place.key
         found = tuple(self._stored[key].size)
-        wanted = parameter.stacked_shape if stacked else parameter.shape
+        wanted = (*place.axes, place.stop - place.start, *parameter.shape[1:])
         padded = parameter.is_vocabulary and found[1:] == wanted[1:] and found[0] >= wanted[0]
         if found != wanted and not padded:
             raise CheckpointError(

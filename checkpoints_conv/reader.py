@@ -92,12 +92,12 @@ def check_safetensors(path: str | Path) -> dict[str, TensorInfo]:
     wanted, found = architecture.hf_tensors(hf_config), read_headers(path)
     missing = [name for name in wanted if name not in found]
     if missing:
-        raise ModelError(f"{path} lacks {_listed(missing)} that {architecture.name} needs")
+        raise ModelError(f"{path} lacks {listed(missing)} that {architecture.name} needs")
     for name, shape in wanted.items():
         _check_tensor(name, found[name], shape)
     extra = [name for name in found if name not in wanted and not _harmless(name, hf_config)]
     if extra:
-        raise ModelError(f"{path} has {_listed(extra)} that {architecture.name} does not know")
+        raise ModelError(f"{path} has {listed(extra)} that {architecture.name} does not know")
     return found
 
 
@@ -162,7 +162,8 @@ def _harmless(name: str, hf_config: dict[str, Any]) -> bool:
     return name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
 
 
-def _listed(names: list[str], most: int = 5) -> str:
+def listed(names: list[str], most: int = 5) -> str:
+    """`tensors a, b, ... and 3 more`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:most])}{more}"
 

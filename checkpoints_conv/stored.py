@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from math import prod
 from typing import Any
 
 from checkpoints_conv.architectures import architecture_of
-from checkpoints_conv.mapping import Pair, Sizes, vocab_rows
+from checkpoints_conv.mapping import Pair, Sizes, gated, replicated, vocab_rows
+from checkpoints_conv.tables import MLP_NORM, MOE_NORM
 
-LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+LAYERS = "decoder.layers."
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """A Megatron parameter of the whole model, unsharded.
+class Place:
+    """Rows [start, stop) of a parameter in the tensor `key` of a checkpoint.
 
-    pair: its row of the mapping table. shape: without padding of the vocabulary. layer: its number, None outside
-    the layers. key: of the tensor that holds this parameter of all `layers` layers along a first axis (of this one
-    alone outside the layers). layer_key: of a tensor of its own, as Megatron-Core writes it for unequal layers.
+    index, axes: where on, and how long, the axes before the parameter's own are: (layer, expert), one of them, or none.
+    """
+
+    key: str
+    index: tuple[int, ...]
+    axes: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class Parameter:
+    """A Megatron parameter of the whole model, unsharded: one layer's, and one expert's if it is one of experts.
+
+    pair: its row of the mapping table. shape: without padding of the vocabulary. forms: the ways in which Megatron-Core
+    stores it, the one in which it is written first:
+    all layers (and experts) stacked along first axes of one tensor; a tensor for each layer, its experts stacked
+    (`non_homogeneous_layers`); a tensor for each matrix, gate and up projection apart (`singleton_local_shards`).
+    copy: whether the same values are stored once more under another key, as layers of another kind look for them.
     """
 
     pair: Pair
     shape: tuple[int, ...]
-    layer: int | None
-    layers: int
-    key: str
-    layer_key: str
+    forms: tuple[tuple[Place, ...], ...]
+    copy: bool = False
+
+    @property
+    def place(self) -> Place:
+        """Where it is written, whole."""
+        return self.forms[0][0]
 
     @property
     def numel(self) -> int:
@@ -39,36 +59,69 @@ class Parameter:
         """Whether rows of padding may follow those of the vocabulary."""
         return self.pair.rule is vocab_rows
 
-    @property
-    def stacked_shape(self) -> tuple[int, ...]:
-        """Shape of the tensor stored under `key`."""
-        return self.shape if self.layer is None else (self.layers, *self.shape)
-
 
 def parameters_of(hf_config: Mapping[str, Any]) -> list[Parameter]:
     """Every parameter of the model, in the order of Hugging Face's tensors; a tied head is left out."""
     architecture = architecture_of(hf_config)
     sizes = architecture.sizes(hf_config)
-    return [_parameter(pair, layer, sizes) for layer, part in architecture.pairs(hf_config) for pair in part]
+    parameters = []
+    for layer, part in architecture.pairs(hf_config):
+        for pair in part:
+            parameters.append(_parameter(pair, layer, sizes))
+            if pair.rule is replicated and layer is not None and pair.megatron == MOE_NORM.at(layer).megatron:
+                # Megatron-Core's own layers look for it where a dense model has it.
+                parameters.append(replace(_parameter(MLP_NORM.at(layer), layer, sizes), copy=True))
+    return parameters
 
 
 def extra_state_keys(hf_config: Mapping[str, Any]) -> list[str]:
     """Keys of the (empty) extra states that layers of Megatron-Core ask a checkpoint for.
 
-    Its own layers have them for the four linear maps. Transformer Engine's have them for attention and norms, too.
+    Its own layers have them for linear maps. Transformer Engine's have them for norms, too.
     """
     architecture = architecture_of(hf_config)
-    layers = architecture.sizes(hf_config).layers
-    modules = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"]
-    modules.append("self_attention.core_attention")
+    sizes = architecture.sizes(hf_config)
+    attention = ["self_attention.linear_qkv", "self_attention.linear_proj"]
     if architecture.qk_norm:
-        modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"]
-    keys = [f"decoder.layers.{module}._extra_state/shard_{n}_{layers}" for module in modules for n in range(layers)]
-    return [*keys, "decoder.final_layernorm._extra_state/shard_0_1"]
+        attention += ["self_attention.q_layernorm", "self_attention.k_layernorm"]
+    axes = {f"{LAYERS}{module}": (sizes.layers,) for module in attention}
+    if architecture.moe:
+        axes[f"{LAYERS}pre_mlp_layernorm"] = (sizes.layers,)
+    experts, mlp = (
+        ((sizes.layers, sizes.experts), "mlp.experts.experts") if architecture.moe else ((sizes.layers,), "mlp")
+    )
+    axes |= {f"{LAYERS}{mlp}.{linear}": experts for linear in ("linear_fc1", "linear_fc2")}
+    axes["decoder.final_layernorm"] = (1,)
+    return [
+        f"{module}._extra_state/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, lengths))}"
+        for module, lengths in axes.items()
+        for index in product(*map(range, lengths))
+    ]
 
 
 def _parameter(pair: Pair, layer: int | None, sizes: Sizes) -> Parameter:
-    name = pair.megatron[-1]  # Megatron-Core stores under Transformer Engine's names, whatever the layers are
-    match = LAYER.fullmatch(name)
-    key = f"decoder.layers.{match[2]}" if match else name
-    return Parameter(pair, pair.local_shape(sizes, 1), layer, sizes.layers, key, name)
+    shape = pair.local_shape(sizes, 1)
+    if layer is None:
+        return Parameter(pair, shape, (_whole(pair.megatron[-1], shape),))
+    # Megatron-Core stores under Transformer Engine's names, whatever the layers are; experts under names of their own.
+    stacked = single = pair.megatron[-1].removeprefix(f"{LAYERS}{layer}.")
+    layers, experts = (layer, sizes.layers), ()
+    if pair.expert is not None:
+        module, matrix = pair.megatron[0].removeprefix(f"{LAYERS}{layer}.").split(f"local_experts.{pair.expert}.")
+        stacked, single = f"{module}experts.{matrix}", f"{module}experts.{pair.expert}.{matrix}"
+        experts = ((pair.expert, sizes.experts),)
+    forms = [
+        _whole(f"{LAYERS}{stacked}", shape, layers, *experts),
+        _whole(f"{LAYERS}{layer}.{stacked}", shape, *experts),
+    ]
+    if pair.rule is gated:
+        key, half = f"{LAYERS}{layer}.{single}", shape[0] // 2
+        forms.append((Place(f"{key}_w", (), (), 0, half), Place(f"{key}_v", (), (), half, shape[0])))
+    elif experts:
+        forms.append(_whole(f"{LAYERS}{layer}.{single}", shape))
+    return Parameter(pair, shape, tuple(forms))
+
+
+def _whole(key: str, shape: tuple[int, ...], *axes: tuple[int, int]) -> tuple[Place]:
+    """All of a parameter; axes: (index, length) each."""
+    return (Place(key, tuple(index for index, _ in axes), tuple(length for _, length in axes), 0, shape[0]),)

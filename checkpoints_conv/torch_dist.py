@@ -66,7 +66,7 @@ class StreamingPlanner(SavePlanner):
             return state
         chunk = self._chunks[write_item.index.fqn, tuple(write_item.index.offset)]
         values = self._read(chunk)
-        return values if chunk.parameter.layer is None else values.unsqueeze(0)
+        return values.view(_stored_sizes(chunk))
 
 
 class StreamingWriter(FileSystemWriter):
@@ -131,16 +131,21 @@ class Into(LoadPlanner):
 
 def _write_item(index: Index, chunk: "Chunk") -> WriteItem:
     key, offsets = index
-    sizes = chunk.shape if chunk.parameter.layer is None else (1, *chunk.shape)
+    place = chunk.parameter.place
     return WriteItem(
         index=MetadataIndex(key, torch.Size(offsets)),
         type=WriteItemType.SHARD,
         tensor_data=TensorWriteData(
-            chunk=ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes)),
+            chunk=ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=_stored_sizes(chunk)),
             properties=TensorProperties(dtype=torch_dtype(chunk.dtype)),
-            size=torch.Size(chunk.parameter.stacked_shape),
+            size=torch.Size([*place.axes, *chunk.parameter.shape]),
         ),
     )
+
+
+def _stored_sizes(chunk: "Chunk") -> torch.Size:
+    """Of a chunk in the stored tensor: one layer's, one expert's."""
+    return torch.Size([*(1 for _ in chunk.parameter.place.axes), *chunk.shape])
 
 
 class _Stream:

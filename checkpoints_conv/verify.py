@@ -33,24 +33,25 @@ def verify(hf: str | Path, megatron: str | Path, *, progress: Progress = silent)
     found = check_safetensors(hf)
     checkpoint = MegatronCheckpoint(megatron, hf)
     check_config(megatron, hf)
-    differing: list[str] = []
-    compared = cast = 0
-    with SafetensorsReader(hf) as reader, progress(sum(map(checkpoint.nbytes, checkpoint.parameters))) as advance:
-        for parameter in checkpoint.parameters:
+    differing: dict[str, str] = {}
+    compared, cast = set(), set()
+    parameters = [*checkpoint.parameters, *checkpoint.copies]
+    with SafetensorsReader(hf) as reader, progress(sum(map(checkpoint.nbytes, parameters))) as advance:
+        for parameter in parameters:
             for name, stored in checkpoint.hf_tensors(parameter):
                 original = reader.get(name).to(stored.dtype)
-                compared += 1
-                cast += checkpoint.dtype(parameter) != SAFETENSORS[found[name].dtype]
+                compared.add(name)
+                if checkpoint.dtype(parameter) != SAFETENSORS[found[name].dtype]:
+                    cast.add(name)
                 if not torch.equal(original.contiguous().view(torch.uint8), stored.contiguous().view(torch.uint8)):
                     largest = (original.double() - stored.double()).abs().max().item()
-                    differing.append(f"{name} (by up to {largest:.3g})")
+                    differing[name] = f"{name} (by up to {largest:.3g})"
                 advance(stored.nbytes)
     if differing:
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise ModelError(
-            f"{len(differing)} of {compared} tensors of {megatron} differ from {hf}: {', '.join(differing[:5])}{more}"
-        )
-    return Verified(compared, cast)
+        named = ", ".join(list(differing.values())[:5])
+        raise ModelError(f"{len(differing)} of {len(compared)} tensors of {megatron} differ from {hf}: {named}{more}")
+    return Verified(len(compared), len(cast))
 
 
 def check_config(megatron: str | Path, hf: str | Path) -> None:

@@ -6,7 +6,7 @@ import enum
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -35,6 +35,11 @@ class Dtype(enum.Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class Fp8Format(enum.Enum):
+    fp8 = "fp8"
+    fp8_block = "fp8-block"
 
 
 class Command(TyperCommand):
@@ -68,7 +73,9 @@ HfOfMegatron = Annotated[
 MegatronDir = Annotated[
     Path,
     typer.Option(
-        "--megatron", metavar="DIR", help="A torch_dist checkpoint: converted, or checkpoints/step_NNNNNN of a run."
+        "--megatron",
+        metavar="DIR",
+        help="A torch_dist checkpoint: converted, or checkpoints/step_NNNNNN of a run, saved at any TP x PP x EP.",
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write; must not exist or be empty.")]
@@ -78,7 +85,7 @@ AllowDowncast = Annotated[bool, typer.Option("--allow-downcast", help="Let --dty
 
 @app.command("hf-to-megatron", cls=Command, short_help="Hugging Face directory to Megatron-Core checkpoint.")
 def hf_to_megatron(hf: HfDir, out: Out, dtype: ToDtype = None, allow_downcast: AllowDowncast = False) -> None:
-    """Write a Hugging Face model as a torch_dist checkpoint that Megatron-Core loads at any TP x PP.
+    """Write a Hugging Face model as a torch_dist checkpoint that Megatron-Core loads at any TP x PP x EP.
 
     Needs no GPU and the memory of one tensor. Several processes started by torchrun share the work. Exit code 2: bad
     input; nothing is left at --out.
@@ -91,18 +98,19 @@ def hf_to_megatron(hf: HfDir, out: Out, dtype: ToDtype = None, allow_downcast: A
         _say(ranks, f"wrote {out}")
 
 
+MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest file, such as 5GB, 500MB or 2GiB.")]
+
+
 @app.command("megatron-to-hf", cls=Command, short_help="Megatron-Core checkpoint to Hugging Face directory.")
 def megatron_to_hf(
     megatron: MegatronDir,
     out: Out,
     hf: HfOfMegatron = None,
     dtype: ToDtype = None,
-    max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Largest file, such as 5GB, 500MB or 2GiB.")
-    ] = "5GB",
+    max_shard_size: MaxShardSize = "5GB",
     allow_downcast: AllowDowncast = False,
 ) -> None:
-    """Write the model of a torch_dist checkpoint as a complete Hugging Face directory.
+    """Write the model of a torch_dist checkpoint, of whatever layout, as a complete Hugging Face directory.
 
     Optimizer state is not read. Needs no GPU and the memory of a few tensors. Several processes started by torchrun
     share the work. Exit code 2: bad input; nothing is left at --out.
@@ -115,6 +123,70 @@ def megatron_to_hf(
         options = {"dtype": name, "max_shard_bytes": shard_bytes, "allow_downcast": allow_downcast}
         convert(megatron, out, hf=hf, **options, progress=_progress(ranks), ranks=ranks)
         _say(ranks, f"wrote {out}")
+
+
+@app.command("quantize", cls=Command, short_help="Hugging Face directory to FP8 for serving with SGLang.")
+def quantize(
+    hf: HfDir,
+    out: Out,
+    form: Annotated[Fp8Format, typer.Option("--format", help="How weights and activations are scaled, see above.")],
+    calibration: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="FILE", help="Questions (.jsonl or .parquet, as for training) to measure fp8's scales on."
+        ),
+    ] = None,
+    calibration_questions: Annotated[
+        Optional[int],
+        typer.Option(min=1, metavar="N", help="At most so many of them, spread over the file. Default: 256."),
+    ] = None,
+    high_entropy_prompt_file: Annotated[
+        Optional[str],
+        typer.Option(metavar="FILE", help="The high-entropy prompt that the model was trained with. Default: our own."),
+    ] = None,
+    max_shard_size: MaxShardSize = "5GB",
+) -> None:
+    """Write a Hugging Face model in FP8, as a complete directory that SGLang serves.
+
+    fp8: one scale a matrix, fixed scales of activations, measured by running the whole model on --calibration with
+    the prompts of both modes. fp8-block: a scale for each 128 x 128 weights, activations scaled as they come; tensor
+    by tensor, without calibration. Embedding, head, norms and routers of experts stay as they are. Needs
+    nvidia-modelopt: pip install megatron_policysplit[quantize]. Exit code 2: bad input; nothing is left at --out.
+    """
+    from checkpoints_conv.progress import bar
+    from checkpoints_conv.quantize import quantize as convert
+    from megatron_policysplit.config import ModesConfig
+    from megatron_policysplit.errors import ConfigError
+
+    given = [calibration, calibration_questions, high_entropy_prompt_file]
+    if form is Fp8Format.fp8_block and given != [None, None, None]:
+        raise ConfigError(
+            "--format fp8-block scales activations as they come and is not calibrated; leave out "
+            "--calibration and what belongs to it"
+        )
+    if form is Fp8Format.fp8 and calibration is None:
+        raise ConfigError(
+            "--format fp8 needs --calibration FILE with questions to measure activations on; "
+            "--format fp8-block needs none"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"quantize runs as one process, but WORLD_SIZE={os.environ['WORLD_SIZE']}; start it without torchrun"
+        )
+
+    def measure() -> "Mapping[str, float]":
+        from megatron_policysplit.calibration import QUESTIONS, input_maxima
+
+        modes = ModesConfig(high_entropy_prompt_file=high_entropy_prompt_file)
+        count = calibration_questions or QUESTIONS
+        return input_maxima(hf, calibration, modes, questions=count, progress=bar)
+
+    maxima = measure if form is Fp8Format.fp8 else None
+    size = parse_size(max_shard_size)
+    written = convert(hf, out, form.value, input_maxima=maxima, max_shard_bytes=size, progress=bar)
+    print(f"wrote {out}: {written.nbytes / 1e9:.2f} GB")
+    if written.tensor_parallel is not None:
+        print(f"SGLang can serve it with --tp-size {', '.join(map(str, written.tensor_parallel))}")
 
 
 @app.command("verify", cls=Command, short_help="Compare the two, tensor by tensor.")

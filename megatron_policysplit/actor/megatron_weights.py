@@ -20,9 +20,11 @@ def load_megatron_weights(model: nn.Module, path: str | Path) -> None:
     torch_dist's own or a parameter is not in the checkpoint.
     """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     check_metadata(Path(path) / ".metadata")
-    wanted = {name: value for name, value in model.sharded_state_dict().items() if not name.endswith(EXTRA_STATE)}
+    # Extra states, whose names differ between kinds of layers, are the model's only objects.
+    wanted = {k: value for k, value in model.sharded_state_dict().items() if not isinstance(value, ShardedObject)}
     loaded = dist_checkpointing.load({"model": wanted}, str(path))["model"]
     result = model.load_state_dict(loaded, strict=False)
     skipped = [name for name in result.missing_keys if not name.endswith(EXTRA_STATE)]

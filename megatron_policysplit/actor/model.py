@@ -90,6 +90,9 @@ def _local_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmo
     """Megatron's own layers, without Transformer Engine; experts one after the other."""
     experts, qk_layernorm = config.num_moe_experts, config.qk_layernorm
     spec = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=qk_layernorm, normalization="RMSNorm")
+    if experts:
+        # The norm before experts is stored as Transformer Engine's layers store it, not as in a dense layer.
+        spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     if not config.sequence_parallel:
         return spec
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules

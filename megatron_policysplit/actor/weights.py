@@ -10,6 +10,7 @@ from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,8 @@ CPU = torch.device("cpu")
 EXPERT_BUCKET_ELEMENTS = 2**26  # of experts that are exported together
 # The number of an expert in a parameter's name: of Megatron's own layers, or of Transformer Engine's grouped ones.
 _EXPERT = re.compile(r"(?<=\.experts\.local_experts\.)\d+|(?<=\.experts\.linear_fc[12]\.weight)\d+$")
+
+_plans: "WeakKeyDictionary[nn.Module, list[Bucket]]" = WeakKeyDictionary()
 
 
 def load_weights(model: nn.Module, hf_path: str | Path) -> None:
@@ -110,7 +113,7 @@ def export_weights(
     own_stage = parallel_state.get_pipeline_model_parallel_rank()
     by_stage = destination == "stage_leader"
     last_stage = parallel_state.get_pipeline_model_parallel_world_size() - 1
-    for bucket in export_plan(hf_config, _tensor_size(), last_stage + 1, _expert_size()):
+    for bucket in _plan_of(model, hf_config):
         own, error = None, None
         here, wanted = bucket.stage == own_stage, destination != "nowhere"
         if here and (wanted if bucket.owner is None else bucket.owner == _expert_rank()):
@@ -213,6 +216,14 @@ def export_plan(hf_config: Mapping[str, Any], tensor: int, pipeline: int, expert
         for owner, rows in _by_owner(pairs, sizes, expert):
             plan.append(Bucket(stage, owner, tuple(rows), tuple(pair.local_shape(sizes, tensor) for pair in rows)))
     return plan
+
+
+def _plan_of(model: nn.Module, hf_config: Mapping[str, Any]) -> list[Bucket]:
+    """`export_plan` at this rank's layout, made at the model's first export: of many experts it takes a while."""
+    if model not in _plans:
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        _plans[model] = export_plan(hf_config, _tensor_size(), stages, _expert_size())
+    return _plans[model]
 
 
 def _by_owner(pairs: Sequence[Pair], sizes: Sizes, expert: int) -> Iterator[tuple[int | None, list[Pair]]]:

@@ -9,93 +9,135 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_conv.hf_to_megatron import hf_to_megatron
 from checkpoints_conv.megatron_to_hf import megatron_to_hf
+from tests.dist.test_experts import pipeline_logits
 from tests.support.conversion import assert_same_model, make_tree, tensors_of
 from tests.support.dist import run_distributed
 from tests.support.hf_models import make_model
+from tests.support.megatron_models import (
+    Shape,
+    assert_same_parameters,
+    load_as_stock_megatron_does,
+    loaded_model,
+    nan_model,
+    parallel_config,
+    save_as_stock_megatron_does,
+    save_state,
+    start,
+)
 
-MODELS = [("llama", False), ("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)]
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+MODELS = [
+    ("llama", False),
+    ("mistral", False),
+    ("mistral", True),
+    ("qwen2", True),
+    ("qwen2", False),
+    ("qwen3", True),
+    ("qwen3", False),
+    ("qwen3_moe", True),
+    ("qwen3_moe", False),
+]
+MOE = "qwen3_moe"
+SHAPES = [
+    Shape(),
+    Shape(tensor=2),
+    Shape(pipeline=2),
+    Shape(tensor=2, pipeline=2),
+    Shape(expert=2),
+    Shape(tensor=2, expert=2),
+    Shape(pipeline=2, expert=2),
+]
 VOCAB = 131  # odd, so that tensor parallelism pads it
+TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """(Hugging Face directory, converted directory) of every model; the last is in bf16."""
+    """(Hugging Face directory, converted directory) of every model; of the last two again in bf16.
+
+    Beside the mixtures of experts in float32: transformers' logits.
+    """
     root = tmp_path_factory.mktemp("models")
     pairs = []
     for family, tied in MODELS:
         original = make_model(root / f"{family}-{tied}", family, tied=tied, vocab=VOCAB)
         hf_to_megatron(original, root / f"{family}-{tied}-megatron")
         pairs.append((str(original), str(root / f"{family}-{tied}-megatron")))
-    hf_to_megatron(pairs[-1][0], root / "bf16-megatron", dtype="bfloat16", allow_downcast=True)
-    megatron_to_hf(root / "bf16-megatron", root / "bf16")
-    return [*pairs, (str(root / "bf16"), str(root / "bf16-megatron"))]
+    for family in ("qwen3", MOE):
+        name = root / f"{family}-bf16"
+        hf_to_megatron(root / f"{family}-False", f"{name}-megatron", dtype="bfloat16", allow_downcast=True)
+        megatron_to_hf(f"{name}-megatron", name)
+        pairs.append((str(name), f"{name}-megatron"))
+    return pairs
 
 
-def start(tensor, pipeline):
-    from megatron_policysplit.actor.parallel import initialize
-    from megatron_policysplit.config import ParallelConfig
-
-    return initialize(ParallelConfig(tensor=tensor, pipeline=pipeline, data=1), seed=1, timeout_seconds=60)
+def dtype_of(hf):
+    return torch.bfloat16 if hf.endswith("bf16") else torch.float32
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), LAYOUTS)
-def test_megatron_loads_the_weights_of_the_original(models, tensor, pipeline):
-    counts = run_distributed(check_loading, tensor * pipeline, models, tensor, pipeline)
-    assert all(count > 0 for count in counts)
+@pytest.fixture(scope="module")
+def logits_of_experts(models):
+    """transformers', by directory."""
+    from transformers import AutoModelForCausalLM
+
+    logits = {}
+    for hf, _ in models:
+        if MOE in hf and not hf.endswith("bf16"):
+            with torch.no_grad():
+                logits[hf] = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)(tokens()).logits
+    return logits
 
 
-def check_loading(rank, models, tensor, pipeline):
-    start(tensor, pipeline)
+def tokens():
+    return torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_megatron_loads_the_weights_of_the_original(models, logits_of_experts, shape):
+    """Parameters of every model; logits of a mixture of experts, those of the others being a test of one rank."""
+    chosen = [pair for pair in models if shape.expert == 1 or MOE in pair[0]]
+    ranks = run_distributed(check_loading, shape.world, chosen, shape)
+    assert all(count > 0 for count, _ in ranks)
+    found = [logits for _, logits in ranks if logits]
+    assert len(found) == shape.tensor * shape.expert  # of every rank of the last stage
+    for logits in found:
+        assert set(logits) == set(logits_of_experts)
+        for hf, values in logits.items():
+            assert (torch.from_numpy(values) - logits_of_experts[hf]).abs().max() < TOLERANCE, hf
+
+
+def check_loading(rank, models, shape):
+    """How many parameters were compared, and logits by directory."""
+    start(shape)
     from megatron_policysplit.actor.megatron_weights import load_megatron_weights
-    from megatron_policysplit.actor.weights import load_weights
 
-    count = 0
+    count, logits = 0, {}
     for hf, megatron in models:
-        dtype = torch.bfloat16 if hf.endswith("bf16") else torch.float32
-        expected = nan_model(hf, dtype)
-        load_weights(expected, hf)
-        ours, stock = nan_model(hf, dtype), nan_model(hf, dtype)
-        load_megatron_weights(ours, megatron)
-        load_as_stock_megatron_does(stock, megatron)
-        for model in (ours, stock):
-            for (name, parameter), (_, wanted) in zip(
-                model.named_parameters(), expected.named_parameters(), strict=True
-            ):
-                assert torch.equal(parameter, wanted), (hf, name)
-                count += 1
-    return count
+        expected = loaded_model(hf, dtype_of(hf))
+        for load in (load_megatron_weights, load_as_stock_megatron_does):
+            model = nan_model(hf, dtype_of(hf))
+            load(model, megatron)
+            count += assert_same_parameters(model, expected)
+        if MOE in hf and dtype_of(hf) == torch.float32:
+            logits[hf] = pipeline_logits(model, tokens(), shape.tensor)
+    return count, {hf: values.numpy() for hf, values in logits.items() if values is not None}
 
 
-def nan_model(hf, dtype):
-    """A parameter or a padding row that loading skips must show."""
-    from checkpoints_conv import read_hf_config
-    from megatron_policysplit.actor.model import build_model
-
-    model = build_model(read_hf_config(hf), dtype=dtype)
-    for parameter in model.parameters():
-        parameter.data.fill_(float("nan"))
-    return model
+TRAINED = {
+    Shape(tensor=2, pipeline=2): [("qwen3", True), ("llama", False), ("mistral", False)],
+    Shape(tensor=2, expert=2): [(MOE, False)],
+    Shape(pipeline=2, expert=2): [(MOE, True)],
+}
+OTHER = {2: Shape(), 1: Shape(expert=2)}  # to load at what was saved at so many stages
 
 
-def load_as_stock_megatron_does(model, megatron):
-    """Everything that the model asks for, extra states included, must be in the checkpoint."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.validation import StrictHandling
-
-    content = dist_checkpointing.load_content_metadata(megatron)
-    wanted = model.sharded_state_dict(metadata=content)
-    loaded = dist_checkpointing.load({"model": wanted}, megatron, strict=StrictHandling.RAISE_UNEXPECTED)
-    model.load_state_dict(loaded["model"], strict=True)
-
-
-def test_a_training_checkpoint_exports_what_the_trainer_exports(tmp_path):
-    """Saved at TP 2 x PP 2, with an optimizer, where the configuration of the run names the model."""
+@pytest.mark.parametrize(("shape", "kinds"), TRAINED.items(), ids=map(str, TRAINED))
+def test_a_training_checkpoint_exports_what_the_trainer_exports(tmp_path, shape, kinds):
+    """Saved with an optimizer, where the configuration of the run names the model; and loaded at another layout."""
     models = {}
-    for family, tied in (("qwen3", True), ("llama", False)):
+    for family, tied in kinds:
         models[family] = make_model(tmp_path / family / "model", family, tied=tied, vocab=VOCAB)
         (models[family] / "chat_template.jinja").write_text("{{ messages }}")
-    run_distributed(save_training_checkpoints, 4, [str(path) for path in models.values()])
+    run_distributed(save_training_checkpoints, shape.world, shape, [str(path) for path in models.values()])
     for family, original in models.items():
         run, back = tmp_path / family / "run", tmp_path / family / "back"
         megatron_to_hf(run / "checkpoints" / "step_000007", back)
@@ -106,36 +148,39 @@ def test_a_training_checkpoint_exports_what_the_trainer_exports(tmp_path):
         untrained = load_file(original / "model.safetensors")
         assert not any(torch.equal(found[name], untrained[name]) for name in found)
         assert (back / "chat_template.jinja").read_text() == "{{ messages }}"
+    other = OTHER[shape.pipeline]
+    run_distributed(load_at_another_layout, other.world, other, [str(tmp_path / family) for family, _ in kinds])
 
 
-def save_training_checkpoints(rank, models):
-    layout = start(2, 2)
+def save_training_checkpoints(rank, shape, models):
+    layout = start(shape)
     for model in models:
-        save_training_checkpoint(rank, layout, model, str(Path(model).parent / "run"))
+        save_training_checkpoint(rank, shape, layout, model, str(Path(model).parent / "run"))
 
 
-def save_training_checkpoint(rank, layout, model_path, run_dir):
+def save_training_checkpoint(rank, shape, layout, model_path, run_dir):
     from safetensors.torch import save_file
 
     from checkpoints_conv import read_hf_config
     from megatron_policysplit.actor import checkpoint
     from megatron_policysplit.actor.step import Actor
     from megatron_policysplit.actor.weights import export_weights
-    from megatron_policysplit.config import Config, ParallelConfig
+    from megatron_policysplit.config import Config
     from megatron_policysplit.config_load import to_yaml
 
     config = Config()
     config.model.path, config.model.dtype, config.run.dir = model_path, "float32", run_dir
     config.data.path = "unused.jsonl"
-    config.parallel = ParallelConfig(tensor=2, pipeline=2, data=1)
+    config.parallel = parallel_config(shape)
     actor = Actor(config, read_hf_config(model_path), layout)
     with torch.no_grad():
         for number, parameter in enumerate(actor.model.parameters()):
             parameter.mul_(1.25 + number / 64)
     _tie(actor, read_hf_config(model_path))
     checkpoint.save(actor, checkpoint.TrainerState(step=7), Path(run_dir) / "checkpoints", keep=1)
-    weights = dict(export_weights(actor.model, actor.hf_config, "leader"))
-    if rank == layout.leader:
+    destination = "leader" if layout.data_rank == 0 else "nowhere"
+    weights = dict(export_weights(actor.model, actor.hf_config, destination))
+    if rank == layout.chief:
         save_file(weights, Path(run_dir) / "exported.safetensors")
         (Path(run_dir) / "config.yaml").write_text(to_yaml(config))
 
@@ -151,25 +196,65 @@ def _tie(actor, hf_config):
         dist.broadcast(weight.data, src=min(dist.get_process_group_ranks(group)), group=group)
 
 
-def test_layers_stored_one_by_one_are_read_too(tmp_path):
-    """As Megatron-Core writes them for layers that are not alike."""
-    original = make_model(tmp_path / "model", "qwen3", tied=False, vocab=VOCAB)
-    run_distributed(save_layer_by_layer, 1, str(original), str(tmp_path / "saved"))
+def load_at_another_layout(rank, shape, folders):
+    """Straight from the training checkpoint, and from what was converted of it there and back."""
+    start(shape)
+    from megatron_policysplit.actor.megatron_weights import load_megatron_weights
+
+    for folder in folders:
+        model = nan_model(f"{folder}/back", torch.float32)
+        load_megatron_weights(model, f"{folder}/run/checkpoints/step_000007")
+        assert assert_same_parameters(model, loaded_model(f"{folder}/back", torch.float32)) > 0
+
+
+FORMS = {
+    "a tensor for each layer": {"non_homogeneous_layers": True},
+    "a tensor for each matrix": {"singleton_local_shards": True},
+}
+
+
+@pytest.mark.parametrize("content", FORMS.values(), ids=list(FORMS))
+@pytest.mark.parametrize(("family", "shape"), [("qwen3", Shape()), (MOE, Shape()), (MOE, Shape(expert=2))])
+def test_other_forms_of_stored_layers_are_read_too(tmp_path, family, shape, content):
+    """As Megatron-Core writes them for layers that are not alike, and for optimizers that want whole matrices."""
+    original = make_model(tmp_path / "model", family, tied=False, vocab=VOCAB, num_hidden_layers=2)
+    run_distributed(save_in_form, shape.world, shape, str(original), str(tmp_path / "saved"), content)
     megatron_to_hf(tmp_path / "saved", tmp_path / "back", hf=original)
     assert_same_model(original, tmp_path / "back")
 
 
-def save_layer_by_layer(rank, model_path, out):
-    start(1, 1)
-    from megatron.core import dist_checkpointing
+def save_in_form(rank, shape, model_path, out, content):
+    start(shape)
+    save_as_stock_megatron_does(loaded_model(model_path, torch.float32), out, **content)
 
-    from megatron_policysplit.actor.weights import load_weights
 
-    model = nan_model(model_path, torch.float32)
-    load_weights(model, model_path)
-    state = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
-    Path(out).mkdir()
-    dist_checkpointing.save({"model": state}, out)
+def test_blocks_of_several_experts_are_read_too(tmp_path):
+    """As Megatron-Core's legacy GroupedMLP writes those of one rank together."""
+    original = make_model(tmp_path / "model", MOE, tied=False, vocab=VOCAB, num_hidden_layers=2)
+    run_distributed(save_experts_together, 1, str(original), str(tmp_path / "saved"))
+    megatron_to_hf(tmp_path / "saved", tmp_path / "back", hf=original)
+    assert_same_model(original, tmp_path / "back")
+
+
+def save_experts_together(rank, model_path, out):
+    start()
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    model = loaded_model(model_path, torch.float32)
+    state = {k: value for k, value in model.sharded_state_dict().items() if ".local_experts." not in k}
+    for layer, block in enumerate(model.decoder.layers):
+        for linear in ("linear_fc1", "linear_fc2"):
+            weights = torch.stack([getattr(expert, linear).weight for expert in block.mlp.experts.local_experts])
+            halves = weights.detach().chunk(2, dim=1) if linear == "linear_fc1" else [weights.detach()]
+            for number, half in enumerate(halves):
+                state[f"{layer}.{linear}.{number}"] = ShardedTensor.from_rank_offsets(
+                    f"decoder.layers.mlp.experts.experts.{linear}.weight",
+                    half.contiguous(),
+                    (0, layer, 2),
+                    (2, number, len(halves)),
+                    prepend_axis_num=1,
+                )
+    save_state(state, out)
 
 
 def test_logits_are_those_of_transformers(models, tmp_path):
@@ -178,7 +263,8 @@ def test_logits_are_those_of_transformers(models, tmp_path):
     tensors = tensors_of(damaged)
     tensors["model.layers.2.self_attn.k_proj.weight"][5] *= 1.1
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    run_distributed(check_all_logits, 1, models[:-1], str(damaged))
+    in_float32 = [pair for pair in models if dtype_of(pair[0]) == torch.float32]
+    run_distributed(check_all_logits, 1, in_float32, str(damaged))
 
 
 def check_all_logits(rank, models, damaged):
@@ -203,21 +289,19 @@ def test_exports_equal_those_of_mbridge(models, tmp_path):
 
 
 def check_against_mbridge(rank, pairs):
-    """mbridge loads the original into Megatron-Core and exports it; it is given Transformer Engine's names."""
-    start(1, 1)
+    """mbridge loads the original into Megatron-Core and exports it; it knows Transformer Engine's names only."""
+    from tests.support import fake_transformer_engine
+
+    fake_transformer_engine.install()
+    start()
     from mbridge import AutoBridge
+    from mbridge.core import register_model
+    from mbridge.models.llama import LLaMABridge
 
-    from checkpoints_conv import architecture_of, read_hf_config
-
+    register_model("mistral")(LLaMABridge)  # which it has not on its list
     for hf, exported in pairs:
-        config = read_hf_config(hf)
-        table = architecture_of(config).by_megatron_name(config)
-        dtype = torch.bfloat16 if hf.endswith("bf16") else torch.float32
-        model = nan_model(hf, dtype)
-        bridge = AutoBridge.from_pretrained(hf, dtype=dtype)
-        names = {name: table[name].megatron[-1] for name in dict(model.named_parameters())}
-        extra = {name: name for name in model.state_dict() if name not in names}
-        bridge._weight_name_mapping_mcore_local_to_global = lambda model, consider_ep=True, n=names | extra: n
+        model = nan_model(hf, dtype_of(hf), transformer_engine=True)
+        bridge = AutoBridge.from_pretrained(hf, dtype=dtype_of(hf))
         bridge.load_weights([model], hf)
         theirs = dict(bridge.export_weights([model]))
         ours = tensors_of(exported)
@@ -226,8 +310,9 @@ def check_against_mbridge(rank, pairs):
             assert torch.equal(ours[name], tensor), (hf, name)
 
 
-def test_several_processes_share_a_conversion(tmp_path):
-    original = make_tree(make_model(tmp_path / "model", "qwen2", tied=False, vocab=VOCAB))
+@pytest.mark.parametrize("family", ["qwen2", MOE])
+def test_several_processes_share_a_conversion(tmp_path, family):
+    original = make_tree(make_model(tmp_path / "model", family, tied=False, vocab=VOCAB))
     run_distributed(convert_there_and_back, 2, str(original), str(tmp_path))
     files = sorted(file.name for file in (tmp_path / "megatron").glob("*.distcp"))
     assert files == ["__0_0.distcp", "__1_0.distcp"]

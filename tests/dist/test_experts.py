@@ -96,6 +96,9 @@ def check_cases(rank, cases, shape):
 
     weights.EXPERT_BUCKET_ELEMENTS = FEW_ELEMENTS
     tensor, pipeline, expert = shape
+    plans = []
+    make_plan = weights.export_plan
+    weights.export_plan = lambda *layout: plans.append(layout) or make_plan(*layout)
     differences = []
     for case in cases:
         model, hf_config = loaded_model(case, layout)
@@ -104,12 +107,14 @@ def check_cases(rank, cases, shape):
         if logits is not None:
             theirs = load_file(case.logits_file)[str(layout.data_rank)]
             differences.append((logits - theirs).abs().max().item())
-        check_plan(weights.export_plan(hf_config, tensor, pipeline, expert), expert)
+        check_plan(make_plan(hf_config, tensor, pipeline, expert), expert)
         listed = [(tensor.name, tensor.shape) for tensor in weights.exported_tensors(hf_config, pipeline)]
+        plans.clear()
         exported = list(weights.export_weights(model, hf_config, "every_rank"))
         assert [(name, tuple(tensor.shape)) for name, tensor in exported] == listed
         assert_equals_files(exported, case)
         check_destinations(model, hf_config, layout, case)
+        assert plans == [(hf_config, tensor, pipeline, expert)]  # of three exports
     check_failing_consumers(rank, model, hf_config, tensor * pipeline * expert)
     return differences
 

@@ -7,6 +7,7 @@ import torch
 
 from examples.smollm2.make_model import make_model
 from tests.support.dist import run_distributed
+from tests.support.fp8 import served_model, write_questions
 
 QUESTION = [{"role": "user", "content": "Name three rivers of Europe, and say in a sentence where each begins."}]
 
@@ -35,6 +36,31 @@ def test_conversion_there_and_back_keeps_every_bit(model_path, tmp_path):
         assert (tmp_path / "back" / name).read_bytes() == (model_path / name).read_bytes()
     configs = [json.loads((path / "config.json").read_text()) for path in (model_path, tmp_path / "back")]
     assert configs[0] == configs[1]
+
+
+def test_fp8_stays_close(model_path, tmp_path):
+    """KL per token of what the model says to a question it was not calibrated on, in both modes."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from checkpoints_conv.quantize import quantize
+    from megatron_policysplit.calibration import input_maxima
+    from megatron_policysplit.config import ModesConfig
+    from megatron_policysplit.modes import PromptBuilder
+
+    questions = write_questions(tmp_path / "questions.jsonl", ["What is 17 times 23?", "Why is the sky blue?"])
+    measured = lambda: input_maxima(model_path, questions, ModesConfig())  # noqa: E731
+    quantize(model_path, tmp_path / "fp8", "fp8", input_maxima=measured)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    served = served_model(tmp_path / "fp8", model_path, round_inputs=True)
+    found = []
+    for prompt in PromptBuilder(AutoTokenizer.from_pretrained(model_path), ModesConfig()).build(QUESTION).values():
+        with torch.no_grad():
+            tokens = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)
+            whole, fp8 = (of(tokens).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for of in (model, served))
+        found.append((whole.exp() * (whole - fp8)).sum(-1))
+    divergence = torch.cat(found)
+    assert len(divergence) > 30
+    assert 0.005 < divergence.mean() < 0.08  # nats; 0.035 was measured over eight responses
 
 
 def test_logits_equal_transformers_at_pipeline_2(model_path):

@@ -1,6 +1,7 @@
 """Checkpoints to convert, and comparing what came of them."""
 
 import json
+import pickle
 from pathlib import Path
 
 import torch
@@ -35,6 +36,15 @@ def cast_model(path: Path, dtype_of) -> Path:
     config["dtype"] = kinds.pop() if len(kinds) == 1 else "bfloat16"
     (path / "config.json").write_text(json.dumps(config))
     return path
+
+
+def edit_metadata(path, change):
+    """Apply `change` to the pickled metadata of a checkpoint."""
+    with (path / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    change(metadata)
+    with (path / ".metadata").open("wb") as file:
+        pickle.dump(metadata, file)
 
 
 def assert_same_model(original: Path, found: Path) -> None:

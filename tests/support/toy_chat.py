@@ -10,8 +10,8 @@ TEMPLATE = (
 )
 
 
-def make_chat_model(path: Path, **overrides) -> Path:
-    """A Qwen3-shaped model over single bytes; `<|im_end|>` ends a response."""
+def make_chat_model(path: Path, family: str = "qwen3", *, tied: bool = True, **overrides) -> Path:
+    """A model of `family` over single bytes; `<|im_end|>` ends a response."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -25,8 +25,8 @@ def make_chat_model(path: Path, **overrides) -> Path:
     tokenizer.chat_template = TEMPLATE
     make_model(
         path,
-        "qwen3",
-        tied=True,
+        family,
+        tied=tied,
         vocab=len(tokenizer),
         max_position_embeddings=1024,
         eos_token_id=tokenizer.eos_token_id,

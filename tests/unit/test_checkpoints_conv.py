@@ -187,7 +187,7 @@ def test_old_and_new_rope_keys_mean_the_same():
         ({"attention_bias": True}, "attention_bias=True; only attention_bias=False is supported"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers=1"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config .*are not supported"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config .*'fp8'.*for serving alone"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
         ({"hidden_size": None}, "config.json has no `hidden_size`"),
         ({"num_hidden_layers": "6"}, "num_hidden_layers='6' is not a positive integer"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from checkpoints_conv import check_safetensors, read_hf_config
 from checkpoints_conv.describe import describe
@@ -14,10 +15,10 @@ from checkpoints_conv.megatron_reader import MegatronCheckpoint
 from checkpoints_conv.megatron_to_hf import megatron_to_hf
 from checkpoints_conv.verify import verify
 from megatron_policysplit.errors import ModelError
-from tests.support.conversion import COMPANIONS, assert_same_model, cast_model, make_tree, tensors_of
-from tests.support.hf_models import make_model
+from tests.support.conversion import COMPANIONS, assert_same_model, cast_model, edit_metadata, make_tree, tensors_of
+from tests.support.hf_models import FAMILIES, make_model
 
-FAMILIES, BOTH = ("llama", "qwen2", "qwen3"), (False, True)
+BOTH = (False, True)
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +27,10 @@ def originals(tmp_path_factory):
     return {(f, tied): make_tree(make_model(root / f"{f}-{tied}", f, tied=tied)) for f in FAMILIES for tied in BOTH}
 
 
-@pytest.fixture
-def original(tmp_path):
+@pytest.fixture(params=["mistral", "qwen3", "qwen3_moe"])
+def original(request, tmp_path):
     """A small untied model that a test may damage."""
-    return make_tree(make_model(tmp_path / "hf", "qwen3", tied=False, num_hidden_layers=2))
+    return make_tree(make_model(tmp_path / "hf", request.param, tied=False, num_hidden_layers=2))
 
 
 @pytest.fixture
@@ -63,8 +64,9 @@ def test_there_and_back_keeps_every_bit(originals, tmp_path, family, tied):
     ],
     ids=["bf16", "fp16", "norms in fp32"],
 )
-def test_there_and_back_keeps_dtypes(tmp_path, dtype_of):
-    original = cast_model(make_model(tmp_path / "hf", "qwen3", tied=False, vocab=33), dtype_of)
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "qwen3_moe"])
+def test_there_and_back_keeps_dtypes(tmp_path, family, dtype_of):
+    original = cast_model(make_model(tmp_path / "hf", family, tied=False, vocab=33), dtype_of)
     hf_to_megatron(original, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     assert_same_model(original, tmp_path / "back")
@@ -79,6 +81,18 @@ def test_layers_of_different_dtypes_are_stored_in_one_that_holds_both(tmp_path):
     for name, tensor in tensors_of(original).items():
         back = tensors_of(tmp_path / "back")[name]
         assert back.dtype == (torch.float32 if ".layers." in name else torch.bfloat16)
+        assert torch.equal(back, tensor.to(back.dtype)), name
+
+
+def test_experts_of_different_dtypes_are_stored_in_one_that_holds_both(tmp_path):
+    """All experts share a key as well."""
+    original = make_model(tmp_path / "hf", "qwen3_moe", tied=False, num_hidden_layers=1)
+    cast_model(original, lambda name: torch.float16 if ".experts.5." in name else torch.bfloat16)
+    hf_to_megatron(original, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    for name, tensor in tensors_of(original).items():
+        back = tensors_of(tmp_path / "back")[name]
+        assert back.dtype == (torch.float32 if ".experts." in name else torch.bfloat16)
         assert torch.equal(back, tensor.to(back.dtype)), name
 
 
@@ -111,10 +125,11 @@ def test_the_second_copy_of_a_tied_head_is_left_out(originals, tmp_path):
     assert set(tensors_of(tmp_path / "back")) == set(tensors)
 
 
-def test_what_transformers_loads_computes_the_same(originals, tmp_path):
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3_moe"])
+def test_what_transformers_loads_computes_the_same(originals, tmp_path, family):
     from transformers import AutoModelForCausalLM
 
-    original = originals["qwen2", False]
+    original = originals[family, False]
     hf_to_megatron(original, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back", max_shard_bytes=100_000)
     ids = torch.randint(0, 131, (2, 16), generator=torch.Generator().manual_seed(3))
@@ -170,7 +185,9 @@ def test_inspect(original, converted, tmp_path):
     assert describe(original)["format"] == "Hugging Face safetensors, 1 file"
     for path in (original, converted):
         found = describe(path)
-        assert found["architecture"] == "Qwen3ForCausalLM" and found["dtype"] == "float32"
+        assert found["architecture"] == read_hf_config(original)["architectures"][0] and found["dtype"] == "float32"
+        experts = "8 in each layer, inner width 40" if "Moe" in found["architecture"] else None
+        assert found.get("experts") == experts
         tensors = tensors_of(original)
         assert found["parameters"].startswith(f"{sum(t.numel() for t in tensors.values()):,} in {len(tensors)} tensors")
     assert describe(converted)["format"] == "Megatron-Core torch_dist, 1 file"
@@ -189,6 +206,36 @@ def test_verify_names_what_differs(original, converted):
     match = r"2 of \d+ tensors of .* differ from .*v_proj.weight \(by up to 0.5\), model.norm.weight \(by up to nan\)"
     with pytest.raises(ModelError, match=match):
         verify(original, converted)
+
+
+def test_verify_names_the_expert_that_differs(tmp_path):
+    original = make_model(tmp_path / "hf", "qwen3_moe", tied=True, num_hidden_layers=2)
+    hf_to_megatron(original, tmp_path / "megatron")
+    tensors = tensors_of(original)
+    tensors["model.layers.1.mlp.experts.6.down_proj.weight"][7, 3] += 0.25
+    tensors["model.layers.0.mlp.gate.weight"][2] += 1
+    save_file(tensors, original / "model.safetensors", metadata={"format": "pt"})
+    match = (
+        r"2 of \d+ tensors .*layers.0.mlp.gate.weight \(by up to 1\), .*experts.6.down_proj.weight \(by up to 0.25\)"
+    )
+    with pytest.raises(ModelError, match=match):
+        verify(original, tmp_path / "megatron")
+
+
+def test_verify_compares_the_copy_of_the_norm_before_experts(tmp_path):
+    """Which Megatron-Core's own layers read, and Transformer Engine's do not."""
+    original = make_model(tmp_path / "hf", "qwen3_moe", tied=True, num_hidden_layers=2)
+    hf_to_megatron(original, tmp_path / "megatron")
+    copies = {"decoder.layers.mlp.linear_fc1.layer_norm_weight": "decoder.layers.pre_mlp_layernorm.weight"}
+
+    def take_the_other_layer(metadata):
+        for index, place in metadata.storage_data.items():
+            if index.fqn in copies and index.offset[0] == 0:
+                place.offset = metadata.storage_data[MetadataIndex(copies[index.fqn], [1, 0])].offset
+
+    edit_metadata(tmp_path / "megatron", take_the_other_layer)
+    with pytest.raises(ModelError, match=r"1 of \d+ tensors of .*model.layers.0.post_attention_layernorm.weight"):
+        verify(original, tmp_path / "megatron")
 
 
 def test_verify_compares_configs(original, converted):

@@ -12,14 +12,21 @@ from checkpoints_conv.describe import describe
 from checkpoints_conv.hf_to_megatron import hf_to_megatron
 from checkpoints_conv.megatron_to_hf import megatron_to_hf
 from megatron_policysplit.errors import CheckpointError, ModelError
-from tests.support.conversion import assert_same_model, make_tree, tensors_of
-from tests.support.hf_models import make_model
+from tests.support.conversion import assert_same_model, edit_metadata, make_tree, tensors_of
+from tests.support.hf_models import FAMILIES, make_model
+
+UP = {"qwen3": "model.layers.1.mlp.up_proj.weight", "qwen3_moe": "model.layers.1.mlp.experts.6.up_proj.weight"}
+
+
+@pytest.fixture(params=UP)
+def family(request):
+    return request.param
 
 
 @pytest.fixture
-def original(tmp_path):
+def original(family, tmp_path):
     """A small untied model that a test may damage."""
-    return make_tree(make_model(tmp_path / "hf", "qwen3", tied=False, num_hidden_layers=2))
+    return make_tree(make_model(tmp_path / "hf", family, tied=False, num_hidden_layers=2))
 
 
 @pytest.fixture
@@ -36,8 +43,8 @@ def refused(work, kind, match, out=None):
         assert not out.exists() and not list(out.parent.glob(".*"))
 
 
-def test_a_damaged_model_is_refused(original, tmp_path):
-    out, name = tmp_path / "megatron", "model.layers.1.mlp.up_proj.weight"
+def test_a_damaged_model_is_refused(original, family, tmp_path):
+    out, name = tmp_path / "megatron", UP[family]
     tensors = tensors_of(original)
 
     def convert():
@@ -47,9 +54,9 @@ def test_a_damaged_model_is_refused(original, tmp_path):
         save_file(changed, original / "model.safetensors", metadata={"format": "pt"})
 
     save({key: value for key, value in tensors.items() if key != name})
-    refused(convert, ModelError, f"lacks tensor {name} that Qwen3ForCausalLM needs", out)
+    refused(convert, ModelError, f"lacks tensor {name} that {FAMILIES[family]} needs", out)
     save({**tensors, "model.extra": torch.zeros(1)})
-    refused(convert, ModelError, "has tensor model.extra that Qwen3ForCausalLM does not know", out)
+    refused(convert, ModelError, f"has tensor model.extra that {FAMILIES[family]} does not know", out)
     save({**tensors, name: torch.zeros(7, 64)})
     refused(convert, ModelError, rf"tensor {name} in .* has shape \[7, 64\]", out)
     save(tensors)
@@ -113,25 +120,16 @@ def test_a_disk_that_runs_full(original, converted, tmp_path, monkeypatch):
     assert Full.written > 100_000
 
 
-def edit_metadata(path, change):
-    """Apply `change` to the pickled metadata of a checkpoint."""
-    with (path / ".metadata").open("rb") as file:
-        metadata = pickle.load(file)
-    change(metadata)
-    with (path / ".metadata").open("wb") as file:
-        pickle.dump(metadata, file)
-
-
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda m: m.state_dict_metadata.pop(QKV), f"lacks tensor {QKV} that Qwen3ForCausalLM needs"),
+        (lambda m: m.state_dict_metadata.pop(QKV), rf"lacks tensor {QKV} that Qwen3\w*ForCausalLM needs"),
         (
             lambda m: m.state_dict_metadata.update({"decoder.extra": m.state_dict_metadata[QKV]}),
-            "has tensor decoder.extra that Qwen3ForCausalLM",
+            r"has tensor decoder.extra that Qwen3\w*ForCausalLM",
         ),
         (
             lambda m: setattr(m.state_dict_metadata[QKV], "size", torch.Size([2, 5, 64])),
@@ -157,6 +155,51 @@ def test_a_damaged_checkpoint_is_refused(converted, tmp_path, change, match):
     edit_metadata(converted, change)
     refused(lambda: megatron_to_hf(converted, tmp_path / "x"), CheckpointError, match, tmp_path / "x")
     refused(lambda: describe(converted), CheckpointError, match)
+
+
+EXPERTS = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            lambda m: m.state_dict_metadata.pop(EXPERTS),
+            f"lacks tensor {EXPERTS} that Qwen3MoeForCausalLM needs",
+        ),
+        (
+            lambda m: setattr(m.state_dict_metadata[EXPERTS], "size", torch.Size([2, 7, 80, 64])),
+            rf"tensor {EXPERTS} in .* has shape \[2, 7, 80, 64\], but config.json of .* makes it \[2, 8, 80, 64\]",
+        ),
+        (
+            lambda m: m.state_dict_metadata[EXPERTS].chunks.pop(5),
+            f"tensor {EXPERTS} in .* has gaps",
+        ),
+        (
+            lambda m: m.state_dict_metadata.pop("decoder.layers.mlp.router.weight"),
+            "lacks tensor decoder.layers.mlp.router.weight",
+        ),
+    ],
+    ids=["missing", "misshapen", "gap", "router"],
+)
+@pytest.mark.parametrize("family", ["qwen3_moe"])
+def test_damaged_experts_are_refused(converted, tmp_path, change, match):
+    edit_metadata(converted, change)
+    refused(lambda: megatron_to_hf(converted, tmp_path / "x"), CheckpointError, match, tmp_path / "x")
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe"])
+def test_the_norm_before_experts_is_read_from_either_key(original, converted, tmp_path):
+    """Megatron-Core's own layers and Transformer Engine's store it under one each."""
+    keys = ["decoder.layers.mlp.linear_fc1.layer_norm_weight", "decoder.layers.pre_mlp_layernorm.weight"]
+    removed = {}
+    for key in keys:
+        edit_metadata(converted, lambda m, key=key: removed.update({key: m.state_dict_metadata.pop(key)}))
+        megatron_to_hf(converted, tmp_path / f"without {key}")
+        assert_same_model(original, tmp_path / f"without {key}")
+        edit_metadata(converted, lambda m: m.state_dict_metadata.update(removed))
+    edit_metadata(converted, lambda m: [m.state_dict_metadata.pop(key) for key in keys])
+    refused(lambda: describe(converted), CheckpointError, f"lacks tensor {keys[1]} that Qwen3MoeForCausalLM needs")
 
 
 def test_damaged_files_of_a_checkpoint_are_refused(converted, tmp_path):

@@ -9,6 +9,7 @@ import typer
 
 from megatron_policysplit.convert import parse_size
 from tests.support.conversion import assert_same_model, make_tree, tensors_of
+from tests.support.fp8 import WHOLE_BLOCKS
 from tests.support.hf_models import make_model
 
 POLICYSPLIT = ("-m", "megatron_policysplit.cli", "convert")
@@ -17,7 +18,8 @@ MODULE = ("-m", "checkpoints_conv")
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    return make_tree(make_model(tmp_path_factory.mktemp("models") / "hf", "qwen3", tied=False, num_hidden_layers=2))
+    root = tmp_path_factory.mktemp("models")
+    return make_tree(make_model(root / "hf", "qwen3_moe", tied=False, num_hidden_layers=2))
 
 
 def run(*arguments, program=MODULE, code=0):
@@ -57,6 +59,20 @@ def test_verify_with_logits(original, tmp_path):
     assert float(lines[1].split()[3]) < 1e-4
 
 
+def test_quantize(original, tmp_path):
+    out = tmp_path / "out"
+    refused = run("quantize", "--hf", original, "--out", out, "--format", "fp8-block", program=POLICYSPLIT, code=2)
+    assert refused.startswith("error: --format fp8-block cuts matrices") and refused.count("\n") == 1
+    refused = run("quantize", "--hf", original, "--out", out, "--format", "fp8", code=2)
+    assert refused.startswith("error: --format fp8 needs --calibration FILE") and refused.count("\n") == 1
+    assert "'fp8', 'fp8-block'" in run("quantize", "--hf", original, "--out", out, "--format", "int8", code=2)
+    fitting = make_model(tmp_path / "fitting", "llama", tied=True, num_hidden_layers=1, **WHOLE_BLOCKS)
+    written = run("quantize", "--hf", fitting, "--out", out, "--format", "fp8-block", "--max-shard-size", "60KB")
+    assert written.splitlines()[-1] == "SGLang can serve it with --tp-size 1"
+    assert "fp8-block (FP8, a scale for each" in run("inspect", out)
+    assert len(list(out.glob("*.safetensors"))) > 3
+
+
 def test_sizes():
     assert [parse_size(text) for text in ("5GB", "1.5MB", "2GiB", "100", "7 kb")] == [5e9, 1.5e6, 2**31, 100, 7e3]
     for text in ("", "5TB", "-1GB", "0", "GB"):
@@ -91,11 +107,27 @@ print(peak[0] - before)
 """
 
 
+LARGE = {
+    "qwen3": {"vocab": 3072, "hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 10, "head_dim": 64},
+    "qwen3_moe": {
+        "vocab": 512,
+        "hidden_size": 512,
+        "moe_intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "head_dim": 64,
+        "num_experts": 32,
+    },
+}
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
-def test_memory_is_that_of_a_few_tensors(tmp_path):
-    """A model of 30 times its largest tensor, in one file; what is sampled is anonymous memory above the imports."""
-    sizes = {"hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 10, "head_dim": 64}
-    original = make_model(tmp_path / "hf", "qwen3", tied=False, vocab=3072, **sizes)
+@pytest.mark.parametrize(("family", "sizes"), LARGE.items(), ids=list(LARGE))
+def test_memory_is_that_of_a_few_tensors(tmp_path, family, sizes):
+    """A model of 30 times its largest tensor, in one file; what is sampled is anonymous memory above the imports.
+
+    The experts of one layer alone are more than what may be held.
+    """
+    original = make_model(tmp_path / "hf", family, tied=False, **sizes)
     tensors = tensors_of(original)
     largest = max(tensor.nbytes for tensor in tensors.values())
     assert sum(tensor.nbytes for tensor in tensors.values()) > 30 * largest

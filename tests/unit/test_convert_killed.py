@@ -4,6 +4,7 @@ import builtins
 import io
 import os
 import shutil
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from checkpoints_conv import check_safetensors
 from checkpoints_conv.describe import describe
 from checkpoints_conv.hf_to_megatron import hf_to_megatron
 from checkpoints_conv.megatron_to_hf import megatron_to_hf
+from checkpoints_conv.quantize import import_modelopt, quantize
 from megatron_policysplit.errors import CheckpointError, ModelError
 from tests.support.conversion import assert_same_model, make_tree
 from tests.support.hf_models import make_model
@@ -20,10 +22,11 @@ KILLED = 9
 MOMENTS = 10
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    path = make_model(tmp_path_factory.mktemp("models") / "hf", "qwen3", tied=True, num_hidden_layers=1)
-    return make_tree(path)
+@pytest.fixture(scope="module", params=["qwen3", "qwen3_moe"])
+def original(request, tmp_path_factory):
+    few = {"num_experts": 2, "num_experts_per_tok": 2} if request.param == "qwen3_moe" else {}
+    root = tmp_path_factory.mktemp("models")
+    return make_tree(make_model(root / "hf", request.param, tied=True, num_hidden_layers=1, **few))
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +117,19 @@ def directories(root):
     return [path for path in Path(root).rglob("*") if path.is_dir()]
 
 
-@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def to_fp8(source, out):
+    quantize(source, out, "fp8", input_maxima=lambda: defaultdict(lambda: 1.0), max_shard_bytes=30_000)
+
+
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf", "quantize"])
 def test_killed_at_any_write_operation(original, converted, tmp_path, direction):
     source, convert = {
         "hf-to-megatron": (original, hf_to_megatron),
         "megatron-to-hf": (converted, lambda source, out: megatron_to_hf(source, out, max_shard_bytes=60_000)),
+        "quantize": (original, to_fp8),
     }[direction]
+    if direction == "quantize":
+        import_modelopt()  # before the fork, so that its own files do not count
     count, code = in_child(lambda: convert(source, tmp_path / "whole"), None)
     assert code == 0 and count >= 2 * MOMENTS
     describe(tmp_path / "whole")

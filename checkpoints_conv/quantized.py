@@ -1,0 +1,149 @@
+"""FP8 directories for serving: which tensors they hold and how config.json says so, as SGLang reads both.
+
+`fp8`: one scale for all that serving fuses into a matrix (query, key and value; gate and up projection) and a fixed
+scale for its input; the layout of ModelOpt's own exports. `fp8-block`: a scale for each block of 128 x 128 weights,
+activations scaled as they come; the layout of DeepSeek's and Qwen's FP8 models. Embedding, head, norms, biases and
+the routers of experts stay as they are in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoints_conv.architectures import architecture_of
+from checkpoints_conv.dtypes import FP8, SAFETENSORS
+from checkpoints_conv.mapping import columns, gated, qkv
+from checkpoints_conv.reader import DTYPES, TensorInfo, check_shape, listed, read_headers, read_hf_config
+from checkpoints_conv.writer import Planned
+from megatron_policysplit.errors import ModelError
+
+FORMATS = {
+    "fp8": "FP8, one scale a matrix, fixed scales of activations",
+    "fp8-block": "FP8, a scale for each 128 x 128 weights, activations scaled as they come",
+}
+BLOCK = 128
+KEY = "quantization_config"
+
+
+def weight_groups(hf_config: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The weights that are quantized; those that serving fuses into one matrix stand together."""
+    return [
+        tuple(src.name for src in pair.sources)
+        for _, part in architecture_of(hf_config).pairs(hf_config)
+        for pair in part
+        if pair.rule in (qkv, gated, columns) and len(pair.sources[0].dims) == 2
+    ]
+
+
+def scales_of(weight: str, shape: tuple[int, ...], form: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the scales that stand beside a quantized weight; all are float32."""
+    module = weight.removesuffix(".weight")
+    if form == "fp8":
+        return {f"{module}.weight_scale": (), f"{module}.input_scale": ()}
+    return {f"{module}.weight_scale_inv": tuple(-(-size // BLOCK) for size in shape)}
+
+
+def quantized_plan(hf_config: Mapping[str, Any], dtypes: Mapping[str, str], form: str) -> dict[str, Planned]:
+    """Every tensor of a quantized model. dtypes: of the tensors that stay as they are."""
+    quantized = {name for group in weight_groups(hf_config) for name in group}
+    plan: dict[str, Planned] = {}
+    for name, shape in architecture_of(hf_config).hf_tensors(hf_config).items():
+        if name not in quantized:
+            plan[name] = Planned(shape, dtypes[name])
+            continue
+        plan[name] = Planned(shape, FP8)
+        plan.update({scale: Planned(size, "float32") for scale, size in scales_of(name, shape, form).items()})
+    return plan
+
+
+def unquantized_modules(hf_config: Mapping[str, Any]) -> list[str]:
+    """Linear maps that stay as they are, by module name: the head and the routers of experts."""
+    architecture = architecture_of(hf_config)
+    layers = architecture.sizes(hf_config).layers if architecture.moe else 0
+    return ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(layers))]
+
+
+def check_blocks(hf_config: Mapping[str, Any]) -> None:
+    """Raise ModelError unless whole blocks make up every matrix, without which SGLang does not serve it."""
+    for key, size in _block_dimensions(hf_config).items():
+        if size % BLOCK:
+            raise ModelError(
+                f"--format fp8-block cuts matrices into blocks of {BLOCK} x {BLOCK}, but {key}={size} of the model is "
+                f"no multiple of {BLOCK}; use --format fp8"
+            )
+
+
+def block_tensor_parallel(hf_config: Mapping[str, Any]) -> list[int]:
+    """The tensor-parallel sizes at which every rank of a server has whole blocks of every matrix."""
+    sizes = architecture_of(hf_config).sizes(hf_config)
+    inner = sizes.expert_ffn or sizes.ffn
+
+    def fits(tensor: int) -> bool:
+        if sizes.heads % tensor or inner % tensor or max(tensor, sizes.kv_heads) % min(tensor, sizes.kv_heads):
+            return False
+        kv_heads = max(1, sizes.kv_heads // tensor)  # more ranks than heads have copies
+        rows = (sizes.heads // tensor * sizes.head_dim, kv_heads * sizes.head_dim, inner // tensor)
+        return not any(size % BLOCK for size in rows)
+
+    return [tensor for tensor in range(1, sizes.heads + 1) if fits(tensor)]
+
+
+def form_of(hf_config: Mapping[str, Any]) -> str:
+    """The format that config.json names; ModelError if it is neither of ours."""
+    found = hf_config[KEY]
+    if isinstance(found, Mapping):
+        if found.get("quant_method") == "modelopt" and found.get("quant_algo") == "FP8":
+            return "fp8"
+        blocks = found.get("weight_block_size") == [BLOCK, BLOCK] and found.get("activation_scheme") == "dynamic"
+        if found.get("quant_method") == "fp8" and blocks:
+            return "fp8-block"
+    method = found.get("quant_method") if isinstance(found, Mapping) else found
+    raise ModelError(
+        f"config.json: {KEY} with quant_method={method!r} is not one of the formats that are known: "
+        f"{', '.join(FORMATS)} of `policysplit convert quantize`"
+    )
+
+
+def check_quantized(path: str | Path) -> dict[str, Planned]:
+    """Check that a quantized directory holds exactly the tensors of its format; return what it holds.
+
+    Reads headers only. Raises ModelError for a format that is not known and for a tensor that is missing, has another
+    shape or type, or that the model does not have.
+    """
+    hf_config = read_hf_config(path)
+    form = form_of(hf_config)
+    plain = {key: value for key, value in hf_config.items() if key != KEY}
+    architecture = architecture_of(plain)
+    architecture.megatron_arguments(plain)
+    found = read_headers(path)
+    plan = quantized_plan(plain, dict.fromkeys(architecture.hf_tensors(plain), "float32"), form)
+    missing = [name for name in plan if name not in found]
+    if missing:
+        raise ModelError(f"{path} lacks {listed(missing)} that {architecture.name} in {form} needs")
+    for name, planned in plan.items():
+        _check(name, found[name], planned)
+    extra = [name for name in found if name not in plan]
+    if extra:
+        raise ModelError(f"{path} has {listed(extra)} that {architecture.name} in {form} does not know")
+    return {name: Planned(found[name].shape, SAFETENSORS[found[name].dtype]) for name in plan}
+
+
+def _check(name: str, info: TensorInfo, planned: Planned) -> None:
+    check_shape(name, info.shape, planned.shape, info.file)
+    allowed = ("F8_E4M3",) if planned.dtype == FP8 else DTYPES
+    if info.dtype not in allowed:
+        raise ModelError(f"tensor {name} in {info.file} has dtype {info.dtype}; it must be {' or '.join(allowed)}")
+
+
+def _block_dimensions(hf_config: Mapping[str, Any]) -> dict[str, int]:
+    architecture = architecture_of(hf_config)
+    sizes = architecture.sizes(hf_config)
+    inner = {"moe_intermediate_size": sizes.expert_ffn} if architecture.moe else {"intermediate_size": sizes.ffn}
+    return {
+        "hidden_size": sizes.hidden,
+        "num_attention_heads x head_dim": sizes.heads * sizes.head_dim,
+        "num_key_value_heads x head_dim": sizes.kv_heads * sizes.head_dim,
+        **inner,
+    }
