@@ -29,11 +29,11 @@ def render() -> str:
     for group in fields(Config):
         parts.append(f"\n## {group.name}\n\n{group.metadata['help']}\n")
         parts.append("\n| key | default | allowed | meaning |\n|---|---|---|---|\n")
-        parts += [_row(key) for key in KEYS.values() if key.name.startswith(group.name + ".")]
+        parts += [row(key) for key in KEYS.values() if key.name.startswith(group.name + ".")]
     return "".join(parts)
 
 
-def _row(key: Key) -> str:
+def row(key: Key) -> str:
     default = "required" if key.default == MISSING else f"`{show(key.default)}`"
     allowed = key.type_name + (f", {key.allowed}" if key.allowed else "")
     if key.choices:

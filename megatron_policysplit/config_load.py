@@ -104,6 +104,11 @@ def show(value: Any) -> str:
     return str(value)
 
 
+def keys_of(cls: type, prefix: str) -> list[Key]:
+    """The keys of a dataclass whose fields are made with `config.key`."""
+    return list(_walk(cls, prefix))
+
+
 KEYS: dict[str, Key] = {key.name: key for key in _walk(Config)}
 GROUPS = {name.rsplit(".", depth)[0] for name in KEYS for depth in range(1, name.count(".") + 1)}
 
@@ -244,7 +249,7 @@ def read_options(cls: type, given: dict[str, Any], method: str) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    known = {key.name: key for key in _walk(cls, f"algorithm.options.{method}.")}
+    known = {key.name: key for key in keys_of(cls, f"algorithm.options.{method}.")}
     options = OmegaConf.structured(cls)
     OmegaConf.set_readonly(options, False)
     for part, value in given.items():

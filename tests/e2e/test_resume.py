@@ -125,3 +125,18 @@ def test_precision_and_distributed_optimizer(config, tmp_path, overrides):
     assert e2e.checkpoints(directory) == ["step_000002"]
     e2e.train(config, directory, *settings)
     e2e.assert_same_run(directory, tmp_path / "straight")
+
+
+def test_a_methods_state_comes_back(config, tmp_path):
+    """The coefficient of adaptive_entropy after six steps of two updates, in one go and with a stop after three."""
+    method = [
+        "algorithm.name=adaptive_entropy",
+        "algorithm.options.adaptive_entropy={target: 100.0, delta: 0.01}",
+        "algorithm.statistics=step",
+    ]
+    whole = e2e.train(config, tmp_path / "whole", *method)
+    directory = e2e.at_step(whole.directory, tmp_path / "run", 3)
+    e2e.train(config, directory, *method)
+    e2e.assert_same_run(directory, whole.directory)
+    coefficients = [record["method/coef"] for record in e2e.metrics(directory, "train")]
+    assert coefficients == pytest.approx([0.02 * step for step in range(1, 7)])

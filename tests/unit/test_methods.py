@@ -1,11 +1,16 @@
 """Every method against plain Python, its limits, and what it may not do (no gradient, no aliasing, no row order)."""
 
+import math
 import random
+import sys
+import types
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_policysplit import method_docs, methods
 from megatron_policysplit.advantages import zscore
 from megatron_policysplit.config import METHOD_NAMES, AlgorithmConfig
 from megatron_policysplit.errors import ConfigError
@@ -217,3 +222,29 @@ def test_the_order_of_rows_does_not_matter():
             parts = getattr(found, field).split(shuffled.offsets.diff().tolist())
             for position, i in enumerate(order):
                 torch.testing.assert_close(parts[position], getattr(expected, field).split(lengths)[i])
+
+
+def test_the_page_of_methods_is_that_of_the_files():
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    assert page == method_docs.render(), "run: python -m megatron_policysplit.method_docs > docs/methods.md"
+
+
+def test_the_method_of_the_documentation_works(monkeypatch):
+    """docs/new_method.md's block, as a file of the package would be."""
+    page = (Path(__file__).parents[2] / "docs" / "new_method.md").read_text()
+    module = types.ModuleType("megatron_policysplit.methods.documented")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(page.split("```python\n")[1].split("```")[0], module.__dict__)
+    monkeypatch.setattr(methods, "METHOD_NAMES", (*METHOD_NAMES, "documented"))
+    given = AlgorithmConfig(name="documented", options={"documented": {"coef": 0.25}})
+    chosen = algorithm_of(given)
+    assert (chosen.config.clip_high, chosen.method.begin(chosen.options)) == (0.28, {"coef": 0.25})
+    rows, batch = random_batch()
+    found = chosen.method.signals(batch, chosen.options, {"coef": 0.25}).advantages
+    lengths = batch.offsets.diff().tolist()
+    parts = zip(*(value.split(lengths) for value in (found, batch.logprobs, batch.mask)), strict=True)
+    for (part, logprobs, mask), a in zip(parts, zscore(batch.rewards, batch.group).tolist(), strict=True):
+        if mask.any():
+            expected = a * math.exp(0.25 * logprobs[mask].mean())
+            torch.testing.assert_close(part[mask], torch.full_like(part[mask], expected))
+    assert chosen.method.next_state({"coef": 0.25}, batch, chosen.options) == {"coef": 0.25 * 0.99}

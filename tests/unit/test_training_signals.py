@@ -205,3 +205,69 @@ def test_importance_is_taken_under_the_sampling_prompt_for_both_rows(level):
         torch.testing.assert_close(signal.importance.tolist(), [min(math.exp(d), 1.5) for d in differences])
         assert torch.equal(signal.importance, signals[own].importance)
     assert {row.on_policy for row in rows} == {True, False} and {row.mode for row in rows} == set(MODES)
+
+
+# --- optimizer steps and micro-batches -----------------------------------------------------------------
+
+
+def source(rows, old, settings, method, *, steps=1, max_tokens=1000, replicas=1):
+    plan = make_plan(rows, [True] * len(rows), replicas=replicas, optimizer_steps=steps, max_tokens=max_tokens, seed=0)
+    return SignalSource(rows, old, plan, algorithm(settings, method), settings), plan
+
+
+def test_a_state_moves_on_with_every_optimizer_step():
+    rows = batch("adaptive_entropy", MIXED, CENTRED)
+    settings = config(algorithm__options={"adaptive_entropy": {"target": 100.0, "delta": 0.25}})
+    signals, _ = source(rows, score(rows), settings, "adaptive_entropy", steps=3)
+    assert [signals.at(step)[0].entropy_coef[0].item() for step in range(3)] == [0.0, 0.25, 0.5]
+    assert signals.state == {"coef": 0.75} and signals.metrics()["method/coef"] == 0.75
+    later = SignalSource(rows, score(rows), signals.plan, signals.algorithm, settings, state=signals.state)
+    assert later.at(0)[0].entropy_coef[0].item() == 0.75
+
+
+def kept_entropies(rows, signals, statistics):
+    """Row -> entropies of the tokens that forking_tokens keeps."""
+    return [
+        {round(h, 5) for h, kept in zip(s.entropy.tolist(), signal.scale.tolist(), strict=True) if kept}
+        for signal, s in zip(signals, statistics, strict=True)
+    ]
+
+
+def top(values, share):
+    ranked = sorted(values, reverse=True)
+    return {round(value, 5) for value in ranked[: max(1, math.ceil(share * len(ranked)))]}
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_quantiles_are_over_all_tokens_or_those_of_a_micro_batch(replicas):
+    rows, given = batch("forking_tokens", MIXED, CENTRED), {"forking_tokens": {"share": 0.4}}
+    old = score(rows)
+    everything = [h for s in old for h in s.entropy.tolist()]
+    whole, _ = source(rows, old, config(algorithm__options=given), "forking_tokens", max_tokens=10, replicas=replicas)
+    found = set().union(*kept_entropies(rows, whole.at(0), old))
+    assert found == top(everything, 0.4)
+    settings = config(algorithm__options=given, algorithm__scope="micro")
+    micro, plan = source(rows, old, settings, "forking_tokens", max_tokens=10, replicas=replicas)
+    kept = kept_entropies(rows, micro.at(0), old)
+    parts = [part for share in plan.shares[0] for part in share.train]
+    assert len(parts) >= 3
+    for part in parts:
+        mine = [h for index in part for h in old[index].entropy.tolist()]
+        assert set().union(*(kept[index] for index in part)) == top(mine, 0.4)
+    assert set().union(*kept) != found
+
+
+def test_new_statistics_are_over_the_rows_of_their_step():
+    """Rewards still count in whole groups, and the ratio keeps the log-probs from before the batch."""
+    rows, given = batch("forking_tokens", MIXED, CENTRED), {"forking_tokens": {"share": 0.4}}
+    old, new = score(rows), score(rows, seed=1)
+    settings = config(algorithm__options=given, algorithm__statistics="step")
+    signals, plan = source(rows, old, settings, "forking_tokens", steps=2)
+    first = signals.at(0)
+    second = signals.at(1, {index: new[index] for index in plan.steps[1]})
+    mine = [h for index in plan.steps[1] for h in new[index].entropy.tolist()]
+    kept = kept_entropies(rows, second, new)
+    assert set().union(*(kept[index] for index in plan.steps[1])) == top(mine, 0.4)
+    for index in plan.steps[1]:
+        assert torch.equal(second[index].advantages, first[index].advantages)
+        assert second[index].old_logprobs is old[index].logprobs
