@@ -75,8 +75,9 @@ test-gpu: $(STAMP)  ## Tests that need a CUDA device
 lint: $(STAMP)  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-docs: $(STAMP)  ## Write docs/configuration.md from the dataclasses
+docs: $(STAMP)  ## Write docs/configuration.md and docs/methods.md from the code
 	$(BIN)/python -m megatron_policysplit.config_docs > docs/configuration.md
+	$(BIN)/python -m megatron_policysplit.method_docs > docs/methods.md
 
 clean:  ## Remove what the examples wrote
 	rm -rf runs/quickstart runs/quickstart_sglang runs/quickstart_study runs/quickstart_engines runs/smollm2
