@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 from checkpoints_conv.architectures import architecture_of, in_hf_order
 from checkpoints_conv.dtypes import BYTES, name_of, torch_dtype, widest
@@ -25,7 +26,17 @@ if TYPE_CHECKING:
     import torch
 
 # What torch raises for bytes that are no tensor, or one of another shape.
-_DAMAGED = (RuntimeError, AssertionError, ValueError, TypeError, AttributeError, IndexError, EOFError, UnpicklingError)
+_DAMAGED = (
+    BadZipFile,
+    RuntimeError,
+    AssertionError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    EOFError,
+    UnpicklingError,
+)
 OPTIMIZER = ("optimizer.", "chained_")  # Megatron-Core's prefixes of optimizer state
 
 
@@ -125,6 +136,7 @@ class MegatronCheckpoint:
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
         from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+        from checkpoints_conv.saved_tensor import read_into
         from checkpoints_conv.torch_dist import Into
 
         key, sizes = place.key, torch.Size([*(1 for _ in place.index), *target.shape])
@@ -132,8 +144,13 @@ class MegatronCheckpoint:
         reader = FileSystemReader(self.path)
         reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         stored = replace(self._stored[key], chunks=self._chunks_at(place))
+        into = Into(target.view(sizes))
         try:
-            reader.read_data(LoadPlan(create_read_items_for_chunk_list(key, stored, [block])), Into(target.view(sizes)))
+            for item in create_read_items_for_chunk_list(key, stored, [block]):
+                where = self._metadata.storage_data[item.storage_index]
+                span = (self.path / where.relative_path, where.offset, where.length)
+                if not read_into(*span, item.storage_offsets, into.resolve_tensor(item)):
+                    reader.read_data(LoadPlan([item]), into)
         except OSError as error:
             raise CheckpointError(f"tensor {key} in {self.path} cannot be read ({error})") from error
         except _DAMAGED as error:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from checkpoints_conv.architectures import architecture_of
 from checkpoints_conv.dtypes import check_cast
@@ -13,6 +16,7 @@ from checkpoints_conv.ranks import Ranks
 from checkpoints_conv.writer import HfFiles, Planned, copy_companions, write_config
 
 MAX_SHARD_BYTES = 5 * 10**9
+Item = TypeVar("Item")
 
 
 def megatron_to_hf(
@@ -53,10 +57,10 @@ def megatron_to_hf(
 
         def write() -> None:
             with progress(sum(plan[src.name].nbytes for p in mine for src in p.pair.sources)) as advance:
-                for parameter in mine:
-                    for name, tensor in checkpoint.hf_tensors(parameter, dtypes):
-                        files.write(name, tensor)
-                        advance(plan[name].nbytes)
+                tensors = (pair for parameter in mine for pair in checkpoint.hf_tensors(parameter, dtypes))
+                for name, tensor in read_ahead(tensors):
+                    files.write(name, tensor)
+                    advance(plan[name].nbytes)
 
         def finish() -> None:
             copy_companions(checkpoint.hf, partial)
@@ -68,3 +72,13 @@ def megatron_to_hf(
         finally:
             files.close()
         ranks.first(finish)
+
+
+def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each made by a thread while the one before is used; two are held at a time."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
+            del item
