@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from math import prod
 from pathlib import Path
 
@@ -135,6 +136,7 @@ def _measure(directory: Path, size_gb: float, repeats: int) -> dict:
         "repeats": repeats,
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
+        "versions": {name: version(name) for name in ("torch", "megatron-core", "mbridge", "safetensors")},
         "timings": {
             name: {
                 "seconds": {"median": statistics.median(s), "lowest": min(s), "highest": max(s)},
