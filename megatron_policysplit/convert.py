@@ -29,7 +29,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-_LOCAL_RANK = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))  # as given; `train` fills gaps
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -155,7 +154,7 @@ def quantize(
     by tensor, without calibration. Embedding, head, norms and routers of experts stay as they are. Needs
     nvidia-modelopt: pip install megatron_policysplit[quantize]. Exit code 2: bad input; nothing is left at --out.
     """
-    from checkpoints_conv.progress import bar
+    from checkpoints_conv.progress import bar, token_bar
     from checkpoints_conv.quantize import quantize as convert
     from megatron_policysplit.config import ModesConfig
 
@@ -177,7 +176,7 @@ def quantize(
 
         modes = ModesConfig(high_entropy_prompt_file=high_entropy_prompt_file)
         count = calibration_questions or QUESTIONS
-        return input_maxima(hf, calibration, modes, questions=count, progress=bar)
+        return input_maxima(hf, calibration, modes, questions=count, progress=token_bar)
 
     maxima = measure if form is Fp8Format.fp8 else None
     size = parse_size(max_shard_size)
@@ -253,7 +252,7 @@ def _left_at_once() -> Iterator[None]:
         yield
         code = DONE
     except UserError as error:
-        code = _report(error)
+        code = _report(error, _local_rank())
     except BaseException:
         traceback.print_exc()
     finally:
@@ -288,18 +287,23 @@ def main() -> None:
 
 def run_app(commands: typer.Typer) -> None:
     """Run a command; a UserError is one line on stderr and exit code 2."""
+    local_rank = _local_rank()  # as given; `train` fills gaps
     try:
         commands()
     except UserError as error:
-        sys.exit(_report(error))
+        sys.exit(_report(error, local_rank))
 
 
-def _report(error: UserError) -> int:
+def _local_rank() -> str:
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+
+
+def _report(error: UserError, local_rank: str) -> int:
     """Print it and return the exit code.
 
     Of several ranks the first of every node prints it: what is missing may be missing on that node alone.
     """
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or _LOCAL_RANK == "0":
+    if rank == "0" or local_rank == "0":
         print(f"{'' if rank == '0' else f'rank {rank}: '}error: {error}", file=sys.stderr)
     return BAD_INPUT
