@@ -7,6 +7,7 @@ import sys
 import pytest
 import typer
 
+from checkpoints_conv.progress import bar, token_bar
 from megatron_policysplit.convert import parse_size
 from tests.support.conversion import assert_same_model, make_tree, tensors_of
 from tests.support.fp8 import WHOLE_BLOCKS
@@ -71,6 +72,13 @@ def test_quantize(original, tmp_path):
     assert written.splitlines()[-1] == "SGLang can serve it with --tp-size 1"
     assert "fp8-block (FP8, a scale for each" in run("inspect", out)
     assert len(list(out.glob("*.safetensors"))) > 3
+
+
+def test_bars_name_their_unit(capfd):
+    for shown, unit in ((bar, "2.0/3.0 kB"), (token_bar, "2,000/3,000 tokens")):
+        with shown(3000) as advance:
+            advance(2000)
+        assert unit in capfd.readouterr().err
 
 
 def test_sizes():
