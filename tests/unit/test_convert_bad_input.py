@@ -1,9 +1,11 @@
 """What conversion refuses: one error each, and nothing left that looks whole."""
 
 import errno
+import fcntl
 import json
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from safetensors.torch import save_file
 from checkpoints_conv.describe import describe
 from checkpoints_conv.hf_to_megatron import hf_to_megatron
 from checkpoints_conv.megatron_to_hf import megatron_to_hf
+from checkpoints_conv.output import written_beside
+from checkpoints_conv.ranks import Ranks
 from megatron_policysplit.errors import CheckpointError, ModelError
 from tests.support.conversion import assert_same_model, edit_metadata, make_tree, tensors_of
 from tests.support.hf_models import FAMILIES, make_model
@@ -169,6 +173,71 @@ def test_an_output_that_is_taken_is_refused(original, converted, tmp_path):
     assert_same_model(original, tmp_path / "empty")
     with pytest.raises(ModelError, match="is not an empty directory"):
         megatron_to_hf(converted, original / "config.json")
+
+
+@pytest.mark.parametrize("family", ["qwen3"])
+def test_an_output_that_could_not_be_renamed_to_is_refused_at_once(original, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    (tmp_path / "link").symlink_to(here)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(here)
+    for out in (Path("."), here, tmp_path / "link", tmp_path / "dangling"):
+        with pytest.raises(ModelError, match="--out .* is a link or the current directory; name a new directory"):
+            hf_to_megatron(original, out)
+    with pytest.raises(ModelError, match="--out .*x.partial ends in .partial, as what an interrupted write leaves"):
+        hf_to_megatron(original, tmp_path / "x.partial")
+    with pytest.raises(ModelError, match="--out .*File name too long.*choose another path"):
+        hf_to_megatron(original, tmp_path / ("x" * 300))
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "here", "link", "dangling"}
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("family", ["qwen3"])
+@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
+def test_two_writers_of_one_output(original, tmp_path, monkeypatch, locks):
+    """The second is refused; where the file system has no locks the first is, and the second's model stands."""
+
+    def no_locks(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+    out = tmp_path / "x"
+    with pytest.raises(ModelError, match="--out .*x is being written by another process"):
+        with written_beside(out, Ranks()) as partial:
+            (partial / "metadata.json").write_text("{}")
+            hf_to_megatron(original, out)
+            assert not locks
+    if not locks:
+        assert describe(out)
+    assert {path.name for path in tmp_path.iterdir()} == ({"hf"} if locks else {"hf", "x"})
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe"])
+def test_more_files_than_may_be_open(original, converted, tmp_path, monkeypatch):
+    """A file for each tensor of many experts; half of them would be open at the end."""
+    import checkpoints_conv.writer as writer
+
+    monkeypatch.setattr(writer, "MOST_OPEN", 3)
+    opened, most, real_open, real_close = set(), [0], os.open, os.close
+
+    def watched_open(path, *arguments, **options):
+        descriptor = real_open(path, *arguments, **options)
+        if str(path).endswith(".safetensors") and arguments == (os.O_WRONLY,):
+            opened.add(descriptor)
+            most[0] = max(most[0], len(opened))
+        return descriptor
+
+    def watched_close(descriptor):
+        opened.discard(descriptor)
+        real_close(descriptor)
+
+    monkeypatch.setattr(os, "open", watched_open)
+    monkeypatch.setattr(os, "close", watched_close)
+    megatron_to_hf(converted, tmp_path / "x", max_shard_bytes=1)
+    assert most[0] == 3 and not opened
+    assert_same_model(original, tmp_path / "x")
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(original, converted, tmp_path, monkeypatch):
