@@ -9,7 +9,7 @@ from math import gcd
 from typing import Any, Literal
 
 from checkpoints_conv.mapping import Pair, Sizes, Source
-from checkpoints_conv.rope import Llama3Rope, rope_of
+from checkpoints_conv.rope import Llama3Rope, positive, rope_of
 from checkpoints_conv.tables import (
     ATTENTION,
     EMBEDDING,
@@ -77,7 +77,7 @@ class Architecture:
             heads=heads,
             kv_heads=kv_heads,
             head_dim=self._integer(hf_config, "head_dim", hidden // heads),
-            tied=bool(hf_config.get("tie_word_embeddings", False)),
+            tied=self._boolean(hf_config, "tie_word_embeddings"),
             **experts,
         )
 
@@ -89,6 +89,12 @@ class Architecture:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ModelError(f"config.json: {key}={value!r} is not a positive integer")
         return value
+
+    def _boolean(self, hf_config: Mapping[str, Any], key: str) -> bool:
+        value = hf_config.get(key, self.defaults.get(key))
+        if not isinstance(value, bool | None):
+            raise ModelError(f"config.json: {key}={value!r} is neither true nor false")
+        return bool(value)
 
     def pairs(self, hf_config: Mapping[str, Any]) -> list[tuple[int | None, list[Pair]]]:
         """The table of the whole model in parts: embedding, each layer (with its number), norm and head."""
@@ -132,7 +138,7 @@ class Architecture:
                 "num_query_groups": sizes.kv_heads,
                 "kv_channels": sizes.head_dim,
                 "normalization": "RMSNorm",
-                "layernorm_epsilon": float(hf_config.get("rms_norm_eps", 1e-6)),
+                "layernorm_epsilon": positive("rms_norm_eps", hf_config.get("rms_norm_eps", 1e-6)),
                 "gated_linear_unit": True,
                 "add_bias_linear": False,
                 "add_qkv_bias": self.qkv_bias,
@@ -158,7 +164,7 @@ class Architecture:
         a language-modelling loss of its own, so it has no counterpart here.
         """
         topk = self._integer(hf_config, "num_experts_per_tok")
-        normalized = bool(hf_config.get("norm_topk_prob", self.defaults.get("norm_topk_prob")))
+        normalized = self._boolean(hf_config, "norm_topk_prob")
         if topk > sizes.experts:
             raise ModelError(f"config.json: num_experts_per_tok={topk} is more than the {sizes.experts} experts")
         if normalized and topk == 1:
@@ -196,6 +202,8 @@ class Architecture:
             )
         self._refuse_window(hf_config)
         kinds = hf_config.get("layer_types")
+        if not isinstance(kinds, list | None):
+            raise ModelError(f"config.json: layer_types={kinds!r} is not a list")
         if kinds is not None and any(kind != "full_attention" for kind in kinds):
             other = next(kind for kind in kinds if kind != "full_attention")
             raise ModelError(f"config.json: layer_types has {other!r}; only 'full_attention' is supported")
@@ -203,15 +211,16 @@ class Architecture:
     def _refuse_window(self, hf_config: Mapping[str, Any]) -> None:
         """Attention must reach back over all positions in every layer."""
         window = hf_config.get("sliding_window", self.defaults.get("sliding_window"))
-        used = self.window == "always" or (self.window == "if_set" and hf_config.get("use_sliding_window"))
+        used = self.window == "always" or (self.window == "if_set" and self._boolean(hf_config, "use_sliding_window"))
         if window is None or not used or hf_config.get("layer_types") is not None:
             return
         if "max_window_layers" in self.defaults:  # the first layers have no window
-            whole = hf_config.get("max_window_layers", self.defaults["max_window_layers"])
+            none = hf_config.get("max_window_layers") == 0
+            whole = 0 if none else self._integer(hf_config, "max_window_layers")
             if whole >= self._integer(hf_config, "num_hidden_layers"):
                 return
         longest = self._integer(hf_config, "max_position_embeddings")
-        if window < longest:
+        if self._integer(hf_config, "sliding_window") < longest:
             raise ModelError(
                 f"config.json: sliding_window={window} is less than max_position_embeddings={longest}; sliding-window "
                 "attention is not supported"
@@ -286,6 +295,8 @@ def in_hf_order(part: list[Pair]) -> list[Source]:
 def architecture_of(hf_config: Mapping[str, Any]) -> Architecture:
     """The table for a config.json; ModelError lists the supported architectures."""
     names = hf_config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"config.json: architectures={names!r} is not a list of names")
     for architecture in ARCHITECTURES:
         if architecture.name in names or (not names and hf_config.get("model_type") == architecture.model_type):
             return architecture

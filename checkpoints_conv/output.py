@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from checkpoints_conv.ranks import Ranks
 from megatron_policysplit.errors import ModelError
@@ -27,12 +29,19 @@ def partial_of(path: Path) -> Path:
 
 def check_free(path: Path, nbytes: int) -> None:
     """Raise ModelError unless `path` is free (or an empty directory) and its disk has room for `nbytes`."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ModelError(f"--out {path} exists and is not an empty directory; choose another path or remove it")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    if is_partial(path):
+        raise ModelError(f"--out {path} ends in {SUFFIX}, as what an interrupted write leaves; choose another name")
+    try:
+        if path.is_symlink() or path.resolve() == Path.cwd():  # neither can be renamed to
+            raise ModelError(f"--out {path} is a link or the current directory; name a new directory")
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise ModelError(f"--out {path} exists and is not an empty directory; choose another path or remove it")
+        parent = path.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+        free = shutil.disk_usage(parent).free
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that go round
+        raise ModelError(f"--out {path} cannot be written ({error}); choose another path") from error
     if free < nbytes:
         raise ModelError(f"no space left for --out {path}: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB free")
 
@@ -41,15 +50,23 @@ def check_free(path: Path, nbytes: int) -> None:
 def written_beside(path: Path, ranks: Ranks) -> Iterator[Path]:
     """A new directory for all ranks, which becomes `path` if the body ends without an error, and is removed if not.
 
-    Collective. An OSError of the body or of the renaming is raised as a ModelError naming `path`.
+    Collective. An OSError of the body or of the renaming is raised as a ModelError naming `path`; so is another
+    process that is writing there.
     """
     partial = partial_of(path)
+    lock = made = None
 
     def make() -> None:
+        nonlocal lock, made
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = _locked(path)
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.mkdir()
+        made = partial.stat()
 
     def publish() -> None:
+        if not partial.exists() or not os.path.samestat(made, partial.stat()):
+            raise ModelError(f"--out {path} is being written by another process, too; nothing was kept")
         _sync(partial)
         if path.exists():
             path.rmdir()
@@ -61,11 +78,44 @@ def written_beside(path: Path, ranks: Ranks) -> Iterator[Path]:
         yield partial
         ranks.first(publish)
     except BaseException as error:
-        if ranks.rank == 0:
+        if lock is not None:
             shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
             raise _explained(error, path) from error
         raise
+    finally:
+        if lock is not None:
+            _lock_of(path).unlink(missing_ok=True)
+            lock.close()
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _locked(path: Path) -> IO[str]:
+    """The file beside `path` that its writer holds locked until it ends, however it ends (flock).
+
+    Raises ModelError if another process holds it: two writers would remove, mix and publish each other's files. Some
+    cluster file systems have no locks; there a second writer is noticed when the first wants to publish.
+    """
+    while True:
+        file = _lock_of(path).open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), _lock_of(path).stat()):
+                return file
+        except BlockingIOError as error:
+            file.close()
+            raise ModelError(f"--out {path} is being written by another process; choose another path") from error
+        except FileNotFoundError:
+            pass  # its last holder removed it after it was opened here
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                return file
+            file.close()
+            raise
+        file.close()
 
 
 def _explained(error: OSError, path: Path) -> ModelError:

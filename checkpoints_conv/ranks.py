@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -61,5 +62,7 @@ def started_ranks() -> Ranks:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        # Rank 0 has the whole model on the disk while the others wait, which takes longer than the usual 30 minutes on
+        # slow ones. A rank that dies is noticed at once all the same: its connections end.
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
     return Ranks(dist.get_rank(), size)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints_conv.architectures import architecture_of
+from checkpoints_conv.dtypes import BYTES, SAFETENSORS
 from checkpoints_conv.output import is_partial
+from checkpoints_conv.tables import EMBEDDING, HEAD
 from megatron_policysplit.errors import ModelError
 
 if TYPE_CHECKING:
@@ -37,11 +41,16 @@ MODEL_KEYS = (
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as a file's header describes it; `dtype` in safetensors' words (F32, BF16, ...)."""
+    """A tensor as a file's header describes it; `dtype` in safetensors' words (F32, BF16, ...).
+
+    start, stop: its bytes in the file.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
+    stop: int
 
 
 def read_hf_config(path: str | Path) -> dict[str, Any]:
@@ -66,25 +75,33 @@ def model_keys(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 def read_headers(path: str | Path) -> dict[str, TensorInfo]:
     """Every tensor of a model directory, from the files' headers alone (no tensor is read).
 
-    Raises ModelError naming the file: missing, header unreadable, or cut short (bytes expected and found).
+    Raises ModelError naming the file: missing, header unreadable or not of this file, cut short (bytes expected and
+    found), or at odds with the index.
     """
     path = Path(path)
     tensors: dict[str, TensorInfo] = {}
     for file in _files(path):
-        tensors.update(_read_header(file))
+        for name, info in _read_header(file).items():
+            if name in tensors:
+                raise ModelError(f"tensor {name} is in {tensors[name].file} and in {file}; download the model again")
+            tensors[name] = info
     if not (path / SINGLE).exists():
         weight_map = _weight_map(path)
         for name, file in weight_map.items():
             if name not in tensors or tensors[name].file.name != file:
                 raise ModelError(f"{path / INDEX} places tensor {name} in {file}, which does not have it")
+        unnamed = [name for name in tensors if name not in weight_map]
+        if unnamed:
+            raise ModelError(f"{path / INDEX} does not name {listed(unnamed)}; download the model again")
     return tensors
 
 
 def check_safetensors(path: str | Path) -> dict[str, TensorInfo]:
     """Check that the files hold exactly what the architecture needs; return what they hold.
 
-    Reads headers only. Raises ModelError as `read_headers` does, and for a tensor that is missing, has
-    another shape or a dtype that is not a float of 16 or 32 bits, and for tensors the architecture lacks.
+    Reads headers only, but of a tied model that has a head all the same both that and the embedding. Raises
+    ModelError as `read_headers` does, and for a tensor that is missing, has another shape or a dtype that is not a
+    float of 16 or 32 bits, for tensors the architecture lacks, and for a tied head with values of its own.
     """
     hf_config = read_hf_config(path)
     architecture = architecture_of(hf_config)
@@ -98,6 +115,12 @@ def check_safetensors(path: str | Path) -> dict[str, TensorInfo]:
     extra = [name for name in found if name not in wanted and not _harmless(name, hf_config)]
     if extra:
         raise ModelError(f"{path} has {listed(extra)} that {architecture.name} does not know")
+    head, embedding = HEAD.sources[0].name, EMBEDDING.sources[0].name
+    if head in found and head not in wanted and not _same_bytes(found[head], found[embedding]):
+        raise ModelError(
+            f"{path} has a {head} that differs from {embedding}, although config.json has tie_word_embeddings=true; "
+            "transformers does not tie them then: set it to false"
+        )
     return found
 
 
@@ -124,13 +147,17 @@ class SafetensorsReader:
         return view[start:stop] if dim == 0 else view[:, start:stop]
 
     def _handle(self, name: str) -> Any:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if name not in self.tensors:
             raise ModelError(f"{self.path} lacks tensor {name}")
         file = self.tensors[name].file
         if file not in self._open:
-            self._open[file] = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+            try:
+                opened = safe_open(file, framework="pt", device="cpu")
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"{file} cannot be read ({error})") from error
+            self._open[file] = self._stack.enter_context(opened)
         return self._open[file]
 
     def close(self) -> None:
@@ -177,7 +204,7 @@ def _files(path: Path) -> list[Path]:
     for file in files:
         if file.parent != path:
             raise ModelError(f"{path / INDEX} names {file}, which is outside the model directory")
-        if not file.exists():
+        if not os.path.exists(file):
             raise ModelError(f"{file} is missing, but {INDEX} names it; download the model again")
     return files
 
@@ -186,14 +213,19 @@ def _weight_map(path: Path) -> dict[str, str]:
     weight_map = _json_object(path / INDEX, "it says which file holds which tensor").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{path / INDEX} has no `weight_map`; download the model again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise ModelError(f"{path / INDEX} places tensor {name} in {file!r}, which is no name of a file")
     return weight_map
 
 
 def _json_object(file: Path, why: str) -> dict[str, Any]:
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ModelError(f"{file} is missing; {why}")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read ({error.strerror})") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -202,19 +234,60 @@ def _json_object(file: Path, why: str) -> dict[str, Any]:
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            wanted = 8 + (length if size >= 8 else 0)
-            raise ModelError(f"{file} is cut short or damaged: its header needs {wanted} bytes, the file has {size}")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            data = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            tensors = {name: TensorInfo(file, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ModelError(f"{file} is not a safetensors file: its header does not parse ({error})") from error
-    if size != 8 + length + data:
-        raise ModelError(f"{file} is cut short or damaged: expected {8 + length + data} bytes, found {size}")
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > size - 8:
+                needed = f"its header needs {8 + (length if size >= 8 else 0)} bytes"
+                raise ModelError(f"{file} is cut short or damaged: {needed}, the file has {size}")
+            text = stream.read(length)
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read ({error.strerror})") from error
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        tensors = {name: _tensor_info(file, entry, 8 + length) for name, entry in header.items()}
+        data = max((info.stop for info in tensors.values()), default=8 + length)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ModelError(f"{file} is not a safetensors file: its header does not parse ({error})") from error
+    if size != data:
+        raise ModelError(f"{file} is cut short or damaged: expected {data} bytes, found {size}")
+    _check_bytes(file, tensors, 8 + length)
     return tensors
+
+
+def _tensor_info(file: Path, entry: Mapping[str, Any], data: int) -> TensorInfo:
+    """data: where the file's data begin, from which a header counts."""
+    start, stop = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
+        raise ValueError(f"it says {entry}")
+    return TensorInfo(file, str(entry["dtype"]), shape, data + start, data + stop)
+
+
+def _check_bytes(file: Path, tensors: Mapping[str, TensorInfo], data: int) -> None:
+    """Raise ModelError naming a tensor that has other bytes than its shape and dtype want, or another's."""
+    end = data
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        width = BYTES[SAFETENSORS[info.dtype]] if info.dtype in SAFETENSORS else None
+        if info.start != end or (width is not None and info.stop - info.start != prod(info.shape) * width):
+            raise ModelError(
+                f"{file} is damaged: its header gives tensor {name} ({info.dtype}, shape {list(info.shape)}) the bytes "
+                f"{info.start} to {info.stop}"
+            )
+        end = info.stop
+
+
+def _same_bytes(one: TensorInfo, other: TensorInfo, block: int = 2**24) -> bool:
+    """Whether two tensors are the same, bit for bit; `block` bytes of each are read at a time."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with one.file.open("rb") as first, other.file.open("rb") as second:
+        first.seek(one.start)
+        second.seek(other.start)
+        for start in range(one.start, one.stop, block):
+            length = min(block, one.stop - start)
+            if first.read(length) != second.read(length):
+                return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,13 @@ class Rope:
     llama3: Llama3Rope | None
 
 
+def positive(key: str, value: Any) -> float:
+    """A number of config.json; ModelError naming `key` if it is none, or not positive and finite."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ModelError(f"config.json: {key}={value!r} is not a positive number")
+    return value
+
+
 def rope_of(hf_config: Mapping[str, Any]) -> Rope:
     """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before it).
 
@@ -41,21 +49,23 @@ def rope_of(hf_config: Mapping[str, Any]) -> Rope:
     # transformers lets a `rope_scaling` that is set win over `rope_parameters`, and so do we.
     key = "rope_scaling" if hf_config.get("rope_scaling") else "rope_parameters"
     parameters = hf_config.get(key) or {}
-    base = parameters.get("rope_theta", hf_config.get("rope_theta", 10000.0))
+    if not isinstance(parameters, Mapping):
+        raise ModelError(f"config.json: {key}={parameters!r} is not a JSON object")
+    base = positive("rope_theta", parameters.get("rope_theta", hf_config.get("rope_theta", 10000.0)))
     partial = parameters.get("partial_rotary_factor", hf_config.get("partial_rotary_factor"))
     if partial is not None and partial != 1.0:
         raise ModelError(f"config.json: partial_rotary_factor={partial}; only 1.0 is supported")
 
-    def constant(name: str) -> Any:
+    def constant(name: str) -> float:
         if parameters.get(name) is None:
             raise ModelError(f"config.json: {key} has no `{name}`, which rope_type {kind!r} needs")
-        return parameters[name]
+        return positive(f"{key}.{name}", parameters[name])
 
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
         return Rope(base, None, None)
     if kind == "linear":
-        return Rope(base, float(constant("factor")), None)
+        return Rope(base, constant("factor"), None)
     if kind == "llama3":
         original = parameters.get("original_max_position_embeddings") or hf_config.get("max_position_embeddings")
         if original is None:
@@ -64,7 +74,9 @@ def rope_of(hf_config: Mapping[str, Any]) -> Rope:
             factor=constant("factor"),
             low_freq_factor=constant("low_freq_factor"),
             high_freq_factor=constant("high_freq_factor"),
-            original_max_position_embeddings=hf_config.get("original_max_position_embeddings", original),
+            original_max_position_embeddings=positive(
+                "original_max_position_embeddings", hf_config.get("original_max_position_embeddings", original)
+            ),
         )
         return Rope(base, None, scaling)
     raise ModelError(f"config.json: {key}.rope_type={kind!r} is not supported; use default, linear or llama3")

@@ -29,8 +29,10 @@ COPIED = (
     "merges.txt",
     "spiece.model",
     "chat_template*",
+    "tekken.json",  # Mistral's tokenizer
     "additional_chat_templates",
 )
+MOST_OPEN = 64  # files at a time: systems allow a process 1024 and fewer
 SAFETENSORS_OF = {name: short for short, name in SAFETENSORS.items()}
 
 
@@ -92,6 +94,8 @@ class HfFiles:
         data = tensor.detach().to(device="cpu", dtype=getattr(torch, planned.dtype)).contiguous()
         file, offset = self._places[name]
         if file not in self._open:
+            if len(self._open) == MOST_OPEN:
+                self._close_oldest()
             self._open[file] = os.open(self.directory / file, os.O_WRONLY)
         left = memoryview(data.view(-1).view(torch.uint8).numpy())
         while left:
@@ -106,7 +110,10 @@ class HfFiles:
 
     def close(self) -> None:
         while self._open:
-            os.close(self._open.popitem()[1])
+            self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        os.close(self._open.pop(next(iter(self._open))))
 
 
 def write_hf(

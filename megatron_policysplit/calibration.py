@@ -37,8 +37,8 @@ def input_maxima(
 
     calibration: .jsonl or .parquet as for training. At most `questions` of them, spread over the file, go through the
     model one by one as prompts of both modes, so that both are served with scales that hold for them. All experts of a
-    layer have the same maxima. The whole model is held, on the GPU where there is one. Raises DataError for the file,
-    ModelError for a tokenizer or model that cannot be read or whose activations are not finite.
+    layer have the same maxima. progress counts tokens. The whole model is held, on the GPU where there is one. Raises
+    DataError for the file, ModelError for a tokenizer or model that cannot be read or whose activations are not finite.
     """
     check_modelopt()
     chosen = spread(load_questions(str(calibration)), questions)

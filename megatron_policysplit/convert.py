@@ -6,6 +6,7 @@ import enum
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 from typer.core import TyperCommand
 
-from megatron_policysplit.errors import UserError
-from megatron_policysplit.exit_codes import BAD_INPUT
+from megatron_policysplit.errors import ConfigError, UserError
+from megatron_policysplit.exit_codes import BAD_INPUT, DONE, FAILED
 
 if TYPE_CHECKING:
     from checkpoints_conv.ranks import Ranks
@@ -153,10 +154,9 @@ def quantize(
     by tensor, without calibration. Embedding, head, norms and routers of experts stay as they are. Needs
     nvidia-modelopt: pip install megatron_policysplit[quantize]. Exit code 2: bad input; nothing is left at --out.
     """
-    from checkpoints_conv.progress import bar
+    from checkpoints_conv.progress import bar, token_bar
     from checkpoints_conv.quantize import quantize as convert
     from megatron_policysplit.config import ModesConfig
-    from megatron_policysplit.errors import ConfigError
 
     given = [calibration, calibration_questions, high_entropy_prompt_file]
     if form is Fp8Format.fp8_block and given != [None, None, None]:
@@ -169,17 +169,14 @@ def quantize(
             "--format fp8 needs --calibration FILE with questions to measure activations on; "
             "--format fp8-block needs none"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            f"quantize runs as one process, but WORLD_SIZE={os.environ['WORLD_SIZE']}; start it without torchrun"
-        )
+    _refuse_torchrun("quantize")
 
     def measure() -> "Mapping[str, float]":
         from megatron_policysplit.calibration import QUESTIONS, input_maxima
 
         modes = ModesConfig(high_entropy_prompt_file=high_entropy_prompt_file)
         count = calibration_questions or QUESTIONS
-        return input_maxima(hf, calibration, modes, questions=count, progress=bar)
+        return input_maxima(hf, calibration, modes, questions=count, progress=token_bar)
 
     maxima = measure if form is Fp8Format.fp8 else None
     size = parse_size(max_shard_size)
@@ -205,14 +202,16 @@ def verify(
     from checkpoints_conv.progress import bar
     from checkpoints_conv.verify import verify as compare
 
+    _refuse_torchrun("verify")
     verified = compare(hf, megatron, progress=bar)
     cast = f", {verified.cast} of them after a cast to the stored dtype" if verified.cast else ""
     print(f"{verified.tensors} tensors are equal{cast}")
     if logits:
         from megatron_policysplit.actor.logits import check_logits
 
-        compared = check_logits(hf, megatron)
-        print(f"logits differ by {compared.difference:.1e} at most (the largest is {compared.largest:.1f})")
+        with _left_at_once():
+            compared = check_logits(hf, megatron)
+            print(f"logits differ by {compared.difference:.1e} at most (the largest is {compared.largest:.1f})")
 
 
 @app.command("inspect", cls=Command, short_help="What is in a checkpoint, and whether it is whole.")
@@ -228,16 +227,45 @@ def inspect(directory: Annotated[Path, typer.Argument(metavar="DIR")], hf: HfOfM
 
 @contextmanager
 def _started_ranks() -> "Iterator[Ranks]":
+    """The ranks of this command, which ends with the body if there are several."""
     from checkpoints_conv.ranks import started_ranks
 
     ranks = started_ranks()
-    try:
+    if ranks.size == 1:
         yield ranks
-    finally:
-        if ranks.size > 1:
-            import torch.distributed as dist
+    else:
+        with _left_at_once():
+            yield ranks
 
-            dist.destroy_process_group()
+
+@contextmanager
+def _left_at_once() -> Iterator[None]:
+    """End this process with the body, its errors reported, without the finalization of Python.
+
+    gloo's threads outlive destroy_process_group, and the one that ran the last collective lets go of its tensors only
+    after the collective is over. They are Python's objects too, so that needs the interpreter's lock, and a thread
+    which asks for that during finalization is unwound by pthread_exit, through destructors of C++ that may not be:
+    std::terminate ends a rank that had done its work.
+    """
+    code = FAILED
+    try:
+        yield
+        code = DONE
+    except UserError as error:
+        code = _report(error, _local_rank())
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _refuse_torchrun(command: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"{command} runs as one process, but WORLD_SIZE={os.environ['WORLD_SIZE']}; start it without torchrun"
+        )
 
 
 def _progress(ranks: "Ranks"):
@@ -258,15 +286,24 @@ def main() -> None:
 
 
 def run_app(commands: typer.Typer) -> None:
-    """Run a command; a UserError is one line on stderr and exit code 2.
-
-    Of several ranks the first of every node prints it: what is missing may be missing on that node alone.
-    """
-    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))  # as given; `train` fills gaps
+    """Run a command; a UserError is one line on stderr and exit code 2."""
+    local_rank = _local_rank()  # as given; `train` fills gaps
     try:
         commands()
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or local_rank == "0":
-            print(f"{'' if rank == '0' else f'rank {rank}: '}error: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        sys.exit(_report(error, local_rank))
+
+
+def _local_rank() -> str:
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+
+
+def _report(error: UserError, local_rank: str) -> int:
+    """Print it and return the exit code.
+
+    Of several ranks the first of every node prints it: what is missing may be missing on that node alone.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or local_rank == "0":
+        print(f"{'' if rank == '0' else f'rank {rank}: '}error: {error}", file=sys.stderr)
+    return BAD_INPUT

@@ -273,6 +273,9 @@ def test_missing_misshapen_extra_and_mistyped_tensors(model_dir):
 
 def test_a_second_copy_of_a_tied_head_is_harmless(model_dir):
     edit_config(model_dir, tie_word_embeddings=True)
+    tensors = in_memory(model_dir)
+    same = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(same, model_dir / "model.safetensors", metadata={"format": "pt"})
     assert "lm_head.weight" in check_safetensors(model_dir)
 
 

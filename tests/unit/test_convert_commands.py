@@ -7,6 +7,7 @@ import sys
 import pytest
 import typer
 
+from checkpoints_conv.progress import bar, token_bar
 from megatron_policysplit.convert import parse_size
 from tests.support.conversion import assert_same_model, make_tree, tensors_of
 from tests.support.fp8 import WHOLE_BLOCKS
@@ -22,10 +23,10 @@ def original(tmp_path_factory):
     return make_tree(make_model(root / "hf", "qwen3_moe", tied=False, num_hidden_layers=2))
 
 
-def run(*arguments, program=MODULE, code=0):
+def run(*arguments, program=MODULE, code=0, **environment):
     """stdout of a command that must end with `code`; stderr without the progress bar if it is not 0."""
     command = [sys.executable, "-W", "ignore", *program, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stderr
 
@@ -71,6 +72,13 @@ def test_quantize(original, tmp_path):
     assert written.splitlines()[-1] == "SGLang can serve it with --tp-size 1"
     assert "fp8-block (FP8, a scale for each" in run("inspect", out)
     assert len(list(out.glob("*.safetensors"))) > 3
+
+
+def test_bars_name_their_unit(capfd):
+    for shown, unit in ((bar, "2.0/3.0 kB"), (token_bar, "2,000/3,000 tokens")):
+        with shown(3000) as advance:
+            advance(2000)
+        assert unit in capfd.readouterr().err
 
 
 def test_sizes():
@@ -139,9 +147,35 @@ def test_memory_is_that_of_a_few_tensors(tmp_path, family, sizes):
     assert_same_model(original, tmp_path / "back")
 
 
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python", sys.executable, *MODULE)
+
+
 def test_torchrun_shares_the_work(original, tmp_path):
-    program = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python", sys.executable, *MODULE)
-    out = run("hf-to-megatron", "--hf", original, "--out", tmp_path / "megatron", program=program)
+    out = run("hf-to-megatron", "--hf", original, "--out", tmp_path / "megatron", program=TORCHRUN)
     assert out == f"wrote {tmp_path / 'megatron'}\n"
     assert len(list((tmp_path / "megatron").glob("*.distcp"))) == 2
     assert "2 files" in run("inspect", tmp_path / "megatron")
+
+
+ABORTS = """
+import atexit, os
+if "RANK" in os.environ:
+    atexit.register(os.abort)
+"""
+
+
+def test_ranks_end_without_finalization(original, tmp_path):
+    """gloo's threads still run when a command is over; where Python finalizes beside them, they may end the process."""
+    (tmp_path / "sitecustomize.py").write_text(ABORTS)
+    out = run(
+        "hf-to-megatron", "--hf", original, "--out", tmp_path / "there", program=TORCHRUN, PYTHONPATH=str(tmp_path)
+    )
+    assert out == f"wrote {tmp_path / 'there'}\n"
+    again = ("hf-to-megatron", "--hf", original, "--out", tmp_path / "there")
+    refused = run(*again, program=TORCHRUN, code=1, PYTHONPATH=str(tmp_path))  # 1: torchrun's own
+    assert refused.count("error: --out ") == 1 and "exitcode  : 2" in refused
+
+
+def test_commands_of_one_process_are_refused_under_torchrun(original, tmp_path):
+    refused = run("verify", "--hf", original, "--megatron", tmp_path, code=2, WORLD_SIZE="2")
+    assert refused == "error: verify runs as one process, but WORLD_SIZE=2; start it without torchrun\n"
