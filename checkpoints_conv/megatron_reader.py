@@ -250,6 +250,8 @@ def _check_kind(path: Path) -> None:
         raise CheckpointError(f"{path} is the rest of a write that was interrupted; remove it")
     if not is_megatron(path):
         tip = ""
+        if (path / "latest_checkpointed_iteration.txt").is_file():
+            raise CheckpointError(f"{path} holds checkpoints of several iterations; give one of its iter_* directories")
         if any(path.rglob("*.pt")) or any(path.rglob("*.bin")) or any(path.rglob("*.pth")):
             tip = "; pickled checkpoints (.pt, .pth, .bin) are not read, save it again with --ckpt-format torch_dist"
         raise CheckpointError(f"{path} has no metadata.json of a torch_dist checkpoint{tip}")

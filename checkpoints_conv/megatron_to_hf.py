@@ -69,6 +69,8 @@ def megatron_to_hf(
 
         try:
             ranks.together(write)
+            nowhere = set.intersection(*map(set, ranks.gathered(files.missing)))
+            files.check_complete([name for name in plan if name in nowhere])
         finally:
             files.close()
         ranks.first(finish)

@@ -26,7 +26,7 @@ class Ranks:
             result = work()
         except Exception as raised:  # raised again below, on all ranks
             error = raised
-        for found in self._gathered(error):
+        for found in self.gathered(error):
             if found is not None:
                 raise found
         return result  # type: ignore[return-value]
@@ -44,7 +44,8 @@ class Ranks:
             before += size_of(item)
         return mine
 
-    def _gathered(self, value: Any) -> list[Any]:
+    def gathered(self, value: Any) -> list[Any]:
+        """`value` of every rank, in rank order, on every rank (one all-gather of an object)."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -103,10 +103,18 @@ class HfFiles:
             left, offset = left[written:], offset + written
         del self._missing[name]
 
-    def check_complete(self) -> None:
-        """Raise ModelError naming a tensor of the plan that was not written by this process."""
-        if self._missing:
-            raise ModelError(f"tensor {next(iter(self._missing))} of the model was not given; nothing is kept")
+    @property
+    def missing(self) -> list[str]:
+        """Tensors of the plan that this process has not written, in the plan's order."""
+        return list(self._missing)
+
+    def check_complete(self, missing: Collection[str] | None = None) -> None:
+        """Raise ModelError naming a tensor of the plan that was not written.
+
+        missing: by none of several processes; None takes this process's own.
+        """
+        for name in self.missing if missing is None else missing:
+            raise ModelError(f"tensor {name} of the model was not given; nothing is kept")
 
     def close(self) -> None:
         while self._open:

@@ -426,3 +426,22 @@ def test_companions_must_be_found(original, converted, tmp_path):
     refused(lambda: describe(step), CheckpointError, "config.yaml has no model.path .*; name the model with --hf")
     (tmp_path / "run" / "config.yaml").write_text(f"model: {{path: {original}}}\n")
     assert describe(step)["training step"] == "1"
+
+
+def test_a_tensor_that_no_process_has_written(tmp_path, monkeypatch):
+    """A gap in what processes share would be a hole of zeros."""
+    from checkpoints_conv.ranks import Ranks
+
+    original = make_model(tmp_path / "model", "llama", tied=False)
+    hf_to_megatron(original, tmp_path / "megatron")
+    monkeypatch.setattr(Ranks, "share", lambda self, items, size_of: list(items)[:-1])
+    with pytest.raises(ModelError, match="tensor lm_head.weight of the model was not given; nothing is kept"):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_of_iterations(tmp_path):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("100")
+    (tmp_path / "iter_0000100").mkdir()
+    with pytest.raises(CheckpointError, match="give one of its iter_\\* directories"):
+        megatron_to_hf(tmp_path, tmp_path / "out", hf=tmp_path)
