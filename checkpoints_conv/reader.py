@@ -62,7 +62,7 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
     if is_partial(path):
         raise ModelError(f"{path} is the rest of a write that was interrupted; remove it")
     if not path.is_dir():
-        what = "is a file" if Path(path).exists() else "does not exist"
+        what = "is a file" if path.exists() else "does not exist"
         raise ModelError(f"model directory {path} {what}; give a directory with config.json and safetensors")
     return _json_object(path / "config.json", "a Hugging Face model directory needs it")
 
