@@ -38,6 +38,21 @@ def trained_mask(row: Row, overlong: str) -> Tensor:
     return torch.tensor(row.rollout.loss_mask, dtype=torch.bool)
 
 
+def rewards_of(rows: Sequence[Row], algorithm: Algorithm, config: Config) -> Tensor:
+    """[R] fp32: what the responses were graded, and what the method adds for their lengths."""
+    graded = torch.tensor([row.rollout.reward for row in rows], dtype=torch.float32)
+    return graded + length_rewards(rows, algorithm, config)
+
+
+def length_rewards(rows: Sequence[Row], algorithm: Algorithm, config: Config) -> Tensor:
+    """[R] fp32: what the method adds to the rewards for the lengths of responses; 0 with most."""
+    add = algorithm.method.length_reward
+    if add is None:
+        return torch.zeros(len(rows))
+    lengths = torch.tensor([row.response_length for row in rows], dtype=torch.int64)
+    return add(lengths, config.rollout.max_response_tokens, algorithm.options)
+
+
 def live_rows(rows: Sequence[Row], algorithm: Algorithm, config: Config) -> list[bool]:
     """Which rows can change the weights; the others are scored but not trained.
 
@@ -47,7 +62,7 @@ def live_rows(rows: Sequence[Row], algorithm: Algorithm, config: Config) -> list
     trained = [bool(trained_mask(row, config.train.overlong).any()) for row in rows]
     if not rows or config.algorithm.kl_coef > 0 or config.algorithm.entropy_coef > 0:
         return trained
-    rewards = torch.tensor([row.rollout.reward for row in rows])
+    rewards = rewards_of(rows, algorithm, config)
     alive = algorithm.method.live(rewards, group_numbers(rows), algorithm.options)
     return [keeps and value for keeps, value in zip(trained, alive.tolist(), strict=True)]
 
@@ -113,6 +128,7 @@ class SignalSource:
         loss = self.algorithm.config
         return replace(
             make_batch(self.rows, statistics, self._masks),
+            rewards=rewards_of(self.rows, self.algorithm, self.config),
             old_logprobs=torch.cat([old.logprobs for old in self.old]),
             clip_low=loss.clip_low,
             clip_high=loss.clip_high,
@@ -137,12 +153,16 @@ class SignalSource:
 
     def metrics(self) -> dict[str, float]:
         """importance/*: of the weights actor/engine over trained response tokens, each counted once. method/*: the
-        method's state, and the mean of its scale over trained tokens at the batch's last optimizer step.
+        method's state, the mean of its scale over trained tokens at the batch's last optimizer step, and the mean over
+        responses of what it adds to the reward for their length.
         """
         result = {f"method/{name}": value for name, value in self.state.items()}
         if self._last is not None and self._last.scale is not None:
             result["method/scale_mean"] = float(self._last.scale[torch.cat(self._masks)].mean())
         own = [index for index, row in enumerate(self.rows) if row.on_policy]
+        if self.algorithm.method.length_reward is not None and own:
+            added = length_rewards([self.rows[index] for index in own], self.algorithm, self.config)
+            result["method/length_reward_mean"] = float(added.mean())
         weights = [self._importance[self.rows[index].rollout.key][self._masks[index]] for index in own]
         together = torch.cat(weights) if weights else torch.empty(0)
         if len(together):

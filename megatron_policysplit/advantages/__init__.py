@@ -13,6 +13,7 @@ from megatron_policysplit.advantages.groups import (
 from megatron_policysplit.advantages.method import (
     Method,
     NoOptions,
+    Selection,
     State,
     TokenSignals,
     all_rows,
@@ -27,6 +28,7 @@ __all__ = [
     "AdvantageBatch",
     "Method",
     "NoOptions",
+    "Selection",
     "State",
     "TokenSignals",
     "TokenStatistics",

@@ -53,6 +53,18 @@ def all_rows(rewards: Tensor, group: Tensor, options: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Dynamic sampling: which questions a batch is made of.
+
+    keeps(rewards): whether a question is trained, from the rewards of all its responses, in whatever mode. max_rounds:
+    how many times data.batch_questions questions are drawn, until as many are kept.
+    """
+
+    keeps: Callable[[Sequence[float]], bool]
+    max_rounds: int
+
+
+@dataclass(frozen=True)
 class Method:
     """A method and what it needs from the trainer.
 
@@ -61,6 +73,9 @@ class Method:
     options: dataclass of the keys under algorithm.options, made with `config.key`, with the paper's defaults.
     source: where it comes from. loss: the method's defaults of keys of `algorithm` that the configuration leaves null.
     sampling_modes: modes that sample, in equal shares. training_modes: prompts each response is trained under.
+    length_reward(lengths, longest, options): [R] fp32, added to the rewards of responses of `lengths` [R] tokens, of at
+    most `longest`, before anything else is made of them. None: nothing is.
+    selection(options): which questions are trained; None: those that are drawn.
     live(rewards, group, options): [R] bool, rows that can change the weights; the others have a zero loss at every
     token whatever their statistics, and are not trained.
     begin(options), next_state(state, batch, options): state that the method carries from one optimizer step to the
@@ -73,6 +88,8 @@ class Method:
     loss: Mapping[str, Any] = field(default_factory=dict)
     sampling_modes: Sequence[Mode] = (Mode.NORMAL,)
     training_modes: Sequence[Mode] = (Mode.NORMAL,)
+    length_reward: Callable[[Tensor, int, Any], Tensor] | None = None
+    selection: Callable[[Any], Selection | None] = lambda options: None
     live: Callable[[Tensor, Tensor, Any], Tensor] = with_advantage
     begin: Callable[[Any], State] = lambda options: {}
     next_state: Callable[[State, AdvantageBatch, Any], State] = lambda state, batch, options: state

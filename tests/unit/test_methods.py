@@ -22,6 +22,7 @@ GIVEN = {  # options beside the defaults, so that a formula shows on a small bat
     "adaptive_entropy": [{"target": 10.0}, {"target": 1e-3}],
     "asym_grpo": [{}, {"beta_pos": 0.0, "beta_neg": 1.7}],
     "clip_cov": [{"ratio": 1.0, "low": 0.05, "high": 0.6}],
+    "dapo": [{}],
     "edge_grpo": [{}, {"least": 0.9}],
     "entropy_adv": [{}, {"alpha": 5.0, "kappa": 1.0}],
     "entropy_bonus": [{"coef": 0.2}],
@@ -155,6 +156,33 @@ def test_with_nothing_to_do_a_method_is_grpo(name, given):
     assert found.scale is None or (found.scale[batch.mask] == 1).all()
     assert found.entropy_coef is None or (found.entropy_coef == 0).all()
     assert found.drift_coef is None or (found.drift_coef == 0).all()
+
+
+@pytest.mark.parametrize("cache", [None, 5, 10, 0])
+def test_dapo_punishes_by_length_as_equation_13_does(cache):
+    from megatron_policysplit.methods import dapo
+
+    options = dapo.Options(cache_tokens=cache, punishment=0.5)
+    found = dapo.length_reward(torch.arange(1, 11), 10, options).tolist()
+    width = 2 if cache is None else cache
+    for length, value in zip(range(1, 11), found, strict=True):
+        expected = 0.0 if length <= 10 - width else 0.5 * ((10 - width) - length) / width
+        assert value == pytest.approx(expected)
+    assert found[-1] == (-0.5 if width else 0.0)
+
+
+def test_dapo_keeps_questions_with_unequal_grades():
+    chosen = algorithm("dapo")
+    selection = chosen.method.selection(chosen.options)
+    assert selection.max_rounds == 10 and chosen.config.clip_high == 0.28
+    assert [selection.keeps(rewards) for rewards in ([0, 1, 0], [1, 1], [0.2], [0.2, 0.3])] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    off = algorithm("dapo", {"dynamic_sampling": False})
+    assert off.method.selection(off.options) is None
 
 
 def test_policy_split_takes_the_correctness_of_another_method():

@@ -134,6 +134,18 @@ def test_overlong_responses_are_live_only_when_graded():
         assert signal.mask.any() == (signal.advantages != 0).all() == (row.key.sample == 0)
 
 
+def test_a_punishment_of_length_makes_equal_grades_unequal_and_comes_before_the_groups():
+    """Of at most 4 tokens, 2 without punishment: the response of 4 gets -1, that of 3 gets -0.5."""
+    given = {"algorithm__options": {"dapo": {"cache_tokens": 2}}, "rollout__max_response_tokens": 4}
+    answers = [{"reward": 1.0, "mask": mask} for mask in ((1, 1), (1, 1, 1, 1), (1, 1, 1))]
+    rows = batch("dapo", answers, [{"reward": 0.0, "mask": (1,)}, {"reward": 0.0, "mask": (1, 1)}])
+    assert live(rows, "dapo", **given) == {(0, 0), (0, 1)}
+    signals = train_signals(rows, score(rows), config(**given), "dapo")
+    expected = [1.0 / (1 + 2e-6), -1.0 / (1 + 2e-6), 0.0, 0.0, 0.0]  # of 1, 0 and 0.5, whose deviation is a half
+    for signal, value in zip(signals, expected, strict=True):
+        assert signal.advantages.tolist() == pytest.approx([value] * len(signal.advantages))
+
+
 def test_a_method_with_a_term_of_its_own_keeps_every_row():
     rows = batch("grpo", EQUAL)
     assert live(rows, "entropy_bonus") == {(0, sample) for sample in range(4)}
