@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_policysplit.data import Question
 from megatron_policysplit.rollout.driver import Batch
-from megatron_policysplit.rows import Rollout
+from megatron_policysplit.rows import RIGHT, Rollout, SecondRollout
 from megatron_policysplit.run import Run
 from megatron_policysplit.timing import Phases
 
@@ -14,6 +14,7 @@ from megatron_policysplit.timing import Phases
 class Asked:
     """A batch under way. Collective over all ranks; every rank draws the same questions, leaders hold the responses.
 
+    unused: responses of a second rollout that are not trained, on leaders, once finished.
     cursor: the stream's state once its questions were drawn; saved when it has been trained. With a method's
     `Selection` further rounds begin in `finish`, with the weights that the engines have then, which are still those of
     the first round. The seed of a sample depends on batch and question, not on the round; a question that the end of an
@@ -27,8 +28,10 @@ class Asked:
         self.rounds: list[Batch] = []
         self.metrics: dict[str, float] = {}
         self.generated_tokens = 0
+        self.second: SecondRollout | None = None
+        self.unused: list[Rollout] = []
         self._rollouts: list[Rollout] | None = None
-        self._begin(run.stream.next_batch())
+        self._begin(run.stream.next_batch(), first=True)
 
     def finish(self, phases: Phases) -> list[Rollout]:
         """Graded rollouts of the questions to train, sorted by key, on leaders; [] elsewhere. May be called again.
@@ -43,11 +46,14 @@ class Asked:
             while len(kept) < self._wanted and len(self.rounds) < self.selection.max_rounds and self._draw_again():
                 made.append(self.run.driver.finish(self.rounds[-1], phases))
                 kept = self._kept(made)
-        rollouts = [rollout for part in made for rollout in part]
-        self.generated_tokens = sum(len(rollout.tokens) for rollout in rollouts)
+        everything = [rollout for part in made for rollout in part]
+        self.generated_tokens = sum(len(rollout.tokens) for rollout in everything)
         self.metrics = _together([batch.metrics for batch in self.rounds])
+        rollouts = [rollout for rollout in everything if not rollout.auxiliary]
         if self.selection is not None:
             rollouts = self._select(rollouts, kept)
+        if self.second is not None:
+            rollouts += self._positives([rollout for rollout in everything if rollout.auxiliary])
         self._rollouts = sorted(rollouts, key=lambda rollout: rollout.key)
         return self._rollouts
 
@@ -60,11 +66,18 @@ class Asked:
     def _wanted(self) -> int:
         return self.run.config.data.batch_questions
 
-    def _begin(self, questions: Sequence[Question]) -> None:
-        run = self.run
+    def _begin(self, questions: Sequence[Question], *, first: bool = False) -> None:
+        run, algorithm = self.run, self.run.algorithm
+        if first:
+            state = run.state.method or algorithm.method.begin(algorithm.options)
+            samples = run.config.rollout.samples_per_question
+            self.second = algorithm.method.second_rollout(algorithm.options, state, len(questions), samples)
+        second = self.second if first else None
         self.questions += questions
         self.cursor = run.stream.state()
-        self.rounds.append(run.driver.begin(self.number, questions, run.prompts, run.samples_per_mode, purpose="train"))
+        self.rounds.append(
+            run.driver.begin(self.number, questions, run.prompts, run.samples_per_mode, purpose="train", second=second)
+        )
 
     def _draw_again(self) -> bool:
         """Begin another round; False if every question of the data set has been asked."""
@@ -80,7 +93,7 @@ class Asked:
         """Ids of the questions that the method keeps so far, in the order drawn (the chief's, on every rank)."""
         rewards: dict[int, list[float]] = {}
         for rollouts in made:
-            for rollout in rollouts:
+            for rollout in (rollout for rollout in rollouts if not rollout.auxiliary):
                 rewards.setdefault(rollout.question, []).append(rollout.reward)
         asked = [question.id for question in self.questions if question.id in rewards]
         return self.run.layout.from_chief([id for id in asked if self.selection.keeps(rewards[id])])
@@ -104,6 +117,22 @@ class Asked:
             )
         wanted = set(chosen or [question.id for question in self.questions[: self._wanted]])
         return [rollout for rollout in rollouts if rollout.question in wanted]
+
+    def _positives(self, auxiliary: list[Rollout]) -> list[Rollout]:
+        """Right responses of the second rollout, at most `most`: first samples of all questions before second ones."""
+        order = sorted(auxiliary, key=lambda rollout: (rollout.sample, rollout.question, rollout.mode.value))
+        right = [rollout for rollout in order if rollout.reward > RIGHT]
+        chosen = right[: self.second.most]
+        taken = {rollout.key for rollout in chosen}
+        self.unused = [rollout for rollout in auxiliary if rollout.key not in taken]
+        if auxiliary:
+            self.metrics |= {
+                "auxiliary/temperature": self.second.temperature,
+                "auxiliary/responses": float(len(auxiliary)),
+                "auxiliary/accuracy": len(right) / len(auxiliary),
+                "auxiliary/trained": float(len(chosen)),
+            }
+        return chosen
 
 
 def _together(parts: Sequence[dict[str, float]]) -> dict[str, float]:

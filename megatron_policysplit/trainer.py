@@ -93,7 +93,7 @@ class Trainer:
             metrics |= agreement | staleness_metrics(rollouts, batch_version) | signals.metrics()
             metrics |= {"memory/peak_gib": memory / 2**30, "actor/bad_steps_total": float(run.state.bad_steps)}
             run.log.log(run.state.step, metrics | asked.metrics)
-            run.log.rollouts(run.state.step, run.records(rollouts))
+            run.log.rollouts(run.state.step, run.records([*rollouts, *asked.unused]))
         self._stop_if_bad(rollouts)
 
     def evaluate_and_save(self) -> None:

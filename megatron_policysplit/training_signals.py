@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_policysplit.advantages import AdvantageBatch, State, TokenSignals, TokenStatistics, make_batch
 from megatron_policysplit.advantages.batch import group_numbers
 from megatron_policysplit.config import Config
-from megatron_policysplit.losses import importance_weights
+from megatron_policysplit.losses import denominators, importance_weights, token_weight
 from megatron_policysplit.methods import Algorithm
 from megatron_policysplit.plan import Plan
 from megatron_policysplit.rows import Row
@@ -19,7 +19,10 @@ from megatron_policysplit.rows import Row
 
 @dataclass
 class TrainSignal:
-    """What training a row needs beside its tokens, [T] each over its response tokens; see `TokenSignals`."""
+    """What training a row needs beside its tokens, [T] each over its response tokens; see `TokenSignals`.
+
+    apart: aggregation of the row's loss where it is not the run's; its tokens are in no denominator.
+    """
 
     old_logprobs: Tensor
     advantages: Tensor
@@ -29,6 +32,19 @@ class TrainSignal:
     entropy_coef: Tensor | None = None
     drift_coef: Tensor | None = None
     reference_logprobs: Tensor | None = None
+    apart: str | None = None
+
+
+def token_weights(
+    signals: Sequence[TrainSignal], step: Sequence[int], aggregation: str, max_response_tokens: int
+) -> dict[int, Tensor]:
+    """Row -> weights [T] of its tokens in the loss of an optimizer step of the rows `step` (indices of `signals`)."""
+    counts = {i: int(signals[i].mask.sum()) for i in step}
+    total = denominators([counts[i] for i in step if signals[i].apart is None])
+    return {
+        i: signals[i].mask * token_weight(counts[i], total, signals[i].apart or aggregation, max_response_tokens)
+        for i in step
+    }
 
 
 def trained_mask(row: Row, overlong: str) -> Tensor:
@@ -57,14 +73,16 @@ def live_rows(rows: Sequence[Row], algorithm: Algorithm, config: Config) -> list
     """Which rows can change the weights; the others are scored but not trained.
 
     A row without trained tokens never can. A row that the method calls dead cannot either, if the loss has no term
-    beside the method's.
+    beside the method's. Auxiliary rows were chosen to be trained.
     """
     trained = [bool(trained_mask(row, config.train.overlong).any()) for row in rows]
     if not rows or config.algorithm.kl_coef > 0 or config.algorithm.entropy_coef > 0:
         return trained
-    rewards = rewards_of(rows, algorithm, config)
-    alive = algorithm.method.live(rewards, group_numbers(rows), algorithm.options)
-    return [keeps and value for keeps, value in zip(trained, alive.tolist(), strict=True)]
+    ordinary = [row for row in rows if not row.auxiliary]
+    rewards = rewards_of(ordinary, algorithm, config)
+    alive = algorithm.method.live(rewards, group_numbers(ordinary), algorithm.options)
+    dead = {row.key for row, value in zip(ordinary, alive.tolist(), strict=True) if not value}
+    return [keeps and row.key not in dead for keeps, row in zip(trained, rows, strict=True)]
 
 
 class SignalSource:
@@ -115,9 +133,10 @@ class SignalSource:
         return [
             TrainSignal(
                 old_logprobs=self.old[index].logprobs,
-                importance=self._importance[row.rollout.key],
+                importance=self._importance.get(row.rollout.key, torch.ones_like(self.old[index].logprobs)),
                 mask=self._masks[index],
                 reference_logprobs=None if self._reference is None else self._reference[index],
+                apart=self.algorithm.method.auxiliary_aggregation if row.auxiliary else None,
                 **{name: values[index] for name, values in columns.items()},
             )
             for index, row in enumerate(self.rows)
@@ -182,7 +201,10 @@ class SignalSource:
 def _importance(
     rows: Sequence[Row], old: Sequence[TokenStatistics], masks: Sequence[Tensor], config: Config
 ) -> dict[tuple, Tensor]:
-    """Rollout -> importance weights [T], from the row under the prompt that it was sampled with."""
+    """Rollout -> importance weights [T], from the row under the prompt that it was sampled with.
+
+    None for auxiliary rollouts: the engine's log-probs are those of another temperature, which is no error to correct.
+    """
     return {
         row.rollout.key: importance_weights(
             statistics.logprobs, torch.tensor(row.rollout.engine_logprobs), mask, config.algorithm

@@ -20,7 +20,7 @@ from megatron_policysplit.advantages.method import (
     in_mixed_groups,
     with_advantage,
 )
-from megatron_policysplit.rows import RIGHT
+from megatron_policysplit.rows import RIGHT, SecondRollout
 
 __all__ = [
     "EPSILON",
@@ -28,6 +28,7 @@ __all__ = [
     "AdvantageBatch",
     "Method",
     "NoOptions",
+    "SecondRollout",
     "Selection",
     "State",
     "TokenSignals",
