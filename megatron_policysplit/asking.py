@@ -28,10 +28,10 @@ class Asked:
         self.rounds: list[Batch] = []
         self.metrics: dict[str, float] = {}
         self.generated_tokens = 0
-        self.second: SecondRollout | None = None
+        self.second = self._second()
         self.unused: list[Rollout] = []
         self._rollouts: list[Rollout] | None = None
-        self._begin(run.stream.next_batch(), first=True)
+        self._begin(run.stream.next_batch())
 
     def finish(self, phases: Phases) -> list[Rollout]:
         """Graded rollouts of the questions to train, sorted by key, on leaders; [] elsewhere. May be called again.
@@ -66,13 +66,16 @@ class Asked:
     def _wanted(self) -> int:
         return self.run.config.data.batch_questions
 
-    def _begin(self, questions: Sequence[Question], *, first: bool = False) -> None:
+    def _second(self) -> SecondRollout | None:
+        """What the method asks for besides, by its state after the batch trained last."""
         run, algorithm = self.run, self.run.algorithm
-        if first:
-            state = run.state.method or algorithm.method.begin(algorithm.options)
-            samples = run.config.rollout.samples_per_question
-            self.second = algorithm.method.second_rollout(algorithm.options, state, len(questions), samples)
-        second = self.second if first else None
+        state = run.state.method or algorithm.method.begin(algorithm.options)
+        samples = run.config.rollout.samples_per_question
+        return algorithm.method.second_rollout(algorithm.options, state, self._wanted, samples)
+
+    def _begin(self, questions: Sequence[Question]) -> None:
+        """Start a round; the second rollout comes with the first."""
+        run, second = self.run, None if self.rounds else self.second
         self.questions += questions
         self.cursor = run.stream.state()
         self.rounds.append(
