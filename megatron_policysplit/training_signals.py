@@ -133,7 +133,7 @@ class SignalSource:
         return [
             TrainSignal(
                 old_logprobs=self.old[index].logprobs,
-                importance=self._importance.get(row.rollout.key, torch.ones_like(self.old[index].logprobs)),
+                importance=self._importance[row.rollout.key],
                 mask=self._masks[index],
                 reference_logprobs=None if self._reference is None else self._reference[index],
                 apart=self.algorithm.method.auxiliary_aggregation if row.auxiliary else None,
@@ -203,9 +203,10 @@ def _importance(
 ) -> dict[tuple, Tensor]:
     """Rollout -> importance weights [T], from the row under the prompt that it was sampled with.
 
-    None for auxiliary rollouts: the engine's log-probs are those of another temperature, which is no error to correct.
+    1 for auxiliary rollouts: the engine's log-probs are those of another temperature, which is no error to correct.
     """
-    return {
+    ones = {row.rollout.key: torch.ones(row.response_length) for row in rows if row.auxiliary}
+    return ones | {
         row.rollout.key: importance_weights(
             statistics.logprobs, torch.tensor(row.rollout.engine_logprobs), mask, config.algorithm
         )
