@@ -121,9 +121,10 @@ def token_weight(trained_tokens: int, step: Denominators, aggregation: str, max_
     """Weight of each trained token of a row that has `trained_tokens` of them.
 
     token_mean: 1 / tokens. sequence_mean_token_mean: 1 / (rows * trained_tokens).
-    sequence_mean_token_sum_norm: 1 / (rows * max_response_tokens) (Dr. GRPO's constant length).
+    sequence_mean_token_sum_norm: 1 / (rows * max_response_tokens) (Dr. GRPO's constant length). 0 where the step has no
+    row to divide by.
     """
-    if trained_tokens == 0:
+    if trained_tokens == 0 or step.rows == 0:
         return 0.0
     if aggregation == "token_mean":
         return 1 / step.tokens

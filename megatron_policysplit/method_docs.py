@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 
+from megatron_policysplit import methods
 from megatron_policysplit.config_docs import row
 from megatron_policysplit.config_load import keys_of, show
 from megatron_policysplit.methods import DEFAULTS, METHOD_NAMES, method_named
@@ -45,7 +46,7 @@ def render() -> str:
         parts.append("| " + " | ".join(cells) + " |\n")
     for name in METHOD_NAMES:
         method = method_named(name)
-        parts.append(f"\n## {name}\n\n{sys.modules[method.signals.__module__].__doc__.strip()}\n")
+        parts.append(f"\n## {name}\n\n{sys.modules[f'{methods.__name__}.{name}'].__doc__.strip()}\n")
         keys = keys_of(method.options, f"algorithm.options.{name}.")
         if keys:
             parts.append("\n| key | default | allowed | meaning |\n|---|---|---|---|\n")

@@ -1,6 +1,6 @@
 """Everything that can be checked before a process starts or a weight is read.
 
-torch is imported only for model.megatron and algorithm.options.
+torch is imported only for model.megatron, algorithm.options and rollout.engine=replay.
 """
 
 from __future__ import annotations
@@ -72,10 +72,8 @@ def _engines(config: Config) -> str:
 def preflight(config: Config) -> Preflight:
     """Checks keys, model, data, reward, run directory and checkpoint; raises a UserError for the first wrong one."""
     warnings = check_config(config)
-    if config.algorithm.options:
-        from megatron_policysplit.methods import algorithm_of
-
-        algorithm_of(config.algorithm)
+    if config.algorithm.options or config.rollout.engine == "replay":
+        _check_method(config)
     architecture, parameters = _check_model(config)
     train, evaluation = _check_data(config)
     _check_reward(config)
@@ -83,6 +81,19 @@ def preflight(config: Config) -> Preflight:
     resumes = check_run_dir(config)
     _check_checkpoint(config)
     return Preflight(architecture, parameters, train, evaluation, world_size(config), resumes, warnings)
+
+
+def _check_method(config: Config) -> None:
+    """Raises ConfigError for wrong options, or for a method that wants questions which a dump does not hold."""
+    from megatron_policysplit.methods import algorithm_of
+
+    algorithm = algorithm_of(config.algorithm)
+    if config.rollout.engine == "replay" and algorithm.method.selection(algorithm.options) is not None:
+        raise ConfigError(
+            f"rollout.engine=replay cannot serve algorithm.name={config.algorithm.name} with dynamic sampling, because "
+            "a dump holds no responses to questions that were dropped; replay with a method without, or use another "
+            "engine"
+        )
 
 
 def _check_model(config: Config) -> tuple[str, int]:

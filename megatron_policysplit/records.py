@@ -25,6 +25,7 @@ def rollout_records(
             "question": rollout.question,
             "mode": rollout.mode.value,
             "sample": rollout.sample,
+            "auxiliary": rollout.auxiliary,
             "prompt": prompts[rollout.question],
             "response": text(rollout),
             "tokens": rollout.tokens,

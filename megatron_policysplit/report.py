@@ -196,6 +196,8 @@ def _samples(run_dir: Path) -> dict | None:
         return None
     questions: dict[tuple, dict[str, list[dict]]] = {}
     for record in read_jsonl(dumps[-1]):
+        if record.get("auxiliary"):  # neither mode's own samples
+            continue
         questions.setdefault((record["batch"], record["question"]), {}).setdefault(record["mode"], []).append(record)
     chosen = sorted(questions.values(), key=lambda modes: -len(modes))[:SAMPLE_QUESTIONS]
     return {

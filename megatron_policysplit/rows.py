@@ -38,6 +38,7 @@ class Rollout:
     loss_mask: 1 for every token that is trained.
     weight_versions: spans (first token, version): which weights sampled which tokens.
     finish_reason: "stop" or "length". reward_error: why grading failed, if it did (the reward is then 0).
+    auxiliary: of a method's second rollout, at a temperature that is not its mode's.
     """
 
     batch: int
@@ -51,6 +52,7 @@ class Rollout:
     loss_mask: list[int] = field(default_factory=list)
     reward: float = 0.0
     reward_error: str | None = None
+    auxiliary: bool = False
 
     def __post_init__(self):
         self.loss_mask = self.loss_mask or [1] * len(self.tokens)
@@ -65,19 +67,34 @@ class Rollout:
         return (self.batch, self.question, self.mode.value, self.sample)
 
 
+@dataclass(frozen=True)
+class SecondRollout:
+    """What a method asks for besides a batch: more responses to its first questions, at another temperature.
+
+    temperature: times that of the mode that samples. questions: how many are answered again. samples: for each of them,
+    in every sampling mode. most: right ones that are trained; None: all.
+    """
+
+    temperature: float
+    questions: int
+    samples: int
+    most: int | None = None
+
+
 class RowKey(NamedTuple):
-    """(batch, question, training mode, sampling mode, sample): the last two name the rollout."""
+    """(batch, question, training mode, sampling mode, sample, auxiliary): sampling mode and sample name the rollout."""
 
     batch: int
     question: int
     training_mode: str
     sampling_mode: str
     sample: int
+    auxiliary: bool = False
 
     @property
-    def group(self) -> tuple[int, int, str]:
-        """Advantage group: the same question under the same training mode (algorithms.md A.1)."""
-        return self[:3]
+    def group(self) -> tuple[int, int, str, bool]:
+        """Advantage group: the same question under the same training mode (algorithms.md A.1); auxiliary rows apart."""
+        return (*self[:3], self.auxiliary)
 
     @property
     def partner(self) -> "RowKey":
@@ -107,9 +124,13 @@ class Row:
         return len(self.rollout.tokens)
 
     @property
+    def auxiliary(self) -> bool:
+        return self.rollout.auxiliary
+
+    @property
     def on_policy(self) -> bool:
-        """Whether the response was sampled under this row's own prompt."""
-        return self.mode is self.rollout.mode
+        """Whether the response was sampled under this row's own prompt, at its mode's temperature."""
+        return self.mode is self.rollout.mode and not self.auxiliary
 
 
 def share(
@@ -125,7 +146,8 @@ def share(
     rows = []
     for rollout in rollouts:
         for mode in training_modes:
-            key = RowKey(rollout.batch, rollout.question, mode.value, rollout.mode.value, rollout.sample)
+            named = (rollout.batch, rollout.question, mode.value, rollout.mode.value, rollout.sample)
+            key = RowKey(*named, rollout.auxiliary)
             rows.append(Row(key, prompts[rollout.question][mode], rollout))
     rows.sort(key=lambda row: row.key)
     return rows

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from megatron_policysplit import run as runs
 from megatron_policysplit.actor import checkpoint, cpu
 from megatron_policysplit.actor.checkpoint_files import path_of
 from megatron_policysplit.agreement import AgreementGate
 from megatron_policysplit.agreement_probe import Probe
+from megatron_policysplit.asking import Asked
 from megatron_policysplit.config import Config
 from megatron_policysplit.errors import TrainingError
 from megatron_policysplit.exit_codes import DONE, STOPPED
 from megatron_policysplit.metrics import evaluation_metrics, training_metrics
-from megatron_policysplit.rollout.driver import Batch
 from megatron_policysplit.rollout.staleness import check_staleness, staleness_metrics
 from megatron_policysplit.rows import MODES, share
 from megatron_policysplit.stopping import StopRequested, StopSignal
 from megatron_policysplit.timing import Phases
 from megatron_policysplit.training_signals import live_rows
-
-
-@dataclass
-class Asked:
-    """A batch under way. cursor: the stream's state once its questions were drawn; saved when it has been trained."""
-
-    batch: Batch
-    cursor: dict[str, int]
 
 
 class Trainer:
@@ -71,7 +61,7 @@ class Trainer:
         with phases.measure("step"):
             with run.engines_awake():
                 asked, self.ahead = self.ahead or self.ask(batch), None
-                rollouts = run.driver.finish(asked.batch, phases)
+                rollouts = asked.finish(phases)
             check_staleness(rollouts, batch_version, config.rollout)
             if config.rollout.overlap and batch + 1 < config.train.steps:
                 self.sync(phases)
@@ -99,11 +89,11 @@ class Trainer:
         run.state.bad_steps_in_a_row = run.state.bad_steps_in_a_row + 1 if update.bad_steps else 0
         memory = run.layout.largest(cpu.peak_memory_bytes())
         if run.layout.is_chief:
-            metrics = training_metrics(rows, old, live) | update.named() | _speed(rows, live, phases)
+            metrics = training_metrics(rows, old, live) | update.named() | _speed(rows, live, asked, phases)
             metrics |= agreement | staleness_metrics(rollouts, batch_version) | signals.metrics()
             metrics |= {"memory/peak_gib": memory / 2**30, "actor/bad_steps_total": float(run.state.bad_steps)}
-            run.log.log(run.state.step, metrics | asked.batch.metrics)
-            run.log.rollouts(run.state.step, run.records(rollouts))
+            run.log.log(run.state.step, metrics | asked.metrics)
+            run.log.rollouts(run.state.step, run.records([*rollouts, *asked.unused]))
         self._stop_if_bad(rollouts)
 
     def evaluate_and_save(self) -> None:
@@ -120,11 +110,8 @@ class Trainer:
             self.save()
 
     def ask(self, batch: int) -> Asked:
-        """Start to generate the next batch of questions, and note where the stream of questions then stands."""
-        run = self.run
-        questions = run.stream.next_batch()
-        asked = run.driver.begin(batch, questions, run.prompts, run.samples_per_mode, purpose="train")
-        return Asked(asked, run.stream.state())
+        """Start to generate the next batch of questions."""
+        return Asked(self.run, batch)
 
     def sync(self, phases: Phases | None = None) -> None:
         """Give the engines the actor's weights, unless they have them."""
@@ -138,7 +125,7 @@ class Trainer:
 
     def _forget_ahead(self) -> None:
         if self.ahead is not None:
-            self.ahead.batch.cancel()
+            self.ahead.cancel()
             self.ahead = None
 
     def evaluate(self) -> None:
@@ -148,7 +135,7 @@ class Trainer:
             return
         samples = self.config.eval.samples
         if self.ahead is not None:
-            run.driver.finish(self.ahead.batch, Phases())  # it stays as it is; the engines are needed
+            self.ahead.finish(Phases())  # it stays as it is; the engines are needed
         self.sync()
         with phases.measure("eval"):
             with run.engines_awake():
@@ -207,10 +194,10 @@ def _seconds(phases: Phases) -> dict[str, float]:
     return {f"time/{name}_s": seconds for name, seconds in phases.seconds.items()}
 
 
-def _speed(rows, live, phases: Phases) -> dict[str, float]:
+def _speed(rows, live, asked: Asked, phases: Phases) -> dict[str, float]:
     """Seconds per phase; tokens per second of generation (responses), score (all rows) and update (rows trained)."""
     tokens = {
-        "generate": sum(row.response_length for row in rows if row.on_policy),
+        "generate": asked.generated_tokens,
         "score": sum(row.length for row in rows),
         "update": sum(row.length for row, trained in zip(rows, live, strict=True) if trained),
     }

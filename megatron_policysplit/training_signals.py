@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_policysplit.advantages import AdvantageBatch, State, TokenSignals, TokenStatistics, make_batch
 from megatron_policysplit.advantages.batch import group_numbers
 from megatron_policysplit.config import Config
-from megatron_policysplit.losses import importance_weights
+from megatron_policysplit.losses import denominators, importance_weights, token_weight
 from megatron_policysplit.methods import Algorithm
 from megatron_policysplit.plan import Plan
 from megatron_policysplit.rows import Row
@@ -19,7 +19,10 @@ from megatron_policysplit.rows import Row
 
 @dataclass
 class TrainSignal:
-    """What training a row needs beside its tokens, [T] each over its response tokens; see `TokenSignals`."""
+    """What training a row needs beside its tokens, [T] each over its response tokens; see `TokenSignals`.
+
+    apart: aggregation of the row's loss where it is not the run's; its tokens are in no denominator.
+    """
 
     old_logprobs: Tensor
     advantages: Tensor
@@ -29,6 +32,19 @@ class TrainSignal:
     entropy_coef: Tensor | None = None
     drift_coef: Tensor | None = None
     reference_logprobs: Tensor | None = None
+    apart: str | None = None
+
+
+def token_weights(
+    signals: Sequence[TrainSignal], step: Sequence[int], aggregation: str, max_response_tokens: int
+) -> dict[int, Tensor]:
+    """Row -> weights [T] of its tokens in the loss of an optimizer step of the rows `step` (indices of `signals`)."""
+    counts = {i: int(signals[i].mask.sum()) for i in step}
+    total = denominators([counts[i] for i in step if signals[i].apart is None])
+    return {
+        i: signals[i].mask * token_weight(counts[i], total, signals[i].apart or aggregation, max_response_tokens)
+        for i in step
+    }
 
 
 def trained_mask(row: Row, overlong: str) -> Tensor:
@@ -38,18 +54,35 @@ def trained_mask(row: Row, overlong: str) -> Tensor:
     return torch.tensor(row.rollout.loss_mask, dtype=torch.bool)
 
 
+def rewards_of(rows: Sequence[Row], algorithm: Algorithm, config: Config) -> Tensor:
+    """[R] fp32: what the responses were graded, and what the method adds for their lengths."""
+    graded = torch.tensor([row.rollout.reward for row in rows], dtype=torch.float32)
+    return graded + length_rewards(rows, algorithm, config)
+
+
+def length_rewards(rows: Sequence[Row], algorithm: Algorithm, config: Config) -> Tensor:
+    """[R] fp32: what the method adds to the rewards for the lengths of responses; 0 with most."""
+    add = algorithm.method.length_reward
+    if add is None:
+        return torch.zeros(len(rows))
+    lengths = torch.tensor([row.response_length for row in rows], dtype=torch.int64)
+    return add(lengths, config.rollout.max_response_tokens, algorithm.options)
+
+
 def live_rows(rows: Sequence[Row], algorithm: Algorithm, config: Config) -> list[bool]:
     """Which rows can change the weights; the others are scored but not trained.
 
     A row without trained tokens never can. A row that the method calls dead cannot either, if the loss has no term
-    beside the method's.
+    beside the method's. Auxiliary rows were chosen to be trained.
     """
     trained = [bool(trained_mask(row, config.train.overlong).any()) for row in rows]
     if not rows or config.algorithm.kl_coef > 0 or config.algorithm.entropy_coef > 0:
         return trained
-    rewards = torch.tensor([row.rollout.reward for row in rows])
-    alive = algorithm.method.live(rewards, group_numbers(rows), algorithm.options)
-    return [keeps and value for keeps, value in zip(trained, alive.tolist(), strict=True)]
+    ordinary = [row for row in rows if not row.auxiliary]
+    rewards = rewards_of(ordinary, algorithm, config)
+    alive = algorithm.method.live(rewards, group_numbers(ordinary), algorithm.options)
+    dead = {row.key for row, value in zip(ordinary, alive.tolist(), strict=True) if not value}
+    return [keeps and row.key not in dead for keeps, row in zip(trained, rows, strict=True)]
 
 
 class SignalSource:
@@ -103,6 +136,7 @@ class SignalSource:
                 importance=self._importance[row.rollout.key],
                 mask=self._masks[index],
                 reference_logprobs=None if self._reference is None else self._reference[index],
+                apart=self.algorithm.method.auxiliary_aggregation if row.auxiliary else None,
                 **{name: values[index] for name, values in columns.items()},
             )
             for index, row in enumerate(self.rows)
@@ -113,6 +147,7 @@ class SignalSource:
         loss = self.algorithm.config
         return replace(
             make_batch(self.rows, statistics, self._masks),
+            rewards=rewards_of(self.rows, self.algorithm, self.config),
             old_logprobs=torch.cat([old.logprobs for old in self.old]),
             clip_low=loss.clip_low,
             clip_high=loss.clip_high,
@@ -137,12 +172,16 @@ class SignalSource:
 
     def metrics(self) -> dict[str, float]:
         """importance/*: of the weights actor/engine over trained response tokens, each counted once. method/*: the
-        method's state, and the mean of its scale over trained tokens at the batch's last optimizer step.
+        method's state, the mean of its scale over trained tokens at the batch's last optimizer step, and the mean over
+        responses of what it adds to the reward for their length.
         """
         result = {f"method/{name}": value for name, value in self.state.items()}
         if self._last is not None and self._last.scale is not None:
             result["method/scale_mean"] = float(self._last.scale[torch.cat(self._masks)].mean())
         own = [index for index, row in enumerate(self.rows) if row.on_policy]
+        if self.algorithm.method.length_reward is not None and own:
+            added = length_rewards([self.rows[index] for index in own], self.algorithm, self.config)
+            result["method/length_reward_mean"] = float(added.mean())
         weights = [self._importance[self.rows[index].rollout.key][self._masks[index]] for index in own]
         together = torch.cat(weights) if weights else torch.empty(0)
         if len(together):
@@ -162,8 +201,12 @@ class SignalSource:
 def _importance(
     rows: Sequence[Row], old: Sequence[TokenStatistics], masks: Sequence[Tensor], config: Config
 ) -> dict[tuple, Tensor]:
-    """Rollout -> importance weights [T], from the row under the prompt that it was sampled with."""
-    return {
+    """Rollout -> importance weights [T], from the row under the prompt that it was sampled with.
+
+    1 for auxiliary rollouts: the engine's log-probs are those of another temperature, which is no error to correct.
+    """
+    ones = {row.rollout.key: torch.ones(row.response_length) for row in rows if row.auxiliary}
+    return ones | {
         row.rollout.key: importance_weights(
             statistics.logprobs, torch.tensor(row.rollout.engine_logprobs), mask, config.algorithm
         )

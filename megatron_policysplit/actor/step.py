@@ -21,11 +21,11 @@ from megatron_policysplit.actor.scoring import Scorer
 from megatron_policysplit.actor.weights import load_weights
 from megatron_policysplit.advantages import TokenStatistics
 from megatron_policysplit.config import Config
-from megatron_policysplit.losses import LossInputs, LossOutputs, denominators, policy_loss, token_weight
+from megatron_policysplit.losses import LossInputs, LossOutputs, policy_loss
 from megatron_policysplit.methods import algorithm_of
 from megatron_policysplit.plan import Plan, make_plan
 from megatron_policysplit.rows import Mode, Row
-from megatron_policysplit.training_signals import SignalSource, TrainSignal
+from megatron_policysplit.training_signals import SignalSource, TrainSignal, token_weights
 from megatron_policysplit.vocab_parallel import fused_loss
 
 # Fields of TrainSignal that are constants of the loss.
@@ -209,14 +209,12 @@ class Actor:
     def _loss_inputs(self, placed: PlacedBatch, number: int, signals: Sequence[TrainSignal]) -> list[dict[str, Tensor]]:
         """Per micro-batch of an optimizer step, the constant fields of LossInputs, weights included."""
         aggregation, longest = self.algorithm.loss_aggregation, self.config.rollout.max_response_tokens
-        counts = [int(signal.mask.sum()) for signal in signals]
-        total = denominators([counts[i] for i in placed.plan.steps[number]])
+        weights = token_weights(signals, placed.plan.steps[number], aggregation, longest)
         names = [name for name in CONSTANTS if any(getattr(signal, name) is not None for signal in signals)]
         inputs = []
         for batch in placed.train[number]:
-            weights = [signals[i].mask * token_weight(counts[i], total, aggregation, longest) for i in batch.rows]
             fields = {name: _joined([getattr(signals[i], name) for i in batch.rows]) for name in names}
-            inputs.append({**fields, "weights": _joined(weights)})
+            inputs.append({**fields, "weights": _joined([weights[i] for i in batch.rows])})
         return inputs
 
     def _forward_backward(self, batches: list[MicroBatch], inputs: list[dict[str, Tensor]]) -> Tensor:

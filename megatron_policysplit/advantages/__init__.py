@@ -13,13 +13,14 @@ from megatron_policysplit.advantages.groups import (
 from megatron_policysplit.advantages.method import (
     Method,
     NoOptions,
+    Selection,
     State,
     TokenSignals,
     all_rows,
     in_mixed_groups,
     with_advantage,
 )
-from megatron_policysplit.rows import RIGHT
+from megatron_policysplit.rows import RIGHT, SecondRollout
 
 __all__ = [
     "EPSILON",
@@ -27,6 +28,8 @@ __all__ = [
     "AdvantageBatch",
     "Method",
     "NoOptions",
+    "SecondRollout",
+    "Selection",
     "State",
     "TokenSignals",
     "TokenStatistics",

@@ -29,7 +29,8 @@ class AdvantageBatch:
     """R rows with T response tokens in all; row r's tokens are [offsets[r], offsets[r + 1]).
 
     rewards [R] fp32. group [R] int64: rows of one question under one training mode. high_entropy [R] bool:
-    the training mode. partner [R] int64: the same response under the other mode, or -1.
+    the training mode. partner [R] int64: the same response under the other mode, or -1. auxiliary [R] bool: of a second
+    rollout at another temperature, in groups of its own; its log-probs are at the mode's temperature all the same.
     logprobs, entropy [T] fp32 nats under the row's own prompt, by the weights before the update. mask [T] bool: tokens
     that are trained, and over which statistics are taken. old_logprobs [T]: those of the ratio, which differ from
     `logprobs` only where algorithm.statistics=step took new ones before a later optimizer step. clip_low, clip_high:
@@ -45,6 +46,7 @@ class AdvantageBatch:
     entropy: Tensor
     mask: Tensor
     old_logprobs: Tensor
+    auxiliary: Tensor
     clip_low: float = math.inf
     clip_high: float = math.inf
     seed: int = 0
@@ -59,9 +61,15 @@ class AdvantageBatch:
         """[T]: each row's value [R] at every token of it, 0 outside the mask."""
         return per_row[self.row_of_token] * self.mask
 
+    @property
+    def ordinary(self) -> Tensor:
+        """[T] bool: trained tokens that are not of auxiliary rows."""
+        return self.mask & ~self.auxiliary[self.row_of_token]
+
     def mean_entropy(self) -> float:
-        """Over all trained tokens, nats; 0 without any."""
-        return float(self.entropy[self.mask].double().mean()) if self.mask.any() else 0.0
+        """Over all trained tokens but those of auxiliary rows, nats; 0 without any."""
+        counted = self.ordinary
+        return float(self.entropy[counted].double().mean()) if counted.any() else 0.0
 
     def clipped(self, advantages: Tensor) -> Tensor:
         """[T] bool: tokens of these advantages [T] to which PPO's clip leaves no gradient."""
@@ -103,6 +111,7 @@ def make_batch(rows: Sequence[Row], statistics: Sequence[TokenStatistics], masks
         entropy=torch.cat([s.entropy for s in statistics]),
         mask=torch.cat(list(masks)),
         old_logprobs=logprobs,
+        auxiliary=torch.tensor([row.auxiliary for row in rows], dtype=torch.bool),
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_policysplit.advantages.batch import AdvantageBatch
 from megatron_policysplit.advantages.groups import group_extremes, zscore
-from megatron_policysplit.rows import Mode
+from megatron_policysplit.rows import Mode, SecondRollout
 
 State = dict[str, float]
 
@@ -53,6 +53,18 @@ def all_rows(rewards: Tensor, group: Tensor, options: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Dynamic sampling: which questions a batch is made of.
+
+    keeps(rewards): whether a question is trained, from the rewards of all its responses, in whatever mode. max_rounds:
+    how many times data.batch_questions questions are drawn, until as many are kept.
+    """
+
+    keeps: Callable[[Sequence[float]], bool]
+    max_rounds: int
+
+
+@dataclass(frozen=True)
 class Method:
     """A method and what it needs from the trainer.
 
@@ -61,8 +73,16 @@ class Method:
     options: dataclass of the keys under algorithm.options, made with `config.key`, with the paper's defaults.
     source: where it comes from. loss: the method's defaults of keys of `algorithm` that the configuration leaves null.
     sampling_modes: modes that sample, in equal shares. training_modes: prompts each response is trained under.
+    length_reward(lengths, longest, options): [R] fp32, added to the rewards of responses of `lengths` [R] tokens, of at
+    most `longest`, before anything else is made of them. None: nothing is.
+    selection(options): which questions are trained; None: those that are drawn.
+    second_rollout(options, state, questions, samples): what to sample besides a batch of `questions` questions with
+    `samples` responses each, by the state after the batch trained last. Its right responses, at most `most`, become
+    auxiliary rows (`AdvantageBatch.auxiliary`); the others are forgotten.
+    auxiliary_aggregation: of the loss of auxiliary rows, over the number of *other* rows; None: they are aggregated
+    with the others, as `algorithm.loss_aggregation` says.
     live(rewards, group, options): [R] bool, rows that can change the weights; the others have a zero loss at every
-    token whatever their statistics, and are not trained.
+    token whatever their statistics, and are not trained. It is not asked about auxiliary rows, which are all trained.
     begin(options), next_state(state, batch, options): state that the method carries from one optimizer step to the
     next, and through checkpoints; `batch` holds the statistics that the step's signals were made from.
     """
@@ -73,6 +93,10 @@ class Method:
     loss: Mapping[str, Any] = field(default_factory=dict)
     sampling_modes: Sequence[Mode] = (Mode.NORMAL,)
     training_modes: Sequence[Mode] = (Mode.NORMAL,)
+    length_reward: Callable[[Tensor, int, Any], Tensor] | None = None
+    selection: Callable[[Any], Selection | None] = lambda options: None
+    second_rollout: Callable[[Any, State, int, int], SecondRollout | None] = lambda *given: None
+    auxiliary_aggregation: str | None = None
     live: Callable[[Tensor, Tensor, Any], Tensor] = with_advantage
     begin: Callable[[Any], State] = lambda options: {}
     next_state: Callable[[State, AdvantageBatch, Any], State] = lambda state, batch, options: state

@@ -24,6 +24,7 @@ from megatron_policysplit.advantages import (
     EPSILON,
     AdvantageBatch,
     Method,
+    Selection,
     State,
     TokenSignals,
     centered,
@@ -35,7 +36,7 @@ from megatron_policysplit.advantages import (
     zscore,
 )
 from megatron_policysplit.config import key
-from megatron_policysplit.methods import asym_grpo
+from megatron_policysplit.methods import asym_grpo, dapo
 from megatron_policysplit.rows import MODES
 
 
@@ -67,6 +68,8 @@ class Options:
     )
     beta_pos: float = key(0.9, "As of asym_grpo, with correctness=asym_grpo.", minimum=0.0)
     beta_neg: float = key(0.4, "As of asym_grpo, with correctness=asym_grpo.", minimum=0.0)
+    dynamic_sampling: bool = key(False, "As of dapo; a question is mixed if its responses of both modes are.")
+    max_rounds: int = key(10, "As of dapo, with dynamic_sampling=true.", minimum=1)
 
 
 def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSignals:
@@ -138,6 +141,7 @@ METHOD = Method(
     options=Options,
     sampling_modes=MODES,
     training_modes=MODES,
+    selection=lambda options: Selection(dapo.mixed, options.max_rounds) if options.dynamic_sampling else None,
     live=lambda rewards, group, options: (in_mixed_groups if options.correctness == "asym_grpo" else with_advantage)(
         rewards, group, options
     ),

@@ -13,7 +13,7 @@ from megatron_policysplit.config import RolloutConfig
 from megatron_policysplit.errors import TrainingError
 from megatron_policysplit.rollout.engine import Engine, Request, Sampling
 from megatron_policysplit.rollout.seeds import sample_seed
-from megatron_policysplit.rows import MODES, Mode, Rollout
+from megatron_policysplit.rows import MODES, Mode, Rollout, SecondRollout
 
 Lot = Sequence[Request]  # all requests of some questions: what a leader takes from the queue at a time
 
@@ -59,31 +59,39 @@ def build_requests(
     samples_per_mode: Mapping[Mode, int],
     run_seed: int,
     purpose: str = "train",
+    second: SecondRollout | None = None,
 ) -> list[Request]:
     """One request per question and mode that is sampled at all; questions stay together, in their order.
+
+    second: further samples of the first questions, by requests of their own. Their numbers go on from the others', so
+    their seeds are others too.
 
     prompts: question -> mode -> prompt token ids. samples_per_mode: all samples NORMAL for GRPO, half in
     each mode for Policy Split. purpose: "train" or "evaluation", which never share a seed.
     """
     plans = {Mode.NORMAL: config.normal, Mode.HIGH_ENTROPY: config.high_entropy}
     requests = []
-    for question in questions:
+    for position, question in enumerate(questions):
         for mode in MODES:
             count = samples_per_mode.get(mode, 0)
             if not count:
                 continue
             plan = plans[mode]
-            requests.append(
-                Request(
-                    batch=batch,
-                    question=question,
-                    mode=mode,
-                    prompt=prompts[question][mode],
-                    sampling=Sampling(plan.temperature, plan.top_p, plan.top_k, config.max_response_tokens),
-                    samples=range(count),
-                    seeds=[sample_seed(run_seed, batch, question, mode, i, purpose) for i in range(count)],
+            draws = [(plan.temperature, range(count))]
+            if second is not None and position < second.questions:
+                draws.append((plan.temperature * second.temperature, range(count, count + second.samples)))
+            for temperature, samples in draws:
+                requests.append(
+                    Request(
+                        batch=batch,
+                        question=question,
+                        mode=mode,
+                        prompt=prompts[question][mode],
+                        sampling=Sampling(temperature, plan.top_p, plan.top_k, config.max_response_tokens),
+                        samples=samples,
+                        seeds=[sample_seed(run_seed, batch, question, mode, i, purpose) for i in samples],
+                    )
                 )
-            )
     return requests
 
 

@@ -15,7 +15,7 @@ from megatron_policysplit.data import Question
 from megatron_policysplit.rewards import Graded, RewardPool
 from megatron_policysplit.rollout.collect import QuestionQueue, build_requests, collect, split_lots
 from megatron_policysplit.rollout.engine import Engine
-from megatron_policysplit.rows import Mode, Rollout
+from megatron_policysplit.rows import Mode, Rollout, SecondRollout
 from megatron_policysplit.timing import Phases
 
 
@@ -82,10 +82,12 @@ class Driver:
         prompts: Mapping[int, Mapping[Mode, Sequence[int]]],
         samples_per_mode: Mapping[Mode, int],
         purpose: str,
+        second: SecondRollout | None = None,
     ) -> Batch:
         """Start to generate and grade; leaders do so in the background until `finish` or `Batch.cancel`.
 
-        prompts: question id -> mode -> prompt ids. purpose: "train" or "evaluation" (their seeds never meet).
+        prompts: question id -> mode -> prompt ids. purpose: "train" or "evaluation" (their seeds never meet). second:
+        what is sampled besides, marked as auxiliary.
         """
         self._calls += 1
         asked = Batch(batch)
@@ -99,12 +101,13 @@ class Driver:
             samples_per_mode,
             self.config.run.seed,
             purpose,
+            second,
         )
         lots = split_lots(requests, self.config.rollout.lot_questions)
         # With one leader nobody shares the queue; the store is asked only where several do.
         store = dist.distributed_c10d._get_default_store() if self.layout.data > 1 else None
         queue = QuestionQueue(store, f"policysplit/lots/{purpose}/{batch}/{self._calls}", len(lots))
-        work = self._lead(queue, lots, {question.id: question for question in questions}, asked)
+        work = self._lead(queue, lots, {question.id: question for question in questions}, samples_per_mode, asked)
         asked.work = self.control.start(work)
         return asked
 
@@ -123,7 +126,9 @@ class Driver:
         phases.add(batch.phases)
         return batch.rollouts
 
-    async def _lead(self, queue: QuestionQueue, lots: Sequence, questions: Mapping, asked: Batch) -> list[Rollout]:
+    async def _lead(
+        self, queue: QuestionQueue, lots: Sequence, questions: Mapping, samples: Mapping[Mode, int], asked: Batch
+    ) -> list[Rollout]:
         def next_lot():
             number = queue.next()
             return None if number is None else lots[number]
@@ -135,6 +140,7 @@ class Driver:
             grades = await asyncio.to_thread(self._grade, rollouts, questions)
         for rollout, graded in zip(rollouts, grades, strict=True):
             rollout.reward, rollout.reward_error = graded.reward, graded.error
+            rollout.auxiliary = rollout.sample >= samples[rollout.mode]
         return rollouts
 
     def _lots_at_once(self) -> int:

@@ -85,6 +85,11 @@ def test_configuration_file(refused, tmp_path):
     assert refused(config=tmp_path / "no.yaml") == f"configuration file {tmp_path / 'no.yaml'} does not exist"
 
 
+def test_replay_knows_no_further_questions(refused, tmp_path):
+    text = refused("rollout.engine=replay", f"rollout.replay_dir={tmp_path}", "eval.path=null", "algorithm.name=dapo")
+    assert text.startswith("rollout.engine=replay cannot serve algorithm.name=dapo with dynamic sampling")
+
+
 def test_replay_makes_no_evaluation(refused, tmp_path):
     text = refused("rollout.engine=replay", f"rollout.replay_dir={tmp_path}")
     assert text.startswith("rollout.engine=replay holds no responses to the questions of eval.path=")

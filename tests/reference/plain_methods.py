@@ -37,7 +37,12 @@ class Seen:
     counted: set[Token]
 
     def rewards_of(self, row: Row) -> list[float]:
-        return [other.rollout.reward for other in self.rows if other.key.group == row.key.group]
+        mine = (row.key.question, row.key.training_mode)
+        return [
+            other.rollout.reward
+            for other in self.rows
+            if (other.key.question, other.key.training_mode) == mine and not other.rollout.auxiliary
+        ]
 
 
 def terms(name: str, seen: Seen, options, state: dict[str, float]) -> tuple[dict[Token, Terms], dict[str, float]]:
@@ -47,6 +52,8 @@ def terms(name: str, seen: Seen, options, state: dict[str, float]) -> tuple[dict
     shape = {
         "entropy_bonus": entropy_bonus,
         "adaptive_entropy": adaptive_entropy,
+        "aepo": measured,
+        "scope": measured,
         "entropy_adv": entropy_adv,
         "forking_tokens": forking_tokens,
         "clip_cov": clip_cov,
@@ -60,6 +67,8 @@ def terms(name: str, seen: Seen, options, state: dict[str, float]) -> tuple[dict
 
 def advantage(name: str, row: Row, seen: Seen, options) -> float:
     """A_i of a response."""
+    if row.rollout.auxiliary:
+        return 1.0
     rewards, reward = seen.rewards_of(row), row.rollout.reward
     if len(set(rewards)) == 1:
         return 0.0
@@ -107,6 +116,11 @@ def adaptive_entropy(found, seen, options, state):
         term.entropy = state["coef"] if low else 0.0
     coef = state["coef"] + (options.delta if low else -options.delta)
     return {"coef": max(0.0, min(coef, options.coef_max))}
+
+
+def measured(found, seen, options, state):
+    auxiliary = {row.key for row in seen.rows if row.rollout.auxiliary}
+    return {"entropy": statistics.mean(seen.now[token][1] for token in seen.counted if token[0] not in auxiliary)}
 
 
 def entropy_adv(found, seen, options, state):

@@ -114,10 +114,11 @@ def advantages(rows: Sequence[Row], scored: Mapping[RowKey, Scored], config: Alg
     options = Options(**config.options.get("policy_split", {}))
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault(row.key.group, []).append(row)
+        groups.setdefault((*row.key[:3], row.rollout.auxiliary), []).append(row)
     result = {}
     for group in groups.values():
-        correctness = grpo_advantages([row.rollout.reward for row in group])
+        second = group[0].rollout.auxiliary  # right answers of a second rollout
+        correctness = [1.0] * len(group) if second else grpo_advantages([row.rollout.reward for row in group])
         shaped = [torch.full_like(scored[row.key].logprobs, a) for row, a in zip(group, correctness, strict=True)]
         eta = options.eta if group[0].mode is Mode.HIGH_ENTROPY else options.eta_normal
         if config.name == "policy_split" and eta != 0:
@@ -154,7 +155,7 @@ def importance(row: Row, scored: Mapping[RowKey, Scored], config: AlgorithmConfi
     """[T]: min(actor / engine probability, cap), both under the prompt the response was sampled under."""
     sampling = row.key._replace(training_mode=row.key.sampling_mode)
     actor = scored[sampling].logprobs
-    if config.importance_cap is None:
+    if config.importance_cap is None or row.rollout.auxiliary:
         return torch.ones_like(actor)
     difference = actor - torch.tensor(row.rollout.engine_logprobs, dtype=actor.dtype)
     if config.importance_level == "sequence":
@@ -197,6 +198,21 @@ def aggregate(token_losses: Sequence[Tensor], masks: Sequence[Tensor], how: str,
     if how == "sequence_mean_token_sum_norm":
         return torch.stack([losses.sum() / max_response_tokens for losses in kept]).mean()
     raise ValueError(how)
+
+
+def step_loss(
+    rows: Sequence[Row], losses: Sequence[Tensor], algorithm: AlgorithmConfig, max_response_tokens: int
+) -> Tensor:
+    """`aggregate`; SCOPE's auxiliary rows add their token means, each over the number of the other rows."""
+    together = [i for i, row in enumerate(rows) if algorithm.name != "scope" or not row.rollout.auxiliary]
+    masks = [trained(row) for row in rows]
+    loss = aggregate(
+        [losses[i] for i in together], [masks[i] for i in together], algorithm.loss_aggregation, max_response_tokens
+    )
+    others = sum(bool(masks[i].any()) for i in together)
+    for i in set(range(len(rows))) - set(together):
+        loss = loss + losses[i][masks[i]].mean() / others
+    return loss
 
 
 # --- other methods -----------------------------------------------------------------------------------
@@ -290,8 +306,7 @@ def train_batch(
             )
             for row in step_rows
         ]
-        masks = [trained(row) for row in step_rows]
-        loss = aggregate(losses, masks, algorithm.loss_aggregation, max_response_tokens)
+        loss = step_loss(step_rows, losses, algorithm, max_response_tokens)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = clip_gradients(model, train.clip_grad)

@@ -10,7 +10,7 @@ from megatron_policysplit.rows import MODES, Mode, Rollout, share
 EOS = 99
 
 
-def rollout(question, mode, sample, tokens, reward=0.0, mask=None):
+def rollout(question, mode, sample, tokens, reward=0.0, mask=None, auxiliary=False):
     return Rollout(
         batch=0,
         question=question,
@@ -22,6 +22,7 @@ def rollout(question, mode, sample, tokens, reward=0.0, mask=None):
         weight_versions=[(0, 0)],
         loss_mask=list(mask or []),
         reward=reward,
+        auxiliary=auxiliary,
     )
 
 
@@ -31,8 +32,11 @@ def prompts(questions):
     return {q: {Mode.NORMAL: ids, Mode.HIGH_ENTROPY: [7, 7, 7, *ids]} for q, ids in normal.items()}
 
 
-def random_batch(seed=0, questions=3, per_mode=2, masked=True):
-    """Rows, statistics and masks with unequal lengths and rewards; one question answered all alike."""
+def random_batch(seed=0, questions=3, per_mode=2, masked=True, auxiliary=0):
+    """Rows, statistics and masks with unequal lengths and rewards; one question answered all alike.
+
+    auxiliary: so many of the first questions have a right answer of a second rollout too.
+    """
     draw = random.Random(seed)
     rollouts = [
         rollout(
@@ -50,6 +54,10 @@ def random_batch(seed=0, questions=3, per_mode=2, masked=True):
     if masked:
         rollouts[0].loss_mask[1] = 0
         rollouts[1].loss_mask[:] = [0] * len(rollouts[1].tokens)
+    rollouts += [
+        rollout(question, Mode.NORMAL, per_mode, range(30 + question, 34), reward=1.0, auxiliary=True)
+        for question in range(auxiliary)
+    ]
     rows = share(rollouts, prompts(range(questions)))
     tokens = torch.Generator().manual_seed(seed)
     scored = [

@@ -21,8 +21,9 @@ SEED = 17
 class Case:
     """One run of `batches` rollout batches from a fresh actor.
 
-    rollouts: "mixed" (unequal lengths, one question answered all alike, a few masked tokens), "one_live" (a
-    single rollout can change the weights) or "none_live". settings: dotted configuration keys.
+    rollouts: "mixed" (unequal lengths, one question answered all alike, a few masked tokens), "second" (that, and
+    right answers of a second rollout), "one_live" (a single rollout can change the weights) or "none_live". settings:
+    dotted configuration keys.
     """
 
     name: str
@@ -72,9 +73,12 @@ class Case:
     def rows(self, batch: int) -> list[Row]:
         """The batch's rows, the same in every process."""
         draw = random.Random(f"{self.rollouts}-{batch}")
-        questions = {"mixed": mixed_questions, "one_live": one_live_rollout, "none_live": none_live}[self.rollouts](
-            draw
-        )
+        questions = {
+            "mixed": mixed_questions,
+            "second": mixed_questions,
+            "one_live": one_live_rollout,
+            "none_live": none_live,
+        }[self.rollouts](draw)
         method, prompts, rollouts = self.method, {}, []
         for question, answers in enumerate(questions):
             normal = [draw.randrange(VOCAB) for _ in range(draw.randint(2, 5))]
@@ -95,6 +99,8 @@ class Case:
                         reward=reward,
                     )
                 )
+        if self.rollouts == "second":
+            rollouts += [second(draw, batch, question, length) for question, length in enumerate((7, 3, 1))]
         draw.shuffle(rollouts)  # an engine finishes in any order
         return share(rollouts, prompts, method.training_modes)
 
@@ -111,6 +117,23 @@ def mixed_questions(draw: random.Random) -> list[list[Answer]]:
     questions[0][1] = (0.0, MAX_RESPONSE_TOKENS, {2, 3})
     questions[2][3] = (0.0, 5, set(range(5)))
     return questions
+
+
+def second(draw: random.Random, batch: int, question: int, length: int) -> Rollout:
+    """Sampled at another temperature, so that the engine's log-probs are far from the actor's; first token masked."""
+    return Rollout(
+        batch=batch,
+        question=question,
+        mode=Mode.NORMAL,
+        sample=4,
+        tokens=[draw.randrange(VOCAB) for _ in range(length)],
+        engine_logprobs=[-9.0] * length,
+        finish_reason="stop",
+        weight_versions=[(0, batch)],
+        loss_mask=[int(length == 1 or position > 0) for position in range(length)],
+        reward=1.0,
+        auxiliary=True,
+    )
 
 
 def one_live_rollout(draw: random.Random) -> list[list[Answer]]:
@@ -187,6 +210,17 @@ CASES = [
         "forking_old",
         settings={"algorithm.name": "forking_tokens", "train.optimizer_steps_per_batch": 2},
     ),
+    Case(
+        "scope",
+        rollouts="second",
+        batches=2,
+        settings={
+            "algorithm.name": "scope",
+            "algorithm.importance_cap": 1.5,
+            "train.optimizer_steps_per_batch": 2,
+        },
+    ),
+    Case("aepo", model="llama", rollouts="second", settings={"algorithm.name": "aepo", NORMAL_T: 0.7}),
     Case(
         "adaptive_entropy",
         model="llama",

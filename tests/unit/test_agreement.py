@@ -70,7 +70,9 @@ def test_only_samples_of_the_weights_in_question_count_behind_their_own_prompt()
         rollout(0, Mode.NORMAL, 1, versions=((0, 2),)),
         rollout(0, Mode.NORMAL, 2, versions=((0, 2), (1, 3))),
         rollout(0, Mode.HIGH_ENTROPY, 0, engine=(-1.0,)),
+        rollout(0, Mode.NORMAL, 3, engine=(-70.0, -90.0)),
     ]
+    rollouts[-1].auxiliary = True  # sampled at another temperature
     rows = rows_of(rollouts)
     right = {Mode.NORMAL: 0.25, Mode.HIGH_ENTROPY: -0.5}
 

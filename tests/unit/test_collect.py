@@ -16,7 +16,7 @@ from megatron_policysplit.rollout.collect import QuestionQueue, build_requests, 
 from megatron_policysplit.rollout.engine import EnginePaused, Sampling
 from megatron_policysplit.rollout.replay import ReplayEngine
 from megatron_policysplit.rollout.seeds import sample_seed
-from megatron_policysplit.rows import MODES, Mode
+from megatron_policysplit.rows import MODES, Mode, SecondRollout
 from tests.support.scripted_engine import ScriptedEngine
 
 BATCH = 7
@@ -59,6 +59,24 @@ def test_requests_cover_every_question_and_mode():
     assert [(r.question, r.mode, len(r.samples)) for r in only_normal] == [(4, Mode.NORMAL, 4), (2, Mode.NORMAL, 4)]
     evaluation = requests([4], purpose="evaluation")
     assert not set(evaluation[0].seeds) & set(asked[0].seeds)
+
+
+def test_a_second_rollout_is_of_the_first_questions_at_its_own_temperature_with_its_own_samples():
+    second = SecondRollout(1.5, questions=2, samples=3)
+    asked = requests([4, 2, 6], second=second)
+    plain = requests([4, 2, 6])
+    added = [r for r in asked if r not in plain]
+    assert [r for r in asked if r in plain] == plain
+    assert [(r.question, r.mode, list(r.samples)) for r in added] == [
+        (q, mode, [2, 3, 4]) for q in (4, 2) for mode in MODES
+    ]
+    assert [r.sampling.temperature for r in added] == pytest.approx([0.9, 1.8] * 2)
+    assert added[0].sampling == dataclasses.replace(plain[0].sampling, temperature=added[0].sampling.temperature)
+    assert added[0].seeds == [sample_seed(0, BATCH, 4, Mode.NORMAL, i) for i in (2, 3, 4)]
+    lots = split_lots(asked, 1)
+    assert [{r.question for r in lot} for lot in lots] == [{4}, {2}, {6}]
+    rollouts, _ = run(ScriptedEngine(), asked)
+    assert [made.key for made in rollouts] == keys(asked)
 
 
 def test_lots_keep_a_question_together():

@@ -15,6 +15,7 @@ from megatron_policysplit.advantages import zscore
 from megatron_policysplit.config import METHOD_NAMES, AlgorithmConfig
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.methods import algorithm_of
+from megatron_policysplit.rows import SecondRollout
 from tests.reference import plain_methods
 from tests.support.advantage_batches import random_batch
 
@@ -22,6 +23,7 @@ GIVEN = {  # options beside the defaults, so that a formula shows on a small bat
     "adaptive_entropy": [{"target": 10.0}, {"target": 1e-3}],
     "asym_grpo": [{}, {"beta_pos": 0.0, "beta_neg": 1.7}],
     "clip_cov": [{"ratio": 1.0, "low": 0.05, "high": 0.6}],
+    "dapo": [{}],
     "edge_grpo": [{}, {"least": 0.9}],
     "entropy_adv": [{}, {"alpha": 5.0, "kappa": 1.0}],
     "entropy_bonus": [{"coef": 0.2}],
@@ -31,7 +33,8 @@ GIVEN = {  # options beside the defaults, so that a formula shows on a small bat
 }
 PLAIN = sorted(set(METHOD_NAMES) - {"policy_split"})  # which has a file of tests and a reference of its own
 CASES = [(name, given) for name in PLAIN for given in GIVEN.get(name, [{}])]
-STATES = {"adaptive_entropy": {"coef": 0.3}}
+STATES = {"adaptive_entropy": {"coef": 0.3}, "aepo": {"entropy": 0.1}, "scope": {"entropy": 0.1}}
+AUXILIARY = {"aepo": 2, "scope": 2}
 
 
 def algorithm(name, given=None):
@@ -57,7 +60,7 @@ def seen(rows, batch):
 @pytest.mark.parametrize(("name", "given"), CASES, ids=str)
 @pytest.mark.parametrize("later", [False, True], ids=["first-step", "later-step"])
 def test_against_plain_python(name, given, later):
-    rows, batch = random_batch(seed=3, questions=4)
+    rows, batch = random_batch(seed=3, questions=4, auxiliary=AUXILIARY.get(name, 0))
     batch = moved(batch) if later else batch
     chosen, state = algorithm(name, given), STATES.get(name, {})
     if chosen.config.clip_low < 10:
@@ -92,7 +95,7 @@ def test_the_cases_show_what_they_should():
 
 @pytest.mark.parametrize(("name", "given"), CASES, ids=str)
 def test_no_gradient_no_aliasing_and_nothing_outside_the_mask(name, given):
-    _, batch = random_batch()
+    _, batch = random_batch(auxiliary=AUXILIARY.get(name, 0))
     batch.logprobs.requires_grad_()
     batch.entropy.requires_grad_()
     before = {name: value.detach().clone() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
@@ -113,12 +116,12 @@ def test_no_gradient_no_aliasing_and_nothing_outside_the_mask(name, given):
 
 @pytest.mark.parametrize(("name", "given"), CASES, ids=str)
 def test_rows_that_the_method_calls_dead_have_no_loss(name, given):
-    rows, batch = random_batch(seed=1)
+    rows, batch = random_batch(seed=1, auxiliary=AUXILIARY.get(name, 0))
     chosen, state = algorithm(name, given), STATES.get(name, {})
     found = chosen.method.signals(batch, chosen.options, state)
     alive = chosen.method.live(batch.rewards, batch.group, chosen.options)
     assert len(alive) == len(rows)
-    dead = ~alive[batch.row_of_token]
+    dead = ~(alive | batch.auxiliary)[batch.row_of_token]
     assert (found.advantages[dead] == 0).all()
     for value in (found.entropy_coef, found.drift_coef):
         assert value is None or (value[dead] == 0).all()
@@ -155,6 +158,80 @@ def test_with_nothing_to_do_a_method_is_grpo(name, given):
     assert found.scale is None or (found.scale[batch.mask] == 1).all()
     assert found.entropy_coef is None or (found.entropy_coef == 0).all()
     assert found.drift_coef is None or (found.drift_coef == 0).all()
+
+
+@pytest.mark.parametrize("cache", [None, 5, 10, 0])
+def test_dapo_punishes_by_length_as_equation_13_does(cache):
+    from megatron_policysplit.methods import dapo
+
+    options = dapo.Options(cache_tokens=cache, punishment=0.5)
+    found = dapo.length_reward(torch.arange(1, 11), 10, options).tolist()
+    width = 2 if cache is None else cache
+    for length, value in zip(range(1, 11), found, strict=True):
+        expected = 0.0 if length <= 10 - width else 0.5 * ((10 - width) - length) / width
+        assert value == pytest.approx(expected)
+    assert found[-1] == (-0.5 if width else 0.0)
+
+
+def test_dapo_keeps_questions_with_unequal_grades():
+    chosen = algorithm("dapo")
+    selection = chosen.method.selection(chosen.options)
+    assert selection.max_rounds == 10 and chosen.config.clip_high == 0.28
+    assert [selection.keeps(rewards) for rewards in ([0, 1, 0], [1, 1], [0.2], [0.2, 0.3])] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    off = algorithm("dapo", {"dynamic_sampling": False})
+    assert off.method.selection(off.options) is None
+
+
+@pytest.mark.parametrize("name", ["aepo", "scope"])
+def test_auxiliary_rows_touch_neither_groups_nor_the_entropy(name):
+    """All else is as without them, and each of their trained tokens has the advantage 1."""
+    chosen, state = algorithm(name), {"entropy": 0.3}
+    (_, without), (_, batch) = random_batch(seed=4), random_batch(seed=4, auxiliary=3)
+    kept = ~batch.auxiliary[batch.row_of_token]
+    assert batch.auxiliary.sum() == 6 and kept.sum() == len(without.mask)
+    entropy, logprobs = batch.entropy.clone(), batch.logprobs.clone()
+    entropy[kept], logprobs[kept] = without.entropy, without.logprobs
+    entropy[~kept] = 50.0
+    batch = replace(batch, entropy=entropy, logprobs=logprobs)
+    found, expected = (chosen.method.signals(b, chosen.options, state).advantages for b in (batch, without))
+    assert torch.equal(found[kept], expected) and (found[~kept] == 1).all()
+    after = chosen.method.next_state(state, batch, chosen.options)
+    assert after == chosen.method.next_state(state, without, chosen.options)
+    assert after["entropy"] == pytest.approx(float(without.entropy[without.mask].mean()))
+    nothing = replace(batch, mask=batch.mask & ~kept)
+    assert chosen.method.next_state(state, nothing, chosen.options) == state
+
+
+@pytest.mark.parametrize(
+    ("entropy", "temperature", "most"), [(0.0, 1.2, 60), (0.5, 1.2, 60), (0.5001, 0.8, 30), (3.0, 0.8, 30)]
+)
+def test_aepo_samples_hot_up_to_the_target_and_cold_above(entropy, temperature, most):
+    chosen = algorithm("aepo")
+    asked = chosen.method.second_rollout(chosen.options, {"entropy": entropy}, 512, 5)
+    assert asked == SecondRollout(temperature, questions=128, samples=5, most=most)
+    assert chosen.method.begin(chosen.options) == {"entropy": 0.0}
+    assert chosen.method.second_rollout(chosen.options, {"entropy": entropy}, 3, 2).most == 1
+    assert chosen.config.dual_clip == 3.0
+
+
+@pytest.mark.parametrize(
+    ("entropy", "temperature"), [(0.0, 1.2), (0.35, 1.15), (0.5, 1.0), (0.6, 0.9), (0.7, 0.8), (4.0, 0.8)]
+)
+def test_scope_samples_as_far_from_1_as_the_entropy_is_from_its_target(entropy, temperature):
+    chosen = algorithm("scope")
+    asked = chosen.method.second_rollout(chosen.options, {"entropy": entropy}, 512, 8)
+    assert asked.temperature == pytest.approx(temperature)
+    assert (asked.questions, asked.samples, asked.most) == (64, 1, None)
+    few = algorithm("scope", {"alpha": 0.5})
+    for questions, samples, expected in ((512, 8, (512, 4)), (4, 2, (4, 1)), (2, 1, (1, 1))):
+        asked = few.method.second_rollout(few.options, {"entropy": entropy}, questions, samples)
+        assert (asked.questions, asked.samples) == expected
+    assert chosen.method.second_rollout(chosen.options, {"entropy": entropy}, 4, 8).questions == 1
 
 
 def test_policy_split_takes_the_correctness_of_another_method():
@@ -201,7 +278,7 @@ def test_nulls_are_filled_by_the_method_and_given_values_stay():
 
 
 def test_the_order_of_rows_does_not_matter():
-    rows, batch = random_batch(seed=3, questions=4)
+    rows, batch = random_batch(seed=3, questions=4, auxiliary=2)
     order = list(range(len(rows)))
     random.Random(5).shuffle(order)
     lengths = batch.offsets.diff().tolist()

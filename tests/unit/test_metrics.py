@@ -145,3 +145,15 @@ def test_evaluation_metrics():
         whole["entropy_bits"] = whole["entropy_nats"] / math.log(2)
         mine = {name: value for name, value in found.items() if name.startswith(f"eval/{mode.value}/")}
         assert mine == pytest.approx({f"eval/{mode.value}/{name}": value for name, value in whole.items()})
+
+
+def test_a_second_rollout_is_counted_as_rows_and_nowhere_else():
+    second = rollout(0, NORMAL, 2, 1.0, 5, error="timed out")
+    second.auxiliary = True
+    rows, statistics = scored()
+    more = share([*ROLLOUTS, second], PROMPTS)
+    by_key = {row.key: s for row, s in zip(rows, statistics, strict=True)}
+    away = TokenStatistics(*[torch.full((5,), value) for value in (-70.0, 50.0, 60.0)])
+    found = training_metrics(more, [by_key.get(row.key, away) for row in more], [True] * len(more))
+    expected = training_metrics(rows, statistics, [True] * len(rows))
+    assert found == expected | {"actor/rows": expected["actor/rows"] + 2}

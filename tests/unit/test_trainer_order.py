@@ -58,7 +58,7 @@ class Parts:
             self.stop_at = None
             raise StopRequested
 
-    def begin(self, batch, questions, prompts, samples, purpose):
+    def begin(self, batch, questions, prompts, samples, purpose, second=None):
         assert purpose == "train" and questions == [batch]
         self.log.append(f"ask {batch}")
         return FakeBatch(batch, self.log)

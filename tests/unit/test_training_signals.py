@@ -10,12 +10,12 @@ from megatron_policysplit.config import Config
 from megatron_policysplit.methods import algorithm_of, method_named, policy_split
 from megatron_policysplit.plan import make_plan
 from megatron_policysplit.rows import MODES, Mode, Rollout, share
-from megatron_policysplit.training_signals import SignalSource, live_rows, trained_mask
+from megatron_policysplit.training_signals import SignalSource, live_rows, token_weights, trained_mask
 
 PROMPTS = {q: {Mode.NORMAL: [1, 2], Mode.HIGH_ENTROPY: [3, 4, 1, 2]} for q in range(3)}
 
 
-def rollout(question, mode, sample, reward, *, mask=(1, 1, 1), finish="stop", engine=None):
+def rollout(question, mode, sample, reward, *, mask=(1, 1, 1), finish="stop", engine=None, auxiliary=False):
     length = len(mask)
     return Rollout(
         batch=0,
@@ -28,6 +28,7 @@ def rollout(question, mode, sample, reward, *, mask=(1, 1, 1), finish="stop", en
         weight_versions=[(0, 0)],
         loss_mask=list(mask),
         reward=reward,
+        auxiliary=auxiliary,
     )
 
 
@@ -134,6 +135,18 @@ def test_overlong_responses_are_live_only_when_graded():
         assert signal.mask.any() == (signal.advantages != 0).all() == (row.key.sample == 0)
 
 
+def test_a_punishment_of_length_makes_equal_grades_unequal_and_comes_before_the_groups():
+    """Of at most 4 tokens, 2 without punishment: the response of 4 gets -1, that of 3 gets -0.5."""
+    given = {"algorithm__options": {"dapo": {"cache_tokens": 2}}, "rollout__max_response_tokens": 4}
+    answers = [{"reward": 1.0, "mask": mask} for mask in ((1, 1), (1, 1, 1, 1), (1, 1, 1))]
+    rows = batch("dapo", answers, [{"reward": 0.0, "mask": (1,)}, {"reward": 0.0, "mask": (1, 1)}])
+    assert live(rows, "dapo", **given) == {(0, 0), (0, 1)}
+    signals = train_signals(rows, score(rows), config(**given), "dapo")
+    expected = [1.0 / (1 + 2e-6), -1.0 / (1 + 2e-6), 0.0, 0.0, 0.0]  # of 1, 0 and 0.5, whose deviation is a half
+    for signal, value in zip(signals, expected, strict=True):
+        assert signal.advantages.tolist() == pytest.approx([value] * len(signal.advantages))
+
+
 def test_a_method_with_a_term_of_its_own_keeps_every_row():
     rows = batch("grpo", EQUAL)
     assert live(rows, "entropy_bonus") == {(0, sample) for sample in range(4)}
@@ -205,6 +218,61 @@ def test_importance_is_taken_under_the_sampling_prompt_for_both_rows(level):
         torch.testing.assert_close(signal.importance.tolist(), [min(math.exp(d), 1.5) for d in differences])
         assert torch.equal(signal.importance, signals[own].importance)
     assert {row.on_policy for row in rows} == {True, False} and {row.mode for row in rows} == set(MODES)
+
+
+# --- auxiliary rows ------------------------------------------------------------------------------------
+
+SECOND = {"reward": 1.0, "mask": (1, 1, 0, 1), "engine": [-9.0, -0.1, -2.0, -3.0], "auxiliary": True}
+
+
+def test_auxiliary_rows_are_live_but_in_no_group():
+    """Of questions whose other responses are equal, too; and they make no group of equals a mixed one."""
+    rows = batch("scope", [*MIXED, SECOND], [{"reward": 0.0}] * 3 + [SECOND])
+    assert live(rows, "scope") == {(0, 0), (0, 1), (0, 2), (1, 3)}
+    assert live(rows, "scope", train__overlong="mask") == {(0, 0), (0, 1), (0, 2), (1, 3)}
+    without = [row for row in rows if not row.auxiliary]
+    settings = config()
+    signals = dict(zip((row.key for row in rows), train_signals(rows, score(rows), settings, "scope"), strict=True))
+    alone = train_signals(without, score(without), settings, "scope")
+    for row, signal in zip(without, alone, strict=True):
+        assert torch.equal(signals[row.key].advantages, signal.advantages) and signal.apart is None
+    for row in rows:
+        if row.auxiliary:
+            assert signals[row.key].advantages.tolist() == [1.0, 1.0, 0.0, 1.0]
+            assert signals[row.key].apart == "sequence_mean_token_mean" and not row.on_policy
+
+
+def test_auxiliary_rows_have_no_importance_weight():
+    """Nor are they in what is said of the weights: the engine's log-probs are those of another temperature."""
+    rows = batch("aepo", [{"reward": 1.0}, {"reward": 0.0}, SECOND])
+    old = [TokenStatistics(torch.full((row.response_length,), -0.5), torch.ones(row.response_length)) for row in rows]
+    plan = make_plan(rows, [True] * 3, replicas=1, optimizer_steps=1, max_tokens=1000, seed=0)
+    settings = config(algorithm__importance_cap=10.0)
+    signals = SignalSource(rows, old, plan, algorithm(settings, "aepo"), settings)
+    importance = [signal.importance.tolist() for signal in signals.at(0)]
+    assert importance == [pytest.approx([math.exp(0.5)] * 3)] * 2 + [[1.0] * 4]
+    found = signals.metrics()
+    assert found["importance/min"] == found["importance/max"] == pytest.approx(math.exp(0.5))
+
+
+def test_rows_apart_weigh_by_the_number_of_the_others():
+    """Two ordinary rows of 3 and 1 trained tokens, and an auxiliary one of 3 of its 4."""
+    rows = batch("scope", [{"reward": 1.0}, {"reward": 0.0, "mask": (1, 0)}, SECOND])
+    signals = train_signals(rows, score(rows), config(), "scope")
+    for aggregation, first, second in (
+        ("token_mean", 1 / 4, 1 / 4),
+        ("sequence_mean_token_mean", 1 / 6, 1 / 2),
+        ("sequence_mean_token_sum_norm", 1 / 20, 1 / 20),
+    ):
+        weights = token_weights(signals, [0, 1, 2], aggregation, 10)
+        expected = [[first] * 3, [second, 0.0], [1 / 6, 1 / 6, 0.0, 1 / 6]]
+        assert [weights[i].tolist() for i in range(3)] == [pytest.approx(values) for values in expected]
+    assert not token_weights(signals, [2], "token_mean", 10)[2].any()  # a step without any ordinary row
+    together = train_signals(rows, score(rows), config(), "aepo")
+    weights = token_weights(together, [0, 1, 2], "token_mean", 10)
+    assert [weights[i].tolist() for i in range(3)] == [
+        pytest.approx(values) for values in ([1 / 7] * 3, [1 / 7, 0.0], [1 / 7, 1 / 7, 0.0, 1 / 7])
+    ]
 
 
 # --- optimizer steps and micro-batches -----------------------------------------------------------------
