@@ -52,6 +52,8 @@ def terms(name: str, seen: Seen, options, state: dict[str, float]) -> tuple[dict
         "clip_cov": clip_cov,
         "kl_cov": kl_cov,
         "steer": steer,
+        "epo": epo,
+        "aer": aer,
     }.get(name)
     if shape is not None:
         state = shape(found, seen, options, state) or state
@@ -158,3 +160,36 @@ def steer(found, seen, options, state):
         else:
             share = (size - smallest) / (largest - smallest)
             found[token].scale = options.high - (options.high - options.low) * share
+
+
+def epo(found, seen, options, state):
+    """Without a history no penalty; each token's weight is minus the slope of its part of the loss, by differences."""
+    step = int(state["steps"])
+    half = options.decay_steps // 2
+    if step <= half:
+        weight = 0.8 + 0.2 * math.exp(-2 * step / half)
+    else:
+        weight = 0.8 * math.exp(-3 * min(1.0, (step - half) / (options.decay_steps - half)))
+    low, high = options.kappa_low * state["history"], options.kappa_high * state["history"]
+
+    def part(entropy):
+        outside = low - entropy if entropy < low else max(0.0, entropy - high)
+        smooth = outside**2 if options.penalty == "squared" and step else 0.0
+        return -options.coef * (entropy - options.smoothing * weight * smooth)
+
+    for token in seen.counted:
+        entropy = seen.now[token][1]
+        found[token].entropy = (part(entropy - 1e-5) - part(entropy + 1e-5)) / 2e-5
+    return {"steps": step + 1, "history": (state["history"] * step + mean_entropy(seen)) / (step + 1)}
+
+
+def aer(found, seen, options, state):
+    for row in seen.rows:
+        rewards = seen.rewards_of(row)
+        accuracy = sum(reward > 0.5 for reward in rewards) / len(rewards)
+        for token in seen.counted:
+            if token[0] == row.key and accuracy < options.rho:
+                found[token].entropy = state["coef"] * (1 - accuracy / options.rho)
+    initial = state.get("initial", mean_entropy(seen))
+    coef = state["coef"] + options.rate * (options.tau * initial - mean_entropy(seen))
+    return {"coef": max(0.0, min(coef, options.coef_max)), "initial": initial}

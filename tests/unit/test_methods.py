@@ -19,19 +19,30 @@ from tests.reference import plain_methods
 from tests.support.advantage_batches import random_batch
 
 GIVEN = {  # options beside the defaults, so that a formula shows on a small batch
+    "aer": [{}, {"rho": 0.9, "tau": 1.5, "rate": 0.5, "coef_max": 1.0}],
     "adaptive_entropy": [{"target": 10.0}, {"target": 1e-3}],
     "asym_grpo": [{}, {"beta_pos": 0.0, "beta_neg": 1.7}],
     "clip_cov": [{"ratio": 1.0, "low": 0.05, "high": 0.6}],
     "edge_grpo": [{}, {"least": 0.9}],
     "entropy_adv": [{}, {"alpha": 5.0, "kappa": 1.0}],
     "entropy_bonus": [{"coef": 0.2}],
+    "epo": [
+        {},
+        {"coef": 0.2, "kappa_low": 0.7, "kappa_high": 1.1, "smoothing": 3.0},
+        {"coef": 0.2, "kappa_low": 0.7, "kappa_high": 1.1, "decay_steps": 10},
+        {"coef": 0.2, "kappa_low": 0.7, "kappa_high": 1.1, "penalty": "released"},
+    ],
     "forking_tokens": [{}, {"share": 0.55}, {"share": 1.0}],
     "kl_cov": [{"share": 0.15, "beta": 0.5}, {}],
     "steer": [{}, {"variant": "linear"}, {"low": 0.3}],
 }
 PLAIN = sorted(set(METHOD_NAMES) - {"policy_split"})  # which has a file of tests and a reference of its own
 CASES = [(name, given) for name in PLAIN for given in GIVEN.get(name, [{}])]
-STATES = {"adaptive_entropy": {"coef": 0.3}}
+STATES = {
+    "adaptive_entropy": {"coef": 0.3},
+    "aer": {"coef": 0.02, "initial": 1.7},
+    "epo": {"steps": 7.0, "history": 1.2},
+}
 
 
 def algorithm(name, given=None):
