@@ -35,8 +35,10 @@ class Scorer:
         self.ddp, self.model, self.head, self.layout = ddp, model, head, layout
 
     @torch.no_grad()
-    def score(self, batches: Sequence[MicroBatch]) -> dict[int, TokenStatistics]:
+    def score(self, batches: Sequence[MicroBatch], *, prompts: bool = False) -> dict[int, TokenStatistics]:
         """Row index -> statistics (CPU) on the last pipeline stage; {} on other stages.
+
+        prompts: take the prompts' mean log-probs too, by one more pass of the head over their tokens.
 
         Collective over the replica's ranks, which all pass the same micro-batches, and over the replicas that share
         experts with it, which pass as many.
@@ -53,7 +55,11 @@ class Scorer:
             batch = next(iterator)
 
             def collect(hidden: Tensor, non_loss_data: bool):
-                self._collect(batch, hidden, results, waiting)
+                if batch.rows:
+                    hidden = self.model.whole(hidden)
+                    self._collect(batch, hidden, results, waiting)
+                    if prompts:
+                        self._collect_prompts(batch, hidden, results)
 
             return self.forward(model, batch), collect
 
@@ -79,9 +85,7 @@ class Scorer:
 
     def _collect(self, batch: MicroBatch, hidden: Tensor, results: dict, waiting: dict) -> None:
         device = hidden.device
-        if not batch.rows:
-            return
-        selected, temperature = batch.select(self.model.whole(hidden)), batch.temperature.to(device)
+        selected, temperature = batch.select(hidden), batch.temperature.to(device)
         met: list[tuple[int, _Waiting]] = []
         partners, spans, start = [], {}, 0
         for row, length, pair in zip(batch.rows, batch.lengths, batch.pair_of, strict=True):
@@ -98,3 +102,13 @@ class Scorer:
             results[row] = TokenStatistics(scores.logprobs[span].cpu(), scores.entropy[span].cpu())
         for (row, partner), (own, theirs) in zip(met, scores.kl, strict=True):
             results[row].kl, results[partner.row].kl = own.cpu(), theirs.cpu()
+
+    def _collect_prompts(self, batch: MicroBatch, hidden: Tensor, results: dict) -> None:
+        """A call of the head of its own: the chunks of responses, and so their bits, stay those of training."""
+        counts = [length - 1 for length in batch.prompt_lengths]
+        first = torch.tensor([0, *batch.lengths[:-1]]).cumsum(0)
+        temperature = batch.temperature[first].repeat_interleave(torch.tensor(counts)).to(hidden.device)
+        targets = batch.prompt_targets.to(hidden.device)
+        logprobs = score(self.head, batch.select_prompts(hidden), targets, temperature).logprobs.cpu()
+        for row, part in zip(batch.rows, logprobs.split(counts), strict=True):
+            results[row].prompt_logprob = float(part.mean()) if len(part) else 0.0

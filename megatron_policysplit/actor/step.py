@@ -74,7 +74,8 @@ class Actor:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
         self.config, self.hf_config, self.layout = config, hf_config, layout
-        self.algorithm = algorithm_of(config.algorithm).config
+        chosen = algorithm_of(config.algorithm)
+        self.algorithm, self.method = chosen.config, chosen.method
         self.model = build_model(
             hf_config,
             dtype=DTYPES[config.model.dtype],
@@ -128,7 +129,7 @@ class Actor:
     def score(self, placed: PlacedBatch) -> list[TokenStatistics]:
         """Statistics of every row of the batch before the update, on leaders in row order; [] elsewhere."""
         batches = [batch for step in (*placed.train, *placed.score_only) for batch in step]
-        return list(self._gather(self.scorer.score(batches)).values())
+        return list(self._gather(self.scorer.score(batches, prompts=self.method.prompt_logprobs)).values())
 
     def score_shaken(self, placed: PlacedBatch, relative: float) -> list[Tensor]:
         """Log-probs [T] of every row, on leaders, with each weight moved by up to `relative` times itself, at random.
@@ -184,7 +185,8 @@ class Actor:
 
     def _score_step(self, placed: PlacedBatch, number: int) -> dict[int, TokenStatistics]:
         """Statistics of the rows of one optimizer step by the weights as they are, on leaders; {} elsewhere."""
-        return self._gather(self.scorer.score([*placed.train[number], *placed.score_only[number]]))
+        batches = [*placed.train[number], *placed.score_only[number]]
+        return self._gather(self.scorer.score(batches, prompts=self.method.prompt_logprobs))
 
     def _microbatches(self, rows: Sequence[Row], plan: Plan, temperature: float | None) -> tuple:
         rollout = self.config.rollout

@@ -65,6 +65,7 @@ class Method:
     token whatever their statistics, and are not trained.
     begin(options), next_state(state, batch, options): state that the method carries from one optimizer step to the
     next, and through checkpoints; `batch` holds the statistics that the step's signals were made from.
+    prompt_logprobs: whether score passes take the log-probs of prompts too, for `AdvantageBatch.prompt_logprob`.
     """
 
     signals: Callable[[AdvantageBatch, Any, State], TokenSignals]
@@ -76,6 +77,7 @@ class Method:
     live: Callable[[Tensor, Tensor, Any], Tensor] = with_advantage
     begin: Callable[[Any], State] = lambda options: {}
     next_state: Callable[[State, AdvantageBatch, Any], State] = lambda state, batch, options: state
+    prompt_logprobs: bool = False
 
     def samples_per_mode(self, samples_per_question: int) -> Mapping[Mode, int]:
         return {mode: samples_per_question // len(self.sampling_modes) for mode in self.sampling_modes}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_policysplit.rows import Row, RowKey
 
@@ -29,12 +29,13 @@ class Terms:
 @dataclass
 class Seen:
     """rows: all of the batch. old, now [token]: (log-prob, entropy) before the batch, and now. counted: trained tokens
-    of the statistics."""
+    of the statistics. prompt: mean log-prob of a row's prompt, where the method takes it."""
 
     rows: Sequence[Row]
     old: Mapping[Token, tuple[float, float]]
     now: Mapping[Token, tuple[float, float]]
     counted: set[Token]
+    prompt: Mapping[RowKey, float] = field(default_factory=dict)
 
     def rewards_of(self, row: Row) -> list[float]:
         return [other.rollout.reward for other in self.rows if other.key.group == row.key.group]
@@ -86,6 +87,11 @@ def advantage(name: str, row: Row, seen: Seen, options) -> float:
             return z
         own = entropies[row.key] or 0.0
         return z / max(own / statistics.mean(present), options.least)
+    if name == "arm":
+        ranked = sorted(seen.now[token][0] for token in seen.counted if token[0] == row.key)
+        if ranked:
+            lowest = ranked[: math.ceil(options.share * len(ranked))]
+            z += options.alpha * (math.exp(seen.prompt[row.key]) - math.exp(statistics.mean(lowest)))
     return z
 
 

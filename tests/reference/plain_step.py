@@ -26,11 +26,13 @@ ONES = {Mode.NORMAL: 1.0, Mode.HIGH_ENTROPY: 1.0}
 
 @dataclass
 class Scored:
-    """Of one row's response tokens under its own prompt: log-probs [T], entropy [T] (nats), all log-probs [T, V]."""
+    """Of one row's response tokens under its own prompt: log-probs [T], entropy [T] (nats), all log-probs [T, V].
+    prompt: mean log-prob of the prompt's tokens but the first."""
 
     logprobs: Tensor
     entropy: Tensor
     distribution: Tensor
+    prompt: float
 
 
 @dataclass
@@ -53,7 +55,9 @@ def score_row(model, row: Row, temperature: float = 1.0) -> Scored:
     response = torch.tensor(row.rollout.tokens)
     logprobs = distribution[torch.arange(len(response)), response]
     entropy = -(distribution.exp() * distribution).sum(-1)
-    return Scored(logprobs, entropy, distribution)
+    before = (logits[:first] / temperature).log_softmax(-1)
+    prompt = [before[t, token].item() for t, token in enumerate(row.prompt[1:])]
+    return Scored(logprobs, entropy, distribution, sum(prompt) / max(1, len(prompt)))
 
 
 @torch.no_grad()
@@ -209,14 +213,15 @@ class PlainMethod:
         self.rows, self.config = rows, config
         self.options = algorithm_of(config).options
         self.state = {"coef": 0.0} if config.name == "adaptive_entropy" else {}
-        self.old = self._tokens(old)
+        self.old, self.prompts = self._tokens(old), {key: scored.prompt for key, scored in old.items()}
 
     def step(self, now: Mapping[RowKey, Scored] | None) -> dict[RowKey, list[Terms]]:
         """Terms of every row. now: new scores of the step's rows, over which alone statistics then are."""
         counted = {(row.key, t) for row in self.rows for t in trained(row).nonzero().flatten().tolist()}
         if now is not None:
             counted = {token for token in counted if token[0] in now}
-        seen = Seen(self.rows, self.old, self.old | self._tokens(now or {}), counted)
+        prompts = self.prompts | {key: scored.prompt for key, scored in (now or {}).items()}
+        seen = Seen(self.rows, self.old, self.old | self._tokens(now or {}), counted, prompts)
         found, self.state = terms(self.config.name, seen, self.options, self.state)
         return {row.key: [found[row.key, t] for t in range(row.response_length)] for row in self.rows}
 

@@ -56,6 +56,7 @@ def random_batch(seed=0, questions=3, per_mode=2, masked=True):
         TokenStatistics(
             -4 * torch.rand(row.response_length, generator=tokens),
             3 * torch.rand(row.response_length, generator=tokens),
+            prompt_logprob=-3 * draw.random(),
         )
         for row in rows
     ]

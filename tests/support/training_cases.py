@@ -188,6 +188,16 @@ CASES = [
         settings={"algorithm.name": "forking_tokens", "train.optimizer_steps_per_batch": 2},
     ),
     Case(
+        "arm_fresh",
+        settings={
+            "algorithm.name": "arm",
+            "algorithm.options.arm.alpha": 2.0,
+            "algorithm.statistics": "step",
+            "train.optimizer_steps_per_batch": 2,
+            NORMAL_T: 0.7,
+        },
+    ),
+    Case(
         "adaptive_entropy",
         model="llama",
         settings={

@@ -21,6 +21,7 @@ from tests.support.advantage_batches import random_batch
 GIVEN = {  # options beside the defaults, so that a formula shows on a small batch
     "aer": [{}, {"rho": 0.9, "tau": 1.5, "rate": 0.5, "coef_max": 1.0}],
     "adaptive_entropy": [{"target": 10.0}, {"target": 1e-3}],
+    "arm": [{}, {"alpha": 2.0, "share": 0.6}, {"share": 1.0}],
     "asym_grpo": [{}, {"beta_pos": 0.0, "beta_neg": 1.7}],
     "clip_cov": [{"ratio": 1.0, "low": 0.05, "high": 0.6}],
     "edge_grpo": [{}, {"least": 0.9}],
@@ -62,7 +63,8 @@ def seen(rows, batch):
     now = dict(zip(tokens, zip(batch.logprobs.tolist(), batch.entropy.tolist(), strict=True), strict=True))
     old = dict(zip(tokens, zip(batch.old_logprobs.tolist(), batch.entropy.tolist(), strict=True), strict=True))
     counted = {token for token, kept in zip(tokens, batch.mask.tolist(), strict=True) if kept}
-    return tokens, plain_methods.Seen(rows, old, now, counted)
+    prompt = dict(zip([row.key for row in rows], batch.prompt_logprob.tolist(), strict=True))
+    return tokens, plain_methods.Seen(rows, old, now, counted, prompt)
 
 
 @pytest.mark.parametrize(("name", "given"), CASES, ids=str)
@@ -155,6 +157,7 @@ def test_asym_grpo_at_one_half_is_grpo_with_the_populations_deviation():
         ("kl_cov", {"beta": 0.0}),
         ("steer", {"low": 1.0}),
         ("clip_cov", {"low": 1e6, "high": 2e6}),
+        ("arm", {"alpha": 0.0}),
     ],
     ids=str,
 )
@@ -221,7 +224,7 @@ def test_the_order_of_rows_does_not_matter():
     per_row = [value.split(lengths) for value in (batch.logprobs, batch.entropy, batch.mask)]
     shuffled = make_batch(
         [rows[i] for i in order],
-        [TokenStatistics(per_row[0][i], per_row[1][i]) for i in order],
+        [TokenStatistics(per_row[0][i], per_row[1][i], prompt_logprob=batch.prompt_logprob[i].item()) for i in order],
         [per_row[2][i] for i in order],
     )
     for name, given in CASES:
