@@ -18,12 +18,15 @@ class TokenStatistics:
 
     kl [T]: KL(this row's mode || the other mode) at the same token, where it was asked for. prompt_logprob: mean of the
     log-probs of the prompt's tokens but the first (0 for a prompt of one), where the method asks for it.
+    nucleus_entropy, nucleus_threshold [T]: nats, and a logit (`vocab_parallel.Nucleus`), where it asks for these.
     """
 
     logprobs: Tensor
     entropy: Tensor
     kl: Tensor | None = None
     prompt_logprob: float | None = None
+    nucleus_entropy: Tensor | None = None
+    nucleus_threshold: Tensor | None = None
 
 
 @dataclass
@@ -37,6 +40,7 @@ class AdvantageBatch:
     `logprobs` only where algorithm.statistics=step took new ones before a later optimizer step. clip_low, clip_high:
     the loss's clip of their ratio. seed: of what a method draws at random. prompt_logprob [R] fp32: the mean log-prob
     of the tokens of the row's prompt but the first, if the method asks for it (`Method.prompt_logprobs`).
+    nucleus_entropy [T] nats, of the distribution renormalised over the nucleus, likewise (`Method.nucleus`).
     """
 
     rewards: Tensor
@@ -52,6 +56,7 @@ class AdvantageBatch:
     clip_high: float = math.inf
     seed: int = 0
     prompt_logprob: Tensor | None = None
+    nucleus_entropy: Tensor | None = None
 
     @property
     def row_of_token(self) -> Tensor:
@@ -98,6 +103,7 @@ def make_batch(rows: Sequence[Row], statistics: Sequence[TokenStatistics], masks
     lengths = torch.tensor([row.response_length for row in rows])
     logprobs = torch.cat([s.logprobs for s in statistics])
     prompts = [s.prompt_logprob for s in statistics]
+    nuclei = [s.nucleus_entropy for s in statistics if s.nucleus_entropy is not None]
     return AdvantageBatch(
         rewards=torch.tensor([row.rollout.reward for row in rows], dtype=torch.float32),
         group=group_numbers(rows),
@@ -109,6 +115,7 @@ def make_batch(rows: Sequence[Row], statistics: Sequence[TokenStatistics], masks
         mask=torch.cat(list(masks)),
         old_logprobs=logprobs,
         prompt_logprob=None if None in prompts else torch.tensor(prompts, dtype=torch.float32),
+        nucleus_entropy=torch.cat(nuclei) if nuclei else None,
     )
 
 

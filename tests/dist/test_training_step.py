@@ -143,7 +143,7 @@ def run_reference(case, path):
         rows = case.rows(batch)
         scored = plain_step.score(model, rows, temperatures)
         shaped = plain_step.advantages(rows, scored, config.algorithm)
-        if config.algorithm.name == "arm":
+        if config.algorithm.name in ("arm", "siren"):
             terms = plain_step.PlainMethod(rows, scored, config.algorithm).step(None)
             shaped = {key: torch.tensor([term.advantage for term in terms[key]]) for key in terms}
         paired = len(case.method.training_modes) == 2

@@ -18,24 +18,28 @@ Token = tuple[RowKey, int]
 
 @dataclass
 class Terms:
-    """Of one token: advantage, factor of the policy term, weight of its entropy, weight of |log pi - log pi_old|."""
+    """Of one token: advantage, factor of the policy term, weight of its entropy, weight of |log pi - log pi_old|;
+    weight of its nucleus entropy in the mean over rows."""
 
     advantage: float
     scale: float = 1.0
     entropy: float = 0.0
     drift: float = 0.0
+    nucleus: float = 0.0
 
 
 @dataclass
 class Seen:
     """rows: all of the batch. old, now [token]: (log-prob, entropy) before the batch, and now. counted: trained tokens
-    of the statistics. prompt: mean log-prob of a row's prompt, where the method takes it."""
+    of the statistics. prompt: mean log-prob of a row's prompt, nucleus: entropies over nuclei, where
+    the method takes them."""
 
     rows: Sequence[Row]
     old: Mapping[Token, tuple[float, float]]
     now: Mapping[Token, tuple[float, float]]
     counted: set[Token]
     prompt: Mapping[RowKey, float] = field(default_factory=dict)
+    nucleus: Mapping[Token, float] = field(default_factory=dict)
 
     def rewards_of(self, row: Row) -> list[float]:
         return [other.rollout.reward for other in self.rows if other.key.group == row.key.group]
@@ -55,6 +59,7 @@ def terms(name: str, seen: Seen, options, state: dict[str, float]) -> tuple[dict
         "steer": steer,
         "epo": epo,
         "aer": aer,
+        "siren": siren,
     }.get(name)
     if shape is not None:
         state = shape(found, seen, options, state) or state
@@ -67,7 +72,7 @@ def advantage(name: str, row: Row, seen: Seen, options) -> float:
     if len(set(rewards)) == 1:
         return 0.0
     mean = statistics.mean(rewards)
-    if name == "dr_grpo":
+    if name in ("dr_grpo", "siren"):
         return reward - mean
     if name == "rloo":
         others = list(rewards)
@@ -199,3 +204,17 @@ def aer(found, seen, options, state):
     initial = state.get("initial", mean_entropy(seen))
     coef = state["coef"] + options.rate * (options.tau * initial - mean_entropy(seen))
     return {"coef": max(0.0, min(coef, options.coef_max)), "initial": initial}
+
+
+def siren(found, seen, options, state):
+    kept = {}
+    for row in seen.rows:
+        mine = sorted((token for token in seen.counted if token[0] == row.key), key=lambda token: -seen.nucleus[token])
+        if mine:
+            kept[row.key] = mine[: math.ceil(options.share * len(mine))]
+    mean = statistics.mean(statistics.mean(seen.nucleus[token] for token in tokens) for tokens in kept.values())
+    anchor = state.get("anchor", mean)
+    for tokens in kept.values():
+        for token in tokens:
+            found[token].nucleus = -2 * options.beta * (mean - anchor) / len(tokens)
+    return {"anchor": anchor, "entropy": mean}

@@ -88,6 +88,46 @@ def test_aers_term_has_the_gradient_of_its_formula():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
 
 
+def test_sirens_term_has_the_gradient_of_its_formula():
+    """Through the loss, from the nuclei's entropies, which are leaves here: whole rows stand for the loss's share."""
+    _, batch = random_batch(seed=3, questions=4)
+    chosen, state = algorithm("siren", {"beta": 2.0, "share": 0.4}), {"anchor": 0.6, "entropy": 0.5}
+    signals = chosen.method.signals(batch, chosen.options, state)
+    inner = batch.nucleus_entropy.double().requires_grad_()
+    rows = batch.row_of_token[batch.mask].unique().tolist()
+    logprobs = batch.logprobs.double()
+    out = policy_loss(
+        LossInputs(
+            logprobs=logprobs,
+            old_logprobs=logprobs,
+            advantages=signals.advantages.double(),
+            importance=torch.ones_like(logprobs),
+            weights=batch.mask / batch.mask.sum(),
+            entropy=batch.entropy.double(),
+            nucleus_coef=signals.nucleus_coef / len(rows),
+            nucleus_entropy=inner,
+        ),
+        chosen.config,
+    )
+    (found,) = torch.autograd.grad(out.loss, inner)
+    means = []
+    for row in rows:
+        mine = inner[(batch.row_of_token == row) & batch.mask]
+        means.append(mine.sort(descending=True).values[: math.ceil(0.4 * len(mine))].mean())
+    (expected,) = torch.autograd.grad(2.0 * (torch.stack(means).mean() - 0.6) ** 2, inner)
+    assert (expected != 0).any() and (expected == 0).any()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(("given", "state"), [({"beta": 0.0}, {"anchor": 9.0}), ({"beta": 5.0}, {})], ids=str)
+def test_siren_without_a_distance_is_dr_grpo(given, state):
+    _, batch = random_batch()
+    found = algorithm("siren", given).method.signals(batch, algorithm("siren", given).options, state)
+    dr_grpo = algorithm("dr_grpo")
+    assert torch.equal(found.advantages, dr_grpo.method.signals(batch, dr_grpo.options, {}).advantages)
+    assert (found.nucleus_coef == 0).all() and found.scale is None and found.entropy_coef is None
+
+
 @pytest.mark.parametrize(
     ("name", "given", "state", "coef"),
     [
@@ -117,8 +157,10 @@ def test_epos_penalty_fades():
 
 
 def scored(rows, entropy):
+    """Every token has this entropy, over its nucleus too."""
     return [
-        TokenStatistics(torch.full((r.response_length,), -1.0), torch.full((r.response_length,), entropy)) for r in rows
+        TokenStatistics(torch.full((n,), -1.0), torch.full((n,), entropy), nucleus_entropy=torch.full((n,), entropy))
+        for n in (row.response_length for row in rows)
     ]
 
 
@@ -133,16 +175,20 @@ def after(chosen, measured, state=None):
     return state, signals, made
 
 
-@pytest.mark.parametrize("name", ["epo", "aer"])
+@pytest.mark.parametrize("name", ["epo", "aer", "siren"])
 def test_a_state_taken_up_again_goes_on_as_if_nothing_had_been(name):
-    chosen, measured = algorithm(name, {"aer": {"rate": 0.001, "tau": 0.9}}.get(name)), [0.5, 0.7, 0.3, 0.4, 0.2]
+    chosen, measured = (
+        algorithm(name, {"aer": {"rate": 0.01, "tau": 0.9, "rho": 1.0}}.get(name)),
+        [0.5, 0.7, 0.3, 0.4, 0.2],
+    )
     straight, signals, made = after(chosen, measured)
     first, _, _ = after(chosen, measured[:2])
     again, repeated, _ = after(chosen, measured[2:], state=dict(first))
     assert again == straight and first != straight
-    for one, other in zip(signals, repeated, strict=True):
-        assert torch.equal(one.entropy_coef, other.entropy_coef)
-    assert made.metrics() == {f"method/{key}": value for key, value in straight.items()} | made.metrics()
+    field = "nucleus_coef" if name == "siren" else "entropy_coef"
+    found, expected = (torch.cat([getattr(signal, field) for signal in each]) for each in (repeated, signals))
+    assert torch.equal(found, expected) and found.any()
+    assert {key: made.metrics()[f"method/{key}"] for key in straight} == straight
 
 
 def test_epos_history_is_the_mean_of_the_steps_before():
@@ -160,7 +206,16 @@ def test_aers_scale_follows_the_distance_to_a_share_of_the_first_batchs_entropy(
     assert [state["coef"] for state in states] == pytest.approx([0.0, 0.01, 0.03, 0.03, 0.0], abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["epo", "aer"])
+def test_sirens_anchor_is_of_the_first_batch():
+    state, signals, _ = after(algorithm("siren", {"beta": 1.0}), [0.5, 0.7, 0.9])
+    assert state == pytest.approx({"anchor": 0.5, "entropy": 0.9})
+    for signal in signals:
+        kept = int(signal.mask.sum())  # all entropies of a response are equal here
+        expected = -2 * (0.9 - 0.5) / max(kept, 1) * signal.mask
+        torch.testing.assert_close(signal.nucleus_coef, expected)
+
+
+@pytest.mark.parametrize("name", ["epo", "aer", "siren"])
 def test_a_batch_without_trained_tokens_leaves_the_state(name):
     _, batch = random_batch()
     chosen = algorithm(name)
