@@ -22,7 +22,8 @@ class LossInputs:
     weights: share of each token in the step's loss (`token_weight`), 0 for tokens that are not trained.
     importance: truncated actor/engine weights (1 where none are taken).
     entropy: differentiable if an entropy bonus is on. reference_logprobs: only with a KL term. scale, entropy_coef,
-    drift_coef: of methods that have them (`advantages.TokenSignals`).
+    drift_coef: of methods that have them (`advantages.TokenSignals`). nucleus_coef: likewise, the step's denominator in
+    it, so that it is not multiplied by `weights`; nucleus_entropy: differentiable.
     """
 
     logprobs: Tensor
@@ -35,6 +36,8 @@ class LossInputs:
     scale: Tensor | None = None
     entropy_coef: Tensor | None = None
     drift_coef: Tensor | None = None
+    nucleus_coef: Tensor | None = None
+    nucleus_entropy: Tensor | None = None
 
 
 @dataclass
@@ -59,7 +62,8 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> LossOutputs:
 
     l = max(-A r, -A clip(r, 1 - low, 1 + high)) with r = exp(logprob - old logprob); with dual clip, for
     A < 0, l = min(l, -A dual_clip). Times the importance weight and the method's scale. Then + kl_coef * k3 KL to the
-    reference policy, - (entropy_coef + the method's) * entropy, and + the method's drift_coef * |log r|.
+    reference policy, - (entropy_coef + the method's) * entropy, and + the method's drift_coef * |log r|. To the sum
+    comes - nucleus_coef * nucleus entropy.
     """
     trained = inputs.weights > 0
     inputs = _zero_where_untrained(inputs, trained)
@@ -82,6 +86,8 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> LossOutputs:
     if inputs.drift_coef is not None:
         token_loss = token_loss + inputs.drift_coef * (inputs.logprobs - inputs.old_logprobs).abs()
     loss = (token_loss * inputs.weights).sum()
+    if inputs.nucleus_coef is not None:
+        loss = loss - (inputs.nucleus_coef * inputs.nucleus_entropy).sum()
     with torch.no_grad():
         return LossOutputs(
             loss=loss,

@@ -229,6 +229,8 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
         log.message(f"resumed from {found}")
     if (slower := cpu.missing_triton()) is not None:
         log.message(slower)
+    elif cpu.use_triton() and actor.asked["nucleus"] is not None:
+        log.message(f"the LM head is computed in plain torch: algorithm.name={config.algorithm.name} needs its logits")
 
     state.date = layout.from_chief(state.date or datetime.date.today().isoformat())
     fleet, url = None, None

@@ -31,6 +31,8 @@ class TrainSignal:
     scale: Tensor | None = None
     entropy_coef: Tensor | None = None
     drift_coef: Tensor | None = None
+    nucleus_coef: Tensor | None = None
+    nucleus_threshold: Tensor | None = None
     reference_logprobs: Tensor | None = None
     apart: str | None = None
 
@@ -115,7 +117,8 @@ class SignalSource:
         """One TrainSignal per row for optimizer step `step`. now: new statistics of that step's rows."""
         if not self.rows:
             return []
-        batch = self._batch(step, now or {})
+        statistics = [(now or {}).get(index, old) for index, old in enumerate(self.old)]
+        batch = self._batch(step, statistics)
         if now is not None:
             batch = replace(batch, mask=batch.mask & self._tokens_of(batch, self.plan.steps[step]))
         if self.config.algorithm.scope == "global":
@@ -135,6 +138,7 @@ class SignalSource:
                 old_logprobs=self.old[index].logprobs,
                 importance=self._importance[row.rollout.key],
                 mask=self._masks[index],
+                nucleus_threshold=statistics[index].nucleus_threshold,
                 reference_logprobs=None if self._reference is None else self._reference[index],
                 apart=self.algorithm.method.auxiliary_aggregation if row.auxiliary else None,
                 **{name: values[index] for name, values in columns.items()},
@@ -142,8 +146,7 @@ class SignalSource:
             for index, row in enumerate(self.rows)
         ]
 
-    def _batch(self, step: int, now: Mapping[int, TokenStatistics]) -> AdvantageBatch:
-        statistics = [now.get(index, old) for index, old in enumerate(self.old)]
+    def _batch(self, step: int, statistics: Sequence[TokenStatistics]) -> AdvantageBatch:
         loss = self.algorithm.config
         return replace(
             make_batch(self.rows, statistics, self._masks),

@@ -19,7 +19,7 @@ class MicroBatch:
     tokens [B, S] int64. rows [B]: the rows' indices in the batch. predictors [T]: flat positions (b * S + s)
     whose hidden states predict the T response tokens `targets` [T]. lengths [B]: response tokens per row.
     temperature [T]: of the row's mode. pair_of [B]: for each row, a number shared by rows of one rollout if
-    its exact KL is wanted, else -1.
+    its exact KL is wanted, else -1. prompt_lengths [B]: tokens of each row's prompt.
     """
 
     tokens: Tensor
@@ -29,6 +29,7 @@ class MicroBatch:
     lengths: list[int]
     temperature: Tensor
     pair_of: list[int]
+    prompt_lengths: list[int]
 
     @property
     def position_ids(self) -> Tensor:
@@ -36,8 +37,23 @@ class MicroBatch:
 
     def select(self, hidden: Tensor) -> Tensor:
         """Hidden states [S, B, H] of the model to those that predict response tokens, [T, H]."""
-        by_row = hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])
-        return by_row[self.predictors.to(hidden.device)]
+        return _at(self.predictors, hidden)
+
+    def select_prompts(self, hidden: Tensor) -> Tensor:
+        """Hidden states [S, B, H] of the model to those that predict prompt tokens but each row's first, [P, H]."""
+        width = self.tokens.shape[1]
+        positions = [torch.arange(length - 1) + b * width for b, length in enumerate(self.prompt_lengths)]
+        return _at(torch.cat(positions), hidden)
+
+    @property
+    def prompt_targets(self) -> Tensor:
+        """[P] int64: the tokens that these predict."""
+        return torch.cat([self.tokens[b, 1:length] for b, length in enumerate(self.prompt_lengths)])
+
+
+def _at(positions: Tensor, hidden: Tensor) -> Tensor:
+    """[N, H]: hidden states [S, B, H] at flat positions (b * S + s)."""
+    return hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])[positions.to(hidden.device)]
 
 
 def make_microbatch(
@@ -70,4 +86,5 @@ def make_microbatch(
         lengths=[rows[i].response_length for i in indices],
         temperature=torch.cat(temperature),
         pair_of=[pair_of.get(i, -1) for i in indices],
+        prompt_lengths=[len(rows[i].prompt) for i in indices],
     )

@@ -52,8 +52,9 @@ class PolicyModel(GPTModel):
     def _postprocess(self, hidden_states: Tensor, **unused: Any) -> Tensor:
         return hidden_states
 
-    def head(self, chunk: int) -> Head:
+    def head(self, chunk: int, triton: bool = False) -> Head:
         """This tensor-parallel rank's shard of the LM head, tied or not; last stage only. chunk: tokens at a time.
+        triton: by Triton kernels.
 
         Its rows are [tp_rank * n, (tp_rank + 1) * n) of the vocabulary with n = padded_vocab_size / TP; those at or
         past `vocab_size` are padding.
@@ -64,7 +65,7 @@ class PolicyModel(GPTModel):
         rank = parallel_state.get_tensor_model_parallel_rank()
         shard = VocabularyShard.of(self.vocab_size, len(weight), rank, group)
         # Under sequence parallelism the backward of `whole` sums the gradients of the hidden states.
-        return Head(weight, shard, chunk, not self.config.sequence_parallel, cpu.use_triton())
+        return Head(weight, shard, chunk, not self.config.sequence_parallel, triton)
 
     def whole(self, hidden: Tensor) -> Tensor:
         """Hidden states [s, b, h] of all tokens; under sequence parallelism from this rank's [s / TP, b, h].

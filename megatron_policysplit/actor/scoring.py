@@ -35,8 +35,13 @@ class Scorer:
         self.ddp, self.model, self.head, self.layout = ddp, model, head, layout
 
     @torch.no_grad()
-    def score(self, batches: Sequence[MicroBatch]) -> dict[int, TokenStatistics]:
+    def score(
+        self, batches: Sequence[MicroBatch], *, prompts: bool = False, nucleus: float | None = None
+    ) -> dict[int, TokenStatistics]:
         """Row index -> statistics (CPU) on the last pipeline stage; {} on other stages.
+
+        prompts: take the prompts' mean log-probs too, by one more pass of the head over their tokens. nucleus: take the
+        thresholds and entropies of nuclei of this mass too.
 
         Collective over the replica's ranks, which all pass the same micro-batches, and over the replicas that share
         experts with it, which pass as many.
@@ -53,7 +58,11 @@ class Scorer:
             batch = next(iterator)
 
             def collect(hidden: Tensor, non_loss_data: bool):
-                self._collect(batch, hidden, results, waiting)
+                if batch.rows:
+                    hidden = self.model.whole(hidden)
+                    self._collect(batch, hidden, results, waiting, nucleus)
+                    if prompts:
+                        self._collect_prompts(batch, hidden, results)
 
             return self.forward(model, batch), collect
 
@@ -77,11 +86,9 @@ class Scorer:
         device = next(self.model.parameters()).device
         return model(input_ids=batch.tokens.to(device), position_ids=batch.position_ids.to(device), attention_mask=None)
 
-    def _collect(self, batch: MicroBatch, hidden: Tensor, results: dict, waiting: dict) -> None:
+    def _collect(self, batch: MicroBatch, hidden: Tensor, results: dict, waiting: dict, nucleus: float | None) -> None:
         device = hidden.device
-        if not batch.rows:
-            return
-        selected, temperature = batch.select(self.model.whole(hidden)), batch.temperature.to(device)
+        selected, temperature = batch.select(hidden), batch.temperature.to(device)
         met: list[tuple[int, _Waiting]] = []
         partners, spans, start = [], {}, 0
         for row, length, pair in zip(batch.rows, batch.lengths, batch.pair_of, strict=True):
@@ -93,8 +100,21 @@ class Scorer:
                 partners.append(Partner(span.start, partner.hidden, partner.temperature))
             elif pair >= 0:
                 waiting[pair] = _Waiting(row, selected[span].clone(), temperature[span])
-        scores = score(self.head, selected, batch.targets.to(device), temperature, partners)
+        scores = score(self.head, selected, batch.targets.to(device), temperature, partners, nucleus)
         for row, span in spans.items():
             results[row] = TokenStatistics(scores.logprobs[span].cpu(), scores.entropy[span].cpu())
+            if scores.nucleus is not None:
+                results[row].nucleus_entropy = scores.nucleus.entropy[span].cpu()
+                results[row].nucleus_threshold = scores.nucleus.threshold[span].cpu()
         for (row, partner), (own, theirs) in zip(met, scores.kl, strict=True):
             results[row].kl, results[partner.row].kl = own.cpu(), theirs.cpu()
+
+    def _collect_prompts(self, batch: MicroBatch, hidden: Tensor, results: dict) -> None:
+        """A call of the head of its own: the chunks of responses, and so their bits, stay those of training."""
+        counts = [length - 1 for length in batch.prompt_lengths]
+        first = torch.tensor([0, *batch.lengths[:-1]]).cumsum(0)
+        temperature = batch.temperature[first].repeat_interleave(torch.tensor(counts)).to(hidden.device)
+        targets = batch.prompt_targets.to(hidden.device)
+        logprobs = score(self.head, batch.select_prompts(hidden), targets, temperature).logprobs.cpu()
+        for row, part in zip(batch.rows, logprobs.split(counts), strict=True):
+            results[row].prompt_logprob = float(part.mean()) if len(part) else 0.0

@@ -28,7 +28,7 @@ from megatron_policysplit.rows import Mode, Row
 from megatron_policysplit.training_signals import SignalSource, TrainSignal, token_weights
 from megatron_policysplit.vocab_parallel import fused_loss
 
-# Fields of TrainSignal that are constants of the loss.
+# Fields of TrainSignal that are constants of the loss; all but nucleus_threshold are LossInputs'.
 CONSTANTS = (
     "old_logprobs",
     "advantages",
@@ -37,6 +37,8 @@ CONSTANTS = (
     "scale",
     "entropy_coef",
     "drift_coef",
+    "nucleus_coef",
+    "nucleus_threshold",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -74,7 +76,9 @@ class Actor:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
         self.config, self.hf_config, self.layout = config, hf_config, layout
-        self.algorithm = algorithm_of(config.algorithm).config
+        chosen = algorithm_of(config.algorithm)
+        self.algorithm = chosen.config
+        self.asked = {"prompts": chosen.method.prompt_logprobs, "nucleus": chosen.method.nucleus(chosen.options)}
         self.model = build_model(
             hf_config,
             dtype=DTYPES[config.model.dtype],
@@ -96,7 +100,8 @@ class Actor:
         self.optimizer = PolicyOptimizer(self.ddp, config)
         self.model.config.finalize_model_grads_func = _sum_gradients
         chunk = config.train.head_chunk_tokens or cpu.head_chunk_tokens()
-        self.head = self.model.head(chunk) if layout.is_last_stage else None
+        triton = cpu.use_triton() and self.asked["nucleus"] is None
+        self.head = self.model.head(chunk, triton) if layout.is_last_stage else None
         self.scorer = Scorer(self.ddp, self.model, self.head, layout)
         self.reference = None
         if config.algorithm.kl_coef > 0:
@@ -128,7 +133,7 @@ class Actor:
     def score(self, placed: PlacedBatch) -> list[TokenStatistics]:
         """Statistics of every row of the batch before the update, on leaders in row order; [] elsewhere."""
         batches = [batch for step in (*placed.train, *placed.score_only) for batch in step]
-        return list(self._gather(self.scorer.score(batches)).values())
+        return list(self._gather(self.scorer.score(batches, **self.asked)).values())
 
     def score_shaken(self, placed: PlacedBatch, relative: float) -> list[Tensor]:
         """Log-probs [T] of every row, on leaders, with each weight moved by up to `relative` times itself, at random.
@@ -184,7 +189,8 @@ class Actor:
 
     def _score_step(self, placed: PlacedBatch, number: int) -> dict[int, TokenStatistics]:
         """Statistics of the rows of one optimizer step by the weights as they are, on leaders; {} elsewhere."""
-        return self._gather(self.scorer.score([*placed.train[number], *placed.score_only[number]]))
+        batches = [*placed.train[number], *placed.score_only[number]]
+        return self._gather(self.scorer.score(batches, **self.asked))
 
     def _microbatches(self, rows: Sequence[Row], plan: Plan, temperature: float | None) -> tuple:
         rollout = self.config.rollout
@@ -209,11 +215,15 @@ class Actor:
     def _loss_inputs(self, placed: PlacedBatch, number: int, signals: Sequence[TrainSignal]) -> list[dict[str, Tensor]]:
         """Per micro-batch of an optimizer step, the constant fields of LossInputs, weights included."""
         aggregation, longest = self.algorithm.loss_aggregation, self.config.rollout.max_response_tokens
-        weights = token_weights(signals, placed.plan.steps[number], aggregation, longest)
+        step = placed.plan.steps[number]
+        weights = token_weights(signals, step, aggregation, longest)
+        rows = sum(bool(signals[i].mask.any()) for i in step)
         names = [name for name in CONSTANTS if any(getattr(signal, name) is not None for signal in signals)]
         inputs = []
         for batch in placed.train[number]:
             fields = {name: _joined([getattr(signals[i], name) for i in batch.rows]) for name in names}
+            if "nucleus_coef" in fields:
+                fields["nucleus_coef"] = fields["nucleus_coef"] / max(rows, 1)
             inputs.append({**fields, "weights": _joined([weights[i] for i in batch.rows])})
         return inputs
 
@@ -246,18 +256,19 @@ class Actor:
     def _loss(self, batch: MicroBatch, constants: dict[str, Tensor], hidden: Tensor):
         device = hidden.device
         constants = {name: value.to(device) for name, value in constants.items()}
+        thresholds = constants.pop("nucleus_threshold", None)
         chunks: list[LossOutputs] = []
 
-        def token_loss(span: slice, logprobs: Tensor, entropy: Tensor) -> Tensor:
-            fields = {name: value[span] for name, value in constants.items()}
+        def token_loss(span: slice, logprobs: Tensor, entropy: Tensor, nucleus: Tensor | None = None) -> Tensor:
+            fields = {name: value[span] for name, value in constants.items()} | {"nucleus_entropy": nucleus}
             chunks.append(policy_loss(LossInputs(logprobs=logprobs, entropy=entropy, **fields), self.algorithm))
             return chunks[-1].loss
 
         targets, temperature = batch.targets.to(device), batch.temperature.to(device)
         selected = batch.select(self.model.whole(hidden))
-        loss = fused_loss(self.head, selected, targets, temperature, token_loss).loss
+        loss = fused_loss(self.head, selected, targets, temperature, token_loss, thresholds).loss
         if not batch.rows:
-            token_loss(slice(0), temperature, temperature)
+            token_loss(slice(0), temperature, temperature, temperature)
         out = LossOutputs.over(chunks)
         metrics = [loss.detach(), out.ratio_sum, out.clipped_tokens, out.tokens, out.ratio_off_one]
         return loss, out.tokens.int(), torch.stack([value.double() for value in metrics])

@@ -16,12 +16,17 @@ from megatron_policysplit.rows import Mode, Row
 class TokenStatistics:
     """Per response token of one row, fp32, nats: log-prob [T] and entropy [T] of the policy before the update.
 
-    kl [T]: KL(this row's mode || the other mode) at the same token, where it was asked for.
+    kl [T]: KL(this row's mode || the other mode) at the same token, where it was asked for. prompt_logprob: mean of the
+    log-probs of the prompt's tokens but the first (0 for a prompt of one), where the method asks for it.
+    nucleus_entropy, nucleus_threshold [T]: nats, and a logit (`vocab_parallel.Nucleus`), where it asks for these.
     """
 
     logprobs: Tensor
     entropy: Tensor
     kl: Tensor | None = None
+    prompt_logprob: float | None = None
+    nucleus_entropy: Tensor | None = None
+    nucleus_threshold: Tensor | None = None
 
 
 @dataclass
@@ -34,7 +39,9 @@ class AdvantageBatch:
     logprobs, entropy [T] fp32 nats under the row's own prompt, by the weights before the update. mask [T] bool: tokens
     that are trained, and over which statistics are taken. old_logprobs [T]: those of the ratio, which differ from
     `logprobs` only where algorithm.statistics=step took new ones before a later optimizer step. clip_low, clip_high:
-    the loss's clip of their ratio. seed: of what a method draws at random.
+    the loss's clip of their ratio. seed: of what a method draws at random. prompt_logprob [R] fp32: the mean log-prob
+    of the tokens of the row's prompt but the first, if the method asks for it (`Method.prompt_logprobs`).
+    nucleus_entropy [T] nats, of the distribution renormalised over the nucleus, likewise (`Method.nucleus`).
     """
 
     rewards: Tensor
@@ -50,6 +57,8 @@ class AdvantageBatch:
     clip_low: float = math.inf
     clip_high: float = math.inf
     seed: int = 0
+    prompt_logprob: Tensor | None = None
+    nucleus_entropy: Tensor | None = None
 
     @property
     def row_of_token(self) -> Tensor:
@@ -101,6 +110,8 @@ def make_batch(rows: Sequence[Row], statistics: Sequence[TokenStatistics], masks
     index = {row.key: i for i, row in enumerate(rows)}
     lengths = torch.tensor([row.response_length for row in rows])
     logprobs = torch.cat([s.logprobs for s in statistics])
+    prompts = [s.prompt_logprob for s in statistics]
+    nuclei = [s.nucleus_entropy for s in statistics if s.nucleus_entropy is not None]
     return AdvantageBatch(
         rewards=torch.tensor([row.rollout.reward for row in rows], dtype=torch.float32),
         group=group_numbers(rows),
@@ -112,6 +123,8 @@ def make_batch(rows: Sequence[Row], statistics: Sequence[TokenStatistics], masks
         mask=torch.cat(list(masks)),
         old_logprobs=logprobs,
         auxiliary=torch.tensor([row.auxiliary for row in rows], dtype=torch.bool),
+        prompt_logprob=None if None in prompts else torch.tensor(prompts, dtype=torch.float32),
+        nucleus_entropy=torch.cat(nuclei) if nuclei else None,
     )
 
 

@@ -22,13 +22,15 @@ class TokenSignals:
 
     advantages: 0 outside the mask. scale: multiplies the policy term (None: 1), importance weight included.
     entropy_coef: weight of the token's differentiable entropy, besides algorithm.entropy_coef.
-    drift_coef: weight of |log pi - log pi_old|.
+    drift_coef: weight of |log pi - log pi_old|. nucleus_coef: weight of the token's differentiable nucleus entropy in
+    the mean over the step's rows of the sums over their tokens, whatever the loss aggregation (`Method.nucleus`).
     """
 
     advantages: Tensor
     scale: Tensor | None = None
     entropy_coef: Tensor | None = None
     drift_coef: Tensor | None = None
+    nucleus_coef: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ class Method:
     token whatever their statistics, and are not trained. It is not asked about auxiliary rows, which are all trained.
     begin(options), next_state(state, batch, options): state that the method carries from one optimizer step to the
     next, and through checkpoints; `batch` holds the statistics that the step's signals were made from.
+    prompt_logprobs: whether score passes take the log-probs of prompts too, for `AdvantageBatch.prompt_logprob`.
+    nucleus(options): the probability mass of the nuclei whose entropies score passes take too, for
+    `AdvantageBatch.nucleus_entropy` and `TokenSignals.nucleus_coef`; None: of none.
     """
 
     signals: Callable[[AdvantageBatch, Any, State], TokenSignals]
@@ -100,6 +105,8 @@ class Method:
     live: Callable[[Tensor, Tensor, Any], Tensor] = with_advantage
     begin: Callable[[Any], State] = lambda options: {}
     next_state: Callable[[State, AdvantageBatch, Any], State] = lambda state, batch, options: state
+    prompt_logprobs: bool = False
+    nucleus: Callable[[Any], float | None] = lambda options: None
 
     def samples_per_mode(self, samples_per_question: int) -> Mapping[Mode, int]:
         return {mode: samples_per_question // len(self.sampling_modes) for mode in self.sampling_modes}

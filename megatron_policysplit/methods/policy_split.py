@@ -10,11 +10,18 @@ For a response token t of response i in a group, under the training mode m with 
 eta is `eta` in the high-entropy mode and `eta_normal` (0 by default) in the normal mode. The authors'
 released code clamps after scaling and, because two names share one tensor, adds the bonus twice;
 `variant: authors_code` does both. A_i is GRPO's, or with `correctness` that of another method.
+
+With an `eta_schedule` (not in the paper, where eta is constant) optimizer step k, from 0, has, with
+x = min(k / eta_steps, 1),
+
+    linear:  eta_k = eta + (eta_end - eta) x
+    cosine:  eta_k = eta + (eta_end - eta) (1 - cos(pi x)) / 2
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import torch
@@ -44,6 +51,13 @@ from megatron_policysplit.rows import MODES
 class Options:
     alpha: float = key(0.5, "Weight of the high-entropy log-prob in the bonus (Eq. 6).")
     eta: float = key(0.03, "Scale of the bonus in the high-entropy mode (Eq. 3).")
+    eta_schedule: str = key(
+        "constant", "How eta moves to eta_end by optimizer step.", choices=("constant", "linear", "cosine")
+    )
+    eta_end: float = key(0.0, "Scale of the bonus at the end of the schedule.")
+    eta_steps: int = key(
+        100, "Optimizer steps of the schedule: train.steps * train.optimizer_steps_per_batch is a whole run.", minimum=1
+    )
     eta_normal: float = key(0.0, "Scale of the bonus in the normal mode (the paper's ablation).")
     kappa: float = key(2.0, "The bonus is clamped to |advantage| / kappa (Eq. 3).", above=0.0)
     normalization: str = key(
@@ -73,7 +87,24 @@ class Options:
 
 
 def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSignals:
+    if options.eta_schedule != "constant":
+        options = replace(options, eta=scheduled_eta(options, int(state["step"])))
     return TokenSignals(advantages(batch, options))
+
+
+def scheduled_eta(options: Options, step: int) -> float:
+    """eta of optimizer step `step`, counted from 0 at the start of the run."""
+    progress = min(step / options.eta_steps, 1.0)
+    if options.eta_schedule == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return options.eta + (options.eta_end - options.eta) * progress
+
+
+def state_at(options: Options, step: int) -> State:
+    """Of a schedule, whose `step` it is that counts: eta is there to be logged. Without one there is none."""
+    if options.eta_schedule == "constant":
+        return {}
+    return {"step": float(step), "eta": scheduled_eta(options, step)}
 
 
 def advantages(batch: AdvantageBatch, options: Options) -> Tensor:
@@ -145,4 +176,6 @@ METHOD = Method(
     live=lambda rewards, group, options: (in_mixed_groups if options.correctness == "asym_grpo" else with_advantage)(
         rewards, group, options
     ),
+    begin=lambda options: state_at(options, 0),
+    next_state=lambda state, batch, options: state_at(options, int(state.get("step", 0)) + 1),
 )

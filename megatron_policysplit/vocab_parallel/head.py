@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_policysplit.vocab_parallel.chunk_pass import States, chunk_pass, shard_logits
+from megatron_policysplit.vocab_parallel.nucleus import Nucleus, find_nucleus
 from megatron_policysplit.vocab_parallel.reduction import (
     Merged,
     MergedPair,
@@ -68,27 +69,46 @@ class Partner:
 
 
 class Scores(NamedTuple):
-    """logprobs, entropy [T]; kl: for each partner KL(own || partner's) and KL(partner's || own), [L] each. Nats."""
+    """logprobs, entropy [T]; kl: for each partner KL(own || partner's) and KL(partner's || own), [L] each. Nats.
+
+    nucleus: of each token, if it was asked for.
+    """
 
     logprobs: Tensor
     entropy: Tensor
     kl: list[tuple[Tensor, Tensor]]
+    nucleus: Nucleus | None = None
 
 
 @torch.no_grad()
-def score(head: Head, hidden: Tensor, targets: Tensor, temperature: Tensor, partners: Sequence[Partner] = ()) -> Scores:
+def score(
+    head: Head,
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: Tensor,
+    partners: Sequence[Partner] = (),
+    nucleus: float | None = None,
+) -> Scores:
     """Statistics of hidden [T, H] at targets [T] (int64, global ids) and temperature [T], and exact KL to partners.
 
-    One all-gather for the whole call. A token's bits depend on its chunk alone, not on partners.
+    nucleus: probability mass of the nucleus whose threshold and entropy are wanted; in plain torch only. One all-gather
+    for the whole call, with a nucleus one more a chunk, or more. A token's bits depend on its chunk alone, not on
+    partners. Raises ValueError for a nucleus from a head of Triton kernels.
     """
+    if nucleus is not None:
+        needs_logits(head)
     passing = chunk_pass(head, len(hidden))
     dtype = statistics_dtype(hidden)
     temperature = temperature.to(dtype)
     tokens = Tokens(targets, temperature)
     parts = hidden.new_empty(4, len(hidden), dtype=dtype)
     pairs = [hidden.new_empty(6, len(partner.hidden), dtype=dtype) for partner in partners]
+    inner = Nucleus(torch.empty_like(temperature), torch.empty_like(temperature))
     for span in head.chunks(len(hidden)):
         parts[:, span], logits = passing.reduce(hidden[span], tokens[span])
+        if nucleus is not None:
+            found = find_nucleus(logits, parts[:, span], temperature[span], head.shard, nucleus)
+            inner.threshold[span], inner.entropy[span] = found.threshold, found.entropy
         for partner, pair in zip(partners, pairs, strict=True):
             start = max(span.start, partner.start)
             stop = min(span.stop, partner.start + len(partner.hidden))
@@ -107,7 +127,13 @@ def score(head: Head, hidden: Tensor, targets: Tensor, temperature: Tensor, part
         own = temperature[partner.start : partner.start + len(partner.hidden)]
         both = merge_pair(pair, own, partner.temperature.to(dtype))
         kl.append((both.kl_ab, both.kl_ba))
-    return Scores(merged.logprobs, merged.entropy, kl)
+    return Scores(merged.logprobs, merged.entropy, kl, None if nucleus is None else inner)
+
+
+def needs_logits(head: Head) -> None:
+    """Raises ValueError for a head whose kernels make none."""
+    if head.triton:
+        raise ValueError("the nucleus is found in logits, which the Triton kernels of the LM head never hold")
 
 
 def head_statistics(head: Head, hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:

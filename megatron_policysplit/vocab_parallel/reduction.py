@@ -94,8 +94,8 @@ def reduce_logits(
     temperature = tokens.temperature
     local, owned = _local(tokens.targets, shard)
     scaled = bool((temperature != 1).any())
-    for rows in _tiles(logits):
-        z = _true_columns(logits[rows], shard)
+    for rows in tiles(logits):
+        z = true_columns(logits[rows], shard)
         at_target = z.gather(1, local[rows, None])[:, 0] if shard.columns else parts.new_zeros(len(z))
         parts[3, rows] = at_target.where(owned[rows], 0.0)
         highest, x = _shift(z, temperature[rows] if scaled else None)
@@ -107,9 +107,9 @@ def reduce_logits(
 def reduce_pair(a: Tensor, b: Tensor, temperature_a: Tensor, temperature_b: Tensor, shard: VocabularyShard) -> Tensor:
     """[6, T]: m_a, sum e_a, sum e_a (x_a - x_b), m_b, sum e_b, sum e_b (x_b - x_a), of two [T, padded columns]."""
     parts = a.new_empty(6, len(a), dtype=statistics_dtype(a))
-    for rows in _tiles(a):
-        highest_a, x_a = _shift(_true_columns(a[rows], shard), temperature_a[rows])
-        highest_b, x_b = _shift(_true_columns(b[rows], shard), temperature_b[rows])
+    for rows in tiles(a):
+        highest_a, x_a = _shift(true_columns(a[rows], shard), temperature_a[rows])
+        highest_b, x_b = _shift(true_columns(b[rows], shard), temperature_b[rows])
         e_a, e_b, d = x_a.exp(), x_b.exp(), x_a.sub_(x_b)
         parts[0, rows], parts[1, rows], parts[2, rows] = highest_a, e_a.sum(1), (e_a * d).sum(1)
         parts[3, rows], parts[4, rows], parts[5, rows] = highest_b, e_b.sum(1), -(e_b * d).sum(1)
@@ -118,8 +118,8 @@ def reduce_pair(a: Tensor, b: Tensor, temperature_a: Tensor, temperature_b: Tens
 
 def merge(gathered: Tensor, temperature: Tensor) -> Merged:
     """From `reduce_logits` of every shard, [shards, 4, T]; temperature [T]. The same bits wherever it is done."""
-    top, step = _steps(gathered[:, 0], temperature)
-    log_total, mean = _merge(gathered[:, 1], gathered[:, 2], step, step)
+    top, step = shard_steps(gathered[:, 0], temperature)
+    log_total, mean = merge_shards(gathered[:, 1], gathered[:, 2], step, step)
     logprobs = (gathered[:, 3].sum(0) - top) / temperature - log_total
     return Merged(top, log_total, logprobs, log_total - mean)
 
@@ -127,10 +127,10 @@ def merge(gathered: Tensor, temperature: Tensor) -> Merged:
 def merge_pair(gathered: Tensor, temperature_a: Tensor, temperature_b: Tensor) -> MergedPair:
     """From `reduce_pair` of every shard, [shards, 6, T]. In fp64: the sums can be large, their difference small."""
     dtype, gathered = gathered.dtype, gathered.double()
-    top_a, step_a = _steps(gathered[:, 0], temperature_a.double())
-    top_b, step_b = _steps(gathered[:, 3], temperature_b.double())
-    log_a, mean_a = _merge(gathered[:, 1], gathered[:, 2], step_a, step_a - step_b)
-    log_b, mean_b = _merge(gathered[:, 4], gathered[:, 5], step_b, step_b - step_a)
+    top_a, step_a = shard_steps(gathered[:, 0], temperature_a.double())
+    top_b, step_b = shard_steps(gathered[:, 3], temperature_b.double())
+    log_a, mean_a = merge_shards(gathered[:, 1], gathered[:, 2], step_a, step_a - step_b)
+    log_b, mean_b = merge_shards(gathered[:, 4], gathered[:, 5], step_b, step_b - step_a)
     gap = log_a - log_b
     merged = (mean_a - gap, mean_b + gap, top_a, log_a, top_b, log_b)
     return MergedPair(*(value.to(dtype) for value in merged))
@@ -144,8 +144,8 @@ def logits_gradient(
     dlogp/dz = (1[target] - p) / t; dH/dz = -p (log p + H) / t.
     """
     factors = _Factors.of((-merged.log_total).exp(), tokens, merged, slopes, shard)
-    for rows in _tiles(logits):
-        z = _true_columns(logits[rows], shard)
+    for rows in tiles(logits):
+        z = true_columns(logits[rows], shard)
         e = (z - merged.top[rows, None]).div_(tokens.temperature[rows, None]).exp_()
         out[rows, : shard.columns] = _into_gradient(e, factors[rows])
     out[:, shard.columns :] = 0
@@ -158,7 +158,7 @@ def exponentials_gradient(
     """`logits_gradient` in place of the exponentials: what `reduce_logits` computed is not computed again."""
     e, below = exponentials.values, (exponentials.highest - merged.top) / tokens.temperature
     factors = _Factors.of((below - merged.log_total).exp(), tokens, merged, slopes, shard)
-    for rows in _tiles(e):
+    for rows in tiles(e):
         _into_gradient(e[rows, : shard.columns], factors[rows])
     e[:, shard.columns :] = 0
     return e
@@ -214,7 +214,7 @@ def pair_gradient(
 
     With L = log p_a - log p_b: dKL(a||b)/dz_a = p_a (L - KL(a||b)) / t_a and dKL(a||b)/dz_b = (p_b - p_a) / t_b.
     """
-    for rows in _tiles(a):
+    for rows in tiles(a):
         log_a = _log_p(a[rows], temperature_a[rows], merged.top_a[rows], merged.log_total_a[rows], shard)
         log_b = _log_p(b[rows], temperature_b[rows], merged.top_b[rows], merged.log_total_b[rows], shard)
         p_a, p_b, gap = log_a.exp(), log_b.exp(), log_a - log_b
@@ -225,7 +225,7 @@ def pair_gradient(
         add_to_b[rows, : shard.columns] += to_b / temperature_b[rows, None]
 
 
-def _tiles(logits: Tensor) -> Iterator[slice]:
+def tiles(logits: Tensor) -> Iterator[slice]:
     """Rows of `logits` that make about TILE_ELEMENTS."""
     height = max(1, TILE_ELEMENTS // max(1, logits.shape[1]))
     return (slice(start, min(start + height, len(logits))) for start in range(0, len(logits), height))
@@ -237,7 +237,8 @@ def _local(targets: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
     return local.clamp(0, max(0, shard.columns - 1)), (local >= 0) & (local < shard.columns)
 
 
-def _true_columns(logits: Tensor, shard: VocabularyShard) -> Tensor:
+def true_columns(logits: Tensor, shard: VocabularyShard) -> Tensor:
+    """Logits [T, padded columns] without the padding, in at least 32 bits."""
     return logits[:, : shard.columns].to(statistics_dtype(logits))
 
 
@@ -250,11 +251,11 @@ def _shift(z: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _log_p(logits: Tensor, temperature: Tensor, top: Tensor, log_total: Tensor, shard: VocabularyShard) -> Tensor:
     """log p of the shard's columns [T, v], a new tensor."""
-    z = _true_columns(logits, shard)
+    z = true_columns(logits, shard)
     return (z - top[:, None]).div_(temperature[:, None]).sub_(log_total[:, None])
 
 
-def _steps(highest: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+def shard_steps(highest: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """From the shards' maxima [shards, T]: the row's, [T], and how far each lies below it, [shards, T] (<= 0).
 
     An empty shard is no step below; its sums are 0 anyway.
@@ -264,7 +265,7 @@ def _steps(highest: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     return top, step.where(highest != -torch.inf, 0.0)
 
 
-def _merge(total: Tensor, moment: Tensor, step: Tensor, moment_step: Tensor) -> tuple[Tensor, Tensor]:
+def merge_shards(total: Tensor, moment: Tensor, step: Tensor, moment_step: Tensor) -> tuple[Tensor, Tensor]:
     """Shards' [shards, T] to (log sum e, E[x]) over the whole row, [T] each.
 
     total: a shard's sum e; moment: its sum e x. step, moment_step: what the shifted logits and x gain when the shift

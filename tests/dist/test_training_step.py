@@ -28,7 +28,7 @@ RELATIVE = 1e-4
 @dataclass
 class Outcome:
     """What one run gave. Per batch: the mean loss and gradient norm of its optimizer steps; per row, in row
-    order, log-probs, entropies, KL (or None) and advantages (leaders only); the plan (leaders only)."""
+    order, log-probs, entropies, KL (or None), the prompt's mean log-prob (or None) and advantages (leaders only); the plan (leaders only)."""
 
     loss: list
     grad_norm: list
@@ -79,7 +79,9 @@ def run_case(case, path, layout, poison=False):
         outcome.first_ratio_off_one.append(update.first_ratio_off_one)
         if not poison:
             outcome.bad_steps.append(update.bad_steps)
-        outcome.statistics.append([(as_numpy(s.logprobs), as_numpy(s.entropy), as_numpy(s.kl)) for s in old])
+        outcome.statistics.append(
+            [(as_numpy(s.logprobs), as_numpy(s.entropy), as_numpy(s.kl), s.prompt_logprob) for s in old]
+        )
         trained = case.signals(rows, old, placed, config, reference).at(0) if signals is not None else []
         outcome.advantages.append([as_numpy(signal.advantages) for signal in trained])
         outcome.plans.append(placed.plan)
@@ -141,6 +143,9 @@ def run_reference(case, path):
         rows = case.rows(batch)
         scored = plain_step.score(model, rows, temperatures)
         shaped = plain_step.advantages(rows, scored, config.algorithm)
+        if config.algorithm.name in ("arm", "siren"):
+            terms = plain_step.PlainMethod(rows, scored, config.algorithm).step(None)
+            shaped = {key: torch.tensor([term.advantage for term in terms[key]]) for key in terms}
         paired = len(case.method.training_modes) == 2
         outcome.statistics.append(
             [
@@ -148,6 +153,7 @@ def run_reference(case, path):
                     as_numpy(scored[row.key].logprobs),
                     as_numpy(scored[row.key].entropy),
                     as_numpy(plain_step.mode_kl(scored, row.key)) if paired else None,
+                    scored[row.key].prompt if case.method.prompt_logprobs else None,
                 )
                 for row in rows
             ]
@@ -261,15 +267,17 @@ def test_statistics_equal_transformers(outcomes, reference, shape, name):
 
 def assert_statistics(found, expected, config, tolerance):
     assert len(found) == len(expected)
-    with_kl = sum(kl is not None for _, _, kl in found)
+    with_kl = sum(kl is not None for _, _, kl, _ in found)
     # "sample": one rollout of each of the 3 questions and 2 sampling modes, in both its rows
     wanted = {"all": len(found), "sample": 3 * 2 * 2, "none": 0}[config.log.kl_tokens]
     assert with_kl == (wanted if config.algorithm.name == "policy_split" else 0)
-    for (logprobs, entropy, kl), (plain_logprobs, plain_entropy, plain_kl) in zip(found, expected, strict=True):
+    for one, plain in zip(found, expected, strict=True):
+        (logprobs, entropy, kl, prompt), (plain_logprobs, plain_entropy, plain_kl, plain_prompt) = one, plain
         np.testing.assert_allclose(logprobs, plain_logprobs, rtol=0, atol=tolerance)
         np.testing.assert_allclose(entropy, plain_entropy, rtol=0, atol=tolerance)
         if kl is not None:
             np.testing.assert_allclose(kl, plain_kl, rtol=0, atol=tolerance)
+        assert prompt == pytest.approx(plain_prompt, abs=tolerance) if plain_prompt is not None else prompt is None
 
 
 @every_layout

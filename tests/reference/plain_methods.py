@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_policysplit.rows import Row, RowKey
 
@@ -18,23 +18,28 @@ Token = tuple[RowKey, int]
 
 @dataclass
 class Terms:
-    """Of one token: advantage, factor of the policy term, weight of its entropy, weight of |log pi - log pi_old|."""
+    """Of one token: advantage, factor of the policy term, weight of its entropy, weight of |log pi - log pi_old|;
+    weight of its nucleus entropy in the mean over rows."""
 
     advantage: float
     scale: float = 1.0
     entropy: float = 0.0
     drift: float = 0.0
+    nucleus: float = 0.0
 
 
 @dataclass
 class Seen:
     """rows: all of the batch. old, now [token]: (log-prob, entropy) before the batch, and now. counted: trained tokens
-    of the statistics."""
+    of the statistics. prompt: mean log-prob of a row's prompt, nucleus: entropies over nuclei, where
+    the method takes them."""
 
     rows: Sequence[Row]
     old: Mapping[Token, tuple[float, float]]
     now: Mapping[Token, tuple[float, float]]
     counted: set[Token]
+    prompt: Mapping[RowKey, float] = field(default_factory=dict)
+    nucleus: Mapping[Token, float] = field(default_factory=dict)
 
     def rewards_of(self, row: Row) -> list[float]:
         mine = (row.key.question, row.key.training_mode)
@@ -59,6 +64,9 @@ def terms(name: str, seen: Seen, options, state: dict[str, float]) -> tuple[dict
         "clip_cov": clip_cov,
         "kl_cov": kl_cov,
         "steer": steer,
+        "epo": epo,
+        "aer": aer,
+        "siren": siren,
     }.get(name)
     if shape is not None:
         state = shape(found, seen, options, state) or state
@@ -73,7 +81,7 @@ def advantage(name: str, row: Row, seen: Seen, options) -> float:
     if len(set(rewards)) == 1:
         return 0.0
     mean = statistics.mean(rewards)
-    if name == "dr_grpo":
+    if name in ("dr_grpo", "siren"):
         return reward - mean
     if name == "rloo":
         others = list(rewards)
@@ -93,6 +101,11 @@ def advantage(name: str, row: Row, seen: Seen, options) -> float:
             return z
         own = entropies[row.key] or 0.0
         return z / max(own / statistics.mean(present), options.least)
+    if name == "arm":
+        ranked = sorted(seen.now[token][0] for token in seen.counted if token[0] == row.key)
+        if ranked:
+            lowest = ranked[: math.ceil(options.share * len(ranked))]
+            z += options.alpha * (math.exp(seen.prompt[row.key]) - math.exp(statistics.mean(lowest)))
     return z
 
 
@@ -172,3 +185,50 @@ def steer(found, seen, options, state):
         else:
             share = (size - smallest) / (largest - smallest)
             found[token].scale = options.high - (options.high - options.low) * share
+
+
+def epo(found, seen, options, state):
+    """Without a history no penalty; each token's weight is minus the slope of its part of the loss, by differences."""
+    step = int(state["steps"])
+    half = options.decay_steps // 2
+    if step <= half:
+        weight = 0.8 + 0.2 * math.exp(-2 * step / half)
+    else:
+        weight = 0.8 * math.exp(-3 * min(1.0, (step - half) / (options.decay_steps - half)))
+    low, high = options.kappa_low * state["history"], options.kappa_high * state["history"]
+
+    def part(entropy):
+        outside = low - entropy if entropy < low else max(0.0, entropy - high)
+        smooth = outside**2 if options.penalty == "squared" and step else 0.0
+        return -options.coef * (entropy - options.smoothing * weight * smooth)
+
+    for token in seen.counted:
+        entropy = seen.now[token][1]
+        found[token].entropy = (part(entropy - 1e-5) - part(entropy + 1e-5)) / 2e-5
+    return {"steps": step + 1, "history": (state["history"] * step + mean_entropy(seen)) / (step + 1)}
+
+
+def aer(found, seen, options, state):
+    for row in seen.rows:
+        rewards = seen.rewards_of(row)
+        accuracy = sum(reward > 0.5 for reward in rewards) / len(rewards)
+        for token in seen.counted:
+            if token[0] == row.key and accuracy < options.rho:
+                found[token].entropy = state["coef"] * (1 - accuracy / options.rho)
+    initial = state.get("initial", mean_entropy(seen))
+    coef = state["coef"] + options.rate * (options.tau * initial - mean_entropy(seen))
+    return {"coef": max(0.0, min(coef, options.coef_max)), "initial": initial}
+
+
+def siren(found, seen, options, state):
+    kept = {}
+    for row in seen.rows:
+        mine = sorted((token for token in seen.counted if token[0] == row.key), key=lambda token: -seen.nucleus[token])
+        if mine:
+            kept[row.key] = mine[: math.ceil(options.share * len(mine))]
+    mean = statistics.mean(statistics.mean(seen.nucleus[token] for token in tokens) for tokens in kept.values())
+    anchor = state.get("anchor", mean)
+    for tokens in kept.values():
+        for token in tokens:
+            found[token].nucleus = -2 * options.beta * (mean - anchor) / len(tokens)
+    return {"anchor": anchor, "entropy": mean}

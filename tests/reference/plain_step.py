@@ -26,11 +26,13 @@ ONES = {Mode.NORMAL: 1.0, Mode.HIGH_ENTROPY: 1.0}
 
 @dataclass
 class Scored:
-    """Of one row's response tokens under its own prompt: log-probs [T], entropy [T] (nats), all log-probs [T, V]."""
+    """Of one row's response tokens under its own prompt: log-probs [T], entropy [T] (nats), all log-probs [T, V].
+    prompt: mean log-prob of the prompt's tokens but the first."""
 
     logprobs: Tensor
     entropy: Tensor
     distribution: Tensor
+    prompt: float
 
 
 @dataclass
@@ -53,7 +55,9 @@ def score_row(model, row: Row, temperature: float = 1.0) -> Scored:
     response = torch.tensor(row.rollout.tokens)
     logprobs = distribution[torch.arange(len(response)), response]
     entropy = -(distribution.exp() * distribution).sum(-1)
-    return Scored(logprobs, entropy, distribution)
+    before = (logits[:first] / temperature).log_softmax(-1)
+    prompt = [before[t, token].item() for t, token in enumerate(row.prompt[1:])]
+    return Scored(logprobs, entropy, distribution, sum(prompt) / max(1, len(prompt)))
 
 
 @torch.no_grad()
@@ -66,6 +70,18 @@ def mode_kl(scored: Mapping[RowKey, Scored], key: RowKey) -> Tensor:
     """Exact KL(mode of `key` || the other mode), full vocabulary, nats, at each response token [T]."""
     own, other = scored[key].distribution, scored[key.partner].distribution
     return (own.exp() * (own - other)).sum(-1)
+
+
+def nucleus(distribution: Tensor, mass: float) -> Tensor:
+    """[T, V] bool from log-probs [T, V]: the most likely tokens, until they hold `mass`."""
+    p, order = distribution.exp().sort(dim=-1, descending=True)
+    return torch.zeros_like(distribution, dtype=torch.bool).scatter(1, order, p.cumsum(-1) - p < mass)
+
+
+def nucleus_entropy(distribution: Tensor, kept: Tensor) -> Tensor:
+    """Entropy [T] of log-probs [T, V] renormalised over `kept`."""
+    log_q = distribution.masked_fill(~kept, -torch.inf).log_softmax(-1).masked_fill(~kept, 0.0)
+    return -(kept * log_q.exp() * log_q).sum(-1)
 
 
 # --- advantages --------------------------------------------------------------------------------------
@@ -225,16 +241,38 @@ class PlainMethod:
         self.rows, self.config = rows, config
         self.options = algorithm_of(config).options
         self.state = {"coef": 0.0} if config.name == "adaptive_entropy" else {}
-        self.old = self._tokens(old)
+        self.scored = dict(old)
+        self.old, self.prompts = self._tokens(old), {key: scored.prompt for key, scored in old.items()}
 
     def step(self, now: Mapping[RowKey, Scored] | None) -> dict[RowKey, list[Terms]]:
         """Terms of every row. now: new scores of the step's rows, over which alone statistics then are."""
         counted = {(row.key, t) for row in self.rows for t in trained(row).nonzero().flatten().tolist()}
         if now is not None:
             counted = {token for token in counted if token[0] in now}
-        seen = Seen(self.rows, self.old, self.old | self._tokens(now or {}), counted)
+        prompts = self.prompts | {key: scored.prompt for key, scored in (now or {}).items()}
+        self.scored |= now or {}
+        seen = Seen(self.rows, self.old, self.old | self._tokens(now or {}), counted, prompts, self._nuclei())
         found, self.state = terms(self.config.name, seen, self.options, self.state)
         return {row.key: [found[row.key, t] for t in range(row.response_length)] for row in self.rows}
+
+    def nucleus_loss(self, model, rows: Sequence[Row], shares, temperatures: Mapping[Mode, float]) -> Tensor:
+        """What the nuclei's entropies add to the loss of a step over `rows`; the nuclei are those of the scores."""
+        total = 0.0
+        for row in rows:
+            now = score_row(model, row, temperatures[row.mode]).distribution
+            entropy = nucleus_entropy(now, nucleus(self.scored[row.key].distribution, self.options.mass))
+            total = total - (torch.tensor([term.nucleus for term in shares[row.key]]) * entropy).sum()
+        return total / sum(bool(trained(row).any()) for row in rows)
+
+    def _nuclei(self) -> dict:
+        """Token -> entropy of its nucleus."""
+        if not hasattr(self.options, "mass"):
+            return {}
+        entropies = {
+            key: nucleus_entropy(s.distribution, nucleus(s.distribution, self.options.mass))
+            for key, s in self.scored.items()
+        }
+        return {(key, t): value.item() for key, values in entropies.items() for t, value in enumerate(values)}
 
     @staticmethod
     def _tokens(scored: Mapping[RowKey, Scored]) -> dict:
@@ -307,6 +345,8 @@ def train_batch(
             for row in step_rows
         ]
         loss = step_loss(step_rows, losses, algorithm, max_response_tokens)
+        if algorithm.name == "siren":
+            loss = loss + method.nucleus_loss(model, step_rows, shares, temperatures)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = clip_gradients(model, train.clip_grad)

@@ -64,6 +64,8 @@ def random_batch(seed=0, questions=3, per_mode=2, masked=True, auxiliary=0):
         TokenStatistics(
             -4 * torch.rand(row.response_length, generator=tokens),
             3 * torch.rand(row.response_length, generator=tokens),
+            prompt_logprob=-3 * draw.random(),
+            nucleus_entropy=torch.tensor([2 * draw.random() for _ in range(row.response_length)]),
         )
         for row in rows
     ]

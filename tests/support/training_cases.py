@@ -222,6 +222,30 @@ CASES = [
     ),
     Case("aepo", model="llama", rollouts="second", settings={"algorithm.name": "aepo", NORMAL_T: 0.7}),
     Case(
+        "arm_fresh",
+        settings={
+            "algorithm.name": "arm",
+            "algorithm.options.arm.alpha": 2.0,
+            "algorithm.statistics": "step",
+            "train.optimizer_steps_per_batch": 2,
+            NORMAL_T: 0.7,
+        },
+    ),
+    Case(
+        "siren_fresh",
+        model="llama",
+        settings={
+            "algorithm.name": "siren",
+            "algorithm.options.siren.beta": 3.0,
+            "algorithm.options.siren.share": 0.4,
+            "algorithm.statistics": "step",
+            "train.optimizer_steps_per_batch": 2,
+            "train.head_chunk_tokens": 7,
+            "train.learning_rate": 5e-3,
+            NORMAL_T: 0.7,
+        },
+    ),
+    Case(
         "adaptive_entropy",
         model="llama",
         settings={

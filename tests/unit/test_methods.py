@@ -20,20 +20,36 @@ from tests.reference import plain_methods
 from tests.support.advantage_batches import random_batch
 
 GIVEN = {  # options beside the defaults, so that a formula shows on a small batch
+    "aer": [{}, {"rho": 0.9, "tau": 1.5, "rate": 0.5, "coef_max": 1.0}],
     "adaptive_entropy": [{"target": 10.0}, {"target": 1e-3}],
+    "arm": [{}, {"alpha": 2.0, "share": 0.6}, {"share": 1.0}],
     "asym_grpo": [{}, {"beta_pos": 0.0, "beta_neg": 1.7}],
     "clip_cov": [{"ratio": 1.0, "low": 0.05, "high": 0.6}],
     "dapo": [{}],
     "edge_grpo": [{}, {"least": 0.9}],
     "entropy_adv": [{}, {"alpha": 5.0, "kappa": 1.0}],
     "entropy_bonus": [{"coef": 0.2}],
+    "epo": [
+        {},
+        {"coef": 0.2, "kappa_low": 0.7, "kappa_high": 1.1, "smoothing": 3.0},
+        {"coef": 0.2, "kappa_low": 0.7, "kappa_high": 1.1, "decay_steps": 10},
+        {"coef": 0.2, "kappa_low": 0.7, "kappa_high": 1.1, "penalty": "released"},
+    ],
     "forking_tokens": [{}, {"share": 0.55}, {"share": 1.0}],
     "kl_cov": [{"share": 0.15, "beta": 0.5}, {}],
+    "siren": [{}, {"share": 0.45, "beta": 3.0}, {"share": 1.0, "beta": 3.0}],
     "steer": [{}, {"variant": "linear"}, {"low": 0.3}],
 }
 PLAIN = sorted(set(METHOD_NAMES) - {"policy_split"})  # which has a file of tests and a reference of its own
 CASES = [(name, given) for name in PLAIN for given in GIVEN.get(name, [{}])]
-STATES = {"adaptive_entropy": {"coef": 0.3}, "aepo": {"entropy": 0.1}, "scope": {"entropy": 0.1}}
+STATES = {
+    "aepo": {"entropy": 0.1},
+    "scope": {"entropy": 0.1},
+    "adaptive_entropy": {"coef": 0.3},
+    "aer": {"coef": 0.02, "initial": 1.7},
+    "epo": {"steps": 7.0, "history": 1.2},
+    "siren": {"anchor": 0.8, "entropy": 0.7},
+}
 AUXILIARY = {"aepo": 2, "scope": 2}
 
 
@@ -54,7 +70,9 @@ def seen(rows, batch):
     now = dict(zip(tokens, zip(batch.logprobs.tolist(), batch.entropy.tolist(), strict=True), strict=True))
     old = dict(zip(tokens, zip(batch.old_logprobs.tolist(), batch.entropy.tolist(), strict=True), strict=True))
     counted = {token for token, kept in zip(tokens, batch.mask.tolist(), strict=True) if kept}
-    return tokens, plain_methods.Seen(rows, old, now, counted)
+    prompt = dict(zip([row.key for row in rows], batch.prompt_logprob.tolist(), strict=True))
+    nucleus = dict(zip(tokens, batch.nucleus_entropy.tolist(), strict=True))
+    return tokens, plain_methods.Seen(rows, old, now, counted, prompt, nucleus)
 
 
 @pytest.mark.parametrize(("name", "given"), CASES, ids=str)
@@ -74,6 +92,7 @@ def test_against_plain_python(name, given, later):
         (found.scale, "scale", ones),
         (found.entropy_coef, "entropy", zeros),
         (found.drift_coef, "drift", zeros),
+        (found.nucleus_coef, "nucleus", zeros),
     ):
         kept = batch.mask.tolist()
         wanted = [getattr(expected[t], field) for t, k in zip(tokens, kept, strict=True) if k]
@@ -123,7 +142,7 @@ def test_rows_that_the_method_calls_dead_have_no_loss(name, given):
     assert len(alive) == len(rows)
     dead = ~(alive | batch.auxiliary)[batch.row_of_token]
     assert (found.advantages[dead] == 0).all()
-    for value in (found.entropy_coef, found.drift_coef):
+    for value in (found.entropy_coef, found.drift_coef, found.nucleus_coef):
         assert value is None or (value[dead] == 0).all()
 
 
@@ -147,6 +166,7 @@ def test_asym_grpo_at_one_half_is_grpo_with_the_populations_deviation():
         ("kl_cov", {"beta": 0.0}),
         ("steer", {"low": 1.0}),
         ("clip_cov", {"low": 1e6, "high": 2e6}),
+        ("arm", {"alpha": 0.0}),
     ],
     ids=str,
 )
@@ -284,16 +304,24 @@ def test_the_order_of_rows_does_not_matter():
     lengths = batch.offsets.diff().tolist()
     from megatron_policysplit.advantages import TokenStatistics, make_batch
 
-    per_row = [value.split(lengths) for value in (batch.logprobs, batch.entropy, batch.mask)]
+    per_row = [value.split(lengths) for value in (batch.logprobs, batch.entropy, batch.mask, batch.nucleus_entropy)]
     shuffled = make_batch(
         [rows[i] for i in order],
-        [TokenStatistics(per_row[0][i], per_row[1][i]) for i in order],
+        [
+            TokenStatistics(
+                per_row[0][i],
+                per_row[1][i],
+                prompt_logprob=batch.prompt_logprob[i].item(),
+                nucleus_entropy=per_row[3][i],
+            )
+            for i in order
+        ],
         [per_row[2][i] for i in order],
     )
     for name, given in CASES:
         chosen, state = algorithm(name, given), STATES.get(name, {})
         expected, found = (chosen.method.signals(b, chosen.options, state) for b in (batch, shuffled))
-        for field in ("advantages", "scale", "entropy_coef", "drift_coef"):
+        for field in ("advantages", "scale", "entropy_coef", "drift_coef", "nucleus_coef"):
             if getattr(expected, field) is None:
                 continue
             parts = getattr(found, field).split(shuffled.offsets.diff().tolist())
