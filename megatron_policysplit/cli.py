@@ -208,7 +208,7 @@ def generate(
     from rich.text import Text
 
     from megatron_policysplit.data import Question
-    from megatron_policysplit.offline import Responder
+    from megatron_policysplit.offline import Responder, variety_lines
     from megatron_policysplit.report import MODE_LABELS
     from megatron_policysplit.rollout.engine import Sampling
 
@@ -228,6 +228,8 @@ def generate(
             row.append(Text(response.text.strip()).append(f"\n[{length}, {surprisal:.2f} nats/token]", style="dim"))
         table.add_row(*row)
     Console().print(table)
+    for line in variety_lines(responses):
+        print(line)
 
 
 @app.command("eval", cls=Command, short_help="Measure a model's accuracy and variety in both modes.")
@@ -257,7 +259,7 @@ def evaluate(
     device: Device = "cpu",
     output: Annotated[Optional[Path], typer.Option(metavar="FILE.json", help="Write the numbers here, too.")] = None,
 ) -> None:
-    """Measure a model in both modes: accuracy, best-of-k, unique right answers, surprisal."""
+    """Measure a model in both modes: accuracy, pass@k, unique right answers, variety of the texts, surprisal."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -164,7 +164,8 @@ class Trainer:
             scores = run.actor.score(run.actor.place(rows, [False] * len(rows), seed=0))
         metrics = None
         if run.layout.is_chief:
-            metrics = evaluation_metrics(rows, scores, run.text, samples) | _seconds(phases)
+            variety = self.config.eval.variety
+            metrics = evaluation_metrics(rows, scores, run.text, samples, variety=variety) | _seconds(phases)
             run.log.evaluation(run.state.step, metrics)
             run.log.eval_rollouts(run.state.step, run.eval_records(rollouts))
         accuracy = run.layout.from_chief(metrics and metrics["eval/normal/accuracy"])
