@@ -111,6 +111,7 @@ def test_help_is_whole_and_plain():
         "generate": "generate [OPTIONS] QUESTION",
         "eval": "eval [OPTIONS]",
         "report": "report [OPTIONS] RUN...",
+        "study": "study [OPTIONS] STUDY",
         "config": "config [OPTIONS] CONFIG [KEY=VALUE]...",
     }
     for command, usage in usages.items():
