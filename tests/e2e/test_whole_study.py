@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.support import e2e
@@ -20,7 +21,20 @@ def start(study: Path, directory: Path) -> subprocess.Popen:
     return subprocess.Popen(command, env=environ, cwd=directory, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_whole_study_interrupted_once(tmp_path):
+def interrupt(process: subprocess.Popen, runs: list[Path]) -> None:
+    """Ctrl-C once a run has been evaluated for the first time, before any step or in the midst of one."""
+    deadline = time.monotonic() + 120
+    while not any(e2e.metrics(run, "eval") for run in runs):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, said
+    assert "SIGINT: waiting for" in said
+
+
+@pytest.mark.parametrize("interrupted", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_whole_study(tmp_path, interrupted):
     config = e2e.make_workspace(tmp_path)
     file, out = tmp_path / "study.yaml", tmp_path / "out"
     content = {
@@ -37,20 +51,12 @@ def test_a_whole_study_interrupted_once(tmp_path):
         "methods": {"grpo": ["algorithm.name=grpo"], "split": ["algorithm.name=policy_split"]},
     }  # fmt: skip
     file.write_text(yaml.safe_dump(content))
-    process = start(file, tmp_path)
     runs = [out / method / f"seed_{seed}" for method in ("grpo", "split") for seed in (0, 1)]
-    deadline = time.monotonic() + 120
-    while not any(e2e.metrics(run, "eval") for run in runs):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 75, said
-    assert "SIGINT: waiting for" in said
-
-    again = start(file, tmp_path)
-    said = again.communicate(timeout=200)[0]
-    assert again.returncode == 0, said
+    if interrupted:
+        interrupt(start(file, tmp_path), runs)
+    whole = start(file, tmp_path)
+    said = whole.communicate(timeout=200)[0]
+    assert whole.returncode == 0, said
     for run in runs:
         assert [record["step"] for record in e2e.metrics(run, "train")] == [1, 2]
         assert [record["step"] for record in e2e.metrics(run, "eval")] == [0, 1, 2]
@@ -68,5 +74,5 @@ def test_a_whole_study_interrupted_once(tmp_path):
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     assert (out / "report.csv").exists()
 
-    third = start(file, tmp_path)
-    assert "4 finished, 0 to run" in third.communicate(timeout=60)[0] and third.returncode == 0
+    again = start(file, tmp_path)
+    assert "4 finished, 0 to run" in again.communicate(timeout=60)[0] and again.returncode == 0
