@@ -86,5 +86,19 @@ def evaluation_metrics(
     return result
 
 
+def prompt_metrics(
+    name: str,
+    rows: Sequence[Row],
+    statistics: Sequence[TokenStatistics],
+    text: Callable[[Rollout], str],
+    samples: int,
+    *,
+    variety: bool = False,
+) -> dict[str, float]:
+    """`eval/<name>/...`: `evaluation_metrics` of what was sampled under another prompt, as the normal mode samples."""
+    found = evaluation_metrics(rows, statistics, text, samples, variety=variety)
+    return {f"eval/{name}/" + key.removeprefix(f"eval/{Mode.NORMAL.value}/"): value for key, value in found.items()}
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)

@@ -66,9 +66,10 @@ def summary(runs: Mapping[str, str | Path], seconds: Mapping[str, float]) -> dic
 
 
 def endpoints(evals: list[dict]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """mode -> "first" | "last" -> metric -> value, for every mode that was evaluated."""
+    """mode -> "first" | "last" -> metric -> value, for every mode and prompt of eval.prompts that was evaluated."""
     result = {}
-    for mode in (mode.value for mode in MODES):
+    logged = (name.split("/")[1] for record in evals for name in record if re.fullmatch("eval/.+/.+", name))
+    for mode in dict.fromkeys([*(mode.value for mode in MODES), *logged]):
         measured = [record for record in evals if any(name.startswith(f"eval/{mode}/") for name in record)]
         if measured:
             result[mode] = {"first": _point(measured[0], mode), "last": _point(measured[-1], mode)}
@@ -89,7 +90,7 @@ def summary_table(summary: dict) -> Table:
     for name, modes in summary["runs"].items():
         for mode, ends in modes.items():
             for end in ("first", "last"):
-                heading = (name, MODE_LABELS[mode]) if end == "first" else ("", "")
+                heading = (name, MODE_LABELS.get(mode, mode)) if end == "first" else ("", "")
                 cells = (_number(ends[end].get(column), column) for column in columns)
                 table.add_row(*heading, end, *cells, style="bold" if end == "last" else "dim")
         table.add_section()

@@ -46,7 +46,7 @@ PAGE = (
 <tr><th class="name">run</th><th class="name">mode</th>
 {% for column in columns %}<th>{{ title(column) }}</th>{% endfor %}</tr>
 {% for run in runs %}{% for mode, ends in run.ends.items() %}
-<tr><td class="name">{{ run.name }}</td><td class="name">{{ mode_labels[mode] }}</td>
+<tr><td class="name">{{ run.name }}</td><td class="name">{{ mode_labels.get(mode, mode) }}</td>
 {% for column in columns %}
 <td><span class="first">{{ number(ends.first.get(column), column) }} →</span>
 <span class="last">{{ number(ends.last.get(column), column) }}</span></td>

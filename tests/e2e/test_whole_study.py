@@ -1,6 +1,7 @@
 """`policysplit study` with real runs: two methods, two seeds, two steps; a Ctrl-C in its midst, and the report."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -46,11 +47,14 @@ def test_a_whole_study(tmp_path, interrupted):
         "prepare": f"cp -r {tmp_path}/model {{dir}}/model_{{seed}}",
         "overrides": [
             "model.path={dir}/model_{seed}", "parallel.tensor=1", "train.steps=2", "train.warmup_steps=1",
-            "eval.every=1", "eval.samples=2", "checkpoint.every=1", "checkpoint.hugging_face=false",
+            "eval.every=1", "eval.samples=2",
+            f"eval.prompts={{rewritten: widely explore, low: {{file: {tmp_path}/low.txt}}}}",
+            "checkpoint.every=1", "checkpoint.hugging_face=false",
         ],
         "methods": {"grpo": ["algorithm.name=grpo"], "split": ["algorithm.name=policy_split"]},
     }  # fmt: skip
     file.write_text(yaml.safe_dump(content))
+    (tmp_path / "low.txt").write_text("be brief")
     runs = [out / method / f"seed_{seed}" for method in ("grpo", "split") for seed in (0, 1)]
     if interrupted:
         interrupt(start(file, tmp_path), runs)
@@ -67,6 +71,12 @@ def test_a_whole_study(tmp_path, interrupted):
         for name in ("accuracy", "pass_at_2", "entropy_nats", "kl_nats"):
             values = numbers["measures"][f"eval/high_entropy/{name}"]["split"]["values"]
             assert values[str(seed)] == last[f"eval/high_entropy/{name}"]
+        for name in ("accuracy", "pass_at_2", "entropy_nats"):
+            found = {group: last[f"eval/{group}/{name}"] for group in ("normal", "high_entropy", "rewritten", "low")}
+            assert all(map(math.isfinite, found.values()))
+            assert numbers["measures"][f"eval/low/{name}"]["split"]["values"][str(seed)] == found["low"]
+        assert len(set(found.values())) == 4  # entropies under four prompts
+        assert not any(name.endswith("kl_nats") for name in last if name.startswith("eval/low/"))
     responses = 4 * 8
     second = e2e.metrics(runs[0], "train")[1]
     cost = numbers["costs"]["score_update_ms_per_response"]["grpo"]["values"]["0"]
