@@ -80,4 +80,4 @@ docs: $(STAMP)  ## Write docs/configuration.md and docs/methods.md from the code
 	$(BIN)/python -m megatron_policysplit.method_docs > docs/methods.md
 
 clean:  ## Remove what the examples wrote
-	rm -rf runs/quickstart runs/quickstart_sglang runs/quickstart_study runs/quickstart_engines runs/smollm2
+	rm -rf runs/quickstart runs/quickstart_sglang runs/quickstart_study runs/quickstart_methods runs/quickstart_engines runs/smollm2

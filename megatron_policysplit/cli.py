@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -208,7 +209,7 @@ def generate(
     from rich.text import Text
 
     from megatron_policysplit.data import Question
-    from megatron_policysplit.offline import Responder
+    from megatron_policysplit.offline import Responder, variety_lines
     from megatron_policysplit.report import MODE_LABELS
     from megatron_policysplit.rollout.engine import Sampling
 
@@ -228,6 +229,8 @@ def generate(
             row.append(Text(response.text.strip()).append(f"\n[{length}, {surprisal:.2f} nats/token]", style="dim"))
         table.add_row(*row)
     Console().print(table)
+    for line in variety_lines(responses):
+        print(line)
 
 
 @app.command("eval", cls=Command, short_help="Measure a model's accuracy and variety in both modes.")
@@ -257,7 +260,7 @@ def evaluate(
     device: Device = "cpu",
     output: Annotated[Optional[Path], typer.Option(metavar="FILE.json", help="Write the numbers here, too.")] = None,
 ) -> None:
-    """Measure a model in both modes: accuracy, best-of-k, unique right answers, surprisal."""
+    """Measure a model in both modes: accuracy, pass@k, unique right answers, variety of the texts, surprisal."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -304,6 +307,29 @@ def report(
         _check_output(target)
     write_report(named, target)
     print(target)
+
+
+@app.command(cls=Command, short_help="Train several methods over several seeds, and report on them together.")
+def study(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="YAML file; see docs/study.md.")],
+    report_only: Annotated[bool, typer.Option("--report-only", help="Start nothing; report on what there is.")] = False,
+) -> None:
+    """Train every method with every seed, what is finished never again, and write one report of all.
+
+    Exit codes: as of `train`; 1 where a run failed, the others having gone on.
+    """
+    from megatron_policysplit.study.config import load_study
+
+    loaded, code = load_study(study), 0
+    if not report_only:
+        from megatron_policysplit.study.runner import run_study
+
+        code = run_study(loaded, say=partial(print, flush=True))
+    from megatron_policysplit.study.report import write_study_report
+
+    for path in write_study_report(loaded):
+        print(path)
+    raise typer.Exit(code)
 
 
 @app.command("config", cls=Command, short_help="Print the resolved configuration and both prompts.")

@@ -246,7 +246,13 @@ class EvalConfig:
     options: dict[str, Any] = key(dict, "As data.options.")
     questions: Optional[int] = key(None, "Evaluate only the first so many; null takes all.", minimum=1)
     every: int = key(0, "Evaluate every so many steps, and at both ends; 0 only at both ends.", minimum=0)
-    samples: int = key(8, "Samples per question and mode (the k of best-of-k).", minimum=1)
+    samples: int = key(8, "Samples per question and mode (the k of best-of-k; pass@k up to it).", minimum=1)
+    prompts: dict[str, Any] = key(
+        dict,
+        "System prompts to evaluate under, too: `NAME: TEXT`, or `NAME: {file: PATH}`; sampled as the normal mode, "
+        "logged as `eval/NAME/...`.",
+    )
+    variety: bool = key(False, "Measure how varied the responses' texts are, too: distinct n-grams, self-BLEU.")
 
 
 @dataclass

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from megatron_policysplit.advantages import TokenStatistics
+from megatron_policysplit.measures import answer_measures, variety_measures
 from megatron_policysplit.rows import MODES, RIGHT, Mode, Rollout, Row
 
 
@@ -57,25 +58,46 @@ def training_metrics(rows: Sequence[Row], statistics: Sequence[TokenStatistics],
 
 
 def evaluation_metrics(
-    rows: Sequence[Row], statistics: Sequence[TokenStatistics], text: Callable[[Rollout], str], samples: int
+    rows: Sequence[Row],
+    statistics: Sequence[TokenStatistics],
+    text: Callable[[Rollout], str],
+    samples: int,
+    *,
+    variety: bool = False,
 ) -> dict[str, float]:
-    """`eval/<mode>/...`: mode_metrics, and over the k samples of each question best_of_<k> and unique_correct.
+    """`eval/<mode>/...`: mode_metrics, and of the `samples` responses to each question `answer_measures`.
 
-    unique_correct: how many different right texts are among a question's samples, mean over questions.
+    variety: `variety_measures` of their texts, too.
     """
     result: dict[str, float] = {}
     for mode in MODES:
-        per_question: dict[int, set[str]] = {}
+        per_question: dict[int, list[tuple[str, bool]]] = {}
         for row in rows:
             if row.mode is mode and row.on_policy:
-                right = per_question.setdefault(row.rollout.question, set())
-                if row.rollout.reward > RIGHT:
-                    right.add(text(row.rollout).strip())
+                answer = (text(row.rollout), row.rollout.reward > RIGHT)
+                per_question.setdefault(row.rollout.question, []).append(answer)
+        if not per_question:
+            continue
         metrics = mode_metrics(rows, statistics, mode)
-        metrics[f"best_of_{samples}"] = _mean([bool(texts) for texts in per_question.values()])
-        metrics["unique_correct"] = _mean([len(texts) for texts in per_question.values()])
+        metrics |= answer_measures(list(per_question.values()), samples)
+        if variety:
+            metrics |= variety_measures([[text for text, _ in answers] for answers in per_question.values()])
         result |= {f"eval/{mode.value}/{name}": value for name, value in metrics.items()}
     return result
+
+
+def prompt_metrics(
+    name: str,
+    rows: Sequence[Row],
+    statistics: Sequence[TokenStatistics],
+    text: Callable[[Rollout], str],
+    samples: int,
+    *,
+    variety: bool = False,
+) -> dict[str, float]:
+    """`eval/<name>/...`: `evaluation_metrics` of what was sampled under another prompt, as the normal mode samples."""
+    found = evaluation_metrics(rows, statistics, text, samples, variety=variety)
+    return {f"eval/{name}/" + key.removeprefix(f"eval/{Mode.NORMAL.value}/"): value for key, value in found.items()}
 
 
 def _mean(values: Sequence[float]) -> float:

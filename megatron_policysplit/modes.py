@@ -219,17 +219,43 @@ def read_prompt(config: ModesConfig) -> str:
     source = "modes.high_entropy_prompt"
     if file is not None:
         source = f"modes.high_entropy_prompt_file={file}"
-        try:
-            text = Path(file).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{source} cannot be read ({error.strerror}); give the path of a text file") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{source} is not UTF-8 text; save it as UTF-8") from error
+        text = _read_text(file, source)
     if text is None:
         return DEFAULT_HIGH_ENTROPY_PROMPT
     if not text.strip():
         raise ConfigError(f"{source} is empty; write a prompt or remove the key to use the default")
     return text.strip()
+
+
+def read_eval_prompts(prompts: Mapping[str, Any]) -> dict[str, str]:
+    """The texts of eval.prompts by name. Raises ConfigError for a name or a text that cannot be used."""
+    texts = {}
+    for name, given in prompts.items():
+        key = f"eval.prompts.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)) or name in [mode.value for mode in MODES]:
+            raise ConfigError(
+                f"{key} cannot be a name in the logs; use letters, digits, '_' and '-', and not the name of a mode"
+            )
+        if isinstance(given, Mapping) and list(given) == ["file"] and isinstance(given["file"], str):
+            texts[name] = _read_text(given["file"], f"{key}.file={given['file']}")
+        elif isinstance(given, str):
+            texts[name] = given.strip()
+        else:
+            raise ConfigError(
+                f"{key}={given} is neither a text nor {{file: PATH}}; without a prompt of ours is the normal mode"
+            )
+        if not texts[name]:
+            raise ConfigError(f"{key} is empty; write a prompt or remove it, the normal mode has none of ours")
+    return texts
+
+
+def _read_text(file: str, source: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"{source} cannot be read ({error.strerror}); give the path of a text file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source} is not UTF-8 text; save it as UTF-8") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

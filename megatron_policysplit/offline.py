@@ -9,11 +9,19 @@ from dataclasses import asdict, dataclass
 from megatron_policysplit.config import ModesConfig
 from megatron_policysplit.data import Question
 from megatron_policysplit.errors import ModelError
+from megatron_policysplit.measures import answer_measures, powers_of_two, variety_measures
 from megatron_policysplit.report import MODE_LABELS
 from megatron_policysplit.rewards import Graded
 from megatron_policysplit.rollout.engine import Request, Sampling
 from megatron_policysplit.rollout.seeds import sample_seed
 from megatron_policysplit.rows import RIGHT, Mode
+
+VARIETY_NAMES = {
+    "distinct_1": "distinct words",
+    "distinct_2": "distinct word pairs",
+    "ngram_diversity_2": "distinct word pairs of a response",
+    "self_bleu_diversity": "1 - self-BLEU",
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,8 @@ class ModeScores:
 
     accuracy: share of right responses (pass@1). best_of_k: share of questions with a right response.
     unique_correct: mean number of distinct right texts per question. mean_surprisal_nats: per token.
-    grading_errors: responses whose reward function failed; they count as wrong.
+    grading_errors: responses whose reward function failed; they count as wrong. pass_at: pass@k by k.
+    variety: of the texts (`measures.variety_measures`).
     """
 
     accuracy: float
@@ -45,6 +54,8 @@ class ModeScores:
     mean_tokens: float
     truncated: float
     grading_errors: int
+    pass_at: dict[int, float]
+    variety: dict[str, float]
 
 
 def load_tokenizer(path: str):
@@ -131,21 +142,36 @@ def score(responses: Sequence[Response], graded: Sequence[Graded]) -> dict[str, 
         pairs = [(response, grade) for response, grade in zip(responses, graded, strict=True) if response.mode is mode]
         if not pairs:
             continue
-        right: dict[int, list[str]] = {response.question: [] for response, _ in pairs}
+        answers: dict[int, list[tuple[str, bool]]] = {}
         for response, grade in pairs:
-            if grade.reward > RIGHT:
-                right[response.question].append(response.text.strip())
+            answers.setdefault(response.question, []).append((response.text, grade.reward > RIGHT))
+        samples = len(pairs) // len(answers)
+        measures = answer_measures(list(answers.values()), samples)
         surprisals = [value for response, _ in pairs for value in response.surprisals]
         scores[mode.value] = ModeScores(
-            accuracy=sum(map(len, right.values())) / len(pairs),
-            best_of_k=sum(bool(texts) for texts in right.values()) / len(right),
-            unique_correct=sum(len(set(texts)) for texts in right.values()) / len(right),
+            accuracy=sum(grade.reward > RIGHT for _, grade in pairs) / len(pairs),
+            best_of_k=measures[f"best_of_{samples}"],
+            unique_correct=measures["unique_correct"],
             mean_surprisal_nats=sum(surprisals) / len(surprisals),
             mean_tokens=len(surprisals) / len(pairs),
             truncated=sum(response.truncated for response, _ in pairs) / len(pairs),
             grading_errors=sum(grade.error is not None for _, grade in pairs),
+            pass_at={k: measures[f"pass_at_{k}"] for k in powers_of_two(samples)},
+            variety=variety_measures([[text for text, _ in pairs] for pairs in answers.values()]),
         )
     return scores
+
+
+def variety_lines(responses: Sequence[Response]) -> list[str]:
+    """`MODE: measure value, ...` for every mode with enough responses to compare."""
+    lines = []
+    for mode in Mode:
+        texts = [response.text for response in responses if response.mode is mode]
+        found = variety_measures([texts]) if len(texts) > 1 else {}
+        if found:
+            values = ", ".join(f"{VARIETY_NAMES[name]} {value:.3f}" for name, value in found.items())
+            lines.append(f"{MODE_LABELS[mode.value]}: {values}")
+    return lines
 
 
 def scores_table(scores: dict[str, ModeScores], samples: int):
@@ -163,7 +189,16 @@ def scores_table(scores: dict[str, ModeScores], samples: int):
         "grading_errors": "grading errors",
     }
     columns = [asdict(mode_scores) for mode_scores in scores.values()]
+    for column in columns:
+        column |= {f"pass_at_{k}": value for k, value in column["pass_at"].items()} | column["variety"]
+    names |= {f"pass_at_{k}": f"pass@{k}" for k in powers_of_two(samples)[1:]}
+    names |= {key: name for key, name in VARIETY_NAMES.items() if any(key in column for column in columns)}
     for key, name in names.items():
-        values = [column[key] for column in columns]
-        table.add_row(name, *(str(value) if isinstance(value, int) else f"{value:.3f}" for value in values))
+        table.add_row(name, *(_cell(column.get(key)) for column in columns))
     return table
+
+
+def _cell(value: float | int | None) -> str:
+    if value is None:
+        return "–"
+    return str(value) if isinstance(value, int) else f"{value:.3f}"

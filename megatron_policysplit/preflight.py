@@ -98,7 +98,7 @@ def _check_method(config: Config) -> None:
 
 def _check_model(config: Config) -> tuple[str, int]:
     from checkpoints_conv import architecture_of, check_layout, check_safetensors, read_hf_config
-    from megatron_policysplit.modes import has_chat_template, read_prompt
+    from megatron_policysplit.modes import has_chat_template, read_eval_prompts, read_prompt
 
     path = config.model.path
     hf_config = read_hf_config(path)
@@ -113,6 +113,7 @@ def _check_model(config: Config) -> tuple[str, int]:
             "or use an instruction-tuned model"
         )
     read_prompt(config.modes)
+    read_eval_prompts(config.eval.prompts)
     return architecture.name, sum(math.prod(tensor.shape) for tensor in tensors.values())
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +29,7 @@ from megatron_policysplit.engines import build_fleet, engine_in_process, open_fl
 from megatron_policysplit.errors import ConfigError, UserError
 from megatron_policysplit.logs import Logger
 from megatron_policysplit.methods import Algorithm, algorithm_of
-from megatron_policysplit.modes import PromptBuilder
+from megatron_policysplit.modes import PromptBuilder, read_eval_prompts
 from megatron_policysplit.offline import load_tokenizer
 from megatron_policysplit.records import rollout_records
 from megatron_policysplit.rewards import RewardPool
@@ -64,7 +64,7 @@ class Run:
     """Everything the trainer works with. Prompts are held on leaders only; questions on every rank.
 
     fleet: with rollout.engine=sglang. colocation: with rollout.colocated. served: weight version that the engines were
-    given last.
+    given last. other_prompts: of eval.prompts, name -> evaluation question -> NORMAL -> prompt ids.
     """
 
     config: Config
@@ -81,6 +81,7 @@ class Run:
     eval_questions: Sequence[Question]
     eval_prompts: Prompts
     state: TrainerState
+    other_prompts: Mapping[str, Prompts] = field(default_factory=dict)
     fleet: Fleet | None = None
     colocation: Colocation | None = None
     served: int = -1
@@ -247,7 +248,7 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
     questions, prompts, dropped = _questions(config.data.path, config.data.options, config, layout, builder)
     if dropped:
         log.message(f"dropped {dropped} questions whose prompt exceeds {config.data.max_prompt_tokens} tokens")
-    eval_questions, eval_prompts = [], {}
+    eval_questions, eval_prompts, other_prompts = [], {}, {}
     if config.eval.path is not None:
         eval_questions, eval_prompts, dropped = _questions(
             config.eval.path, config.eval.options, config, layout, builder
@@ -255,6 +256,7 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
         if dropped:
             log.message(f"dropped {dropped} evaluation questions, as over-long as that")
         eval_questions = eval_questions[: config.eval.questions]
+        other_prompts = _agreed(layout, lambda: _other_prompts(config, eval_questions, leader, state.date))
 
     stream = QuestionStream(questions, config.data.batch_questions, config.run.seed)
     if state.stream:
@@ -275,6 +277,7 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
         eval_questions=eval_questions,
         eval_prompts=eval_prompts,
         state=state,
+        other_prompts=other_prompts,
         fleet=fleet,
         colocation=fleet and fleet.colocation,
     )
@@ -357,3 +360,23 @@ def _questions(
         )
     wanted = set(kept)
     return [question for question in questions if question.id in wanted], prompts, len(questions) - len(kept)
+
+
+def _other_prompts(
+    config: Config, questions: Sequence[Question], leader: Leader | None, date: str
+) -> dict[str, Prompts]:
+    """The evaluation questions' prompts under each of eval.prompts; without ids on ranks that are no leader."""
+    texts = read_eval_prompts(config.eval.prompts)
+    result: dict[str, Prompts] = {name: {} for name in texts}
+    for name, text in texts.items() if leader is not None else ():
+        modes = replace(config.modes, high_entropy_prompt=text, high_entropy_prompt_file=None)
+        builder = PromptBuilder(leader.tokenizer, modes, date=date)
+        for question in questions:
+            ids = builder.build(question.messages)[Mode.HIGH_ENTROPY]
+            if len(ids) > config.data.max_prompt_tokens:
+                raise ConfigError(
+                    f"eval.prompts.{name} makes a prompt of {len(ids)} tokens, more than data.max_prompt_tokens="
+                    f"{config.data.max_prompt_tokens}; shorten it or raise that"
+                )
+            result[name][question.id] = {Mode.NORMAL: ids}
+    return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_policysplit import run as runs
 from megatron_policysplit.actor import checkpoint, cpu
 from megatron_policysplit.actor.checkpoint_files import path_of
@@ -11,9 +13,9 @@ from megatron_policysplit.asking import Asked
 from megatron_policysplit.config import Config
 from megatron_policysplit.errors import TrainingError
 from megatron_policysplit.exit_codes import DONE, STOPPED
-from megatron_policysplit.metrics import evaluation_metrics, training_metrics
+from megatron_policysplit.metrics import evaluation_metrics, prompt_metrics, training_metrics
 from megatron_policysplit.rollout.staleness import check_staleness, staleness_metrics
-from megatron_policysplit.rows import MODES, share
+from megatron_policysplit.rows import MODES, Mode, Rollout, Row, share
 from megatron_policysplit.stopping import StopRequested, StopSignal
 from megatron_policysplit.timing import Phases
 from megatron_policysplit.training_signals import live_rows
@@ -129,7 +131,7 @@ class Trainer:
             self.ahead = None
 
     def evaluate(self) -> None:
-        """Sample every evaluation question in both modes, grade, score; keep the best weights."""
+        """Sample every evaluation question in both modes and under eval.prompts; keep the best weights."""
         run, phases = self.run, Phases()
         if not run.eval_questions:
             return
@@ -137,21 +139,16 @@ class Trainer:
         if self.ahead is not None:
             self.ahead.finish(Phases())  # it stays as it is; the engines are needed
         self.sync()
+        variety, others = self.config.eval.variety, {}
         with phases.measure("eval"):
-            with run.engines_awake():
-                rollouts = run.driver.generate(
-                    run.state.step,
-                    run.eval_questions,
-                    run.eval_prompts,
-                    dict.fromkeys(MODES, samples),
-                    purpose="evaluation",
-                    phases=Phases(),
-                )
-            rows = share(rollouts, run.eval_prompts)
-            scores = run.actor.score(run.actor.place(rows, [False] * len(rows), seed=0))
+            rollouts, rows, scores = self._answers(run.eval_prompts, MODES)
+            for name, prompts in run.other_prompts.items():
+                _, *sampled = self._answers(prompts, (Mode.NORMAL,))
+                if run.layout.is_chief:
+                    others |= prompt_metrics(name, *sampled, run.text, samples, variety=variety)
         metrics = None
         if run.layout.is_chief:
-            metrics = evaluation_metrics(rows, scores, run.text, samples) | _seconds(phases)
+            metrics = evaluation_metrics(rows, scores, run.text, samples, variety=variety) | others | _seconds(phases)
             run.log.evaluation(run.state.step, metrics)
             run.log.eval_rollouts(run.state.step, run.eval_records(rollouts))
         accuracy = run.layout.from_chief(metrics and metrics["eval/normal/accuracy"])
@@ -159,6 +156,21 @@ class Trainer:
             run.state.best = accuracy
             if self.config.checkpoint.hugging_face and run.state.step > 0:
                 run.export("best")
+
+    def _answers(self, prompts: runs.Prompts, modes: Sequence[Mode]) -> tuple[list[Rollout], list[Row], list]:
+        """Graded responses to the evaluation questions under `prompts` in each of `modes`, their rows and scores."""
+        run = self.run
+        with run.engines_awake():
+            rollouts = run.driver.generate(
+                run.state.step,
+                run.eval_questions,
+                prompts,
+                dict.fromkeys(modes, self.config.eval.samples),
+                purpose="evaluation",
+                phases=Phases(),
+            )
+        rows = share(rollouts, prompts, modes)
+        return rollouts, rows, run.actor.score(run.actor.place(rows, [False] * len(rows), seed=0))
 
     def save(self) -> None:
         """Save a checkpoint of the state after the last trained batch, unless it is there already."""

@@ -89,6 +89,8 @@ class PolicyOptimizer:
         """Restore what `self.megatron.sharded_state_dict` gave, and the schedule after `steps_taken` steps."""
         for optimizer in self.megatron.chained_optimizers:
             _accept_missing_step(optimizer)
+            if steps_taken == 0 and isinstance(optimizer.optimizer, torch.optim.AdamW):
+                _add_step_zero(state)
         self.megatron.load_state_dict(state)
         for optimizer in self.megatron.chained_optimizers:
             _separate_steps(optimizer.optimizer)
@@ -105,6 +107,14 @@ def _add_step(optimizer: torch.optim.Optimizer) -> None:
     if isinstance(optimizer, torch.optim.AdamW):
         for state in optimizer.state.values():
             state["step"] = torch.tensor(0.0)
+
+
+def _add_step_zero(loaded: dict[Any, Any]) -> None:
+    """Megatron saves the steps only if they are more than 0; torch's AdamW cannot load without."""
+    for part in [part for place, part in loaded.items() if isinstance(place, int)] or [loaded]:
+        states = part.get("optimizer", part).get("state", {})
+        for state in states.values():
+            state.setdefault("step", torch.tensor(0.0))
 
 
 def _accept_missing_step(optimizer) -> None:

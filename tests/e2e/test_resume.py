@@ -26,6 +26,26 @@ def test_sigterm_to_every_process_while_generating(config, straight, tmp_path):
     e2e.assert_same_run(running.directory, straight.directory)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param([], id="float32"),
+        pytest.param(["model.dtype=bfloat16"], id="bfloat16", marks=pytest.mark.slow),
+        pytest.param(["train.distributed_optimizer=true"], id="distributed", marks=pytest.mark.slow),
+    ],
+)
+def test_sigint_before_the_first_step(config, straight, tmp_path, overrides):
+    """The first evaluation is interrupted; the optimizer has no step to save yet."""
+    running = e2e.start(config, tmp_path / "run", *overrides)
+    running.hold(e2e.EVAL_ANSWER)
+    running.process.send_signal(signal.SIGINT)
+    assert running.finish(seconds=60) == 75, running.text()
+    assert e2e.checkpoints(tmp_path / "run") == ["step_000000"]
+    e2e.train(config, tmp_path / "run", *overrides, *(["train.steps=2"] if overrides else []))
+    if not overrides:
+        e2e.assert_same_run(tmp_path / "run", straight.directory)
+
+
 def test_sigint_while_evaluating(config, straight, tmp_path):
     """The evaluation after the last step is made again, and the model is exported then."""
     directory = e2e.at_step(straight.directory, tmp_path / "run", 3)

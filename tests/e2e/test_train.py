@@ -50,6 +50,9 @@ EVAL_METRICS = {
         "response_tokens",
         "truncated_share",
         "best_of_4",
+        "pass_at_1",
+        "pass_at_2",
+        "pass_at_4",
         "unique_correct",
     )
 }

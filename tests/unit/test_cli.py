@@ -19,7 +19,7 @@ from megatron_policysplit.config_load import load_config, to_dict
 from megatron_policysplit.data import Question
 from megatron_policysplit.errors import ConfigError, DataError, ModelError
 from megatron_policysplit.modes import DEFAULT_HIGH_ENTROPY_PROMPT
-from megatron_policysplit.offline import Responder, Response, load_tokenizer, score
+from megatron_policysplit.offline import Responder, Response, load_tokenizer, score, variety_lines
 from megatron_policysplit.rewards import Graded
 from megatron_policysplit.rollout.engine import Sampling
 from megatron_policysplit.rows import MODES, Mode
@@ -111,6 +111,7 @@ def test_help_is_whole_and_plain():
         "generate": "generate [OPTIONS] QUESTION",
         "eval": "eval [OPTIONS]",
         "report": "report [OPTIONS] RUN...",
+        "study": "study [OPTIONS] STUDY",
         "config": "config [OPTIONS] CONFIG [KEY=VALUE]...",
     }
     for command, usage in usages.items():
@@ -321,6 +322,10 @@ def test_scores_by_hand():
     assert (normal.truncated, normal.grading_errors) == (1 / 6, 1)
     assert (high_entropy.accuracy, high_entropy.unique_correct, high_entropy.mean_surprisal_nats) == (1, 1, 0.5)
     assert list(score(responses[:6], graded[:6])) == ["normal"]
+    assert (normal.pass_at, high_entropy.pass_at) == ({1: 0.5, 2: 0.5}, {1: 1.0})  # 3 right of 3, 0 of 3
+    assert normal.variety == {"distinct_1": 2 / 3, "self_bleu_diversity": pytest.approx(1 / 3)}
+    lines = variety_lines([r for r in responses if r.question == 0])
+    assert lines == ["normal: distinct words 0.667, 1 - self-BLEU 0.333"]
 
 
 def test_eval_measures_both_modes(model, config, tmp_path, monkeypatch):

@@ -7,9 +7,11 @@ import pytest
 
 from megatron_policysplit.config_load import check_config, load_config, world_size
 from megatron_policysplit.methods import algorithm_of
+from megatron_policysplit.study.config import load_study
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-CONFIGS = sorted(EXAMPLES.rglob("*.yaml"))
+STUDIES = sorted(EXAMPLES.rglob("study.yaml"))
+CONFIGS = sorted(set(EXAMPLES.rglob("*.yaml")) - set(STUDIES))
 
 
 def test_there_are_examples():
@@ -24,6 +26,15 @@ def test_there_are_examples():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(EXAMPLES)))
 def test_example_loads_without_warnings(path):
     assert check_config(load_config(str(path), [])) == []
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: str(path.relative_to(EXAMPLES)))
+def test_example_study_loads(path, monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    study = load_study(path)
+    for run in study.runs:
+        assert load_config(study.config, study.settings(run)).run.dir == str(run.directory)
+        assert study.preparation(run)[-1] == str(run.seed)
 
 
 def test_qwen3_8b_has_the_papers_hyper_parameters():

@@ -140,11 +140,20 @@ def test_evaluation_metrics():
         NORMAL: {"accuracy": 2 / 6, "reward": 2 / 6, "best_of_3": 0.5, "unique_correct": 0.5, "entropy_nats": 0.5},
         HIGH: {"accuracy": 4 / 6, "reward": 4 / 6, "best_of_3": 1.0, "unique_correct": 2.0, "entropy_nats": 2.0},
     }
+    # two of three: of right, right, wrong every pair has a right one; of one right among three, 2 of 3 pairs
+    expected[NORMAL] |= {"pass_at_1": 2 / 6, "pass_at_2": (1 + 0) / 2}
+    expected[HIGH] |= {"pass_at_1": 4 / 6, "pass_at_2": (1 + 2 / 3) / 2}
     for mode in MODES:
         whole = expected[mode] | {"response_tokens": 2.0, "truncated_share": 0.0}
         whole["entropy_bits"] = whole["entropy_nats"] / math.log(2)
         mine = {name: value for name, value in found.items() if name.startswith(f"eval/{mode.value}/")}
         assert mine == pytest.approx({f"eval/{mode.value}/{name}": value for name, value in whole.items()})
+    varied = evaluation_metrics(rows, statistics, lambda r: text_of[r.key], 3, variety=True)
+    assert {name: varied[name] for name in found} == found
+    # words: 1 + 2 1 + 2 2 + 2; x y z | 1 + 2 2 + 1 0 + 3; 4 5 6
+    assert varied["eval/normal/distinct_1"] == pytest.approx((3 / 9 + 1) / 2)
+    assert varied["eval/high_entropy/distinct_1"] == pytest.approx((5 / 9 + 1) / 2)
+    assert varied["eval/high_entropy/distinct_2"] == 1.0  # question 1 has no pair of words
 
 
 def test_a_second_rollout_is_counted_as_rows_and_nowhere_else():

@@ -123,6 +123,15 @@ def test_summary_of_a_run_without_evaluation_is_refused(tmp_path):
         report.summary({"a": make_run(tmp_path, evals=False)}, {})
 
 
+def test_prompts_of_the_evaluation_stand_beside_the_modes(tmp_path):
+    evals = [{"step": step, "eval/normal/accuracy": 0.5, "eval/low/accuracy": 0.25 + step / 4} for step in (0, 1)]
+    found = report.endpoints(evals)
+    assert list(found) == ["normal", "low"]
+    assert (found["low"]["first"]["accuracy"], found["low"]["last"]["accuracy"]) == (0.25, 0.5)
+    table = report.summary_table({"runs": {"a": found}})
+    Console(width=80).print(table)
+
+
 def test_summary_table_fits_a_terminal(tmp_path, capsys):
     table = report.summary_table(report.summary({"policy_split": make_run(tmp_path)}, {}))
     Console(width=80).print(table)

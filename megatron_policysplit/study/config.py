@@ -1,0 +1,232 @@
+"""STUDY.yaml: which runs a study has, and what is compared. docs/study.md describes the file."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_policysplit.errors import ConfigError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+PLACEHOLDER = re.compile(r"\{(python|dir|run|seed|slot)\}")
+SETS_ITSELF = ("run.dir", "run.seed")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as its file describes it.
+
+    config: the configuration file of every run. dir: where everything goes. methods: name -> overrides of its runs.
+    baseline: the method that the others are compared with. overrides: of all runs, before the method's. at_once: runs
+    that train at the same time. prepare: a command, run once for every text that its placeholders give. environment:
+    variables of every process. measures: names in metrics.jsonl; empty takes those of the report. stop_on_failure:
+    start nothing more after a run failed.
+    """
+
+    config: str
+    dir: str
+    seeds: list[int]
+    methods: dict[str, list[str]]
+    baseline: str
+    overrides: list[str] = field(default_factory=list)
+    at_once: int = 1
+    prepare: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    measures: list[str] = field(default_factory=list)
+    stop_on_failure: bool = False
+
+    @property
+    def runs(self) -> list["StudyRun"]:
+        """Every run, seed by seed: an unfinished study has compared as many seeds as it could."""
+        return [StudyRun(method, seed, Path(self.dir)) for seed in self.seeds for method in self.methods]
+
+    def settings(self, run: "StudyRun") -> list[str]:
+        """The overrides of `policysplit train` for a run."""
+        given = [fill(text, self.dir, run) for text in [*self.overrides, *self.methods[run.method]]]
+        return [*given, f"run.seed={run.seed}", f"run.dir={run.directory}"]
+
+    def preparation(self, run: "StudyRun") -> list[str] | None:
+        """The command that must have succeeded before this run; None if there is none."""
+        return None if self.prepare is None else [fill(word, self.dir, run) for word in shlex.split(self.prepare)]
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One method with one seed."""
+
+    method: str
+    seed: int
+    study: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}/seed_{self.seed}"
+
+    @property
+    def directory(self) -> Path:
+        return self.study / self.method / f"seed_{self.seed}"
+
+    @property
+    def log(self) -> Path:
+        """What its process writes to the terminal, of every start."""
+        return self.study / self.method / f"seed_{self.seed}.log"
+
+
+def fill(text: str, directory: str, run: StudyRun, slot: int = 0) -> str:
+    """`text` with {python}, {dir} (of the study), {run} (the method's name), {seed} and {slot} filled in."""
+    values = {"python": sys.executable, "dir": directory, "run": run.method, "seed": run.seed, "slot": slot}
+    return PLACEHOLDER.sub(lambda match: str(values[match[1]]), text)
+
+
+def load_study(path: str | Path) -> Study:
+    """The study of a YAML file, its runs' configurations checked too. Raises ConfigError: one sentence, one remedy."""
+    study = parse_study(_read(path), path)
+    _check_runs(study, path)
+    return study
+
+
+def parse_study(content: Mapping[str, Any], path: str | Path) -> Study:
+    """A study from the file's content. Raises ConfigError."""
+    known = [one.name for one in fields(Study)]
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
+            raise ConfigError(f"{path}: unknown key {key}; {hint}")
+    for key in ("config", "dir", "seeds", "methods", "baseline"):
+        if content.get(key) is None:
+            raise ConfigError(f"{path}: {key} is missing; {_MEANING[key]}")
+    given = {key: value for key, value in content.items() if value is not None}
+    for key, value in given.items():
+        fits, wanted = _KINDS[key]
+        if not fits(value):
+            raise ConfigError(f"{path}: {key}={_show(value)} is not {wanted}")
+    _check_values(given, path)
+    given["methods"] = {name: overrides or [] for name, overrides in given["methods"].items()}
+    given["environment"] = {name: str(value) for name, value in given.get("environment", {}).items()}
+    return Study(**given)
+
+
+def _check_values(given: dict[str, Any], path: str | Path) -> None:
+    seeds, methods, baseline = given["seeds"], given["methods"], given["baseline"]
+    twice = [seed for seed in seeds if seeds.count(seed) > 1]
+    if twice:
+        raise ConfigError(f"{path}: seeds={_show(seeds)} names {twice[0]} twice; remove one of them")
+    for name in methods:
+        if not NAME.fullmatch(name):
+            raise ConfigError(
+                f"{path}: methods.{name} cannot name a directory; use letters, digits, '_', '-' and '.', a letter or "
+                "digit first"
+            )
+    if baseline not in methods:
+        raise ConfigError(f"{path}: baseline={baseline} is none of the methods; use one of {', '.join(methods)}")
+    for key, overrides in [
+        ("overrides", given.get("overrides", [])),
+        *((f"methods.{n}", o) for n, o in methods.items()),
+    ]:
+        for override in overrides or []:
+            name = override.partition("=")[0]
+            if name in SETS_ITSELF:
+                raise ConfigError(f"{path}: {key} sets {name}, which the study sets for every run; remove {override}")
+            if "{slot}" in override:
+                raise ConfigError(f"{path}: {key} holds {override}, but {{slot}} stands in environment only; remove it")
+    try:
+        words = shlex.split(given.get("prepare", "true"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: prepare={given['prepare']} is no command line ({error}); fix it") from error
+    if not words:
+        raise ConfigError(f"{path}: prepare is empty; write a command or remove the key")
+    if "prepare" in given and words[0] != "{python}" and shutil.which(words[0]) is None:
+        raise ConfigError(f"{path}: prepare={given['prepare']} starts with {words[0]}, which is no command; correct it")
+
+
+def _check_runs(study: Study, path: str | Path) -> None:
+    """Every method's configuration, with the first seed, as far as that is possible without its files."""
+    from megatron_policysplit.config_load import check_config, load_config
+
+    for method in study.methods:
+        run = StudyRun(method, study.seeds[0], Path(study.dir))
+        try:
+            config = load_config(study.config, study.settings(run))
+            check_config(config)
+            if config.algorithm.options:
+                from megatron_policysplit.methods import algorithm_of
+
+                algorithm_of(config.algorithm)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: methods.{method}: {error}") from error
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"study {path} cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}," if mark else ""
+        raise ConfigError(f"study {path}{where} is not valid YAML in UTF-8; correct it") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"study {path} is not a mapping of keys to values; docs/study.md shows one")
+    return content
+
+
+def _show(value: Any) -> str:
+    from megatron_policysplit.config_load import show
+
+    return show(value)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _are_methods(value: Any) -> bool:
+    named = isinstance(value, dict) and bool(value) and all(isinstance(name, str) for name in value)
+    return named and all(overrides is None or _is_texts(overrides) for overrides in value.values())
+
+
+def _are_variables(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(one, (str, int, float)) for name, one in value.items()
+    )
+
+
+_TEXT = (lambda value: isinstance(value, str) and bool(value.strip()), "a text; write one")
+_TEXTS = (_is_texts, "a list of key=value texts; write [key=value, ...], quoted where they hold ': '")
+_KINDS = {
+    "config": _TEXT,
+    "dir": _TEXT,
+    "seeds": (
+        lambda value: isinstance(value, list) and bool(value) and all(_is_whole(seed, 0) for seed in value),
+        "a list of whole numbers from 0; write one such as [0, 1, 2]",
+    ),
+    "methods": (_are_methods, "a mapping of names to lists of key=value; write grpo: [algorithm.name=grpo]"),
+    "baseline": _TEXT,
+    "overrides": _TEXTS,
+    "at_once": (lambda value: _is_whole(value, 1), "a whole number from 1; use 1 to run one after the other"),
+    "prepare": (lambda value: isinstance(value, str), "a command line; write it as one text"),
+    "environment": (_are_variables, "a mapping of variables to values; write OMP_NUM_THREADS: 1"),
+    "measures": (_is_texts, "a list of names of metrics.jsonl; write [eval/normal/accuracy, ...]"),
+    "stop_on_failure": (lambda value: isinstance(value, bool), "true or false"),
+}
+_MEANING = {
+    "config": "give the configuration file of the runs",
+    "dir": "give the directory of everything the study writes",
+    "seeds": "give a list of seeds such as [0, 1, 2]",
+    "methods": "give names with their overrides, such as grpo: [algorithm.name=grpo]",
+    "baseline": "name the method that the others are compared with",
+}

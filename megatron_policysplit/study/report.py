@@ -1,0 +1,232 @@
+"""One self-contained HTML page about a study, and the numbers in it as JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_policysplit.report import MODE_LABELS, data_url
+from megatron_policysplit.report_page import STYLE
+from megatron_policysplit.study.config import Study
+from megatron_policysplit.study.numbers import Finished, finished_runs, study_numbers, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PANELS = {  # pattern of the measure -> title, unit
+    r"accuracy": ("Accuracy", "share of right responses"),
+    r"entropy_nats": ("Entropy", "nats per token"),
+    r"kl_nats": ("KL to the other mode", "nats per token"),
+    r"unique_correct": ("Unique right answers", "per question"),
+    r"best_of_\d+": ("Best of k", "share of questions"),
+}
+COLOURS = {  # Okabe-Ito first; line styles tell more than eight methods apart
+    "light": ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#555555"),
+    "dark": ("#56B4E9", "#E69F00", "#2DC89B", "#CC79A7", "#F0E442", "#D55E00", "#C9A66B", "#BBBBBB"),
+}
+LINES = ("-", "--", ":", "-.")
+
+
+def write_study_report(study: Study) -> list[Path]:
+    """report.html, report.json and report.csv in the study's directory; their paths.
+
+    Raises DataError for damaged metrics of a finished run, or a measure that no run has logged.
+    """
+    from jinja2 import Environment
+
+    runs = finished_runs(study)
+    numbers = study_numbers(study, runs)
+    directory = Path(study.dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    html, as_json, as_csv = (directory / f"report.{kind}" for kind in ("html", "json", "csv"))
+    as_json.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    rows = table(numbers)
+    with as_csv.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.globals.update(show=_show, title=measure_title, style=STYLE)
+    figures = {theme: curves(study, runs, theme) for theme in COLOURS}
+    page = environment.from_string(PAGE).render(
+        study=study,
+        numbers=numbers,
+        curves={theme: data_url(figure) for theme, figure in figures.items() if figure is not None},
+    )
+    html.write_text(page, encoding="utf-8", errors="replace")
+    return [html, as_json, as_csv]
+
+
+def measure_title(name: str) -> str:
+    """A measure or cost as people read it."""
+    group, _, leaf = name.removeprefix("eval/").rpartition("/")
+    names = {
+        "entropy_nats": "entropy (nats)",
+        "kl_nats": "KL to the other mode (nats)",
+        "unique_correct": "unique right answers",
+        "self_bleu_diversity": "1 - self-BLEU",
+        "generation_share": "generation's share of the step",
+        "score_update_ms_per_response": "score and update (ms per response)",
+    }
+    leaf = names.get(leaf, re.sub(r"^pass_at_(\d+)$", r"pass@\1", re.sub(r"^best_of_", "best-of-", leaf)))
+    leaf = re.sub(r"^(\w+)_s$", r"\1 (s)", leaf).replace("_", " ")
+    return f"{MODE_LABELS.get(group, group)}: {leaf}" if group else leaf
+
+
+def curves(study: Study, runs: list[Finished], theme: str) -> Figure | None:
+    """A row per measure, a column per mode: means over a method's seeds, bands from the lowest to the highest seed.
+
+    The last row is pass@k over k at the end of training. None where no finished run was evaluated.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    logged = list(dict.fromkeys(name for run in runs for record in run.evals for name in record))
+    groups = list(dict.fromkeys(name.split("/")[1] for name in logged if name.startswith("eval/")))
+    rows = [p for p in PANELS if any(_matching(logged, group, p) for group in groups)]
+    rows += [r"pass_at_\d+"] * any(_matching(logged, group, r"pass_at_\d+") for group in groups)
+    if not rows:
+        return None
+    ink, paper = ("#d7dade", "#16191d") if theme == "dark" else ("#24292f", "#ffffff")
+    look = {"text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink, "axes.edgecolor": ink}
+    with matplotlib.rc_context({**look, "font.family": "sans-serif", "font.size": 9.5, "figure.facecolor": paper}):
+        figure = Figure(figsize=(4.8 * max(2, len(groups)), 2.7 * len(rows) + 0.6), layout="constrained")
+        axes = figure.subplots(len(rows), len(groups), squeeze=False)
+        legend = {}
+        for row, pattern in enumerate(rows):
+            over_k = pattern.startswith("pass")
+            title, unit = ("Pass@k at the end", "probability") if over_k else PANELS[pattern]
+            for axis, group in zip(axes[row], groups, strict=True):
+                axis.set_facecolor(paper)
+                axis.spines[["top", "right"]].set_visible(False)
+                axis.grid(axis="y", color=ink, alpha=0.15, linewidth=0.8)
+                axis.set_title(f"{title}, {MODE_LABELS.get(group, group)}", loc="left", fontweight="bold")
+                axis.set(xlabel="k" if over_k else "training step", ylabel=unit)
+                axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 2.5, 5, 10]))
+                names = _matching(logged, group, pattern)
+                for number, method in enumerate(study.methods):
+                    mine = [run for run in runs if run.run.method == method]
+                    points = _over_k(mine, names) if over_k else _over_steps(mine, names[:1])
+                    if not points:
+                        continue
+                    x = sorted(points)
+                    colour = COLOURS[theme][number % len(COLOURS[theme])]
+                    style = {"color": colour, "linestyle": LINES[number // len(COLOURS[theme]) % len(LINES)]}
+                    means = [sum(points[at]) / len(points[at]) for at in x]
+                    (line,) = axis.plot(x, means, marker="o", markersize=3.5, linewidth=1.8, **style)
+                    axis.fill_between(
+                        x, [min(points[at]) for at in x], [max(points[at]) for at in x], color=colour, alpha=0.15
+                    )
+                    legend.setdefault(method, line)
+                if not axis.lines:
+                    axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=ink)
+        ncols = min(6, len(legend))
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=ncols, frameon=False)
+    return figure
+
+
+def _matching(logged: list[str], group: str, pattern: str) -> list[str]:
+    return [name for name in logged if re.fullmatch(rf"eval/{re.escape(group)}/{pattern}", name)]
+
+
+def _over_steps(runs: list[Finished], names: list[str]) -> dict[int, list[float]]:
+    """step -> a value of every run; steps that a run lacks, or where its value was not finite, are left out."""
+    series = [{r["step"]: r[n] for r in run.evals for n in names if r.get(n) is not None} for run in runs]
+    shared = set.intersection(*map(set, series)) if series else set()
+    return {step: [one[step] for one in series] for step in shared}
+
+
+def _over_k(runs: list[Finished], names: list[str]) -> dict[int, list[float]]:
+    """k -> the final pass@k of every run that has it."""
+    found = {int(name.rpartition("_")[2]): [run.final(name) for run in runs] for name in names}
+    return {k: kept for k, values in found.items() if (kept := [value for value in values if value is not None])}
+
+
+def _show(found: dict | None, sign: bool = False) -> str:
+    """`mean [low, high]`; only the mean where one value has no interval, a dash where there is none."""
+    if found is None:
+        return "–"
+    mean, low, high = (
+        None if found[key] is None else f"{found[key]:{'+' * sign}.3g}" for key in ("mean", "low", "high")
+    )
+    return mean if low is None else f"{mean} [{low}, {high}]"
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>Study: {{ study.methods | join(", ") }}</title>
+<style>{{ style | safe }}</style>
+</head>
+<body>
+{% macro comparison(kind, compared, sign) %}
+{% for name, methods in numbers[kind].items() %}
+{% for method, found in methods.items() %}
+<tr><td class="name">{{ title(name) if loop.first else "" }}</td><td class="name">{{ method }}</td>
+<td>{{ found.estimate.n }}</td><td>{{ show(found.estimate) }}</td>
+<td>{{ "baseline" if method == study.baseline else show(found[compared], sign) }}</td></tr>
+{% endfor %}{% endfor %}
+{% endmacro %}
+<h1>Study</h1>
+<p>{{ study.methods | length }} methods x {{ study.seeds | length }} seeds of {{ study.config }}; baseline
+<b>{{ study.baseline }}</b>. Only finished runs are counted.</p>
+
+<h2>Final measures</h2>
+{% if numbers.measures %}
+<div class="wide"><table>
+<tr><th class="name">measure</th><th class="name">method</th><th>seeds</th><th>mean [95% interval]</th>
+<th>difference to {{ study.baseline }} [95% interval]</th></tr>
+{{ comparison("measures", "difference", true) }}
+</table></div>
+<p>Of each run's last evaluation. Intervals are Student's t of the mean over seeds; differences are taken seed by seed
+before. They say how certain the mean over seeds is, not how far single runs lie apart, and they are not corrected for
+the number of comparisons.</p>
+{% else %}<p>No finished run has logged an evaluation.</p>{% endif %}
+
+{% if curves %}
+<h2>Curves</h2>
+<figure><picture><source srcset="{{ curves.dark }}" media="(prefers-color-scheme: dark)">
+<img src="{{ curves.light }}" alt="Measures by training step, mean over seeds with a band from lowest to highest">
+</picture></figure>
+<p>Lines are means over seeds, bands reach from the lowest to the highest seed.</p>
+{% endif %}
+
+<h2>Cost per step</h2>
+{% if numbers.costs %}
+<div class="wide"><table>
+<tr><th class="name">cost</th><th class="name">method</th><th>seeds</th><th>mean [95% interval]</th>
+<th>times that of {{ study.baseline }} [95% interval]</th></tr>
+{{ comparison("costs", "ratio", false) }}
+</table></div>
+<p>Means over each run's training steps but its first; ratios are taken seed by seed. A response is a sampled one,
+however many prompts it is trained under. With rollout.overlap generation lies beside the step before.
+{% if study.at_once > 1 %}<b>Up to {{ study.at_once }} runs shared the machine</b>, so these times are not those of a
+run alone.{% endif %}</p>
+{% else %}<p>No finished run has logged times.</p>{% endif %}
+
+<h2>Runs</h2>
+<div class="wide"><table>
+<tr><th class="name">run</th><th class="name">state</th></tr>
+{% for name, run in numbers.runs.items() %}
+<tr><td class="name">{{ name }}</td><td class="name">{{ run.state }}
+{%- if run.steps is defined %}, {{ run.steps }} steps{% endif %}
+{%- if run.error is defined %}: {{ run.error }}{% endif %}
+</td></tr>
+{% endfor %}
+</table></div>
+
+<h2>Overrides</h2>
+{% for method, overrides in study.methods.items() %}
+<h3>{{ method }}</h3>
+<pre>{{ (study.overrides + overrides) | join("\\n") or "none" }}</pre>
+{% endfor %}
+</body>
+</html>
+"""
