@@ -19,8 +19,6 @@ from torch.distributed.checkpoint.default_planner import create_default_global_s
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
     ReadItem,
     SavePlan,
     SavePlanner,
@@ -98,8 +96,8 @@ class StreamingWriter(FileSystemWriter):
         return done
 
 
-class Into(LoadPlanner):
-    """Has a reader copy what it reads into one tensor."""
+class Into:
+    """What a reader asks of a LoadPlanner when it reads tensors, and no more: it has them copied into one tensor."""
 
     def __init__(self, target: "torch.Tensor"):
         self._target = target
@@ -112,21 +110,6 @@ class Into(LoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: "torch.Tensor") -> None:
         """The tensor was a view of the target."""
-
-    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
-        """Nothing to set up: read plans are made by the caller."""
-
-    def create_local_plan(self) -> LoadPlan:
-        raise NotImplementedError("read plans are made by the caller")
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        raise NotImplementedError("read plans are made by the caller")
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        raise NotImplementedError("read plans are made by the caller")
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise NotImplementedError("only tensors are read, never pickled objects")
 
 
 def _write_item(index: Index, chunk: "Chunk") -> WriteItem:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 
 from megatron_policysplit.config import MISSING, Config
-from megatron_policysplit.config_load import KEYS, Key, show
+from megatron_policysplit.config_keys import Key, show
+from megatron_policysplit.config_load import KEYS
 
 _HEAD = """\
 # Configuration

@@ -7,7 +7,7 @@ import sys
 
 from megatron_policysplit import methods
 from megatron_policysplit.config_docs import row
-from megatron_policysplit.config_load import keys_of, show
+from megatron_policysplit.config_keys import keys_of, show
 from megatron_policysplit.methods import DEFAULTS, METHOD_NAMES, method_named
 
 _HEAD = """\
