@@ -70,7 +70,7 @@ def requests(kind: str, options: argparse.Namespace, vocab_size: int, seed: int)
     for question in range(options.questions):
         own = ids(options.question_tokens)
         for mode, count in share.items():
-            prompt = own if mode is Mode.NORMAL else system + own
+            prompt = own if mode == Mode.NORMAL else system + own
             seeds = [draw.getrandbits(62) for _ in range(count)]
             batch.append(Request(seed, question, mode, prompt, sampling, range(count), seeds))
     return batch

@@ -17,7 +17,8 @@ from megatron_policysplit.agreement_bounds import Difference, bounds_of
 from megatron_policysplit.agreement_probe import Breach, Probe, diagnose, excerpt, sampled_logprobs
 from megatron_policysplit.config import Config
 from megatron_policysplit.errors import TrainingError, UserError
-from megatron_policysplit.rows import MODES, Mode, Row
+from megatron_policysplit.mode_settings import temperatures_of
+from megatron_policysplit.rows import Mode, Row, modes_in
 
 Differences = Mapping[Mode, Difference]
 
@@ -28,8 +29,8 @@ def compare(rows: Sequence[Row], old: Sequence[TokenStatistics], version: int) -
     old: the actor's statistics of the rows with those weights, at the sampling temperatures. {} if there are none.
     """
     result = {}
-    for mode in MODES:
-        own = [(row, s) for row, s in zip(rows, old, strict=True) if row.mode is mode and _sampled_by(row, version)]
+    for mode in modes_in(rows):
+        own = [(row, s) for row, s in zip(rows, old, strict=True) if row.mode == mode and _sampled_by(row, version)]
         if own:
             result[mode] = Difference.of([s.logprobs for _, s in own], sampled_logprobs([row for row, _ in own]))
     return result
@@ -40,12 +41,13 @@ def compare_by_scoring(rows: Sequence[Row], probe: Probe) -> dict[Mode, Differen
 
     For samples of older weights. Collective over all ranks; {} on ranks that do not lead.
     """
-    chosen = [row for mode in MODES for row in excerpt([r for r in rows if r.mode is mode and r.on_policy])]
+    modes = modes_in(rows)
+    chosen = [row for mode in modes for row in excerpt([r for r in rows if r.mode == mode and r.on_policy])]
     actor = probe.by_actor(chosen, temperature=1.0)
     engine = probe.by_engine(chosen, actor)
     result = {}
-    for mode in MODES:
-        own = [(a, e) for row, a, e in zip(chosen, actor, engine, strict=True) if row.mode is mode]
+    for mode in modes:
+        own = [(a, e) for row, a, e in zip(chosen, actor, engine, strict=True) if row.mode == mode]
         if own:
             result[mode] = Difference.of(*zip(*own, strict=True))
     return result
@@ -71,11 +73,7 @@ class AgreementGate:
 
     def __init__(self, config: Config, probe: Probe, log: Any):
         self.config, self.probe, self.log = config, probe, log
-        rollout = config.rollout
-        self.temperatures = {
-            Mode.NORMAL: rollout.normal.temperature,
-            Mode.HIGH_ENTROPY: rollout.high_entropy.temperature,
-        }
+        self.temperatures = temperatures_of(config)
         self.compared = False
         self.breaches = 0
 
@@ -112,7 +110,7 @@ class AgreementGate:
             own = [
                 (row, s)
                 for row, s in zip(rows, old, strict=True)
-                if row.mode is mode and (_sampled_by(row, version) if sampled else row.on_policy)
+                if row.mode == mode and (_sampled_by(row, version) if sampled else row.on_policy)
             ]
             worst = [
                 row

@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.agreement_bounds import Bounds, Difference, bounds_of
 from megatron_policysplit.config import Config
-from megatron_policysplit.rows import Mode, Row
+from megatron_policysplit.rows import Mode, Row, modes_in
 
 EXCERPT_ROWS, EXCERPT_TOKENS = 32, 512  # responses scored again, and of each its first tokens
 RESTORED = 0.5  # a guess explains a difference if it brings it below the bound and to this share of what it was
@@ -172,10 +172,11 @@ def _changed_prompts(rows: Sequence[Row], batch: Sequence[Row], bos: int | None)
     """The rows behind prompts as an engine might have got them, by what was done to them."""
     prompts = {row.key: row.prompt for row in batch}
     changed: dict[str, list[Row]] = {}
-    if rows and all(row.key.partner in prompts for row in rows):
-        changed["the engine sampled it behind the other mode's prompt"] = [
-            replace(row, prompt=prompts[row.key.partner]) for row in rows
-        ]
+    for mode in modes_in(batch):
+        if rows and all(row.mode != mode and row.key.under(mode) in prompts for row in rows):
+            changed[f"the engine sampled it behind the prompt of the {mode.value} mode"] = [
+                replace(row, prompt=prompts[row.key.under(mode)]) for row in rows
+            ]
     if isinstance(bos, int):
         changed[f"the engine puts the beginning-of-sequence token {bos} before the prompt"] = [
             replace(row, prompt=[bos, *row.prompt]) for row in rows
@@ -193,13 +194,14 @@ def _of_sampling(guesses: _Guesses, breach: Breach, temperatures: Mapping[Mode, 
     if change is not None:
         return f"template: {change} ({same}); {COMPARE_PROMPTS}"
     mode = breach.mode
-    configured, other = temperatures[mode], temperatures[mode.other]
-    found = guesses.other_temperature([t for t in (1.0, other) if t != configured])
+    configured = temperatures[mode]
+    found = guesses.other_temperature([t for t in (1.0, *temperatures.values()) if t != configured])
     if found is not None:
-        from_other = f", that of the {mode.other.value} mode" if found == other else ""
+        others = [other.value for other, temperature in temperatures.items() if temperature == found]
+        from_other = f", that of the {others[0]} mode" if others else ""
         return (
             f"temperature: the log-probs that came with the samples are those of temperature {found:.3g}{from_other}, "
-            f"not of rollout.{mode.value}.temperature={configured:g} ({same}); remove what overrides the temperature "
+            f"not of {mode.value}'s, {configured:g} ({same}); remove what overrides the temperature "
             "of requests on the way to the engine, or configure that one"
         )
     if breach.past < PART * breach.compared:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -21,6 +21,10 @@ from megatron_policysplit import __version__, convert
 from megatron_policysplit.convert import Command, run_app
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.exit_codes import STOPPED
+
+if TYPE_CHECKING:
+    from megatron_policysplit.config import ModesConfig
+    from megatron_policysplit.rows import Mode
 
 app = typer.Typer(
     help="Policy Split reinforcement learning of language models on Megatron-Core.",
@@ -61,12 +65,14 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Keys that win over the file.", show_default=False),
 ]
 ModelDir = Annotated[str, typer.Option("--model", metavar="DIR", help="Directory of a Hugging Face model.")]
-ModeChoice = Annotated[Modes, typer.Option("--mode", help="Which policy answers.")]
+ModeChoice = Annotated[
+    Modes, typer.Option("--mode", help="Which policy answers; both: those of modes.others in --config too.")
+]
 Temperature = Annotated[
-    float, typer.Option(metavar="X", min=1e-6, callback=_finite, help="Sampling temperature of both modes.")
+    float, typer.Option(metavar="X", min=1e-6, callback=_finite, help="Sampling temperature of all modes.")
 ]
 TopP = Annotated[
-    float, typer.Option(metavar="X", min=1e-6, max=1.0, callback=_finite, help="Nucleus mass of both modes.")
+    float, typer.Option(metavar="X", min=1e-6, max=1.0, callback=_finite, help="Nucleus mass of all modes.")
 ]
 TopK = Annotated[
     int,
@@ -81,7 +87,7 @@ RunConfig = Annotated[
     typer.Option(
         "--config",
         metavar="FILE",
-        help="Prompts of both modes as in this YAML file, such as config.yaml of a run; only its modes.* are used. "
+        help="Prompts of all modes as in this YAML file, such as config.yaml of a run; only its modes.* are used. "
         "A chat template that writes the date gets today's, not the run's.",
     ),
 ]
@@ -203,26 +209,26 @@ def generate(
     dtype: Dtype = Precision.float32,
     device: Device = "cpu",
 ) -> None:
-    """Ask one question; the two modes answer side by side."""
+    """Ask one question; the modes answer side by side."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from megatron_policysplit.data import Question
     from megatron_policysplit.offline import Responder, variety_lines
-    from megatron_policysplit.report import MODE_LABELS
+    from megatron_policysplit.report import mode_label
     from megatron_policysplit.rollout.engine import Sampling
 
     prompts = _prompts(config, high_entropy_prompt, high_entropy_prompt_file)
     responder = Responder(model, prompts, dtype=dtype.value, device=device)
     asked = Question(0, [{"role": "user", "content": question}], None, {})
-    modes = _chosen(mode)
+    modes = _chosen(mode, prompts)
     responses = responder.respond([asked], modes, samples, Sampling(temperature, top_p, top_k, max_tokens), seed)
-    table = Table(*(MODE_LABELS[chosen.value] for chosen in modes), show_lines=True, expand=True)
+    table = Table(*(mode_label(chosen.value) for chosen in modes), show_lines=True, expand=True)
     for sample in range(samples):
         row = []
         for chosen in modes:
-            response = next(r for r in responses if r.mode is chosen and r.sample == sample)
+            response = next(r for r in responses if r.mode == chosen and r.sample == sample)
             count = len(response.tokens)
             length = f"{count} token{'' if count == 1 else 's'}{', cut' if response.truncated else ''}"
             surprisal = sum(response.surprisals) / count
@@ -233,7 +239,7 @@ def generate(
         print(line)
 
 
-@app.command("eval", cls=Command, short_help="Measure a model's accuracy and variety in both modes.")
+@app.command("eval", cls=Command, short_help="Measure a model's accuracy and variety in its modes.")
 def evaluate(
     model: ModelDir,
     data: Annotated[str, typer.Option(metavar="PATH", help="A .jsonl or .parquet file, or reasoning_gym:NAME.")],
@@ -260,7 +266,7 @@ def evaluate(
     device: Device = "cpu",
     output: Annotated[Optional[Path], typer.Option(metavar="FILE.json", help="Write the numbers here, too.")] = None,
 ) -> None:
-    """Measure a model in both modes: accuracy, pass@k, unique right answers, variety of the texts, surprisal."""
+    """Measure a model in its modes: accuracy, pass@k, unique right answers, variety of the texts, surprisal."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -275,7 +281,7 @@ def evaluate(
     chosen = load_questions(data, {})[:questions]
     with RewardPool(reward, workers, timeout_seconds) as pool:
         responder = Responder(model, prompts, dtype=dtype.value, device=device, max_batch_samples=batch_samples)
-        sampling, modes = Sampling(temperature, top_p, top_k, max_tokens), _chosen(mode)
+        sampling, modes = Sampling(temperature, top_p, top_k, max_tokens), _chosen(mode, prompts)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("generating", total=len(chosen) * len(modes) * samples)
             responses = responder.respond(chosen, modes, samples, sampling, seed, lambda: progress.advance(task))
@@ -332,9 +338,9 @@ def study(
     raise typer.Exit(code)
 
 
-@app.command("config", cls=Command, short_help="Print the resolved configuration and both prompts.")
+@app.command("config", cls=Command, short_help="Print the resolved configuration and all prompts.")
 def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Print the resolved configuration and both prompts of the first question."""
+    """Print the resolved configuration and every mode's prompt of the first question."""
     from megatron_policysplit.config_load import check_config, load_config, to_yaml
     from megatron_policysplit.data import load_questions
     from megatron_policysplit.modes import PromptBuilder
@@ -351,10 +357,11 @@ def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def _chosen(mode: Modes) -> list:
-    from megatron_policysplit.rows import MODES, Mode
+def _chosen(mode: Modes, prompts: ModesConfig) -> list[Mode]:
+    from megatron_policysplit.mode_settings import modes_of
+    from megatron_policysplit.rows import Mode
 
-    return list(MODES) if mode is Modes.both else [Mode(mode.value)]
+    return list(modes_of(prompts)) if mode is Modes.both else [Mode(mode.value)]
 
 
 def _prompts(config: str | None, prompt: str | None, prompt_file: str | None):

@@ -52,7 +52,7 @@ class DataConfig:
     options: dict[str, Any] = key(dict, "Options of a reasoning_gym dataset (size, seed and the task's own).")
     batch_questions: int = key(32, "Questions per rollout batch.", minimum=1)
     max_prompt_tokens: int = key(
-        2048, "Questions whose longer prompt (of the two modes) exceeds this are dropped and counted.", minimum=1
+        2048, "Questions whose longest prompt (of all modes) exceeds this are dropped and counted.", minimum=1
     )
 
 
@@ -62,10 +62,15 @@ class ModesConfig:
     high_entropy_prompt_file: Optional[str] = key(None, "Read the high-entropy prompt from this UTF-8 file instead.")
     template_system: str = key(
         "keep",
-        "What to do with a system text the chat template inserts by itself: keep it in both modes, or drop it.",
+        "What to do with a system text the chat template inserts by itself: keep it in all modes, or drop it.",
         choices=("keep", "drop"),
     )
     chat_template_kwargs: dict[str, Any] = key(dict, "Passed to the chat template, for example enable_thinking.")
+    others: dict[str, Any] = key(
+        dict,
+        "Further modes, `NAME: {prompt: TEXT, ...}`, which algorithm.name=policy_split samples and trains as it does "
+        "the two (docs/modes.md).",
+    )
 
 
 @dataclass
@@ -73,6 +78,15 @@ class SamplingConfig:
     temperature: float = key(1.0, "Sampling temperature; log-probs of this mode are taken at it.", above=0.0)
     top_p: float = key(1.0, "Nucleus mass; below 1 the log-probs are no longer those of the sampling.", above=0.0)
     top_k: int = key(-1, "Keep only the k most likely tokens; -1 keeps all.", minimum=-1)
+    share: int = key(1, "Share of this mode in a question's samples, by proportion to the other modes'.", minimum=0)
+
+
+@dataclass
+class OtherModeConfig(SamplingConfig):
+    """An entry of `modes.others`."""
+
+    prompt: Optional[str] = key(None, "System prompt of the mode.")
+    prompt_file: Optional[str] = key(None, "Read the prompt from this UTF-8 file instead.")
 
 
 @dataclass
@@ -105,7 +119,7 @@ class RolloutConfig:
         choices=("local", "sglang", "replay"),
     )
     samples_per_question: int = key(
-        8, "Responses per question over all sampling modes (Policy Split takes half from each).", minimum=2
+        8, "Responses per question over all sampling modes (Policy Split takes them by the modes' shares).", minimum=2
     )
     max_response_tokens: int = key(1024, "Longest response, end-of-sequence token included.", minimum=1)
     normal: SamplingConfig = key(SamplingConfig, "Sampling of the normal mode.")
@@ -289,14 +303,14 @@ class Config:
     model: ModelConfig = key(ModelConfig, "The model.")
     parallel: ParallelConfig = key(ParallelConfig, "Layout of the actor; the world size is the product.")
     data: DataConfig = key(DataConfig, "Training questions.")
-    modes: ModesConfig = key(ModesConfig, "The two modes' prompts.")
+    modes: ModesConfig = key(ModesConfig, "The modes' prompts.")
     rollout: RolloutConfig = key(RolloutConfig, "Generation.")
     weight_sync: WeightSyncConfig = key(WeightSyncConfig, "New weights for SGLang servers after every batch.")
     agreement: AgreementConfig = key(AgreementConfig, "Do engine and actor give the same log-probs?")
     reward: RewardConfig = key(RewardConfig, "Grading.")
     algorithm: AlgorithmConfig = key(AlgorithmConfig, "The method and its loss.")
     train: TrainConfig = key(TrainConfig, "Optimisation.")
-    eval: EvalConfig = key(EvalConfig, "Evaluation of both modes.")
+    eval: EvalConfig = key(EvalConfig, "Evaluation in all modes.")
     checkpoint: CheckpointConfig = key(CheckpointConfig, "Checkpoints.")
     log: LogConfig = key(LogConfig, "Logs.")
     run: RunConfig = key(RunConfig, "The run.")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
+
+from megatron_policysplit.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -79,3 +81,33 @@ def show(value: Any) -> str:
 def keys_of(cls: type, prefix: str = "") -> list[Key]:
     """The keys of a dataclass whose fields are made with `config.key`."""
     return list(walk(cls, prefix))
+
+
+def read_keys(cls: type, given: Mapping[str, Any], prefix: str, owner: str) -> Any:
+    """A mapping as a dataclass whose fields are made with `config.key`. prefix: of the keys' full names.
+
+    Raises ConfigError for an unknown key or a value not allowed. owner: whose keys they are, in words.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    known = {key.name: key for key in keys_of(cls, prefix)}
+    read = OmegaConf.structured(cls)
+    OmegaConf.set_readonly(read, False)
+    for part, value in given.items():
+        name = f"{prefix}{part}"
+        if name not in known:
+            listed = ", ".join(key.rpartition(".")[2] for key in known)
+            raise ConfigError(
+                f"unknown key {name}; " + (f"the options of {owner} are {listed}" if known else f"{owner} has none")
+            )
+        try:
+            OmegaConf.update(read, part, value)
+            found = read[part]
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{name}={show(value)} is not {known[name].type_name}") from error
+        if not known[name].fits(found):
+            raise ConfigError(
+                f"{name}={show(found)} is not allowed; it must be {known[name].allowed or 'a finite number'}"
+            )
+    return OmegaConf.to_object(read)

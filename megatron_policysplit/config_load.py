@@ -10,8 +10,10 @@ from typing import Any
 
 from megatron_policysplit.config import MISSING, Config, SamplingConfig
 from megatron_policysplit.config_engines import check_engines
-from megatron_policysplit.config_keys import Key, keys_of, show
+from megatron_policysplit.config_keys import Key, keys_of, read_keys, show
 from megatron_policysplit.errors import ConfigError
+from megatron_policysplit.mode_settings import sampling_of, shared_out
+from megatron_policysplit.rows import MODES
 
 # The keys that a finished step does not depend on, so that a run may go on after they change.
 _FREE_GROUPS = ("parallel", "weight_sync", "agreement", "eval", "log", "checkpoint", "run")
@@ -173,29 +175,7 @@ def _interpolation_error(error: Exception) -> str:
 
 def read_options(cls: type, given: dict[str, Any], method: str) -> Any:
     """algorithm.options.METHOD as that method's dataclass; ConfigError for an unknown key or a value not allowed."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    known = {key.name: key for key in keys_of(cls, f"algorithm.options.{method}.")}
-    options = OmegaConf.structured(cls)
-    OmegaConf.set_readonly(options, False)
-    for part, value in given.items():
-        name = f"algorithm.options.{method}.{part}"
-        if name not in known:
-            listed = ", ".join(key.rpartition(".")[2] for key in known)
-            raise ConfigError(
-                f"unknown key {name}; " + (f"the options of {method} are {listed}" if known else f"{method} has none")
-            )
-        try:
-            options[part] = value
-            found = options[part]
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{name}={show(value)} is not {known[name].type_name}") from error
-        if not known[name].fits(found):
-            raise ConfigError(
-                f"{name}={show(found)} is not allowed; it must be {known[name].allowed or 'a finite number'}"
-            )
-    return OmegaConf.to_object(options)
+    return read_keys(cls, given, f"algorithm.options.{method}.", method)
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -226,12 +206,9 @@ def check_config(config: Config) -> list[str]:
     """
     check_values(config)
     rollout, train, modes, algorithm = config.rollout, config.train, config.modes, config.algorithm
-    samples = rollout.samples_per_question
-    if algorithm.name == "policy_split" and samples % 2:
-        raise ConfigError(
-            f"rollout.samples_per_question={samples} cannot be halved between the two modes; "
-            f"use {samples - 1} or {samples + 1}"
-        )
+    samples, sampling = rollout.samples_per_question, sampling_of(config)
+    if algorithm.name == "policy_split":
+        shared_out(samples, {mode: plan.share for mode, plan in sampling.items()})
     responses = config.data.batch_questions * samples
     if responses % train.optimizer_steps_per_batch:
         raise ConfigError(
@@ -279,9 +256,8 @@ def check_config(config: Config) -> list[str]:
             f"train.min_learning_rate={train.min_learning_rate} is above train.learning_rate={train.learning_rate}; "
             "use a smaller one"
         )
-    return _sampling_warnings("rollout.normal", rollout.normal) + _sampling_warnings(
-        "rollout.high_entropy", rollout.high_entropy
-    )
+    groups = {mode: "rollout" if mode in MODES else "modes.others" for mode in sampling}
+    return [w for mode, plan in sampling.items() for w in _sampling_warnings(f"{groups[mode]}.{mode.value}", plan)]
 
 
 def _sampling_warnings(name: str, sampling: SamplingConfig) -> list[str]:

@@ -9,16 +9,17 @@ import torch
 
 from megatron_policysplit.advantages import TokenStatistics
 from megatron_policysplit.measures import answer_measures, variety_measures
-from megatron_policysplit.rows import MODES, RIGHT, Mode, Rollout, Row
+from megatron_policysplit.rows import RIGHT, Mode, Rollout, Row, modes_in
 
 
 def mode_metrics(rows: Sequence[Row], statistics: Sequence[TokenStatistics], mode: Mode) -> dict[str, float]:
     """Of what `mode` sampled, under its own prompt; {} if it sampled nothing.
 
     reward, accuracy, truncated_share: means over responses. entropy_nats (also in bits, the paper's unit),
-    kl_nats (this mode || the other, where scored): means over response tokens. response_tokens: mean length.
+    kl_nats (where scored: this mode || normal, of the normal mode || high-entropy): means over response tokens.
+    response_tokens: mean length.
     """
-    own = [(row.rollout, s) for row, s in zip(rows, statistics, strict=True) if row.mode is mode and row.on_policy]
+    own = [(row.rollout, s) for row, s in zip(rows, statistics, strict=True) if row.mode == mode and row.on_policy]
     if not own:
         return {}
     rollouts = [rollout for rollout, _ in own]
@@ -30,20 +31,30 @@ def mode_metrics(rows: Sequence[Row], statistics: Sequence[TokenStatistics], mod
         "response_tokens": _mean([len(rollout.tokens) for rollout in rollouts]),
         "truncated_share": _mean([rollout.finish_reason == "length" for rollout in rollouts]),
     }
-    kl = [s.kl for _, s in own if s.kl is not None]
-    if kl:
-        result["kl_nats"] = float(torch.cat(kl).mean())
+    kl = mode_divergences(rows, statistics, mode)
+    if (to := (Mode.HIGH_ENTROPY if mode == Mode.NORMAL else Mode.NORMAL).value) in kl:
+        result["kl_nats"] = kl[to]
     return result
+
+
+def mode_divergences(rows: Sequence[Row], statistics: Sequence[TokenStatistics], mode: Mode) -> dict[str, float]:
+    """Mean over the tokens of what `mode` sampled of KL(mode || other), nats, by the names of the others scored."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for row, s in zip(rows, statistics, strict=True):
+        if row.mode == mode and row.on_policy:
+            for name, values in (s.kl or {}).items():
+                found.setdefault(name, []).append(values)
+    return {name: float(torch.cat(values).mean()) for name, values in sorted(found.items())}
 
 
 def training_metrics(rows: Sequence[Row], statistics: Sequence[TokenStatistics], live: Sequence[bool]) -> dict:
     """Flat names for the logs: per mode, KL both ways, agreement of engine and actor, skipped rows."""
     result: dict[str, float] = {}
-    for mode in MODES:
+    for mode in modes_in(rows):
         metrics = mode_metrics(rows, statistics, mode)
-        kl = metrics.pop("kl_nats", None)
-        if kl is not None:
-            result[f"kl/{mode.value}_to_{mode.other.value}"] = kl
+        metrics.pop("kl_nats", None)
+        for other, kl in mode_divergences(rows, statistics, mode).items():
+            result[f"kl/{mode.value}_to_{other}"] = kl
         result |= {f"{mode.value}/{name}": value for name, value in metrics.items()}
     differences = [
         (s.logprobs - torch.tensor(row.rollout.engine_logprobs)).abs()
@@ -70,10 +81,10 @@ def evaluation_metrics(
     variety: `variety_measures` of their texts, too.
     """
     result: dict[str, float] = {}
-    for mode in MODES:
+    for mode in modes_in(rows):
         per_question: dict[int, list[tuple[str, bool]]] = {}
         for row in rows:
-            if row.mode is mode and row.on_policy:
+            if row.mode == mode and row.on_policy:
                 answer = (text(row.rollout), row.rollout.reward > RIGHT)
                 per_question.setdefault(row.rollout.question, []).append(answer)
         if not per_question:

@@ -1,8 +1,8 @@
-"""The prompts of both modes, as token ids, built once from messages with the tokenizer's chat template.
+"""The prompts of all modes, as token ids, built once from messages with the tokenizer's chat template.
 
-Normal mode adds no system message of ours. High-entropy mode puts our prompt into the system turn: before the
-dataset's own system message where there is one, else after the text the template inserts by itself
-(`modes.template_system=keep`) or in its place (`drop`).
+Normal mode adds no system message of ours. High-entropy mode, and any mode of `modes.others`, puts its prompt into the
+system turn: before the dataset's own system message where there is one, else after the text the template inserts by
+itself (`modes.template_system=keep`) or in its place (`drop`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 
 from megatron_policysplit.config import ModesConfig
 from megatron_policysplit.errors import ConfigError, DataError, ModelError
-from megatron_policysplit.rows import MODES, Mode
+from megatron_policysplit.mode_settings import modes_of, other_modes
+from megatron_policysplit.rows import Mode
 
 DEFAULT_HIGH_ENTROPY_PROMPT = (
     "Look for a way into this problem that few others would try: choose an unfamiliar starting point, representation "
@@ -50,7 +51,7 @@ class _SystemTurn:
 
 
 class PromptBuilder:
-    """Prompts of both modes.
+    """Prompts of all modes.
 
     tokenizer: a transformers tokenizer with a chat template.
     date: ISO date that templates see as today's; today where none is given. Keep `.date` with a run, so that a
@@ -59,7 +60,7 @@ class PromptBuilder:
     """
 
     def __init__(self, tokenizer, config: ModesConfig, date: str | None = None):
-        self.high_entropy_prompt = read_prompt(config)
+        self.system_prompts = read_prompts(config)
         self.date = date or datetime.date.today().isoformat()
         self._tokenizer = tokenizer
         self._where = getattr(tokenizer, "name_or_path", "") or "this model"
@@ -74,27 +75,28 @@ class PromptBuilder:
         self._turn_end = self._find_turn_end() if self._drop and self._turn.inserted else ""
 
     def build(self, messages: Messages) -> dict[Mode, list[int]]:
-        """Token ids of both prompts, generation prompt included."""
+        """Token ids of every mode's prompt, generation prompt included."""
         texts = self.render(messages)
-        return {mode: self._tokenizer(texts[mode], add_special_tokens=False)["input_ids"] for mode in MODES}
+        return {mode: self._tokenizer(text, add_special_tokens=False)["input_ids"] for mode, text in texts.items()}
 
     def render(self, messages: Messages) -> dict[Mode, str]:
-        """The text of both prompts, control tokens and generation prompt included.
+        """The text of every mode's prompt, control tokens and generation prompt included; normal first.
 
         Raises DataError where the template refuses the messages (roles out of order, for example).
         """
         import jinja2
 
         try:
-            texts = {Mode.NORMAL: self._normal(messages), Mode.HIGH_ENTROPY: self._high_entropy(messages)}
+            behind = {mode: self._behind(prompt, messages) for mode, prompt in self.system_prompts.items()}
+            normal = self._normal(messages)
         except jinja2.TemplateError as error:
             roles = [message.get("role") for message in messages]
             raise DataError(
                 f"the chat template of {self._where} refuses messages with the roles {roles}: {error}"
             ) from error
-        if texts[Mode.NORMAL] == texts[Mode.HIGH_ENTROPY]:
+        if normal in behind.values():
             raise ModelError(_ignores_system(self._where))
-        return texts
+        return {Mode.NORMAL: normal, **behind}
 
     def _normal(self, messages: Messages) -> str:
         if not self._turn_end or _has_system(messages):
@@ -105,12 +107,12 @@ class PromptBuilder:
             raise ModelError(_cannot_drop(self._where, "its system turn depends on the messages"))
         return self._bos(marked) + marked[len(opening) :]
 
-    def _high_entropy(self, messages: Messages) -> str:
+    def _behind(self, prompt: str, messages: Messages) -> str:
         if _has_system(messages):
-            first = {**messages[0], "content": self.high_entropy_prompt + _SEPARATOR + messages[0]["content"]}
+            first = {**messages[0], "content": prompt + _SEPARATOR + messages[0]["content"]}
             return self._apply([first, *messages[1:]])
         kept = "" if self._drop or not self._turn.inserted else self._turn.inserted + _SEPARATOR
-        return self._apply([_system(kept + self.high_entropy_prompt), *messages])
+        return self._apply([_system(kept + prompt), *messages])
 
     def _apply(self, messages: Messages) -> str:
         return self._tokenizer.apply_chat_template(
@@ -171,12 +173,12 @@ class PromptBuilder:
         if self._drop and turn.permanent:
             raise ModelError(_cannot_drop(self._where, "it writes text of its own into every system turn"))
         kept = "" if self._drop or not inserted else inserted + _SEPARATOR
-        text = kept + self.high_entropy_prompt
-        if self._apply([_system(text), user]) != before + text + after:
-            raise ModelError(
-                f"the chat template of {self._where} does not render the high-entropy prompt verbatim; "
-                "change modes.high_entropy_prompt or the model's chat_template.jinja"
-            )
+        for mode, prompt in self.system_prompts.items():
+            if self._apply([_system(kept + prompt), user]) != before + kept + prompt + after:
+                raise ModelError(
+                    f"the chat template of {self._where} does not render the {mode.value} prompt verbatim; "
+                    f"change {_key_of(mode)} or the model's chat_template.jinja"
+                )
         return turn
 
     def _find_turn_end(self) -> str:
@@ -227,12 +229,35 @@ def read_prompt(config: ModesConfig) -> str:
     return text.strip()
 
 
-def read_eval_prompts(prompts: Mapping[str, Any]) -> dict[str, str]:
+def read_prompts(config: ModesConfig) -> dict[Mode, str]:
+    """The system prompts of the modes that have one, checked. Raises ConfigError."""
+    prompts = {Mode.HIGH_ENTROPY: read_prompt(config)}
+    for mode, given in other_modes(config).items():
+        key = _key_of(mode)
+        if (given.prompt is None) == (given.prompt_file is None):
+            raise ConfigError(f"modes.others.{mode.value} needs a prompt or a prompt_file, and not both")
+        text = given.prompt
+        if text is None:
+            key = f"modes.others.{mode.value}.prompt_file={given.prompt_file}"
+            text = _read_text(given.prompt_file, key)
+        if not text.strip():
+            raise ConfigError(f"{key} is empty; write a prompt, since the mode without one is the normal mode")
+        if same := [other for other, prompt in prompts.items() if prompt == text.strip()]:
+            raise ConfigError(f"{key} is the prompt of the {same[0].value} mode, too; modes differ by their prompts")
+        prompts[mode] = text.strip()
+    return prompts
+
+
+def _key_of(mode: Mode) -> str:
+    return "modes.high_entropy_prompt" if mode == Mode.HIGH_ENTROPY else f"modes.others.{mode.value}.prompt"
+
+
+def read_eval_prompts(prompts: Mapping[str, Any], modes: ModesConfig) -> dict[str, str]:
     """The texts of eval.prompts by name. Raises ConfigError for a name or a text that cannot be used."""
-    texts = {}
+    texts, taken = {}, [mode.value for mode in modes_of(modes)]
     for name, given in prompts.items():
         key = f"eval.prompts.{name}"
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)) or name in [mode.value for mode in MODES]:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)) or name in taken:
             raise ConfigError(
                 f"{key} cannot be a name in the logs; use letters, digits, '_' and '-', and not the name of a mode"
             )
@@ -300,7 +325,7 @@ def _is_cut(short: str, long: str) -> bool:
 
 def _ignores_system(where: str) -> str:
     return (
-        f"the chat template of {where} ignores the system message, so both modes would have the same prompt; "
+        f"the chat template of {where} ignores the system message, so all modes would have the same prompt; "
         "use a model whose template renders it, or put a chat_template.jinja that does into that directory"
     )
 

@@ -1,4 +1,4 @@
-"""Responses of a Hugging Face directory in both modes, without a run: what `generate` and `eval` need."""
+"""Responses of a Hugging Face directory in its modes, without a run: what `generate` and `eval` need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_policysplit.config import ModesConfig
 from megatron_policysplit.data import Question
 from megatron_policysplit.errors import ModelError
 from megatron_policysplit.measures import answer_measures, powers_of_two, variety_measures
-from megatron_policysplit.report import MODE_LABELS
+from megatron_policysplit.report import mode_label
 from megatron_policysplit.rewards import Graded
 from megatron_policysplit.rollout.engine import Request, Sampling
 from megatron_policysplit.rollout.seeds import sample_seed
@@ -72,7 +72,7 @@ def load_tokenizer(path: str):
 
 
 class Responder:
-    """A model directory behind the prompts of both modes.
+    """A model directory behind the prompts of all modes.
 
     dtype: "float32" or "bfloat16". device: as torch names it. max_batch_samples: generated together.
     """
@@ -138,10 +138,8 @@ class Responder:
 def score(responses: Sequence[Response], graded: Sequence[Graded]) -> dict[str, ModeScores]:
     """Mode -> scores. graded[i] belongs to responses[i]; every question has equally many responses."""
     scores = {}
-    for mode in Mode:
-        pairs = [(response, grade) for response, grade in zip(responses, graded, strict=True) if response.mode is mode]
-        if not pairs:
-            continue
+    for mode in _modes_of(responses):
+        pairs = [(response, grade) for response, grade in zip(responses, graded, strict=True) if response.mode == mode]
         answers: dict[int, list[tuple[str, bool]]] = {}
         for response, grade in pairs:
             answers.setdefault(response.question, []).append((response.text, grade.reward > RIGHT))
@@ -165,12 +163,12 @@ def score(responses: Sequence[Response], graded: Sequence[Graded]) -> dict[str, 
 def variety_lines(responses: Sequence[Response]) -> list[str]:
     """`MODE: measure value, ...` for every mode with enough responses to compare."""
     lines = []
-    for mode in Mode:
-        texts = [response.text for response in responses if response.mode is mode]
+    for mode in _modes_of(responses):
+        texts = [response.text for response in responses if response.mode == mode]
         found = variety_measures([texts]) if len(texts) > 1 else {}
         if found:
             values = ", ".join(f"{VARIETY_NAMES[name]} {value:.3f}" for name, value in found.items())
-            lines.append(f"{MODE_LABELS[mode.value]}: {values}")
+            lines.append(f"{mode_label(mode.value)}: {values}")
     return lines
 
 
@@ -178,7 +176,7 @@ def scores_table(scores: dict[str, ModeScores], samples: int):
     """A row per measure and a column per mode, as a rich table."""
     from rich.table import Table
 
-    table = Table("", *(MODE_LABELS[mode] for mode in scores))
+    table = Table("", *(mode_label(mode) for mode in scores))
     names = {
         "accuracy": "accuracy (pass@1)",
         "best_of_k": f"best of {samples}",
@@ -202,3 +200,8 @@ def _cell(value: float | int | None) -> str:
     if value is None:
         return "–"
     return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def _modes_of(responses: Sequence[Response]) -> list[Mode]:
+    """In the order in which they were asked for; of the first question, where all are."""
+    return list(dict.fromkeys(response.mode for response in responses))

@@ -24,6 +24,7 @@ from megatron_policysplit.config_load import (
     world_size,
 )
 from megatron_policysplit.errors import ConfigError, ModelError, UserError
+from megatron_policysplit.mode_settings import modes_of
 
 CONFIG_FILE = "config.yaml"
 
@@ -88,6 +89,7 @@ def _check_method(config: Config) -> None:
     from megatron_policysplit.methods import algorithm_of
 
     algorithm = algorithm_of(config.algorithm)
+    algorithm.method.check(algorithm.options, [mode.value for mode in modes_of(config.modes)])
     if config.rollout.engine == "replay" and algorithm.method.selection(algorithm.options) is not None:
         raise ConfigError(
             f"rollout.engine=replay cannot serve algorithm.name={config.algorithm.name} with dynamic sampling, because "
@@ -98,7 +100,7 @@ def _check_method(config: Config) -> None:
 
 def _check_model(config: Config) -> tuple[str, int]:
     from checkpoints_conv import architecture_of, check_layout, check_safetensors, read_hf_config
-    from megatron_policysplit.modes import has_chat_template, read_eval_prompts, read_prompt
+    from megatron_policysplit.modes import has_chat_template, read_eval_prompts, read_prompts
 
     path = config.model.path
     hf_config = read_hf_config(path)
@@ -112,8 +114,8 @@ def _check_model(config: Config) -> tuple[str, int]:
             f"the tokenizer of model.path={path} has no chat template; put a chat_template.jinja into that directory "
             "or use an instruction-tuned model"
         )
-    read_prompt(config.modes)
-    read_eval_prompts(config.eval.prompts)
+    read_prompts(config.modes)
+    read_eval_prompts(config.eval.prompts, config.modes)
     return architecture.name, sum(math.prod(tensor.shape) for tensor in tensors.values())
 
 

@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_policysplit.errors import DataError
 from megatron_policysplit.logs import without_secrets
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-MODE_LABELS = {"normal": "normal", "high_entropy": "high-entropy"}
+MODE_LABELS = {"normal": "normal", "high_entropy": "high-entropy"}  # further modes are called as they are named
+MODE_LINES = {"normal": "-", "high_entropy": (0, (4, 2))}
+OTHER_LINES = ((0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (5, 1.5, 1, 1.5, 1, 1.5)))
 SUMMARY_METRICS = ("accuracy", "entropy_nats", "kl_nats", "unique_correct")
 PANELS = (
     ("accuracy", "Accuracy", "share of right answers"),
@@ -28,7 +30,6 @@ PANELS = (
     ("unique_correct", "Unique right answers", "per question"),
     ("kl_nats", "KL between the modes", "nats per token"),
 )
-TRAIN_KL = {"normal": "kl/normal_to_high_entropy", "high_entropy": "kl/high_entropy_to_normal"}
 SAMPLE_QUESTIONS, SAMPLES_PER_MODE, SAMPLE_CHARACTERS = 3, 4, 1500
 
 
@@ -90,7 +91,7 @@ def summary_table(summary: dict) -> Table:
     for name, modes in summary["runs"].items():
         for mode, ends in modes.items():
             for end in ("first", "last"):
-                heading = (name, MODE_LABELS.get(mode, mode)) if end == "first" else ("", "")
+                heading = (name, mode_label(mode)) if end == "first" else ("", "")
                 cells = (_number(ends[end].get(column), column) for column in columns)
                 table.add_row(*heading, end, *cells, style="bold" if end == "last" else "dim")
         table.add_section()
@@ -110,7 +111,7 @@ def write_report(runs: Mapping[str, str | Path], output: str | Path) -> None:
     metrics = {name: read_metrics(run_dir) for name, run_dir in runs.items()}
     ends = {name: endpoints(_evaluations(*records)) for name, records in metrics.items()}
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(number=_number, title=_title, mode_labels=MODE_LABELS)
+    environment.globals.update(number=_number, title=_title, mode_label=mode_label)
     page = environment.from_string(PAGE).render(
         runs=[
             {
@@ -140,13 +141,26 @@ def _evaluations(train: list[dict], evals: list[dict]) -> list[dict]:
     """The evaluations; of a run without any, its training batches under the names of evaluations."""
     if evals:
         return evals
-    names = {f"{mode.value}/{metric}" for mode in MODES for metric in SUMMARY_METRICS}
+    modes = _lines(train)
+    names = {f"{mode}/{metric}" for mode in modes for metric in SUMMARY_METRICS}
+    divergences = {mode: f"kl/{mode}_to_normal" for mode in modes} | {"normal": "kl/normal_to_high_entropy"}
     result = []
     for record in train:
         point = {"step": record["step"], **{f"eval/{name}": record[name] for name in names & record.keys()}}
-        point.update({f"eval/{mode}/kl_nats": record[kl] for mode, kl in TRAIN_KL.items() if kl in record})
+        point.update({f"eval/{mode}/kl_nats": record[kl] for mode, kl in divergences.items() if kl in record})
         result.append(point)
     return result
+
+
+def mode_label(mode: str) -> str:
+    return MODE_LABELS.get(mode, mode)
+
+
+def _lines(train: list[dict]) -> dict[str, Any]:
+    """A run's modes and how their curves are drawn; the two of Policy Split first, whether they sampled or not."""
+    sampled = {name.partition("/")[0] for record in train for name in record if name.endswith("/truncated_share")}
+    others = sorted(sampled - MODE_LINES.keys())
+    return MODE_LINES | {mode: OTHER_LINES[i % len(OTHER_LINES)] for i, mode in enumerate(others)}
 
 
 def _columns(runs: dict) -> list[str]:
@@ -192,13 +206,13 @@ def _config(run_dir: Path) -> str | None:
 
 
 def _samples(run_dir: Path) -> dict | None:
-    """A few questions of the last rollout dump, those sampled in both modes first; None without a dump."""
+    """A few questions of the last rollout dump, those sampled in most modes first; None without a dump."""
     dumps = sorted(run_dir.glob("rollouts/step_*.jsonl"), key=lambda path: int(path.stem.removeprefix("step_")))
     if not dumps:
         return None
     questions: dict[tuple, dict[str, list[dict]]] = {}
     for record in read_jsonl(dumps[-1]):
-        if record.get("auxiliary"):  # neither mode's own samples
+        if record.get("auxiliary"):  # no mode's own samples
             continue
         questions.setdefault((record["batch"], record["question"]), {}).setdefault(record["mode"], []).append(record)
     chosen = sorted(questions.values(), key=lambda modes: -len(modes))[:SAMPLE_QUESTIONS]
@@ -208,7 +222,11 @@ def _samples(run_dir: Path) -> dict | None:
             {
                 "prompt": _clip(next(iter(modes.values()))[0]["prompt"]),
                 "answer": _clip(str(next(iter(modes.values()))[0]["answer"])),
-                "modes": {mode: [_response(r) for r in _spread(modes[mode])] for mode in MODE_LABELS if mode in modes},
+                "modes": {
+                    mode: [_response(r) for r in _spread(modes[mode])]
+                    for mode in dict.fromkeys([*MODE_LABELS, *modes])
+                    if mode in modes
+                },
             }
             for modes in chosen
         ],
@@ -242,7 +260,7 @@ def _figure(metrics: dict[str, tuple[list[dict], list[dict]]], dark: bool) -> Fi
     theme = {"text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink, "axes.edgecolor": ink}
     with matplotlib.rc_context({**theme, "font.family": "sans-serif", "font.size": 9.5, "figure.facecolor": paper}):
         figure = Figure(figsize=(9.6, 7.2), layout="constrained")
-        figure.suptitle("The two modes over training steps", fontsize=13, fontweight="bold")
+        figure.suptitle("The modes over training steps", fontsize=13, fontweight="bold")
         axes = figure.subplots(2, 2).flat
         legend = {}
         for axis, (metric, title, unit) in zip(axes, PANELS, strict=True):
@@ -254,8 +272,8 @@ def _figure(metrics: dict[str, tuple[list[dict], list[dict]]], dark: bool) -> Fi
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 2.5, 5, 10]))
             for run, (name, (train, evals)) in enumerate(metrics.items()):
                 colour = palette[run % len(palette)]
-                for mode, mode_label in MODE_LABELS.items():
-                    style = {"color": colour, "linestyle": "-" if mode == "normal" else (0, (4, 2))}
+                for mode, line_style in _lines(train).items():
+                    style = {"color": colour, "linestyle": line_style}
                     batches = _series(_evaluations(train, []), f"eval/{mode}/{metric}")
                     if batches[0]:
                         axis.plot(*batches, **style, linewidth=0.8, alpha=0.4 if evals else 1)
@@ -264,7 +282,7 @@ def _figure(metrics: dict[str, tuple[list[dict], list[dict]]], dark: bool) -> Fi
                     fill = colour if mode == "normal" else paper
                     (line,) = axis.plot(*points, **style, **look, markerfacecolor=fill)
                     if points[0] or batches[0]:
-                        legend.setdefault(f"{name}, {mode_label} mode", line)
+                        legend.setdefault(f"{name}, {mode_label(mode)} mode", line)
             if not any(len(line.get_xdata()) for line in axis.lines):
                 axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=ink)
             else:

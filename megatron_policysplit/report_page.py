@@ -46,14 +46,14 @@ PAGE = (
 <tr><th class="name">run</th><th class="name">mode</th>
 {% for column in columns %}<th>{{ title(column) }}</th>{% endfor %}</tr>
 {% for run in runs %}{% for mode, ends in run.ends.items() %}
-<tr><td class="name">{{ run.name }}</td><td class="name">{{ mode_labels.get(mode, mode) }}</td>
+<tr><td class="name">{{ run.name }}</td><td class="name">{{ mode_label(mode) }}</td>
 {% for column in columns %}
 <td><span class="first">{{ number(ends.first.get(column), column) }} →</span>
 <span class="last">{{ number(ends.last.get(column), column) }}</span></td>
 {% endfor %}</tr>
 {% endfor %}{% endfor %}
 </table></div>
-<p>Entropy and KL are means per response token. KL is between the two modes of the same weights.
+<p>Entropy and KL are means per response token. KL is between modes of the same weights: to the normal mode, and from it to the high-entropy mode.
 – means not measured.</p>
 
 <h2>Curves</h2>
@@ -86,7 +86,7 @@ PAGE = (
 <div class="box"><pre>{{ question.prompt }}</pre><small>answer: {{ question.answer }}</small></div>
 <div class="pair">
 {% for mode, responses in question.modes.items() %}
-<div{% if question.modes | length == 1 %} class="pair"{% endif %}><p><b>{{ mode_labels[mode] }} mode</b></p>
+<div{% if question.modes | length == 1 %} class="pair"{% endif %}><p><b>{{ mode_label(mode) }} mode</b></p>
 {% for sample in responses %}
 <div class="box"><pre>{{ sample.response }}</pre>
 <small><b class="{{ "right" if sample.right else "wrong" }}">reward {{ sample.reward_text }}</b>,

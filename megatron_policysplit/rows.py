@@ -7,26 +7,27 @@ balanced over replicas and packed freely.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 RIGHT = 0.5  # a reward above this counts as a right answer
 
 
-class Mode(enum.Enum):
-    """One set of weights, two policies. The mode of a row is its prompt, never who sampled it."""
+@dataclass(frozen=True)
+class Mode:
+    """One set of weights, one policy a mode. The mode of a row is its prompt, never who sampled it.
 
-    NORMAL = "normal"
-    HIGH_ENTROPY = "high_entropy"
+    value: its name. NORMAL and HIGH_ENTROPY are there in every run; `modes.others` names further ones.
+    """
 
-    @property
-    def other(self) -> "Mode":
-        return Mode.HIGH_ENTROPY if self is Mode.NORMAL else Mode.NORMAL
+    value: str
+
+    NORMAL: ClassVar["Mode"]
+    HIGH_ENTROPY: ClassVar["Mode"]
 
 
-MODES = (Mode.NORMAL, Mode.HIGH_ENTROPY)
+Mode.NORMAL, Mode.HIGH_ENTROPY = MODES = (Mode("normal"), Mode("high_entropy"))
 
 
 @dataclass
@@ -96,10 +97,9 @@ class RowKey(NamedTuple):
         """Advantage group: the same question under the same training mode (algorithms.md A.1); auxiliary rows apart."""
         return (*self[:3], self.auxiliary)
 
-    @property
-    def partner(self) -> "RowKey":
-        """The same response under the other training mode."""
-        return self._replace(training_mode=Mode(self.training_mode).other.value)
+    def under(self, mode: Mode) -> "RowKey":
+        """The same response under another training mode."""
+        return self._replace(training_mode=mode.value)
 
 
 @dataclass
@@ -130,7 +130,7 @@ class Row:
     @property
     def on_policy(self) -> bool:
         """Whether the response was sampled under this row's own prompt, at its mode's temperature."""
-        return self.mode is self.rollout.mode and not self.auxiliary
+        return self.mode == self.rollout.mode and not self.auxiliary
 
 
 def share(
@@ -151,3 +151,9 @@ def share(
             rows.append(Row(key, prompts[rollout.question][mode], rollout))
     rows.sort(key=lambda row: row.key)
     return rows
+
+
+def modes_in(rows: Iterable[Row]) -> list[Mode]:
+    """The training modes of `rows`, normal and high-entropy first, then by name."""
+    found = {row.mode for row in rows}
+    return sorted(found, key=lambda mode: (MODES.index(mode) if mode in MODES else len(MODES), mode.value))

@@ -29,6 +29,7 @@ from megatron_policysplit.engines import build_fleet, engine_in_process, open_fl
 from megatron_policysplit.errors import ConfigError, UserError
 from megatron_policysplit.logs import Logger
 from megatron_policysplit.methods import Algorithm, algorithm_of
+from megatron_policysplit.mode_settings import samples_per_mode, training_modes
 from megatron_policysplit.modes import PromptBuilder, read_eval_prompts
 from megatron_policysplit.offline import load_tokenizer
 from megatron_policysplit.records import rollout_records
@@ -97,7 +98,11 @@ class Run:
 
     @property
     def samples_per_mode(self) -> Mapping[Mode, int]:
-        return self.algorithm.method.samples_per_mode(self.config.rollout.samples_per_question)
+        return samples_per_mode(self.config, self.algorithm.method)
+
+    @property
+    def training_modes(self) -> Sequence[Mode]:
+        return training_modes(self.config, self.algorithm.method)
 
     def signals(self, rows, old, plan, reference) -> SignalSource | None:
         """What to train the current batch with (leaders only; None elsewhere)."""
@@ -366,10 +371,10 @@ def _other_prompts(
     config: Config, questions: Sequence[Question], leader: Leader | None, date: str
 ) -> dict[str, Prompts]:
     """The evaluation questions' prompts under each of eval.prompts; without ids on ranks that are no leader."""
-    texts = read_eval_prompts(config.eval.prompts)
+    texts = read_eval_prompts(config.eval.prompts, config.modes)
     result: dict[str, Prompts] = {name: {} for name in texts}
     for name, text in texts.items() if leader is not None else ():
-        modes = replace(config.modes, high_entropy_prompt=text, high_entropy_prompt_file=None)
+        modes = replace(config.modes, high_entropy_prompt=text, high_entropy_prompt_file=None, others={})
         builder = PromptBuilder(leader.tokenizer, modes, date=date)
         for question in questions:
             ids = builder.build(question.messages)[Mode.HIGH_ENTROPY]

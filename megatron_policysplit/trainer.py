@@ -14,8 +14,9 @@ from megatron_policysplit.config import Config
 from megatron_policysplit.errors import TrainingError
 from megatron_policysplit.exit_codes import DONE, STOPPED
 from megatron_policysplit.metrics import evaluation_metrics, prompt_metrics, training_metrics
+from megatron_policysplit.mode_settings import modes_of
 from megatron_policysplit.rollout.staleness import check_staleness, staleness_metrics
-from megatron_policysplit.rows import MODES, Mode, Rollout, Row, share
+from megatron_policysplit.rows import Mode, Rollout, Row, share
 from megatron_policysplit.stopping import StopRequested, StopSignal
 from megatron_policysplit.timing import Phases
 from megatron_policysplit.training_signals import live_rows
@@ -68,7 +69,7 @@ class Trainer:
             if config.rollout.overlap and batch + 1 < config.train.steps:
                 self.sync(phases)
                 self.ahead = self.ask(batch + 1)
-            rows = share(rollouts, run.prompts, run.algorithm.method.training_modes)
+            rows = share(rollouts, run.prompts, run.training_modes)
             live = live_rows(rows, run.algorithm, config)
             with phases.measure("score"):
                 placed = run.actor.place(rows, live, seed=config.run.seed * 1_000_003 + batch)
@@ -131,7 +132,7 @@ class Trainer:
             self.ahead = None
 
     def evaluate(self) -> None:
-        """Sample every evaluation question in both modes and under eval.prompts; keep the best weights."""
+        """Sample every evaluation question in all modes and under eval.prompts; keep the best weights."""
         run, phases = self.run, Phases()
         if not run.eval_questions:
             return
@@ -141,7 +142,7 @@ class Trainer:
         self.sync()
         variety, others = self.config.eval.variety, {}
         with phases.measure("eval"):
-            rollouts, rows, scores = self._answers(run.eval_prompts, MODES)
+            rollouts, rows, scores = self._answers(run.eval_prompts, modes_of(self.config.modes))
             for name, prompts in run.other_prompts.items():
                 _, *sampled = self._answers(prompts, (Mode.NORMAL,))
                 if run.layout.is_chief:

@@ -51,7 +51,7 @@ def answer(model: Path, questions: Path, temperature: float, modes) -> dict[str,
         for mode in batches[0]
     }
     for mode in modes:
-        mine = [response for response in everything if response.mode is mode]
+        mine = [response for response in everything if response.mode == mode]
         scores[mode.value] |= exact(model, prompts, by_id, mine, mode, temperature)
     return scores
 

@@ -23,6 +23,7 @@ from megatron_policysplit.advantages import TokenStatistics
 from megatron_policysplit.config import Config
 from megatron_policysplit.losses import LossInputs, LossOutputs, policy_loss
 from megatron_policysplit.methods import algorithm_of
+from megatron_policysplit.mode_settings import temperatures_of
 from megatron_policysplit.plan import Plan, make_plan
 from megatron_policysplit.rows import Mode, Row
 from megatron_policysplit.training_signals import SignalSource, TrainSignal, token_weights
@@ -193,10 +194,9 @@ class Actor:
         return self._gather(self.scorer.score(batches, **self.asked))
 
     def _microbatches(self, rows: Sequence[Row], plan: Plan, temperature: float | None) -> tuple:
-        rollout = self.config.rollout
-        temperatures = {Mode.NORMAL: rollout.normal.temperature, Mode.HIGH_ENTROPY: rollout.high_entropy.temperature}
+        temperatures = temperatures_of(self.config)
         if temperature is not None:
-            temperatures = dict.fromkeys(Mode, temperature)
+            temperatures = dict.fromkeys(temperatures, temperature)
         pairs = _kl_pairs(rows, self.config.log.kl_tokens)
         shares = [step[self.layout.data_rank] for step in plan.shares]
         multiple = self.layout.tensor if self.layout.sequence else 1

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_policysplit.rows import Mode, Row
+from megatron_policysplit.rows import Row
 
 
 @dataclass
@@ -33,9 +33,10 @@ class TokenStatistics:
 class AdvantageBatch:
     """R rows with T response tokens in all; row r's tokens are [offsets[r], offsets[r + 1]).
 
-    rewards [R] fp32. group [R] int64: rows of one question under one training mode. high_entropy [R] bool:
-    the training mode. partner [R] int64: the same response under the other mode, or -1. auxiliary [R] bool: of a second
-    rollout at another temperature, in groups of its own; its log-probs are at the mode's temperature all the same.
+    rewards [R] fp32. group [R] int64: rows of one question under one training mode. modes [R]: names of the rows'
+    training modes. others [R, M - 1] int64: the rows of the same response under the other modes (of M in all), filled
+    up with -1. auxiliary [R] bool: of a second rollout at another temperature, in groups of its own; its log-probs are
+    at the mode's temperature all the same.
     logprobs, entropy [T] fp32 nats under the row's own prompt, by the weights before the update. mask [T] bool: tokens
     that are trained, and over which statistics are taken. old_logprobs [T]: those of the ratio, which differ from
     `logprobs` only where algorithm.statistics=step took new ones before a later optimizer step. clip_low, clip_high:
@@ -46,8 +47,8 @@ class AdvantageBatch:
 
     rewards: Tensor
     group: Tensor
-    high_entropy: Tensor
-    partner: Tensor
+    modes: Sequence[str]
+    others: Tensor
     offsets: Tensor
     logprobs: Tensor
     entropy: Tensor
@@ -90,24 +91,27 @@ class AdvantageBatch:
         """For random draws, the same on every rank."""
         return torch.Generator().manual_seed(self.seed)
 
-    def at_partner(self, values: Tensor) -> Tensor:
-        """[T]: for each token, `values` at the same response token of the partner row.
+    def rows_in(self, mode: str) -> Tensor:
+        """[R] bool: rows of this training mode."""
+        return torch.tensor([name == mode for name in self.modes], dtype=torch.bool)
 
-        Raises ValueError if a row has no partner or the two rows differ in length.
+    def at_others(self, values: Tensor) -> Tensor:
+        """[T]: for each token, the mean of `values` at the same token of the response over the rows of other modes.
+
+        Raises ValueError if a row has not one of every other mode or rows of a response differ in length.
         """
-        if (self.partner < 0).any():
-            raise ValueError("a row has no partner: this method needs every response under both prompts")
+        if self.others.shape[1] == 0 or (self.others < 0).any():
+            raise ValueError("a row has no partner: this method needs every response under the prompts of all modes")
         lengths = self.offsets.diff()
-        if not torch.equal(lengths, lengths[self.partner]):
+        if not torch.equal(lengths[:, None].expand_as(self.others), lengths[self.others]):
             raise ValueError("a row and its partner differ in length: the response tokens were not shared exactly")
         row = self.row_of_token
         position = torch.arange(len(row)) - self.offsets[row]
-        return values[self.offsets[self.partner[row]] + position]
+        return values[self.offsets[self.others[row]] + position[:, None]].mean(1)
 
 
 def make_batch(rows: Sequence[Row], statistics: Sequence[TokenStatistics], masks: Sequence[Tensor]) -> AdvantageBatch:
     """Rows (in any order) and their statistics as one `AdvantageBatch`; masks[r] is bool [T_r]."""
-    index = {row.key: i for i, row in enumerate(rows)}
     lengths = torch.tensor([row.response_length for row in rows])
     logprobs = torch.cat([s.logprobs for s in statistics])
     prompts = [s.prompt_logprob for s in statistics]
@@ -115,8 +119,8 @@ def make_batch(rows: Sequence[Row], statistics: Sequence[TokenStatistics], masks
     return AdvantageBatch(
         rewards=torch.tensor([row.rollout.reward for row in rows], dtype=torch.float32),
         group=group_numbers(rows),
-        high_entropy=torch.tensor([row.mode is Mode.HIGH_ENTROPY for row in rows]),
-        partner=torch.tensor([index.get(row.key.partner, -1) for row in rows]),
+        modes=[row.mode.value for row in rows],
+        others=_others(rows),
         offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
         logprobs=logprobs,
         entropy=torch.cat([s.entropy for s in statistics]),
@@ -132,3 +136,17 @@ def group_numbers(rows: Sequence[Row]) -> Tensor:
     """[R] int64: equal for rows of one advantage group (`RowKey.group`), counted from 0."""
     groups: dict[tuple, int] = {}
     return torch.tensor([groups.setdefault(row.key.group, len(groups)) for row in rows], dtype=torch.int64)
+
+
+def _others(rows: Sequence[Row]) -> Tensor:
+    """[R, M - 1] int64: for each row the other rows of its response, in their order, filled up with -1."""
+    together: dict[tuple, list[int]] = {}
+    for index, row in enumerate(rows):
+        together.setdefault(row.rollout.key, []).append(index)
+    most = max((len(indices) for indices in together.values()), default=1)
+    result = torch.full((len(rows), most - 1), -1, dtype=torch.int64)
+    for indices in together.values():
+        for index in indices:
+            others = [other for other in indices if other != index]
+            result[index, : len(others)] = torch.tensor(others, dtype=torch.int64)
+    return result

@@ -74,7 +74,9 @@ class Method:
     are over, and how fresh they are, is `algorithm.scope` and `algorithm.statistics`, and no affair of the function.
     options: dataclass of the keys under algorithm.options, made with `config.key`, with the paper's defaults.
     source: where it comes from. loss: the method's defaults of keys of `algorithm` that the configuration leaves null.
-    sampling_modes: modes that sample, in equal shares. training_modes: prompts each response is trained under.
+    sampling_modes: modes that sample, by their shares. training_modes: prompts each response is trained under.
+    other_modes: whether those of `modes.others` sample and train too.
+    check(options, modes): raises ConfigError for options that do not fit a run whose modes have these names.
     length_reward(lengths, longest, options): [R] fp32, added to the rewards of responses of `lengths` [R] tokens, of at
     most `longest`, before anything else is made of them. None: nothing is.
     selection(options): which questions are trained; None: those that are drawn.
@@ -98,6 +100,8 @@ class Method:
     loss: Mapping[str, Any] = field(default_factory=dict)
     sampling_modes: Sequence[Mode] = (Mode.NORMAL,)
     training_modes: Sequence[Mode] = (Mode.NORMAL,)
+    other_modes: bool = False
+    check: Callable[[Any, Sequence[str]], None] = lambda options, modes: None
     length_reward: Callable[[Tensor, int, Any], Tensor] | None = None
     selection: Callable[[Any], Selection | None] = lambda options: None
     second_rollout: Callable[[Any, State, int, int], SecondRollout | None] = lambda *given: None
@@ -107,6 +111,3 @@ class Method:
     next_state: Callable[[State, AdvantageBatch, Any], State] = lambda state, batch, options: state
     prompt_logprobs: bool = False
     nucleus: Callable[[Any], float | None] = lambda options: None
-
-    def samples_per_mode(self, samples_per_question: int) -> Mapping[Mode, int]:
-        return {mode: samples_per_question // len(self.sampling_modes) for mode in self.sampling_modes}

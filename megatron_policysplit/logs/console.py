@@ -29,17 +29,16 @@ SHORT = {  # what is shown of groups with many figures; metrics.jsonl has all
 }
 PLAIN = {  # what a plain line shows of the groups below; other groups are shown whole
     **SHORT,
-    **{mode.value: ("reward", "accuracy", "entropy_nats", "response_tokens") for mode in MODES},
-    "kl": ("high_entropy_to_normal", "normal_to_high_entropy"),
     "actor": ("loss", "grad_norm"),
     "time": ("step_s",),
     "throughput": (),
 }
+PLAIN_MODE = ("reward", "accuracy", "entropy_nats", "response_tokens")  # and of a mode's group
 Metrics = dict[str, float]
 
 
 class ConsoleSink(Sink):
-    """A bar over steps and, below it, a table of the two modes and one line per other group of metrics."""
+    """A bar over steps and, below it, a table of the modes and one line per other group of metrics."""
 
     def __init__(self, total_steps: int, console: Console | None = None):
         self.console = console or standard_console()
@@ -116,20 +115,21 @@ def modes_table(metrics: Metrics, evals: Metrics) -> list[Table]:
     """Rows: every metric that a mode has, training first; columns: the modes. Empty without metrics."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
-    for mode in MODES:
-        table.add_column(LABELS[mode.value], justify="right")
+    modes = modes_of(metrics)
+    for mode in modes:
+        table.add_column(label(mode), justify="right")
     for prefix, values in (("", metrics), ("eval ", evals)):
         groups = grouped(values)
-        names = dict.fromkeys(name for mode in MODES for name in groups.get(mode.value, {}))
+        names = dict.fromkeys(name for mode in modes for name in groups.get(mode, {}))
         for name in names:
-            cells = [groups.get(mode.value, {}).get(name) for mode in MODES]
+            cells = [groups.get(mode, {}).get(name) for mode in modes]
             table.add_row(prefix + label(name), *("" if cell is None else number(cell) for cell in cells))
     return [table] if table.row_count else []
 
 
 def group_lines(metrics: Metrics, evals: Metrics) -> list[Text]:
     """One line for every group that is not a mode: `kl`, `actor`, `time`, ... and groups of a user's own."""
-    modes = {mode.value for mode in MODES}
+    modes = modes_of(metrics)
     groups = {group: values for source in (evals, metrics) for group, values in grouped(source).items()}
     return [
         Text(
@@ -145,11 +145,23 @@ def plain_line(metrics: Metrics, shown: dict[str, tuple[str, ...]] = PLAIN) -> s
     """` | group: name value, ...` for every group; a group named in `shown` only with those names."""
     line = ""
     for group, values in grouped(metrics).items():
-        chosen = {name: value for name, value in values.items() if name in shown.get(group, values)}
+        whole = PLAIN_MODE if shown and is_mode(values) else values
+        chosen = {name: value for name, value in values.items() if name in shown.get(group, whole)}
         if chosen:
             parts = ", ".join(f"{label(name)} {number(value)}" for name, value in chosen.items())
             line += f" | {label(group) or 'other'}: {parts}"
     return line
+
+
+def modes_of(metrics: Metrics) -> list[str]:
+    """The two modes, whether there are metrics of them or not, and the others that sampled."""
+    others = [group for group, values in grouped(metrics).items() if is_mode(values)]
+    return list(dict.fromkeys([*(mode.value for mode in MODES), *others]))
+
+
+def is_mode(values: Metrics) -> bool:
+    """Whether these are the metrics of what a mode sampled for training."""
+    return "truncated_share" in values
 
 
 def grouped(metrics: Metrics) -> dict[str, Metrics]:

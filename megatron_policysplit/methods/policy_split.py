@@ -1,6 +1,6 @@
 """Policy Split (arXiv 2604.11510): correctness for both modes, a clamped entropy bonus for the high-entropy one.
 
-For a response token t of response i in a group, under the training mode m with partner mode m':
+For a response token t of response i in a group, under the training mode m, with m' the other mode:
 
     b[t]  = alpha * s_m[t] + (1 - alpha) * s_m'[t]                      Eq. 6; s is -log pi, or the exact entropy
     B[t]  = (b[t] - mean b) / (std b + 1e-6) over the group's tokens     Eq. 4
@@ -11,8 +11,12 @@ eta is `eta` in the high-entropy mode and `eta_normal` (0 by default) in the nor
 released code clamps after scaling and, because two names share one tensor, adds the bonus twice;
 `variant: authors_code` does both. A_i is GRPO's, or with `correctness` that of another method.
 
+With `modes.others` there are more modes than two (not in the paper): every response is trained under all of their
+prompts, s_m'[t] is the mean over the modes besides m, and eta is `eta` in every mode but the normal one. What `modes`
+says of a mode wins there: {careful: {eta: -0.02, kappa: 4}} is a mode that is rewarded for what is likely.
+
 With an `eta_schedule` (not in the paper, where eta is constant) optimizer step k, from 0, has, with
-x = min(k / eta_steps, 1),
+x = min(k / eta_steps, 1), but in modes whose eta `modes` gives,
 
     linear:  eta_k = eta + (eta_end - eta) x
     cosine:  eta_k = eta + (eta_end - eta) (1 - cos(pi x)) / 2
@@ -21,8 +25,9 @@ x = min(k / eta_steps, 1),
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -43,14 +48,30 @@ from megatron_policysplit.advantages import (
     zscore,
 )
 from megatron_policysplit.config import key
+from megatron_policysplit.config_keys import read_keys
+from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.methods import asym_grpo, dapo
-from megatron_policysplit.rows import MODES
+from megatron_policysplit.rows import MODES, Mode
+
+CORRECTNESS = ("grpo", "dr_grpo", "rloo", "asym_grpo")
+
+
+@dataclass(frozen=True)
+class ModeOptions:
+    """Of one mode, an entry of `modes`; null follows the method's own key."""
+
+    eta: Optional[float] = key(None, "Scale of the bonus; below 0 it rewards what is likely.")
+    alpha: Optional[float] = key(None, "Weight of the mode's own log-prob in the bonus.")
+    kappa: Optional[float] = key(None, "Clamp of the bonus.", above=0.0)
+    correctness: Optional[str] = key(None, "Whose advantage the bonus is added to.", choices=CORRECTNESS)
+    beta_pos: Optional[float] = key(None, "As of asym_grpo.", minimum=0.0)
+    beta_neg: Optional[float] = key(None, "As of asym_grpo.", minimum=0.0)
 
 
 @dataclass(frozen=True)
 class Options:
-    alpha: float = key(0.5, "Weight of the high-entropy log-prob in the bonus (Eq. 6).")
-    eta: float = key(0.03, "Scale of the bonus in the high-entropy mode (Eq. 3).")
+    alpha: float = key(0.5, "Weight of the mode's own log-prob in the bonus (Eq. 6).")
+    eta: float = key(0.03, "Scale of the bonus in the high-entropy mode (Eq. 3) and in other modes.")
     eta_schedule: str = key(
         "constant", "How eta moves to eta_end by optimizer step.", choices=("constant", "linear", "cosine")
     )
@@ -78,12 +99,17 @@ class Options:
     correctness: str = key(
         "grpo",
         "Whose advantage the bonus is added to.",
-        choices=("grpo", "dr_grpo", "rloo", "asym_grpo"),
+        choices=CORRECTNESS,
     )
     beta_pos: float = key(0.9, "As of asym_grpo, with correctness=asym_grpo.", minimum=0.0)
     beta_neg: float = key(0.4, "As of asym_grpo, with correctness=asym_grpo.", minimum=0.0)
-    dynamic_sampling: bool = key(False, "As of dapo; a question is mixed if its responses of both modes are.")
+    dynamic_sampling: bool = key(False, "As of dapo; a question is mixed if its responses of all modes are.")
     max_rounds: int = key(10, "As of dapo, with dynamic_sampling=true.", minimum=1)
+    modes: dict[str, Any] = key(
+        dict,
+        "Advantages of single modes, `MODE: {KEY: VALUE}` with the keys eta, alpha, kappa, correctness, beta_pos and "
+        "beta_neg.",
+    )
 
 
 def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSignals:
@@ -113,8 +139,39 @@ def advantages(batch: AdvantageBatch, options: Options) -> Tensor:
     return ((own + bonus(batch, own, options)) * batch.mask).detach()
 
 
+def options_in(mode: str, options: Options) -> Options:
+    """The options with `eta` that of the mode, and the others as `modes` has them."""
+    given = {name: value for name, value in vars(of_mode(mode, options)).items() if value is not None}
+    return replace(options, **({"eta": options.eta_normal} if mode == Mode.NORMAL.value else {}) | given)
+
+
+def of_mode(mode: str, options: Options) -> ModeOptions:
+    """What `modes` says of a mode. Raises ConfigError for a key or a value that it cannot have."""
+    return read_keys(
+        ModeOptions, options.modes.get(mode, {}), f"algorithm.options.policy_split.modes.{mode}.", "a mode"
+    )
+
+
+def check(options: Options, modes: Sequence[str]) -> None:
+    """Raises ConfigError for an entry of `modes` that is not one of a run's modes."""
+    for mode, given in options.modes.items():
+        name = f"algorithm.options.policy_split.modes.{mode}"
+        if mode not in modes:
+            raise ConfigError(f"{name}: the modes of this run are {', '.join(modes)}; name the mode in modes.others")
+        if not isinstance(given, dict):
+            raise ConfigError(f"{name}={given} is not a mapping of keys to values, such as {{eta: 0.1}}")
+        of_mode(mode, options)
+
+
 def correctness(batch: AdvantageBatch, options: Options) -> Tensor:
-    """A_i of every row, [R] fp32."""
+    """A_i of every row, [R] fp32, by the rule of its mode."""
+    result = torch.zeros_like(batch.rewards)
+    for mode in dict.fromkeys(batch.modes):
+        result = torch.where(batch.rows_in(mode), _correctness(batch, options_in(mode, options)), result)
+    return result
+
+
+def _correctness(batch: AdvantageBatch, options: Options) -> Tensor:
     if options.correctness == "asym_grpo":
         exponents = asym_grpo.Options(options.beta_pos, options.beta_neg)
         return asym_grpo.response_advantages(batch.rewards, batch.group, exponents)
@@ -124,13 +181,16 @@ def correctness(batch: AdvantageBatch, options: Options) -> Tensor:
 
 def bonus(batch: AdvantageBatch, correctness: Tensor, options: Options) -> Tensor:
     """[T] fp32: what Policy Split adds to the correctness advantage [T] of each token."""
+    row, modes = batch.row_of_token, {mode: options_in(mode, options) for mode in dict.fromkeys(batch.modes)}
+    alpha, rest, eta, kappa = (
+        torch.tensor([value(modes[mode]) for mode in batch.modes])[row]
+        for value in (lambda o: o.alpha, lambda o: 1 - o.alpha, lambda o: o.eta, lambda o: o.kappa)
+    )
     surprise = batch.entropy if options.entropy_estimate == "entropy" else -batch.logprobs
-    mixed = options.alpha * surprise + (1 - options.alpha) * batch.at_partner(surprise)
-    row = batch.row_of_token
+    mixed = alpha * surprise + rest * batch.at_others(surprise)
     normalized = normalize(mixed, batch.group[row], batch.mask, options.normalization)
 
-    eta = torch.where(batch.high_entropy, options.eta, options.eta_normal)[row]
-    bound = correctness.abs() / options.kappa
+    bound = correctness.abs() / kappa
     if clamp_order(options) == "paper":
         result = eta * normalized.clamp(-bound, bound)
     else:
@@ -166,16 +226,22 @@ def double_bonus(options: Options) -> bool:
     return options.variant == "authors_code" if options.double_bonus is None else options.double_bonus
 
 
+def live(rewards: Tensor, group: Tensor, options: Options) -> Tensor:
+    """[R] bool; asym_grpo has an advantage for every row of a group whose rewards differ."""
+    rules = {options.correctness, *(given.get("correctness") for given in options.modes.values())}
+    return (in_mixed_groups if "asym_grpo" in rules else with_advantage)(rewards, group, options)
+
+
 METHOD = Method(
     signals,
     source="arXiv 2604.11510",
     options=Options,
     sampling_modes=MODES,
     training_modes=MODES,
+    other_modes=True,
+    check=check,
     selection=lambda options: Selection(dapo.mixed, options.max_rounds) if options.dynamic_sampling else None,
-    live=lambda rewards, group, options: (in_mixed_groups if options.correctness == "asym_grpo" else with_advantage)(
-        rewards, group, options
-    ),
+    live=live,
     begin=lambda options: state_at(options, 0),
     next_state=lambda state, batch, options: state_at(options, int(state.get("step", 0)) + 1),
 )

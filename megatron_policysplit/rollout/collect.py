@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from megatron_policysplit.config import RolloutConfig
+from megatron_policysplit.config import Config
 from megatron_policysplit.errors import TrainingError
+from megatron_policysplit.mode_settings import sampling_of
 from megatron_policysplit.rollout.engine import Engine, Request, Sampling
 from megatron_policysplit.rollout.seeds import sample_seed
-from megatron_policysplit.rows import MODES, Mode, Rollout, SecondRollout
+from megatron_policysplit.rows import Mode, Rollout, SecondRollout
 
 Lot = Sequence[Request]  # all requests of some questions: what a leader takes from the queue at a time
 
@@ -55,9 +56,8 @@ def build_requests(
     batch: int,
     questions: Iterable[int],
     prompts: Mapping[int, Mapping[Mode, Sequence[int]]],
-    config: RolloutConfig,
+    config: Config,
     samples_per_mode: Mapping[Mode, int],
-    run_seed: int,
     purpose: str = "train",
     second: SecondRollout | None = None,
 ) -> list[Request]:
@@ -66,16 +66,13 @@ def build_requests(
     second: further samples of the first questions, by requests of their own. Their numbers go on from the others', so
     their seeds are others too.
 
-    prompts: question -> mode -> prompt token ids. samples_per_mode: all samples NORMAL for GRPO, half in
-    each mode for Policy Split. purpose: "train" or "evaluation", which never share a seed.
+    prompts: question -> mode -> prompt token ids. samples_per_mode: of the modes that sample. purpose: "train" or
+    "evaluation", which never share a seed.
     """
-    plans = {Mode.NORMAL: config.normal, Mode.HIGH_ENTROPY: config.high_entropy}
+    plans, run_seed, longest = sampling_of(config), config.run.seed, config.rollout.max_response_tokens
     requests = []
     for position, question in enumerate(questions):
-        for mode in MODES:
-            count = samples_per_mode.get(mode, 0)
-            if not count:
-                continue
+        for mode, count in samples_per_mode.items():
             plan = plans[mode]
             draws = [(plan.temperature, range(count))]
             if second is not None and position < second.questions:
@@ -87,7 +84,7 @@ def build_requests(
                         question=question,
                         mode=mode,
                         prompt=prompts[question][mode],
-                        sampling=Sampling(temperature, plan.top_p, plan.top_k, config.max_response_tokens),
+                        sampling=Sampling(temperature, plan.top_p, plan.top_k, longest),
                         samples=samples,
                         seeds=[sample_seed(run_seed, batch, question, mode, i, purpose) for i in samples],
                     )
@@ -96,7 +93,7 @@ def build_requests(
 
 
 def split_lots(requests: Iterable[Request], lot_questions: int) -> list[list[Request]]:
-    """Lots of `lot_questions` questions each (the last may have fewer), both modes of a question in one lot."""
+    """Lots of `lot_questions` questions each (the last may have fewer), all modes of a question in one lot."""
     by_question: dict[int, list[Request]] = {}
     for request in requests:
         by_question.setdefault(request.question, []).append(request)

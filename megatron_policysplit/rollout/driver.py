@@ -97,9 +97,8 @@ class Driver:
             batch,
             [question.id for question in questions],
             prompts,
-            self.config.rollout,
+            self.config,
             samples_per_mode,
-            self.config.run.seed,
             purpose,
             second,
         )

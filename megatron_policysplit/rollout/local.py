@@ -117,7 +117,7 @@ class LocalEngine:
 
     model_path: a Hugging Face directory with safetensors; its weights are version 0.
     stop_token_ids: ids that end a response. dtype: "float32" or "bfloat16".
-    max_batch_samples: samples generated together, over both modes.
+    max_batch_samples: samples generated together, over all modes.
     Raises ModelError when the directory cannot be loaded in full, ConfigError when torch cannot use the device.
     """
 

@@ -107,6 +107,8 @@ def _read(path: Path) -> dict[tuple, Rollout]:
 def _record(line: str, path: Path, number: int) -> Rollout:
     try:
         record = json.loads(line)
+        if not isinstance(record["mode"], str):
+            raise TypeError(f"the mode {record['mode']} is not a name")
         return Rollout(
             batch=record["batch"],
             question=record["question"],

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from megatron_policysplit.rollout.answers import Cause
-from megatron_policysplit.rows import MODES, Mode
+from megatron_policysplit.rows import Mode
 
 
 @dataclass
@@ -37,10 +37,13 @@ class EngineStats:
     """Of one leader. requests: HTTP requests sent for rollouts, repeated ones and those for prefixes included."""
 
     requests: int = 0
-    modes: dict[Mode, ModeStats] = field(default_factory=lambda: {mode: ModeStats() for mode in MODES})
+    modes: dict[Mode, ModeStats] = field(default_factory=lambda: defaultdict(ModeStats))
 
     def __add__(self, other: EngineStats) -> EngineStats:
-        return EngineStats(self.requests + other.requests, {m: self.modes[m] + other.modes[m] for m in MODES})
+        modes = defaultdict(ModeStats, self.modes)
+        for mode, stats in other.modes.items():
+            modes[mode] = modes[mode] + stats
+        return EngineStats(self.requests + other.requests, modes)
 
     def named(self) -> dict[str, float]:
         """By the names of the logs; a mode that was not sampled is left out."""

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_policysplit.report import MODE_LABELS, data_url
+from megatron_policysplit.report import data_url, mode_label
 from megatron_policysplit.report_page import STYLE
 from megatron_policysplit.study.config import Study
 from megatron_policysplit.study.numbers import Finished, finished_runs, study_numbers, table
@@ -73,7 +73,7 @@ def measure_title(name: str) -> str:
     }
     leaf = names.get(leaf, re.sub(r"^pass_at_(\d+)$", r"pass@\1", re.sub(r"^best_of_", "best-of-", leaf)))
     leaf = re.sub(r"^(\w+)_s$", r"\1 (s)", leaf).replace("_", " ")
-    return f"{MODE_LABELS.get(group, group)}: {leaf}" if group else leaf
+    return f"{mode_label(group)}: {leaf}" if group else leaf
 
 
 def curves(study: Study, runs: list[Finished], theme: str) -> Figure | None:
@@ -104,7 +104,7 @@ def curves(study: Study, runs: list[Finished], theme: str) -> Figure | None:
                 axis.set_facecolor(paper)
                 axis.spines[["top", "right"]].set_visible(False)
                 axis.grid(axis="y", color=ink, alpha=0.15, linewidth=0.8)
-                axis.set_title(f"{title}, {MODE_LABELS.get(group, group)}", loc="left", fontweight="bold")
+                axis.set_title(f"{title}, {mode_label(group)}", loc="left", fontweight="bold")
                 axis.set(xlabel="k" if over_k else "training step", ylabel=unit)
                 axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 2.5, 5, 10]))
                 names = _matching(logged, group, pattern)

@@ -79,7 +79,7 @@ def other_sample(key):
 
 
 def other_mode(key):
-    return (*key[:2], Mode.HIGH_ENTROPY, *key[3:]) if key[2] is Mode.NORMAL else None
+    return (*key[:2], Mode.HIGH_ENTROPY, *key[3:]) if key[2] == Mode.NORMAL else None
 
 
 def other_question(key):

@@ -3,14 +3,14 @@
 import asyncio
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from megatron_policysplit.agreement import AgreementGate
 from megatron_policysplit.agreement_probe import Probe
-from megatron_policysplit.config import Config
+from megatron_policysplit.config import Config, RunConfig
 from megatron_policysplit.errors import TrainingError
 from megatron_policysplit.rows import MODES, Mode, share
 from megatron_policysplit.run import SilentLog
@@ -143,7 +143,7 @@ def run_case(case, path, actor):
 
     async def sample():
         mine = range(layout.data_rank, 6, layout.data)
-        requests = build_requests(0, mine, prompts, config.rollout, dict.fromkeys(MODES, 4), run_seed=3)
+        requests = build_requests(0, mine, prompts, replace(config, run=RunConfig(seed=3)), dict.fromkeys(MODES, 4))
         return [rollout async for rollout in engine.submit(requests)]
 
     sync()

@@ -53,7 +53,8 @@ def model(config, tmp_path) -> Path:
         ("parallel.data=0", "parallel.data=0 is not allowed; it must be at least 1"),
         (
             "rollout.samples_per_question=7",
-            "rollout.samples_per_question=7 cannot be halved between the two modes; use 6 or 8",
+            "rollout.samples_per_question=7 cannot be shared out among the modes (shares: normal 1, high_entropy 1); "
+            "use a multiple of 2",
         ),
         (
             "train.optimizer_steps_per_batch=3",

@@ -68,8 +68,14 @@ def score(model, rows: Sequence[Row], temperatures: Mapping[Mode, float] = ONES)
 
 def mode_kl(scored: Mapping[RowKey, Scored], key: RowKey) -> Tensor:
     """Exact KL(mode of `key` || the other mode), full vocabulary, nats, at each response token [T]."""
-    own, other = scored[key].distribution, scored[key.partner].distribution
-    return (own.exp() * (own - other)).sum(-1)
+    own, (other,) = scored[key].distribution, others(scored, key)
+    return (own.exp() * (own - other.distribution)).sum(-1)
+
+
+def others(scored: Mapping[RowKey, Scored], key: RowKey) -> list[Scored]:
+    """The same response under the other modes."""
+    same = (*key[:2], *key[3:])
+    return [found for other, found in scored.items() if (*other[:2], *other[3:]) == same and other != key]
 
 
 def nucleus(distribution: Tensor, mass: float) -> Tensor:
@@ -105,16 +111,16 @@ def normalised(values: Tensor, how: str) -> Tensor:
 
 
 def surprise(scored: Mapping[RowKey, Scored], key: RowKey, config: Options) -> Tensor:
-    """b [T] of Eq. 6: alpha x the row's own mode + (1 - alpha) x the other mode, by surprisal or by entropy."""
-    own, other = scored[key], scored[key.partner]
-    if config.entropy_estimate == "entropy":
-        return config.alpha * own.entropy + (1 - config.alpha) * other.entropy
-    return -config.alpha * own.logprobs - (1 - config.alpha) * other.logprobs
+    """b [T] of Eq. 6: alpha x the row's own mode + (1 - alpha) x the others, by surprisal or by entropy."""
+    alpha = config.modes.get(key.training_mode, {}).get("alpha", config.alpha)
+    by_entropy = config.entropy_estimate == "entropy"
+    own, *rest = [s.entropy if by_entropy else -s.logprobs for s in (scored[key], *others(scored, key))]
+    return alpha * own + (1 - alpha) * sum(rest) / len(rest)
 
 
-def bonus(normalised_surprise: Tensor, advantage: float, eta: float, config: Options) -> Tensor:
+def bonus(normalised_surprise: Tensor, advantage: float, eta: float, kappa: float, config: Options) -> Tensor:
     """Eq. 3's second term [T] for one response: eta clip(B, |A|/kappa), or the authors' clip(eta B, |A|/kappa)."""
-    bound = abs(advantage) / config.kappa
+    bound = abs(advantage) / kappa
     from_code = config.variant == "authors_code"
     order = config.clamp_order or ("code" if from_code else "paper")
     double = from_code if config.double_bonus is None else config.double_bonus
@@ -136,13 +142,15 @@ def advantages(rows: Sequence[Row], scored: Mapping[RowKey, Scored], config: Alg
         second = group[0].rollout.auxiliary  # right answers of a second rollout
         correctness = [1.0] * len(group) if second else grpo_advantages([row.rollout.reward for row in group])
         shaped = [torch.full_like(scored[row.key].logprobs, a) for row, a in zip(group, correctness, strict=True)]
-        eta = options.eta if group[0].mode is Mode.HIGH_ENTROPY else options.eta_normal
+        own = options.modes.get(group[0].key.training_mode, {})
+        eta = own.get("eta", options.eta_normal if group[0].mode == Mode.NORMAL else options.eta)
+        kappa = own.get("kappa", options.kappa)
         if config.name == "policy_split" and eta != 0:
             masks = [trained(row) for row in group]
             tokens = [surprise(scored, row.key, options)[mask] for row, mask in zip(group, masks, strict=True)]
             pieces = normalised(torch.cat(tokens), options.normalization).split([len(piece) for piece in tokens])
             for values, mask, piece, a in zip(shaped, masks, pieces, correctness, strict=True):
-                values[mask] += bonus(piece, a, eta, options)
+                values[mask] += bonus(piece, a, eta, kappa, options)
         result.update({row.key: values for row, values in zip(group, shaped, strict=True)})
     return result
 

@@ -32,6 +32,12 @@ def prompts(questions):
     return {q: {Mode.NORMAL: ids, Mode.HIGH_ENTROPY: [7, 7, 7, *ids]} for q, ids in normal.items()}
 
 
+def partner(key):
+    """The same response under the other of the two modes."""
+    normal, high = MODES
+    return key.under(high if key.training_mode == normal.value else normal)
+
+
 def random_batch(seed=0, questions=3, per_mode=2, masked=True, auxiliary=0):
     """Rows, statistics and masks with unequal lengths and rewards; one question answered all alike.
 

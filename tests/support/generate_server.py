@@ -15,7 +15,7 @@ RETRIES = "rollout/engine_retries"
 
 
 def request(question=0, mode=Mode.NORMAL, samples=3, prompt=(1, 2, 3), batch=0):
-    seeds = [1000 * question + 100 * (mode is Mode.HIGH_ENTROPY) + i for i in range(samples)]
+    seeds = [1000 * question + 100 * (mode == Mode.HIGH_ENTROPY) + i for i in range(samples)]
     return Request(batch, question, mode, list(prompt), Sampling(0.7, 1.0, -1, LIMIT), range(samples), seeds)
 
 

@@ -16,7 +16,7 @@ class OtherTemperature(LocalEngine):
     async def submit(self, requests):
         changed = [
             replace(request, sampling=replace(request.sampling, temperature=0.8 * request.sampling.temperature))
-            if request.mode is Mode.NORMAL
+            if request.mode == Mode.NORMAL
             else request
             for request in requests
         ]

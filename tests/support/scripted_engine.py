@@ -6,7 +6,7 @@ import asyncio
 import random
 
 from megatron_policysplit.rollout.engine import EnginePaused, Request
-from megatron_policysplit.rows import Mode, Rollout
+from megatron_policysplit.rows import Rollout
 
 
 class ScriptedEngine:
@@ -60,7 +60,7 @@ class ScriptedEngine:
         return Rollout(
             batch=request.batch,
             question=request.question,
-            mode=Mode(request.mode),
+            mode=request.mode,
             sample=sample,
             tokens=[draw.randrange(100) for _ in range(length)],
             engine_logprobs=[-draw.random() for _ in range(length)],

@@ -161,7 +161,7 @@ SHORT = Sampling(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=12)
 
 def prompt_of(question: int, mode: Mode = Mode.NORMAL, length: int = 12) -> list[int]:
     """Ids of a question, different in each; the high-entropy mode has the same system turn before every question."""
-    system = [2, 27, 28, 27, 28, 27, 28, 5] if mode is Mode.HIGH_ENTROPY else []
+    system = [2, 27, 28, 27, 28, 27, 28, 5] if mode == Mode.HIGH_ENTROPY else []
     digits = [6 + (question // 20**place) % 20 for place in range(3)]
     return [*system, 3, *digits, *([26] * (length - 5)), 4]
 

@@ -11,7 +11,7 @@ from megatron_policysplit.advantages import TokenStatistics, group_extremes, gro
 from megatron_policysplit.methods import method_named
 from megatron_policysplit.methods import policy_split as split
 from megatron_policysplit.rows import Mode, share
-from tests.support.advantage_batches import EOS, prompts, random_batch, rollout
+from tests.support.advantage_batches import EOS, partner, prompts, random_batch, rollout
 
 EPS = 1e-6
 
@@ -110,7 +110,7 @@ def hand_case(entropy=None):
     rows = share(
         [rollout(0, Mode.NORMAL, 0, [1, EOS], 1.0), rollout(0, Mode.HIGH_ENTROPY, 0, [2, 3, EOS])], prompts((0,))
     )
-    names = [(row.key.training_mode, "o" if row.rollout.mode is Mode.NORMAL else "h") for row in rows]
+    names = [(row.key.training_mode, "o" if row.rollout.mode == Mode.NORMAL else "h") for row in rows]
     scored = [
         TokenStatistics(-torch.tensor(SURPRISE[name]), torch.tensor((entropy or SURPRISE)[name])) for name in names
     ]
@@ -245,7 +245,7 @@ def test_bonus_bounds(seed, eta, kappa, order, double):
     assert (bonus.abs() <= bound * (1 + 1e-6)).all()
     assert (bonus[a == 0] == 0).all() and (a == 0).any()
     assert bonus.abs().max() > 0
-    normal = ~batch.high_entropy[batch.row_of_token]
+    normal = ~batch.rows_in("high_entropy")[batch.row_of_token]
     assert (bonus[normal] == 0).all()
 
 
@@ -269,9 +269,9 @@ def test_a_huge_bound_leaves_the_bonus_unclamped():
     _, batch = random_batch()
     a, row = correctness(batch), batch.row_of_token
     surprise = -batch.logprobs
-    b = 0.5 * surprise + 0.5 * batch.at_partner(surprise)
+    b = 0.5 * surprise + 0.5 * batch.at_others(surprise)
     z = split.normalize(b, batch.group[row], batch.mask, "zscore")
-    eta = 0.3 * batch.high_entropy[row]
+    eta = 0.3 * batch.rows_in("high_entropy")[row]
     expected = ((a + (eta * z).where(a != 0, 0.0)) * batch.mask).float()
     torch.testing.assert_close(policy_split(batch, eta=0.3, kappa=1e-9, clamp_order="paper"), expected)
     torch.testing.assert_close(policy_split(batch, eta=0.3, kappa=1e-9, clamp_order="code"), expected)
@@ -303,7 +303,7 @@ def test_variant_resolution(settings, order, double):
 def test_eta_normal_moves_the_normal_mode_only():
     _, batch = random_batch()
     plain, moved = policy_split(batch, eta=0.3), policy_split(batch, eta=0.3, eta_normal=0.3)
-    high = batch.high_entropy[batch.row_of_token]
+    high = batch.rows_in("high_entropy")[batch.row_of_token]
     assert torch.equal(plain[high], moved[high])
     assert not torch.equal(plain[~high], moved[~high])
 
@@ -330,11 +330,11 @@ def test_no_gradient_and_no_aliasing(name, estimate):
 
 def test_partner_values_are_those_of_the_same_token():
     rows, batch = random_batch()
-    ids = torch.arange(len(batch.mask))
-    mirrored = batch.at_partner(ids)
+    ids = torch.arange(len(batch.mask)).float()
+    mirrored = batch.at_others(ids)
     offsets = batch.offsets.tolist()
     for r, row in enumerate(rows):
-        p = next(i for i, other in enumerate(rows) if other.key == row.key.partner)
+        p = next(i for i, other in enumerate(rows) if other.key == partner(row.key))
         assert mirrored[offsets[r] : offsets[r + 1]].tolist() == list(range(offsets[p], offsets[p + 1]))
 
 
@@ -344,11 +344,11 @@ def test_unpaired_or_misaligned_rows_are_an_error():
     masks = [torch.ones(r.response_length, dtype=torch.bool) for r in rows]
     alone = make_batch(rows[1:], scored[1:], masks[1:])
     with pytest.raises(ValueError, match="a row has no partner"):
-        alone.at_partner(alone.logprobs)
+        alone.at_others(alone.logprobs)
     batch.offsets = batch.offsets.clone()
     batch.offsets[1] += 1
     with pytest.raises(ValueError, match="differ in length"):
-        batch.at_partner(batch.logprobs)
+        batch.at_others(batch.logprobs)
 
 
 def test_row_order_does_not_matter():

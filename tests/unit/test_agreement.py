@@ -234,7 +234,7 @@ def test_only_the_responses_that_disagree_are_looked_at(monkeypatch):
 
 def test_one_mode_past_the_bound_is_enough_and_is_named():
     gate, log = gate_of(config_with(every=1))
-    rows, old = batch(lambda row: 0.0015 if row.mode is Mode.HIGH_ENTROPY else 0.0, version=0)
+    rows, old = batch(lambda row: 0.0015 if row.mode == Mode.HIGH_ENTROPY else 0.0, version=0)
     metrics = gate.check(0, rows, old, version=0, served=0)
     assert metrics["agreement/difference"] < 1e-3 < metrics["agreement/high_entropy/difference"]
     assert "disagree on 4 tokens of the high_entropy mode" in log.said[0]

@@ -9,6 +9,7 @@ from megatron_policysplit.asking import Asked
 from megatron_policysplit.config import Config
 from megatron_policysplit.data import Question, QuestionStream
 from megatron_policysplit.methods import algorithm_of
+from megatron_policysplit.mode_settings import samples_per_mode
 from megatron_policysplit.rows import MODES, Rollout, SecondRollout
 
 QUESTIONS, BATCH = 10, 3
@@ -17,7 +18,7 @@ MIXED = (0, 1, 5, 6)
 
 def equal_but_for(mixed):
     """Grades 1, and a single 0 for questions in `mixed`."""
-    return lambda question, mode, sample: float(not (question in mixed and mode is MODES[0] and sample == 0))
+    return lambda question, mode, sample: float(not (question in mixed and mode == MODES[0] and sample == 0))
 
 
 class Batch:
@@ -70,7 +71,7 @@ def run_with(grade, method="dapo", options=None, state=None, told=None, leads=Tr
     return SimpleNamespace(
         config=config,
         algorithm=algorithm,
-        samples_per_mode=algorithm.method.samples_per_mode(4),
+        samples_per_mode=samples_per_mode(config, algorithm.method),
         stream=QuestionStream(questions, BATCH, seed=1),
         questions={question.id: question for question in questions},
         prompts={},

@@ -209,7 +209,7 @@ def test_config_prints_the_resolved_configuration_and_both_prompts(config):
 def test_config_refuses_and_warns(config):
     result = call("config", config, "rollout.samples_per_question=7")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: rollout.samples_per_question=7 cannot be halved ")
+    assert result.stderr.startswith("error: rollout.samples_per_question=7 cannot be shared out ")
     result = call("config", config, "rollout.normal.top_k=7")
     assert result.returncode == 0
     assert "warning: rollout.normal.top_k=7 cut the sampling" in result.stderr
@@ -347,7 +347,7 @@ def test_eval_measures_both_modes(model, config, tmp_path, monkeypatch):
     questions = [Question(i, [{"role": "user", "content": f"What is {i}+1?"}], str(i + 1), {}) for i in range(2)]
     responses = Responder(str(model), prompts).respond(questions, MODES, 3, sampling, 5)
     for mode in MODES:
-        texts = [[r.text for r in responses if r.mode is mode and r.question == q.id] for q in questions]
+        texts = [[r.text for r in responses if r.mode == mode and r.question == q.id] for q in questions]
         right = [[text for text in row if len(text) % 2] for row in texts]
         found = numbers["modes"][mode.value]
         assert found["accuracy"] == pytest.approx((len(right[0]) + len(right[1])) / 6)

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from megatron_policysplit.config import RolloutConfig, SamplingConfig
+from megatron_policysplit.config import Config, RolloutConfig, SamplingConfig
 from megatron_policysplit.errors import TrainingError
 from megatron_policysplit.rollout.collect import QuestionQueue, build_requests, collect, split_lots
 from megatron_policysplit.rollout.engine import EnginePaused, Sampling
@@ -20,18 +20,19 @@ from megatron_policysplit.rows import MODES, Mode, SecondRollout
 from tests.support.scripted_engine import ScriptedEngine
 
 BATCH = 7
-CONFIG = RolloutConfig(
+ROLLOUT = RolloutConfig(
     max_response_tokens=6,
     normal=SamplingConfig(temperature=0.6, top_p=0.9, top_k=5),
     high_entropy=SamplingConfig(temperature=1.2),
 )
+CONFIG = Config(rollout=ROLLOUT)
 HALF = {Mode.NORMAL: 2, Mode.HIGH_ENTROPY: 2}
 LOST, LATE = (BATCH, 3, "normal", 1), (BATCH, 5, "high_entropy", 0)
 
 
 def requests(questions=range(8), samples_per_mode=HALF, **changes):
     prompts = {q: {Mode.NORMAL: [q, 1], Mode.HIGH_ENTROPY: [q, 2, 2]} for q in questions}
-    return build_requests(BATCH, questions, prompts, CONFIG, samples_per_mode, **{"run_seed": 0, **changes})
+    return build_requests(BATCH, questions, prompts, CONFIG, samples_per_mode, **changes)
 
 
 def keys(asked):
@@ -221,7 +222,7 @@ def test_every_engine_keeps_the_protocol(engine):
         assert drained and await engine.health() == 3
         rollouts = await answers()
         assert sorted(r.key for r in rollouts) == keys(asked)
-        assert all(len(r.tokens) <= CONFIG.max_response_tokens for r in rollouts)
+        assert all(len(r.tokens) <= ROLLOUT.max_response_tokens for r in rollouts)
 
     asyncio.run(scenario())
     rollouts, stats = run(engine, asked)  # in another event loop

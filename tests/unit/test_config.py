@@ -166,7 +166,8 @@ def test_all_missing_keys_are_named_at_once():
     [
         (
             ["rollout.samples_per_question=7"],
-            "rollout.samples_per_question=7 cannot be halved between the two modes; use 6 or 8",
+            "rollout.samples_per_question=7 cannot be shared out among the modes (shares: normal 1, high_entropy 1); "
+            "use a multiple of 2",
         ),
         (
             ["data.batch_questions=3", "rollout.samples_per_question=4", "train.optimizer_steps_per_batch=5"],

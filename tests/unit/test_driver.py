@@ -189,10 +189,10 @@ def test_responses_do_not_depend_on_who_made_them(told):
     from megatron_policysplit.rows import MODES
     from tests.support.scripted_engine import ScriptedEngine
 
-    rollout = Config().rollout
-    rollout.max_response_tokens = 6
+    config = Config()
+    config.rollout.max_response_tokens = 6
     prompts = {number: {mode: [1, 2] for mode in MODES} for number in range(QUESTIONS)}
-    requests = build_requests(0, range(QUESTIONS), prompts, rollout, dict.fromkeys(MODES, SAMPLES), 0)
+    requests = build_requests(0, range(QUESTIONS), prompts, config, dict.fromkeys(MODES, SAMPLES))
 
     async def answers():
         return {made.key: made.tokens async for made in ScriptedEngine().submit(requests)}

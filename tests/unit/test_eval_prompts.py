@@ -5,6 +5,7 @@ import types
 import pytest
 from transformers import AutoTokenizer
 
+from megatron_policysplit.config import ModesConfig
 from megatron_policysplit.config_load import load_config
 from megatron_policysplit.data import Question
 from megatron_policysplit.errors import ConfigError
@@ -19,7 +20,7 @@ QUESTIONS = [Question(i, [{"role": "user", "content": f"What is {i}+1?"}], None,
 def test_texts_and_files(tmp_path):
     (tmp_path / "low.txt").write_text(" Be brief.\n")
     given = {"rewritten": " Roam. ", "low": {"file": str(tmp_path / "low.txt")}}
-    assert read_eval_prompts(given) == {"rewritten": "Roam.", "low": "Be brief."}
+    assert read_eval_prompts(given, ModesConfig()) == {"rewritten": "Roam.", "low": "Be brief."}
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_texts_and_files(tmp_path):
 )
 def test_what_cannot_be_used(prompts, message):
     with pytest.raises(ConfigError) as error:
-        read_eval_prompts(prompts)
+        read_eval_prompts(prompts, ModesConfig())
     assert str(error.value).startswith(message)
 
 

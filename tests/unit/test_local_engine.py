@@ -49,7 +49,7 @@ def qwen3(tmp_path_factory):
 
 
 def request(question=0, mode=Mode.NORMAL, prompt=(1, 2), samples=6, max_tokens=9, temperature=1.0, top_p=1.0, top_k=-1):
-    seeds = [1000 * question + 100 * (mode is Mode.NORMAL) + i for i in range(samples)]
+    seeds = [1000 * question + 100 * (mode == Mode.NORMAL) + i for i in range(samples)]
     return Request(
         0, question, mode, list(prompt), Sampling(temperature, top_p, top_k, max_tokens), range(samples), seeds
     )

@@ -84,7 +84,7 @@ def test_kl_only_where_it_was_scored():
 
 def test_a_mode_that_sampled_nothing():
     rows, statistics = scored()
-    only_normal = [(row, s) for row, s in zip(rows, statistics, strict=True) if row.rollout.mode is NORMAL]
+    only_normal = [(row, s) for row, s in zip(rows, statistics, strict=True) if row.rollout.mode == NORMAL]
     assert mode_metrics([row for row, _ in only_normal], [s for _, s in only_normal], HIGH) == {}
 
 
@@ -108,7 +108,7 @@ def test_training_metrics():
 
 
 def test_training_metrics_of_grpo_speak_of_the_normal_mode_alone():
-    rollouts = [r for r in ROLLOUTS if r.mode is NORMAL]
+    rollouts = [r for r in ROLLOUTS if r.mode == NORMAL]
     rows = share(rollouts, PROMPTS, (NORMAL,))
     statistics = [TokenStatistics(torch.zeros(r.response_length), torch.ones(r.response_length)) for r in rows]
     found = training_metrics(rows, statistics, [True] * len(rows))

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from megatron_policysplit.config import ModesConfig
 from megatron_policysplit.errors import ConfigError, DataError, ModelError
 from megatron_policysplit.modes import DEFAULT_HIGH_ENTROPY_PROMPT, PromptBuilder, has_chat_template, stop_token_ids
-from megatron_policysplit.rows import Mode
+from megatron_policysplit.rows import MODES, Mode
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>", "<|header|>", "<|/header|>", "<|eot|>", "[INST]", "[/INST]"]
 DEFAULT = "You are Tin, a helpful assistant."
@@ -184,7 +184,7 @@ def test_ids_are_those_of_the_template(template, messages, builder, bare_tokeniz
     date = {"date_string": "09 Mar 2025"}
     reference = bare_tokenizer.apply_chat_template(messages, add_generation_prompt=True, **date)["input_ids"]
     assert ids[Mode.NORMAL] == reference
-    assert all(type(token) is int for mode in Mode for token in ids[mode])
+    assert all(type(token) is int for mode in MODES for token in ids[mode])
     assert bare_tokenizer.decode(ids[Mode.HIGH_ENTROPY]) == builder(template).render(messages)[Mode.HIGH_ENTROPY]
     assert ids[Mode.HIGH_ENTROPY].count(bare_tokenizer.bos_token_id) == (template in (DATED, INSIDE_USER))
 
@@ -216,7 +216,7 @@ def test_templates_that_cannot_carry_a_system_prompt(builder):
         builder(None)
     with pytest.raises(ModelError, match="does not render"):
         builder("{{ raise_exception('never') }}" + PLAIN)
-    with pytest.raises(ModelError, match="does not render the high-entropy prompt verbatim"):
+    with pytest.raises(ModelError, match="does not render the high_entropy prompt verbatim"):
         builder(PLAIN.replace("messages[0].content +", "messages[0].content|upper|replace('ZQ','zq')|lower +"))
     with pytest.raises(ModelError, match="changes more than its system turn"):
         builder(PLAIN.replace("{{- '<|im_start|>assistant", "{{- messages[0].role + '<|im_start|>assistant"))
@@ -238,11 +238,11 @@ def test_messages_that_the_template_refuses(builder):
 
 
 def test_our_prompt(builder, tmp_path):
-    assert builder(PLAIN, high_entropy_prompt=None).high_entropy_prompt == DEFAULT_HIGH_ENTROPY_PROMPT
+    assert builder(PLAIN, high_entropy_prompt=None).system_prompts[Mode.HIGH_ENTROPY] == DEFAULT_HIGH_ENTROPY_PROMPT
     file = tmp_path / "prompt.txt"
     file.write_text("Denk an einen anderen Weg, größer.\n", encoding="utf-8")
     made = builder(PLAIN, high_entropy_prompt=None, high_entropy_prompt_file=str(file))
-    assert made.high_entropy_prompt == "Denk an einen anderen Weg, größer."
+    assert made.system_prompts[Mode.HIGH_ENTROPY] == "Denk an einen anderen Weg, größer."
     with pytest.raises(ConfigError, match="high_entropy_prompt and modes.high_entropy_prompt_file are both set"):
         builder(PLAIN, high_entropy_prompt_file=str(file))
     with pytest.raises(ConfigError, match="modes.high_entropy_prompt is empty"):

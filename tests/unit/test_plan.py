@@ -8,6 +8,7 @@ import pytest
 from megatron_policysplit.plan import make_plan
 from megatron_policysplit.rows import MODES, Mode, Rollout
 from megatron_policysplit.rows import share as share_rows
+from tests.support.advantage_batches import partner
 
 
 def make_rows(questions=5, per_mode=2, seed=0, longest=40):
@@ -72,8 +73,8 @@ def test_partners_share_replica_and_step_and_stand_together(replicas, optimizer_
                 for position, index in enumerate(flat(getattr(share, name))):
                     place[ROWS[index].key] = (number, replica, name, position)
     for key, (number, replica, name, position) in place.items():
-        assert place[key.partner][:3] == (number, replica, name)
-        assert abs(place[key.partner][3] - position) == 1
+        assert place[partner(key)][:3] == (number, replica, name)
+        assert abs(place[partner(key)][3] - position) == 1
 
 
 def test_optimizer_steps_depend_on_nothing_but_the_seed():

@@ -76,7 +76,7 @@ def test_missing_rollouts_are_named(dump):
     [
         ('{"batch": 0', "line 2: not a rollout record"),
         ("[1, 2]", "line 2: not a rollout record"),
-        (json.dumps(record(0, 3, "loud", 1)), "line 2: not a rollout record.*loud"),
+        (json.dumps(record(0, 3, 7, 1)), "line 2: not a rollout record.*the mode 7"),
         (json.dumps(record(0, 3, "normal", 1, engine_logprobs=[])), "line 2: not a rollout record.*0 log-probs"),
         (json.dumps(record(0, 3, "normal", 0)), "line 2: .* is there twice"),
         (json.dumps({k: v for k, v in record(0, 3, "normal", 1).items() if k != "tokens"}), "has no 'tokens'"),

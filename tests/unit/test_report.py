@@ -217,7 +217,7 @@ def test_titles_fit_every_algorithm(tmp_path):
     report.write_report({"grpo": run}, tmp_path / "report.html")
     assert "Policy Split" not in (tmp_path / "report.html").read_text()
     assert report._figure({"grpo": report.read_metrics(run)}, dark=False).get_suptitle() == (
-        "The two modes over training steps"
+        "The modes over training steps"
     )
 
 

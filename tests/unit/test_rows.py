@@ -6,7 +6,7 @@ import pytest
 
 from megatron_policysplit.methods import method_named
 from megatron_policysplit.rows import MODES, Mode, Rollout, share
-from tests.support.advantage_batches import EOS, prompts, rollout
+from tests.support.advantage_batches import EOS, partner, prompts, rollout
 
 
 def test_share_gives_every_response_under_both_prompts_token_for_token():
@@ -16,10 +16,10 @@ def test_share_gives_every_response_under_both_prompts_token_for_token():
     assert len(rows) == 2 * len(rollouts) == len({row.key for row in rows})
     by_key = {row.key: row for row in rows}
     for row in rows:
-        partner = by_key[row.key.partner]
-        assert partner.key.partner == row.key and partner.mode is row.mode.other
-        assert partner.rollout.tokens == row.rollout.tokens and row.rollout.tokens[-1] == EOS
-        normal, high = sorted((row, partner), key=lambda row: row.mode is Mode.HIGH_ENTROPY)
+        other = by_key[partner(row.key)]
+        assert partner(other.key) == row.key and {row.mode, other.mode} == set(MODES)
+        assert other.rollout.tokens == row.rollout.tokens and row.rollout.tokens[-1] == EOS
+        normal, high = sorted((row, other), key=lambda row: row.mode == Mode.HIGH_ENTROPY)
         assert list(high.prompt) == [7, 7, 7, *normal.prompt]
         assert row.on_policy == (row.key.training_mode == row.key.sampling_mode)
     assert sum(row.on_policy for row in rows) == len(rollouts)
@@ -39,11 +39,6 @@ def test_share_for_grpo_gives_the_normal_rows_alone():
     method = method_named("grpo")
     rows = share([rollout(0, Mode.NORMAL, 0, [1, EOS])], prompts((0,)), method.training_modes)
     assert [row.mode for row in rows] == [Mode.NORMAL]
-
-
-def test_samples_are_split_over_the_sampling_modes():
-    assert method_named("grpo").samples_per_mode(8) == {Mode.NORMAL: 8}
-    assert method_named("policy_split").samples_per_mode(8) == {Mode.NORMAL: 4, Mode.HIGH_ENTROPY: 4}
 
 
 def test_a_rollout_with_unequal_lists_is_an_error():

@@ -11,7 +11,7 @@ from megatron_policysplit.errors import EngineError
 from megatron_policysplit.rollout import sglang
 from megatron_policysplit.rollout.engine import EnginePaused
 from megatron_policysplit.rollout.sglang_http import SglangClient
-from megatron_policysplit.rows import Mode
+from megatron_policysplit.rows import MODES, Mode
 from tests.support.generate_server import (
     KEY,
     LIMIT,
@@ -33,17 +33,17 @@ from tests.support.generate_server import (
 
 def test_all_samples_of_a_prompt_behind_one_prefix_request():
     async def scenario(server, engine):
-        asked = [request(q, mode, prompt=(q + 1, 2, 3, 4)) for q in range(3) for mode in Mode]
+        asked = [request(q, mode, prompt=(q + 1, 2, 3, 4)) for q in range(3) for mode in MODES]
         return await gather(engine, asked), server, engine.metrics(), engine.metrics()
 
     rollouts, server, metrics, later = run(scenario)
     assert sorted(r.key for r in rollouts) == sorted(
-        (0, q, m.value, i) for q in range(3) for m in Mode for i in range(3)
+        (0, q, m.value, i) for q in range(3) for m in MODES for i in range(3)
     )
     by_seed = {p["sampling_params"]["sampling_seed"]: p for p in server.seen if "sampling_seed" in p["sampling_params"]}
     assert len(by_seed) == len(rollouts)  # no seed twice, in neither mode
     for rollout in rollouts:
-        seed = 1000 * rollout.question + 100 * (rollout.mode is Mode.HIGH_ENTROPY) + rollout.sample
+        seed = 1000 * rollout.question + 100 * (rollout.mode == Mode.HIGH_ENTROPY) + rollout.sample
         answer = good_answer(by_seed[seed])
         assert rollout.tokens == answer["output_ids"]
         assert rollout.engine_logprobs == [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
@@ -72,7 +72,7 @@ def test_the_first_prefix_of_a_mode_goes_alone_after_new_weights():
         before, server.prefixes = server.prefixes, []
         engine.serve_version(4)
         server.version = "4"
-        await gather(engine, [request(q, mode, prompt=(9, 9, 9, q)) for q in range(3) for mode in Mode])
+        await gather(engine, [request(q, mode, prompt=(9, 9, 9, q)) for q in range(3) for mode in MODES])
         return before, server.prefixes
 
     before, after = run(scenario)
