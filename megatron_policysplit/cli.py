@@ -99,6 +99,15 @@ PromptFile = Annotated[
 ]
 Dtype = Annotated[Precision, typer.Option(help="Precision of the model.")]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where the model runs: cpu, cuda, cuda:1 ...")]
+JudgeKeys = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--judge",
+        metavar="KEY=VALUE",
+        help="Have a model score responses: a key of eval.judge in docs/configuration.md, such as "
+        "url=http://host:port/v1 and model=NAME; once for each key.",
+    ),
+]
 BatchSamples = Annotated[int, typer.Option(metavar="N", min=1, help="Responses generated together.")]
 
 
@@ -215,11 +224,11 @@ def generate(
     from rich.text import Text
 
     from megatron_policysplit.data import Question
-    from megatron_policysplit.offline import Responder, variety_lines
+    from megatron_policysplit.offline import Responder, prompts_asked_for, variety_lines
     from megatron_policysplit.report import mode_label
     from megatron_policysplit.rollout.engine import Sampling
 
-    prompts = _prompts(config, high_entropy_prompt, high_entropy_prompt_file)
+    prompts = prompts_asked_for(config, high_entropy_prompt, high_entropy_prompt_file)
     responder = Responder(model, prompts, dtype=dtype.value, device=device)
     asked = Question(0, [{"role": "user", "content": question}], None, {})
     modes = _chosen(mode, prompts)
@@ -262,6 +271,7 @@ def evaluate(
         float, typer.Option(metavar="X", min=0.1, callback=_finite, help="Time limit for grading one response.")
     ] = 10.0,
     batch_samples: BatchSamples = 64,
+    judge: JudgeKeys = None,
     dtype: Dtype = Precision.float32,
     device: Device = "cpu",
     output: Annotated[Optional[Path], typer.Option(metavar="FILE.json", help="Write the numbers here, too.")] = None,
@@ -271,14 +281,16 @@ def evaluate(
     from rich.progress import Progress
 
     from megatron_policysplit.data import load_questions
-    from megatron_policysplit.offline import Responder, score, scores_table
+    from megatron_policysplit.judging import OfflineJudge
+    from megatron_policysplit.offline import Responder, prompts_asked_for, score, scores_table
     from megatron_policysplit.rewards import RewardPool
     from megatron_policysplit.rollout.engine import Sampling
 
     if output is not None:
         _check_output(output)
-    prompts = _prompts(config, high_entropy_prompt, high_entropy_prompt_file)
+    prompts = prompts_asked_for(config, high_entropy_prompt, high_entropy_prompt_file)
     chosen = load_questions(data, {})[:questions]
+    judging = OfflineJudge(judge) if judge else None
     with RewardPool(reward, workers, timeout_seconds) as pool:
         responder = Responder(model, prompts, dtype=dtype.value, device=device, max_batch_samples=batch_samples)
         sampling, modes = Sampling(temperature, top_p, top_k, max_tokens), _chosen(mode, prompts)
@@ -288,10 +300,13 @@ def evaluate(
         by_id = {question.id: question for question in chosen}
         graded = pool.grade([(response.text, by_id[response.question]) for response in responses])
     scores = score(responses, graded)
+    if judging is not None:
+        scores = judging.judge(scores, responses, chosen)
     Console().print(scores_table(scores, samples))
     if output is not None:
         settings = {"model": model, "data": data, "reward": reward, "questions": len(chosen), "samples": samples}
         settings |= asdict(sampling) | {"seed": seed, "prompts": asdict(prompts)}
+        settings |= {} if judging is None else {"judge": asdict(judging.settings)}
         by_mode = {name: asdict(mode_scores) for name, mode_scores in scores.items()}
         output.write_text(json.dumps(settings | {"modes": by_mode}, indent=2) + "\n")
 
@@ -362,19 +377,6 @@ def _chosen(mode: Modes, prompts: ModesConfig) -> list[Mode]:
     from megatron_policysplit.rows import Mode
 
     return list(modes_of(prompts)) if mode is Modes.both else [Mode(mode.value)]
-
-
-def _prompts(config: str | None, prompt: str | None, prompt_file: str | None):
-    """The ModesConfig that the options ask for."""
-    from megatron_policysplit.config import ModesConfig
-    from megatron_policysplit.config_load import load_config
-
-    if config is None:
-        return ModesConfig(high_entropy_prompt=prompt, high_entropy_prompt_file=prompt_file)
-    for option, value in (("--high-entropy-prompt", prompt), ("--high-entropy-prompt-file", prompt_file)):
-        if value is not None:
-            raise ConfigError(f"--config {config} brings the prompts, and so does {option}; give one of the two")
-    return load_config(config, []).modes
 
 
 def _check_output(output: Path) -> None:

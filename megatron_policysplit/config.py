@@ -255,6 +255,30 @@ class TrainConfig:
 
 
 @dataclass
+class JudgeConfig:
+    url: Optional[str] = key(
+        None, "Base of an OpenAI-compatible server, such as http://host:port/v1; null: no judge, nothing is sent."
+    )
+    model: Optional[str] = key(None, "The judge's name on that server.")
+    api_key_variable: Optional[str] = key(None, "Environment variable that holds the API key; null sends none.")
+    prompt: Optional[str] = key(
+        None,
+        "What the judge is asked, with {question} and {response} where these belong; its reply must end in a line "
+        "`Score: N`, N from 1 to 10. null uses our own, which asks for creativity.",
+    )
+    prompt_file: Optional[str] = key(None, "Read that prompt from this UTF-8 file instead.")
+    questions: int = key(16, "Judge responses to the first so many evaluation questions.", minimum=1)
+    samples: int = key(2, "Responses judged per question and mode, the first ones.", minimum=1)
+    concurrency: int = key(8, "Requests in flight at once.", minimum=1)
+    timeout_seconds: float = key(120.0, "Time limit of one request.", above=0.0)
+    retries: int = key(
+        4, "How often a request is sent again after 408, 429, 5xx, a time limit or a lost connection.", minimum=0
+    )
+    max_tokens: Optional[int] = key(1024, "Longest reply; a longer one has no score. null sends no limit.", minimum=1)
+    temperature: Optional[float] = key(0.0, "The judge's temperature; null leaves it to the server.", minimum=0.0)
+
+
+@dataclass
 class EvalConfig:
     path: Optional[str] = key(None, "Evaluation questions, as data.path; null turns evaluation off.")
     options: dict[str, Any] = key(dict, "As data.options.")
@@ -267,6 +291,7 @@ class EvalConfig:
         "logged as `eval/NAME/...`.",
     )
     variety: bool = key(False, "Measure how varied the responses' texts are, too: distinct n-grams, self-BLEU.")
+    judge: JudgeConfig = key(JudgeConfig, "A model that scores responses.")
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_policysplit.config import MISSING, Config, SamplingConfig
 from megatron_policysplit.config_engines import check_engines
+from megatron_policysplit.config_judge import check_judge
 from megatron_policysplit.config_keys import Key, keys_of, read_keys, show
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.mode_settings import sampling_of, shared_out
@@ -226,6 +227,7 @@ def check_config(config: Config) -> list[str]:
             "set eval.path=null"
         )
     check_engines(config)
+    check_judge(config)
     if config.parallel.sequence and config.parallel.tensor == 1:
         raise ConfigError("parallel.sequence=true splits tokens over tensor-parallel ranks; raise parallel.tensor")
     if config.parallel.data % config.parallel.expert:

@@ -29,5 +29,9 @@ class EngineError(UserError):
     """An inference engine cannot be started or reached, serves another model, or refused what it was asked."""
 
 
+class JudgeError(UserError):
+    """The judge model of evaluations refuses what it is asked, or gives no answer."""
+
+
 class EngineLost(EngineError):
     """An engine that had served is gone for good, or has generated nothing for too long."""

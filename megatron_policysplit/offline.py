@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from megatron_policysplit.config import ModesConfig
+from megatron_policysplit.config_load import load_config
 from megatron_policysplit.data import Question
-from megatron_policysplit.errors import ModelError
+from megatron_policysplit.errors import ConfigError, ModelError
 from megatron_policysplit.measures import answer_measures, powers_of_two, variety_measures
 from megatron_policysplit.report import mode_label
 from megatron_policysplit.rewards import Graded
@@ -21,6 +22,11 @@ VARIETY_NAMES = {
     "distinct_2": "distinct word pairs",
     "ngram_diversity_2": "distinct word pairs of a response",
     "self_bleu_diversity": "1 - self-BLEU",
+}
+JUDGE_NAMES = {
+    "judge_score": "judge's score (1 to 10)",
+    "judge_unparsed": "replies without a score",
+    "judge_failed": "responses not judged",
 }
 
 
@@ -44,7 +50,7 @@ class ModeScores:
     accuracy: share of right responses (pass@1). best_of_k: share of questions with a right response.
     unique_correct: mean number of distinct right texts per question. mean_surprisal_nats: per token.
     grading_errors: responses whose reward function failed; they count as wrong. pass_at: pass@k by k.
-    variety: of the texts (`measures.variety_measures`).
+    variety: of the texts (`measures.variety_measures`). judge: of a judge model (`judge.judge_measures`), if asked.
     """
 
     accuracy: float
@@ -56,6 +62,17 @@ class ModeScores:
     grading_errors: int
     pass_at: dict[int, float]
     variety: dict[str, float]
+    judge: dict[str, float | int] = field(default_factory=dict)
+
+
+def prompts_asked_for(config: str | None, prompt: str | None, prompt_file: str | None) -> ModesConfig:
+    """What --config, --high-entropy-prompt and --high-entropy-prompt-file ask for. Raises ConfigError."""
+    if config is None:
+        return ModesConfig(high_entropy_prompt=prompt, high_entropy_prompt_file=prompt_file)
+    for option, value in (("--high-entropy-prompt", prompt), ("--high-entropy-prompt-file", prompt_file)):
+        if value is not None:
+            raise ConfigError(f"--config {config} brings the prompts, and so does {option}; give one of the two")
+    return load_config(config, []).modes
 
 
 def load_tokenizer(path: str):
@@ -189,8 +206,10 @@ def scores_table(scores: dict[str, ModeScores], samples: int):
     columns = [asdict(mode_scores) for mode_scores in scores.values()]
     for column in columns:
         column |= {f"pass_at_{k}": value for k, value in column["pass_at"].items()} | column["variety"]
+        column |= column["judge"]
     names |= {f"pass_at_{k}": f"pass@{k}" for k in powers_of_two(samples)[1:]}
-    names |= {key: name for key, name in VARIETY_NAMES.items() if any(key in column for column in columns)}
+    sometimes = VARIETY_NAMES | JUDGE_NAMES
+    names |= {key: name for key, name in sometimes.items() if any(key in column for column in columns)}
     for key, name in names.items():
         table.add_row(name, *(_cell(column.get(key)) for column in columns))
     return table

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_policysplit.actor.checkpoint_files import check_model, complete, read_trainer_json
 from megatron_policysplit.config import Config
+from megatron_policysplit.config_judge import judge_api_key, read_judge_prompt
 from megatron_policysplit.config_load import (
     check_config,
     fingerprint,
@@ -53,6 +54,7 @@ class Preflight:
             f"layout   tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {ranks}"
             + f", experts over {layout.expert} replicas" * (layout.expert > 1),
             f"engine   {_engines(config)}",
+            *_judge(config),
             f"run      {config.run.dir}{' (resumed if it holds a checkpoint)' if self.resumes else ''}",
             *(f"warning: {warning}" for warning in self.warnings),
         ]
@@ -70,6 +72,14 @@ def _engines(config: Config) -> str:
     return f"sglang ({where}), weights by {config.weight_sync.transport}"
 
 
+def _judge(config: Config) -> list[str]:
+    judge = config.eval.judge
+    if judge.url is None:
+        return []
+    each = f"{judge.samples} response{'s' * (judge.samples > 1)} per mode"
+    return [f"judge    {judge.model} at {judge.url}, {each} to {judge.questions} questions of an evaluation at most"]
+
+
 def preflight(config: Config) -> Preflight:
     """Checks keys, model, data, reward, run directory and checkpoint; raises a UserError for the first wrong one."""
     warnings = check_config(config)
@@ -79,6 +89,9 @@ def preflight(config: Config) -> Preflight:
     train, evaluation = _check_data(config)
     _check_reward(config)
     _check_servers(config)
+    if config.eval.judge.url is not None:
+        read_judge_prompt(config.eval.judge)
+        judge_api_key(config.eval.judge)
     resumes = check_run_dir(config)
     _check_checkpoint(config)
     return Preflight(architecture, parameters, train, evaluation, world_size(config), resumes, warnings)

@@ -27,6 +27,7 @@ from megatron_policysplit.control import Control
 from megatron_policysplit.data import Question, QuestionStream, drop_overlong, load_questions
 from megatron_policysplit.engines import build_fleet, engine_in_process, open_fleet, place, sglang_engine
 from megatron_policysplit.errors import ConfigError, UserError
+from megatron_policysplit.judging import Judging
 from megatron_policysplit.logs import Logger
 from megatron_policysplit.methods import Algorithm, algorithm_of
 from megatron_policysplit.mode_settings import samples_per_mode, training_modes
@@ -65,7 +66,8 @@ class Run:
     """Everything the trainer works with. Prompts are held on leaders only; questions on every rank.
 
     fleet: with rollout.engine=sglang. colocation: with rollout.colocated. served: weight version that the engines were
-    given last. other_prompts: of eval.prompts, name -> evaluation question -> NORMAL -> prompt ids.
+    given last. other_prompts: of eval.prompts, name -> evaluation question -> NORMAL -> prompt ids. judging: with
+    eval.judge.url.
     """
 
     config: Config
@@ -83,6 +85,7 @@ class Run:
     eval_prompts: Prompts
     state: TrainerState
     other_prompts: Mapping[str, Prompts] = field(default_factory=dict)
+    judging: Judging | None = None
     fleet: Fleet | None = None
     colocation: Colocation | None = None
     served: int = -1
@@ -224,6 +227,7 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
 
     log = _agreed(layout, lambda: _log(config, layout))
     resources.callback(log.close)
+    judging = Judging(config, layout, control, log.message) if config.eval.judge.url is not None else None
 
     hf_config = read_hf_config(config.model.path)
     actor = Actor(config, hf_config, layout)
@@ -283,6 +287,7 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
         eval_prompts=eval_prompts,
         state=state,
         other_prompts=other_prompts,
+        judging=judging,
         fleet=fleet,
         colocation=fleet and fleet.colocation,
     )

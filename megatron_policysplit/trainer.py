@@ -13,6 +13,7 @@ from megatron_policysplit.asking import Asked
 from megatron_policysplit.config import Config
 from megatron_policysplit.errors import TrainingError
 from megatron_policysplit.exit_codes import DONE, STOPPED
+from megatron_policysplit.judging import judge_metrics, with_verdicts
 from megatron_policysplit.metrics import evaluation_metrics, prompt_metrics, training_metrics
 from megatron_policysplit.mode_settings import modes_of
 from megatron_policysplit.rollout.staleness import check_staleness, staleness_metrics
@@ -132,7 +133,7 @@ class Trainer:
             self.ahead = None
 
     def evaluate(self) -> None:
-        """Sample every evaluation question in all modes and under eval.prompts; keep the best weights."""
+        """Sample every evaluation question in all modes and under eval.prompts; judge; keep the best weights."""
         run, phases = self.run, Phases()
         if not run.eval_questions:
             return
@@ -142,16 +143,22 @@ class Trainer:
         self.sync()
         variety, others = self.config.eval.variety, {}
         with phases.measure("eval"):
-            rollouts, rows, scores = self._answers(run.eval_prompts, modes_of(self.config.modes))
+            modes = modes_of(self.config.modes)
+            rollouts, rows, scores = self._answers(run.eval_prompts, modes)
+            answers = {mode.value: [rollout for rollout in rollouts if rollout.mode == mode] for mode in modes}
             for name, prompts in run.other_prompts.items():
-                _, *sampled = self._answers(prompts, (Mode.NORMAL,))
+                answers[name], *sampled = self._answers(prompts, (Mode.NORMAL,))
                 if run.layout.is_chief:
                     others |= prompt_metrics(name, *sampled, run.text, samples, variety=variety)
-        metrics = None
+        metrics, verdicts = None, {}
+        if run.judging is not None:
+            with phases.measure("judge"):
+                verdicts = run.judging.verdicts(answers, run.eval_questions, run.text)
         if run.layout.is_chief:
             metrics = evaluation_metrics(rows, scores, run.text, samples, variety=variety) | others | _seconds(phases)
+            metrics |= judge_metrics(verdicts)
             run.log.evaluation(run.state.step, metrics)
-            run.log.eval_rollouts(run.state.step, run.eval_records(rollouts))
+            run.log.eval_rollouts(run.state.step, with_verdicts(run.eval_records(rollouts), verdicts))
         accuracy = run.layout.from_chief(metrics and metrics["eval/normal/accuracy"])
         if accuracy > run.state.best:
             run.state.best = accuracy
