@@ -53,7 +53,7 @@ PAGE = (
 {% endfor %}</tr>
 {% endfor %}{% endfor %}
 </table></div>
-<p>Entropy and KL are means per response token. KL is between modes of the same weights: to the normal mode, and from it to the high-entropy mode.
+<p>Entropy and KL are means per response token. KL is that of a mode to the normal mode, of that to high-entropy.
 – means not measured.</p>
 
 <h2>Curves</h2>

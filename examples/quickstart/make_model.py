@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Optional, Union
 
@@ -30,12 +30,12 @@ WARM_UP_RATE = 3e-3
 RIGHT_SHARE = 0.65  # of the warm-up's targets; the others miss the number by one to four
 
 
-def make_tokenizer():
+def make_tokenizer(vocabulary: Sequence[str] = VOCABULARY):
     """A PreTrainedTokenizerFast whose tokens are whole numbers, "+", a few words and the chat's special tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[0-9]+|\+|[a-z]+"), behavior="removed", invert=True)
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -50,21 +50,30 @@ def make_tokenizer():
     )
 
 
-def make_model(directory: Union[str, Path], seed: int) -> None:
-    """Saves a randomly initialised Qwen3ForCausalLM (float32) and its tokenizer as a Hugging Face directory."""
+def make_model(
+    directory: Union[str, Path],
+    seed: int,
+    vocabulary: Sequence[str] = VOCABULARY,
+    hidden_size: int = 64,
+    layers: int = 2,
+) -> None:
+    """Saves a randomly initialised Qwen3ForCausalLM (float32) and its tokenizer as a Hugging Face directory.
+
+    vocabulary: VOCABULARY, and what follows it.
+    """
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(vocabulary)
     config = Qwen3Config(
-        vocab_size=len(VOCABULARY),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
+        vocab_size=len(vocabulary),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
-        max_position_embeddings=128,
+        max_position_embeddings=1024,
         initializer_range=0.05,
         tie_word_embeddings=True,
         bos_token_id=None,
