@@ -16,7 +16,8 @@ def mode_metrics(rows: Sequence[Row], statistics: Sequence[TokenStatistics], mod
     """Of what `mode` sampled, under its own prompt; {} if it sampled nothing.
 
     reward, accuracy, truncated_share: means over responses. entropy_nats (also in bits, the paper's unit),
-    kl_nats (this mode || the other, where scored): means over response tokens. response_tokens: mean length.
+    kl_nats (this mode || the other, where scored, and if there is one other): means over response tokens.
+    response_tokens: mean length.
     """
     own = [(row.rollout, s) for row, s in zip(rows, statistics, strict=True) if row.mode is mode and row.on_policy]
     if not own:
@@ -30,9 +31,9 @@ def mode_metrics(rows: Sequence[Row], statistics: Sequence[TokenStatistics], mod
         "response_tokens": _mean([len(rollout.tokens) for rollout in rollouts]),
         "truncated_share": _mean([rollout.finish_reason == "length" for rollout in rollouts]),
     }
-    kl = [s.kl for _, s in own if s.kl is not None]
-    if kl:
-        result["kl_nats"] = float(torch.cat(kl).mean())
+    others = {name for _, s in own for name in s.kl}
+    if len(others) == 1:
+        result["kl_nats"] = float(torch.cat([kl for _, s in own for kl in s.kl.values()]).mean())
     return result
 
 

@@ -80,7 +80,10 @@ def run_case(case, path, layout, poison=False):
         if not poison:
             outcome.bad_steps.append(update.bad_steps)
         outcome.statistics.append(
-            [(as_numpy(s.logprobs), as_numpy(s.entropy), as_numpy(s.kl), s.prompt_logprob) for s in old]
+            [
+                (as_numpy(s.logprobs), as_numpy(s.entropy), kl_to_other(row, s), s.prompt_logprob)
+                for row, s in zip(rows, old, strict=True)
+            ]
         )
         trained = case.signals(rows, old, placed, config, reference).at(0) if signals is not None else []
         outcome.advantages.append([as_numpy(signal.advantages) for signal in trained])
@@ -111,6 +114,11 @@ def poisoned_update(actor, placed, signals, live):
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert actor.optimizer.steps_taken == 0
     return update.bad_steps
+
+
+def kl_to_other(row, statistics):
+    assert set(statistics.kl) <= {row.mode.other.value}
+    return as_numpy(statistics.kl.get(row.mode.other.value))
 
 
 def exported(actor):

@@ -42,8 +42,8 @@ def scored(with_kl=True):
     for row in rows:
         name = (row.key.training_mode, row.key.question, row.key.sampling_mode, row.key.sample)
         entropy, kl, logprob = CONSTANT.get(name, OFF_POLICY)
-        full = [torch.full((row.response_length,), value) for value in (logprob, entropy, kl)]
-        statistics.append(TokenStatistics(*full) if with_kl else TokenStatistics(*full[:2]))
+        *full, kl = (torch.full((row.response_length,), value) for value in (logprob, entropy, kl))
+        statistics.append(TokenStatistics(*full, {row.mode.other.value: kl} if with_kl else {}))
     return rows, statistics
 
 
@@ -77,9 +77,18 @@ def test_kl_only_where_it_was_scored():
     rows, statistics = scored()
     for row, row_statistics in zip(rows, statistics, strict=True):
         if row.key.question == 0:
-            row_statistics.kl = None
+            row_statistics.kl = {}
     assert mode_metrics(rows, statistics, NORMAL)["kl_nats"] == pytest.approx(0.3)
     assert "kl_nats" not in mode_metrics(*scored(with_kl=False), NORMAL)
+
+
+def test_kl_to_several_modes_is_not_averaged():
+    rows, statistics = scored()
+    for row, row_statistics in zip(rows, statistics, strict=True):
+        if row.mode is NORMAL:
+            row_statistics.kl["third"] = row_statistics.kl["high_entropy"]
+    assert "kl_nats" not in mode_metrics(rows, statistics, NORMAL)
+    assert mode_metrics(rows, statistics, HIGH)["kl_nats"] == pytest.approx(HIGH_EXPECTED["kl_nats"])
 
 
 def test_a_mode_that_sampled_nothing():
@@ -162,7 +171,11 @@ def test_a_second_rollout_is_counted_as_rows_and_nowhere_else():
     rows, statistics = scored()
     more = share([*ROLLOUTS, second], PROMPTS)
     by_key = {row.key: s for row, s in zip(rows, statistics, strict=True)}
-    away = TokenStatistics(*[torch.full((5,), value) for value in (-70.0, 50.0, 60.0)])
-    found = training_metrics(more, [by_key.get(row.key, away) for row in more], [True] * len(more))
+    *away, kl = (torch.full((5,), value) for value in (-70.0, 50.0, 60.0))
+
+    def statistics_of(row):
+        return by_key.get(row.key) or TokenStatistics(*away, {row.mode.other.value: kl})
+
+    found = training_metrics(more, [statistics_of(row) for row in more], [True] * len(more))
     expected = training_metrics(rows, statistics, [True] * len(rows))
     assert found == expected | {"actor/rows": expected["actor/rows"] + 2}
