@@ -42,7 +42,7 @@ def mode_divergences(rows: Sequence[Row], statistics: Sequence[TokenStatistics],
     found: dict[str, list[torch.Tensor]] = {}
     for row, s in zip(rows, statistics, strict=True):
         if row.mode == mode and row.on_policy:
-            for name, values in (s.kl or {}).items():
+            for name, values in s.kl.items():
                 found.setdefault(name, []).append(values)
     return {name: float(torch.cat(values).mean()) for name, values in sorted(found.items())}
 

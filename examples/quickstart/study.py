@@ -62,6 +62,7 @@ def exact(model: Path, prompts, questions: dict, responses: list, mode, temperat
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from megatron_policysplit.modes import PromptBuilder
+    from megatron_policysplit.rows import MODES
 
     builder = PromptBuilder(AutoTokenizer.from_pretrained(model), prompts)
     ids = {question: builder.build(asked.messages) for question, asked in questions.items()}
@@ -78,7 +79,7 @@ def exact(model: Path, prompts, questions: dict, responses: list, mode, temperat
         ]
         return torch.cat(kept).log_softmax(-1)
 
-    own, other = log_probs(mode), log_probs(mode.other)
+    own, other = log_probs(mode), log_probs(next(each for each in MODES if each != mode))
     return {
         "entropy_nats": float(-(own.exp() * own).sum(-1).mean()),
         "kl_nats": float((own.exp() * (own - other)).sum(-1).mean()),

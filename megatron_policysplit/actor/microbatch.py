@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_policysplit.actor.pairing import Pairing
 from megatron_policysplit.rows import Mode, Row
 
 
@@ -18,8 +19,8 @@ class MicroBatch:
     An empty one has no rows, but `tokens` of one, for the sake of ranks that wait for this one's part of the work.
     tokens [B, S] int64. rows [B]: the rows' indices in the batch. predictors [T]: flat positions (b * S + s)
     whose hidden states predict the T response tokens `targets` [T]. lengths [B]: response tokens per row.
-    temperature [T]: of the row's mode. pair_of [B]: for each row, a number shared by rows of one rollout if
-    its exact KL is wanted, else -1. prompt_lengths [B]: tokens of each row's prompt.
+    temperature [T]: of the row's mode. training_modes [B]: their names. pairings [B]: of the rows whose exact KL is
+    wanted, else None. prompt_lengths [B]: tokens of each row's prompt.
     """
 
     tokens: Tensor
@@ -28,7 +29,8 @@ class MicroBatch:
     targets: Tensor
     lengths: list[int]
     temperature: Tensor
-    pair_of: list[int]
+    training_modes: list[str]
+    pairings: list[Pairing | None]
     prompt_lengths: list[int]
 
     @property
@@ -60,10 +62,10 @@ def make_microbatch(
     rows: Sequence[Row],
     indices: Sequence[int],
     temperatures: Mapping[Mode, float],
-    pair_of: Mapping[int, int],
+    pairings: Mapping[int, Pairing],
     multiple: int = 1,
 ) -> MicroBatch:
-    """The rows at `indices` (none: an empty micro-batch) as one; pair_of: row index -> pair number where KL is wanted.
+    """The rows at `indices` (none: an empty micro-batch) as one; pairings: by row index, where KL is wanted.
 
     multiple: what S must be a multiple of.
     """
@@ -85,6 +87,7 @@ def make_microbatch(
         targets=torch.cat(targets),
         lengths=[rows[i].response_length for i in indices],
         temperature=torch.cat(temperature),
-        pair_of=[pair_of.get(i, -1) for i in indices],
+        training_modes=[rows[i].key.training_mode for i in indices],
+        pairings=[pairings.get(i) for i in indices],
         prompt_lengths=[len(rows[i].prompt) for i in indices],
     )

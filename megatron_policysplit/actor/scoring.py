@@ -1,4 +1,4 @@
-"""Forward-only statistics of rows: log-prob, exact entropy, and the exact KL between a response's two prompts."""
+"""Forward-only statistics of rows: log-prob, exact entropy, and the exact KL between a response's prompts."""
 
 from __future__ import annotations
 
@@ -11,23 +11,29 @@ from torch import Tensor
 from megatron_policysplit.actor.microbatch import MicroBatch
 from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.advantages import TokenStatistics
-from megatron_policysplit.vocab_parallel import Head, Partner, score
+from megatron_policysplit.vocab_parallel import Head, Pairs, score
 
 
 @dataclass
-class _Waiting:
-    """A row whose partner has not been scored yet: its hidden states [T, H] and temperature [T]."""
+class _Seen:
+    """A row that has to meet others of its rollout. missing: how many of them have not come yet. start: its first token
+    in the call of the head. hidden [T, H], temperature [T]: once it waits for a later micro-batch."""
 
     row: int
-    hidden: Tensor
-    temperature: Tensor
+    mode: str
+    hub: bool
+    missing: int
+    start: int
+    length: int
+    hidden: Tensor | None = None
+    temperature: Tensor | None = None
 
 
 class Scorer:
     """Runs the pipeline forward over micro-batches. Moves no RNG, keeps no graph.
 
-    For a row whose KL is wanted, the response's hidden states [T, H] wait on the last stage until its
-    partner's forward pass has run; both then meet at the same response tokens. The plan puts partners
+    For a row whose KL is wanted, the response's hidden states [T, H] wait on the last stage until the forward passes of
+    those that it is compared with have run; they meet at the same response tokens. The plan puts the rows of a rollout
     next to each other, so few wait at a time.
     """
 
@@ -52,7 +58,7 @@ class Scorer:
 
         self.ddp.eval()
         results: dict[int, TokenStatistics] = {}
-        waiting: dict[int, _Waiting] = {}
+        waiting: dict[int, list[_Seen]] = {}  # by rollout
 
         def step(iterator, model):
             batch = next(iterator)
@@ -77,8 +83,8 @@ class Scorer:
             collect_non_loss_data=True,
         )
         if waiting:
-            alone = sorted(partner.row for partner in waiting.values())
-            raise RuntimeError(f"rows {alone} were scored without their partner")
+            alone = sorted(seen.row for rows in waiting.values() for seen in rows)
+            raise RuntimeError(f"rows {alone} were scored without their partners")
         return results
 
     def forward(self, model: torch.nn.Module, batch: MicroBatch) -> Tensor:
@@ -89,25 +95,26 @@ class Scorer:
     def _collect(self, batch: MicroBatch, hidden: Tensor, results: dict, waiting: dict, nucleus: float | None) -> None:
         device = hidden.device
         selected, temperature = batch.select(hidden), batch.temperature.to(device)
-        met: list[tuple[int, _Waiting]] = []
-        partners, spans, start = [], {}, 0
-        for row, length, pair in zip(batch.rows, batch.lengths, batch.pair_of, strict=True):
-            span = spans[row] = slice(start, start + length)
-            start += length
-            if pair in waiting:
-                partner = waiting.pop(pair)
-                met.append((row, partner))
-                partners.append(Partner(span.start, partner.hidden, partner.temperature))
-            elif pair >= 0:
-                waiting[pair] = _Waiting(row, selected[span].clone(), temperature[span])
-        scores = score(self.head, selected, batch.targets.to(device), temperature, partners, nucleus)
-        for row, span in spans.items():
-            results[row] = TokenStatistics(scores.logprobs[span].cpu(), scores.entropy[span].cpu())
-            if scores.nucleus is not None:
-                results[row].nucleus_entropy = scores.nucleus.entropy[span].cpu()
-                results[row].nucleus_threshold = scores.nucleus.threshold[span].cpu()
-        for (row, partner), (own, theirs) in zip(met, scores.kl, strict=True):
-            results[row].kl, results[partner.row].kl = own.cpu(), theirs.cpu()
+        met = _meet(batch, waiting)
+        pairs = _pairs(met, len(selected)) if met else None
+        scores = score(self.head, selected, batch.targets.to(device), temperature, pairs, nucleus)
+        per_token = [scores.logprobs, scores.entropy]
+        if scores.nucleus is not None:
+            per_token += [scores.nucleus.entropy, scores.nucleus.threshold]
+        per_token, kl = _to_host(per_token, scores.kl or ())
+        logprobs, entropy, *found = (values.split(batch.lengths) for values in per_token)
+        for b, row in enumerate(batch.rows):
+            results[row] = TokenStatistics(logprobs[b].clone(), entropy[b].clone())
+            if found:
+                results[row].nucleus_entropy, results[row].nucleus_threshold = (part[b].clone() for part in found)
+        if met:
+            there, back = (values.split([one.length for one, _ in met]) for values in kl)
+            for (one, other), ours, theirs in zip(met, there, back, strict=True):
+                results[one.row].kl[other.mode] = ours.clone()
+                results[other.row].kl[one.mode] = theirs.clone()
+        for seen in (seen for rows in waiting.values() for seen in rows if seen.hidden is None):
+            span = slice(seen.start, seen.start + seen.length)
+            seen.hidden, seen.temperature = selected[span].clone(), temperature[span].clone()
 
     def _collect_prompts(self, batch: MicroBatch, hidden: Tensor, results: dict) -> None:
         """A call of the head of its own: the chunks of responses, and so their bits, stay those of training."""
@@ -118,3 +125,44 @@ class Scorer:
         logprobs = score(self.head, batch.select_prompts(hidden), targets, temperature).logprobs.cpu()
         for row, part in zip(batch.rows, logprobs.split(counts), strict=True):
             results[row].prompt_logprob = float(part.mean()) if len(part) else 0.0
+
+
+def _meet(batch: MicroBatch, waiting: dict[int, list[_Seen]]) -> list[tuple[_Seen, _Seen]]:
+    """The pairs, hub with other, whose later row is in `batch`, that row first. Brings `waiting` up to date."""
+    met, start = [], 0
+    for row, length, mode, pairing in zip(batch.rows, batch.lengths, batch.training_modes, batch.pairings, strict=True):
+        if pairing is not None:
+            this = _Seen(row, mode, pairing.hub, pairing.pairs, start, length)
+            before = waiting.pop(pairing.rollout, [])
+            for other in before:
+                if other.hub != this.hub:
+                    met.append((this, other))
+                    this.missing -= 1
+                    other.missing -= 1
+            if missing := [seen for seen in (*before, this) if seen.missing]:
+                waiting[pairing.rollout] = missing
+        start += length
+    return met
+
+
+def _pairs(met: list[tuple[_Seen, _Seen]], tokens: int) -> Pairs:
+    """The tokens of rows that meet, those from earlier micro-batches placed behind the `tokens` of this one."""
+    earlier = list({other.row: other for _, other in met if other.hidden is not None}.values())
+    for seen in earlier:
+        seen.start, tokens = tokens, tokens + seen.length
+    lengths = torch.tensor([one.length for one, _ in met])
+    within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    first, second = (
+        torch.tensor([seen.start for seen in side]).repeat_interleave(lengths) + within
+        for side in zip(*met, strict=True)
+    )
+    if not earlier:
+        return Pairs(first, second)
+    return Pairs(first, second, *(torch.cat([getattr(s, of) for s in earlier]) for of in ("hidden", "temperature")))
+
+
+def _to_host(*groups: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """Tensors of one dimension and dtype, moved in one transfer, in their groups."""
+    flat = torch.cat([values for group in groups for values in group]).cpu()
+    pieces = iter(flat.split([len(values) for group in groups for values in group]))
+    return [tuple(next(pieces) for _ in group) for group in groups]

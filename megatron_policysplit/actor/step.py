@@ -16,6 +16,7 @@ from megatron_policysplit.actor.megatron_weights import load_megatron_weights
 from megatron_policysplit.actor.microbatch import MicroBatch, make_microbatch
 from megatron_policysplit.actor.model import build_model
 from megatron_policysplit.actor.optimizer import PolicyOptimizer
+from megatron_policysplit.actor.pairing import pairings
 from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.actor.scoring import Scorer
 from megatron_policysplit.actor.weights import load_weights
@@ -25,7 +26,7 @@ from megatron_policysplit.losses import LossInputs, LossOutputs, policy_loss
 from megatron_policysplit.methods import algorithm_of
 from megatron_policysplit.mode_settings import temperatures_of
 from megatron_policysplit.plan import Plan, make_plan
-from megatron_policysplit.rows import Mode, Row
+from megatron_policysplit.rows import Row
 from megatron_policysplit.training_signals import SignalSource, TrainSignal, token_weights
 from megatron_policysplit.vocab_parallel import fused_loss
 
@@ -197,10 +198,10 @@ class Actor:
         temperatures = temperatures_of(self.config)
         if temperature is not None:
             temperatures = dict.fromkeys(temperatures, temperature)
-        pairs = _kl_pairs(rows, self.config.log.kl_tokens)
         shares = [step[self.layout.data_rank] for step in plan.shares]
         multiple = self.layout.tensor if self.layout.sequence else 1
-        make = partial(make_microbatch, rows, temperatures=temperatures, pair_of=pairs, multiple=multiple)
+        wanted = pairings(rows, self.config.log.kl_tokens)
+        make = partial(make_microbatch, rows, temperatures=temperatures, pairings=wanted, multiple=multiple)
         train = [[make(indices) for indices in share.train] for share in shares]
         score_only = [[make(indices) for indices in share.score_only] for share in shares]
         return train, score_only
@@ -304,23 +305,3 @@ def _sum_gradients(model, num_tokens=None, **kwargs):
 def _joined(rows: Sequence[Tensor]) -> Tensor:
     """Values of the tokens of all rows, of which there may be none."""
     return torch.cat(rows) if rows else torch.empty(0)
-
-
-def _kl_pairs(rows: Sequence[Row], kl_tokens: str) -> dict[int, int]:
-    """Row index -> rollout number, for the rollouts whose exact KL between the modes is wanted.
-
-    `sample` takes one rollout per question and sampling mode.
-    """
-    if kl_tokens == "none":
-        return {}
-    keys = {row.key: index for index, row in enumerate(rows)}
-    pairs: dict[int, int] = {}
-    seen: set[tuple] = set()
-    for index, row in enumerate(rows):
-        partner = keys.get(row.key.partner)
-        sampled = (row.key.batch, row.key.question, row.key.sampling_mode)
-        if partner is None or row.mode is Mode.HIGH_ENTROPY or (kl_tokens == "sample" and sampled in seen):
-            continue
-        seen.add(sampled)
-        pairs[index] = pairs[partner] = index
-    return pairs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,14 +16,15 @@ from megatron_policysplit.rows import Row
 class TokenStatistics:
     """Per response token of one row, fp32, nats: log-prob [T] and entropy [T] of the policy before the update.
 
-    kl [T]: KL(this row's mode || the other mode) at the same token, where it was asked for. prompt_logprob: mean of the
-    log-probs of the prompt's tokens but the first (0 for a prompt of one), where the method asks for it.
+    kl: by the name of another training mode, KL(this row's mode || that mode) [T] at the same tokens, where asked
+    for. prompt_logprob: mean of the log-probs of the prompt's tokens but the first (0 for a prompt of one), where the
+    method asks for it.
     nucleus_entropy, nucleus_threshold [T]: nats, and a logit (`vocab_parallel.Nucleus`), where it asks for these.
     """
 
     logprobs: Tensor
     entropy: Tensor
-    kl: Tensor | None = None
+    kl: dict[str, Tensor] = field(default_factory=dict)
     prompt_logprob: float | None = None
     nucleus_entropy: Tensor | None = None
     nucleus_threshold: Tensor | None = None

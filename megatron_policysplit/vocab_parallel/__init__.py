@@ -3,12 +3,12 @@
 from megatron_policysplit.vocab_parallel.fused_loss import FusedLoss, fused_loss
 from megatron_policysplit.vocab_parallel.head import (
     Head,
-    Partner,
     Scores,
     head_pair_statistics,
     head_statistics,
     score,
 )
+from megatron_policysplit.vocab_parallel.pairs import Pairs
 from megatron_policysplit.vocab_parallel.shard import VocabularyShard
 from megatron_policysplit.vocab_parallel.statistics import PairStatistics, pair_statistics, token_statistics
 
@@ -16,7 +16,7 @@ __all__ = [
     "FusedLoss",
     "Head",
     "PairStatistics",
-    "Partner",
+    "Pairs",
     "Scores",
     "VocabularyShard",
     "fused_loss",

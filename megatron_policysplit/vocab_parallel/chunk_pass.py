@@ -32,10 +32,13 @@ SLICE_ROWS = 8192  # of a weight of 16 bits, widened at a time
 
 @dataclass(frozen=True)
 class States(PerToken):
-    """One of two policies at the tokens of a chunk: hidden states [C, H] and temperature [C]."""
+    """One of two policies at P tokens: hidden states [N, H], temperature [P], and rows [P] int64, which of the hidden
+    states is each token's; None: each in turn. logits [N, padded columns], if they are there."""
 
     hidden: Tensor
     temperature: Tensor
+    rows: Tensor | None = None
+    logits: Tensor | None = None
 
 
 class ChunkPass(Protocol):
@@ -48,8 +51,8 @@ class ChunkPass(Protocol):
     def reduce_for_gradient(self, hidden: Tensor, tokens: Tokens) -> tuple[Tensor, Exponentials | None]:
         """The same floats, bit for bit, and what `gradient` can use."""
 
-    def reduce_pair(self, a: States, b: States, logits_a: Tensor | None) -> Tensor:
-        """`reduction.reduce_pair` of two policies, [6, C]. logits_a: of the first, if they are there."""
+    def reduce_pair(self, a: States, b: States) -> Tensor:
+        """`reduction.reduce_pair` of two policies, [6, P]. Logits that are there stay there."""
 
     def gradient(
         self, hidden: Tensor, kept: Exponentials | None, tokens: Tokens, merged: Merged, slopes: Slopes
@@ -93,12 +96,12 @@ class TorchPass:
         parts = reduce_logits(logits, tokens, self._shard, leave_exponentials=True)
         return parts, Exponentials(logits, parts[0])
 
-    def reduce_pair(self, a: States, b: States, logits_a: Tensor | None) -> Tensor:
-        if logits_a is None:
-            logits_a = self._logits(a.hidden)
-        logits_b = self._logits(b.hidden)
-        parts = reduce_pair(logits_a, logits_b, a.temperature, b.temperature, self._shard)
-        self._buffers.reverse()  # so that the buffer of `logits_a` is not the next to be overwritten
+    def reduce_pair(self, a: States, b: States) -> Tensor:
+        logits_a = self._logits(a.hidden) if a.logits is None else a.logits
+        logits_b = self._logits(b.hidden) if b.logits is None else b.logits
+        parts = reduce_pair(logits_a, logits_b, a.temperature, b.temperature, self._shard, a.rows, b.rows)
+        if b.logits is None:
+            self._buffers.reverse()  # so that the buffer of `logits_a` is not the next to be overwritten
         return parts
 
     def gradient(
@@ -133,8 +136,9 @@ class TritonPass:
 
     reduce_for_gradient = reduce
 
-    def reduce_pair(self, a: States, b: States, logits_a: Tensor | None) -> Tensor:
-        hidden, temperatures = (a.hidden, b.hidden), (a.temperature, b.temperature)
+    def reduce_pair(self, a: States, b: States) -> Tensor:
+        hidden = [of.hidden if of.rows is None else of.hidden[of.rows] for of in (a, b)]
+        temperatures = a.temperature, b.temperature
         return self._kernels.reduce_head_pair(*hidden, self._weight, *temperatures, self._shard.columns)
 
     def gradient(

@@ -7,7 +7,7 @@ chunk by chunk. `fused_loss` (its own file) needs no second pass. Only rows that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_policysplit.vocab_parallel.chunk_pass import States, chunk_pass, shard_logits
+from megatron_policysplit.vocab_parallel.chunk_pass import ChunkPass, States, chunk_pass, shard_logits
 from megatron_policysplit.vocab_parallel.nucleus import Nucleus, find_nucleus
+from megatron_policysplit.vocab_parallel.pairs import PairPlan, Pairs
 from megatron_policysplit.vocab_parallel.reduction import (
     Merged,
     MergedPair,
@@ -59,24 +60,15 @@ class Head:
         return grad_hidden
 
 
-@dataclass(frozen=True)
-class Partner:
-    """The other policy at tokens [start, start + L) of a call: hidden states [L, H] and temperature [L]."""
-
-    start: int
-    hidden: Tensor
-    temperature: Tensor
-
-
 class Scores(NamedTuple):
-    """logprobs, entropy [T]; kl: for each partner KL(own || partner's) and KL(partner's || own), [L] each. Nats.
+    """logprobs, entropy [T]; kl: KL(first || second) and KL(second || first) of each pair, [P]. Nats.
 
     nucleus: of each token, if it was asked for.
     """
 
     logprobs: Tensor
     entropy: Tensor
-    kl: list[tuple[Tensor, Tensor]]
+    kl: tuple[Tensor, Tensor] | None = None
     nucleus: Nucleus | None = None
 
 
@@ -86,14 +78,14 @@ def score(
     hidden: Tensor,
     targets: Tensor,
     temperature: Tensor,
-    partners: Sequence[Partner] = (),
+    pairs: Pairs | None = None,
     nucleus: float | None = None,
 ) -> Scores:
-    """Statistics of hidden [T, H] at targets [T] (int64, global ids) and temperature [T], and exact KL to partners.
+    """Statistics of hidden [T, H] at targets [T] (int64, global ids) and temperature [T], and the exact KL of pairs.
 
     nucleus: probability mass of the nucleus whose threshold and entropy are wanted; in plain torch only. One all-gather
     for the whole call, with a nucleus one more a chunk, or more. A token's bits depend on its chunk alone, not on
-    partners. Raises ValueError for a nucleus from a head of Triton kernels.
+    pairs. Raises ValueError for a nucleus from a head of Triton kernels, and for a pair without a token of this call.
     """
     if nucleus is not None:
         needs_logits(head)
@@ -101,33 +93,63 @@ def score(
     dtype = statistics_dtype(hidden)
     temperature = temperature.to(dtype)
     tokens = Tokens(targets, temperature)
-    parts = hidden.new_empty(4, len(hidden), dtype=dtype)
-    pairs = [hidden.new_empty(6, len(partner.hidden), dtype=dtype) for partner in partners]
+    parts = [hidden.new_empty(4, len(hidden), dtype=dtype)]
+    paired = None if pairs is None else _PairScores(head, hidden, temperature, pairs)
+    if paired is not None:
+        parts.append(paired.parts)
     inner = Nucleus(torch.empty_like(temperature), torch.empty_like(temperature))
     for span in head.chunks(len(hidden)):
-        parts[:, span], logits = passing.reduce(hidden[span], tokens[span])
+        parts[0][:, span], logits = passing.reduce(hidden[span], tokens[span])
         if nucleus is not None:
-            found = find_nucleus(logits, parts[:, span], temperature[span], head.shard, nucleus)
+            found = find_nucleus(logits, parts[0][:, span], temperature[span], head.shard, nucleus)
             inner.threshold[span], inner.entropy[span] = found.threshold, found.entropy
-        for partner, pair in zip(partners, pairs, strict=True):
-            start = max(span.start, partner.start)
-            stop = min(span.stop, partner.start + len(partner.hidden))
-            if start < stop:
-                theirs = slice(start - partner.start, stop - partner.start)
-                ours = slice(start - span.start, stop - span.start)
-                pair[:, theirs] = passing.reduce_pair(
-                    States(hidden, temperature)[start:stop],
-                    States(partner.hidden, partner.temperature.to(dtype))[theirs],
-                    None if logits is None else logits[ours],
-                )
-    gathered, *gathered_pairs = Gathering([parts, *pairs], head.shard).wait()
-    merged = merge(gathered, temperature)
-    kl = []
-    for partner, pair in zip(partners, gathered_pairs, strict=True):
-        own = temperature[partner.start : partner.start + len(partner.hidden)]
-        both = merge_pair(pair, own, partner.temperature.to(dtype))
-        kl.append((both.kl_ab, both.kl_ba))
+        if paired is not None:
+            paired.reduce(passing, span, logits)
+    gathered = Gathering(parts, head.shard).wait()
+    merged = merge(gathered[0], temperature)
+    kl = None if paired is None else paired.merge(gathered[1])
     return Scores(merged.logprobs, merged.entropy, kl, None if nucleus is None else inner)
+
+
+class _PairScores:
+    """The pairs of a call of `score`: parts [6, P], in the plan's order, to be gathered; then the KL both ways."""
+
+    def __init__(self, head: Head, hidden: Tensor, temperature: Tensor, pairs: Pairs):
+        self._plan, self._hidden, self._others = PairPlan.of(pairs, len(hidden), head.chunk), hidden, pairs.hidden
+        near, far = self._plan.near.to(hidden.device), self._plan.far.to(hidden.device)
+        if pairs.temperature is not None:
+            temperature = torch.cat([temperature, pairs.temperature.to(temperature.dtype)])
+        self._near, self._far = temperature[near], temperature[far]
+        self.parts = hidden.new_empty(6, len(near), dtype=temperature.dtype)
+
+    def reduce(self, passing: ChunkPass, span: slice, logits: Tensor | None) -> None:
+        """The pairs of the chunk at `span`, whose logits [C, padded columns] are there or not."""
+        chunk, device = self._hidden[span], self._hidden.device
+        for block in self._plan.blocks(span):
+            near = States(chunk, self._near[block.pairs], block.near.to(device), logits)
+            rows, temperature = block.far.to(device), self._far[block.pairs]
+            if block.positions is None:
+                far = States(chunk, temperature, rows, logits)
+            else:
+                far = States(self._states(block.positions), temperature, rows)
+            self.parts[:, block.pairs] = passing.reduce_pair(near, far)
+
+    def _states(self, positions: Tensor) -> Tensor:
+        """Hidden states [F, H] at ascending positions, first those of this call."""
+        own = int(torch.searchsorted(positions, len(self._hidden)))
+        mine, others = (places.to(self._hidden.device) for places in positions.tensor_split([own]))
+        if not len(others):
+            return self._hidden[mine]
+        return torch.cat([self._hidden[mine], self._others[others - len(self._hidden)]])
+
+    def merge(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
+        """[shards, 6, P] to KL(first || second) and KL(second || first), [P] each, in the order of `Pairs`."""
+        both, swapped = merge_pair(gathered, self._near, self._far), self._plan.swapped.to(gathered.device)
+        order = self._plan.order.to(gathered.device)
+        there, back = torch.empty_like(both.kl_ab), torch.empty_like(both.kl_ab)
+        there[order] = torch.where(swapped, both.kl_ba, both.kl_ab)
+        back[order] = torch.where(swapped, both.kl_ab, both.kl_ba)
+        return there, back
 
 
 def needs_logits(head: Head) -> None:
@@ -199,7 +221,7 @@ class _HeadPairStatistics(torch.autograd.Function):
         for span in head.chunks(len(hidden_a)):
             for policy, part in zip(policies, parts[:2], strict=True):
                 part[:, span], _ = passing.reduce(policy.hidden[span], Tokens(targets, policy.temperature)[span])
-            parts[2][:, span] = passing.reduce_pair(a[span], b[span], None)
+            parts[2][:, span] = passing.reduce_pair(a[span], b[span])
         gathered_a, gathered_b, gathered_pair = Gathering(parts, head.shard).wait()
         merged_a, merged_b = merge(gathered_a, a.temperature), merge(gathered_b, b.temperature)
         pair = merge_pair(gathered_pair, a.temperature, b.temperature)

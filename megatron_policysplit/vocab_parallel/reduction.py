@@ -104,15 +104,28 @@ def reduce_logits(
     return parts
 
 
-def reduce_pair(a: Tensor, b: Tensor, temperature_a: Tensor, temperature_b: Tensor, shard: VocabularyShard) -> Tensor:
-    """[6, T]: m_a, sum e_a, sum e_a (x_a - x_b), m_b, sum e_b, sum e_b (x_b - x_a), of two [T, padded columns]."""
-    parts = a.new_empty(6, len(a), dtype=statistics_dtype(a))
-    for rows in tiles(a):
-        highest_a, x_a = _shift(true_columns(a[rows], shard), temperature_a[rows])
-        highest_b, x_b = _shift(true_columns(b[rows], shard), temperature_b[rows])
+def reduce_pair(
+    a: Tensor,
+    b: Tensor,
+    temperature_a: Tensor,
+    temperature_b: Tensor,
+    shard: VocabularyShard,
+    rows_a: Tensor | None = None,
+    rows_b: Tensor | None = None,
+) -> Tensor:
+    """[6, P]: m_a, sum e_a, sum e_a (x_a - x_b), m_b, sum e_b, sum e_b (x_b - x_a), of pairs of policies.
+
+    a, b: logits [N, padded columns]; temperature_* [P]. rows_* [P] int64: which row of the logits is each pair's, so
+    that none is copied but a tile's; None: each in turn.
+    """
+    parts = a.new_empty(6, len(temperature_a), dtype=statistics_dtype(a))
+    scaled_a, scaled_b = bool((temperature_a != 1).any()), bool((temperature_b != 1).any())
+    for pairs in tiles(a, len(temperature_a)):
+        highest_a, x_a = _shift(_rows(a, rows_a, pairs, shard), temperature_a[pairs] if scaled_a else None)
+        highest_b, x_b = _shift(_rows(b, rows_b, pairs, shard), temperature_b[pairs] if scaled_b else None)
         e_a, e_b, d = x_a.exp(), x_b.exp(), x_a.sub_(x_b)
-        parts[0, rows], parts[1, rows], parts[2, rows] = highest_a, e_a.sum(1), (e_a * d).sum(1)
-        parts[3, rows], parts[4, rows], parts[5, rows] = highest_b, e_b.sum(1), -(e_b * d).sum(1)
+        parts[0, pairs], parts[1, pairs], parts[2, pairs] = highest_a, e_a.sum(1), e_a.mul_(d).sum(1)
+        parts[3, pairs], parts[4, pairs], parts[5, pairs] = highest_b, e_b.sum(1), -e_b.mul_(d).sum(1)
     return parts
 
 
@@ -225,10 +238,10 @@ def pair_gradient(
         add_to_b[rows, : shard.columns] += to_b / temperature_b[rows, None]
 
 
-def tiles(logits: Tensor) -> Iterator[slice]:
-    """Rows of `logits` that make about TILE_ELEMENTS."""
-    height = max(1, TILE_ELEMENTS // max(1, logits.shape[1]))
-    return (slice(start, min(start + height, len(logits))) for start in range(0, len(logits), height))
+def tiles(logits: Tensor, rows: int | None = None) -> Iterator[slice]:
+    """Rows as wide as those of `logits`, as many (None) or `rows`, a few at a time that make about TILE_ELEMENTS."""
+    height, rows = max(1, TILE_ELEMENTS // max(1, logits.shape[1])), len(logits) if rows is None else rows
+    return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
 
 
 def _local(targets: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
@@ -240,6 +253,13 @@ def _local(targets: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
 def true_columns(logits: Tensor, shard: VocabularyShard) -> Tensor:
     """Logits [T, padded columns] without the padding, in at least 32 bits."""
     return logits[:, : shard.columns].to(statistics_dtype(logits))
+
+
+def _rows(logits: Tensor, rows: Tensor | None, tile: slice, shard: VocabularyShard) -> Tensor:
+    """The true columns of a tile of `logits`, or of a tile of those at `rows`."""
+    if rows is None:
+        return true_columns(logits[tile], shard)
+    return true_columns(logits[:, : shard.columns].index_select(0, rows[tile]), shard)
 
 
 def _shift(z: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,10 @@ def run_case(case, path, layout, poison=False):
         if not poison:
             outcome.bad_steps.append(update.bad_steps)
         outcome.statistics.append(
-            [(as_numpy(s.logprobs), as_numpy(s.entropy), as_numpy(s.kl), s.prompt_logprob) for s in old]
+            [
+                (as_numpy(s.logprobs), as_numpy(s.entropy), {k: as_numpy(v) for k, v in s.kl.items()}, s.prompt_logprob)
+                for s in old
+            ]
         )
         trained = case.signals(rows, old, placed, config, reference).at(0) if signals is not None else []
         outcome.advantages.append([as_numpy(signal.advantages) for signal in trained])
@@ -146,13 +149,12 @@ def run_reference(case, path):
         if config.algorithm.name in ("arm", "siren"):
             terms = plain_step.PlainMethod(rows, scored, config.algorithm).step(None)
             shaped = {key: torch.tensor([term.advantage for term in terms[key]]) for key in terms}
-        paired = len(case.method.training_modes) == 2
         outcome.statistics.append(
             [
                 (
                     as_numpy(scored[row.key].logprobs),
                     as_numpy(scored[row.key].entropy),
-                    as_numpy(plain_step.mode_kl(scored, row.key)) if paired else None,
+                    {name: as_numpy(kl) for name, kl in plain_step.mode_kl(scored, row.key).items()},
                     scored[row.key].prompt if case.method.prompt_logprobs else None,
                 )
                 for row in rows
@@ -196,7 +198,8 @@ def plain_temperatures(config):
     from megatron_policysplit.rows import Mode
 
     rollout = config.rollout
-    return {Mode.NORMAL: rollout.normal.temperature, Mode.HIGH_ENTROPY: rollout.high_entropy.temperature}
+    others = {Mode(name): given["temperature"] for name, given in config.modes.others.items()}
+    return {Mode.NORMAL: rollout.normal.temperature, Mode.HIGH_ENTROPY: rollout.high_entropy.temperature, **others}
 
 
 # --- fixtures ----------------------------------------------------------------------------------------
@@ -267,7 +270,7 @@ def test_statistics_equal_transformers(outcomes, reference, shape, name):
 
 def assert_statistics(found, expected, config, tolerance):
     assert len(found) == len(expected)
-    with_kl = sum(kl is not None for _, _, kl, _ in found)
+    with_kl = sum(bool(kl) for _, _, kl, _ in found)
     # "sample": one rollout of each of the 3 questions and 2 sampling modes, in both its rows
     wanted = {"all": len(found), "sample": 3 * 2 * 2, "none": 0}[config.log.kl_tokens]
     assert with_kl == (wanted if config.algorithm.name == "policy_split" else 0)
@@ -275,8 +278,9 @@ def assert_statistics(found, expected, config, tolerance):
         (logprobs, entropy, kl, prompt), (plain_logprobs, plain_entropy, plain_kl, plain_prompt) = one, plain
         np.testing.assert_allclose(logprobs, plain_logprobs, rtol=0, atol=tolerance)
         np.testing.assert_allclose(entropy, plain_entropy, rtol=0, atol=tolerance)
-        if kl is not None:
-            np.testing.assert_allclose(kl, plain_kl, rtol=0, atol=tolerance)
+        assert kl.keys() == plain_kl.keys() or not kl
+        for name, values in kl.items():
+            np.testing.assert_allclose(values, plain_kl[name], rtol=0, atol=tolerance)
         assert prompt == pytest.approx(plain_prompt, abs=tolerance) if plain_prompt is not None else prompt is None
 
 

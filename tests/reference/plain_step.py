@@ -66,16 +66,27 @@ def score(model, rows: Sequence[Row], temperatures: Mapping[Mode, float] = ONES)
     return {row.key: score_row(model, row, temperatures[row.mode]) for row in rows}
 
 
-def mode_kl(scored: Mapping[RowKey, Scored], key: RowKey) -> Tensor:
-    """Exact KL(mode of `key` || the other mode), full vocabulary, nats, at each response token [T]."""
-    own, (other,) = scored[key].distribution, others(scored, key)
-    return (own.exp() * (own - other.distribution)).sum(-1)
+def mode_kl(scored: Mapping[RowKey, Scored], key: RowKey) -> dict[str, Tensor]:
+    """Exact KL(mode of `key` || other mode) by the other's name, full vocabulary, nats, at each response token [T].
+
+    Of the normal mode, to every other; of another mode, to the normal one.
+    """
+    own, normal = scored[key].distribution, Mode.NORMAL.value
+    return {
+        name: (own.exp() * (own - other.distribution)).sum(-1)
+        for name, other in others(scored, key).items()
+        if normal in (name, key.training_mode)
+    }
 
 
-def others(scored: Mapping[RowKey, Scored], key: RowKey) -> list[Scored]:
-    """The same response under the other modes."""
+def others(scored: Mapping[RowKey, Scored], key: RowKey) -> dict[str, Scored]:
+    """The same response under the other modes, by their names."""
     same = (*key[:2], *key[3:])
-    return [found for other, found in scored.items() if (*other[:2], *other[3:]) == same and other != key]
+    return {
+        other.training_mode: found
+        for other, found in scored.items()
+        if (*other[:2], *other[3:]) == same and other != key
+    }
 
 
 def nucleus(distribution: Tensor, mass: float) -> Tensor:
@@ -114,7 +125,7 @@ def surprise(scored: Mapping[RowKey, Scored], key: RowKey, config: Options) -> T
     """b [T] of Eq. 6: alpha x the row's own mode + (1 - alpha) x the others, by surprisal or by entropy."""
     alpha = config.modes.get(key.training_mode, {}).get("alpha", config.alpha)
     by_entropy = config.entropy_estimate == "entropy"
-    own, *rest = [s.entropy if by_entropy else -s.logprobs for s in (scored[key], *others(scored, key))]
+    own, *rest = [s.entropy if by_entropy else -s.logprobs for s in (scored[key], *others(scored, key).values())]
     return alpha * own + (1 - alpha) * sum(rest) / len(rest)
 
 

@@ -32,10 +32,14 @@ def prompts(questions):
     return {q: {Mode.NORMAL: ids, Mode.HIGH_ENTROPY: [7, 7, 7, *ids]} for q, ids in normal.items()}
 
 
+def other(mode):
+    """Of the two modes."""
+    return next(each for each in MODES if each != mode)
+
+
 def partner(key):
     """The same response under the other of the two modes."""
-    normal, high = MODES
-    return key.under(high if key.training_mode == normal.value else normal)
+    return key.under(other(Mode(key.training_mode)))
 
 
 def random_batch(seed=0, questions=3, per_mode=2, masked=True, auxiliary=0):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from megatron_policysplit.rollout.local import LocalEngine
 from megatron_policysplit.rows import Mode
+from tests.support.advantage_batches import other
 
 NEW_SYSTEM = [5, 6, 7]  # what another version of a chat template puts before the prompt
 
@@ -29,7 +30,7 @@ class SwappedTemperatures(LocalEngine):
 
     async def submit(self, requests):
         plans = {request.mode: request.sampling for request in requests}
-        changed = [replace(request, sampling=plans[request.mode.other]) for request in requests]
+        changed = [replace(request, sampling=plans[other(request.mode)]) for request in requests]
         async for rollout in super().submit(changed):
             yield rollout
 
@@ -49,7 +50,7 @@ class SwappedPrompts(LocalEngine):
 
     async def submit(self, requests):
         prompts = {(request.question, request.mode): request.prompt for request in requests}
-        changed = [replace(request, prompt=prompts[request.question, request.mode.other]) for request in requests]
+        changed = [replace(request, prompt=prompts[request.question, other(request.mode)]) for request in requests]
         async for rollout in super().submit(changed):
             yield rollout
 

@@ -9,12 +9,14 @@ from typing import Any
 from megatron_policysplit.advantages import Method
 from megatron_policysplit.config import Config
 from megatron_policysplit.methods import Algorithm, algorithm_of
+from megatron_policysplit.mode_settings import modes_of, samples_per_mode, training_modes
 from megatron_policysplit.rows import Mode, Rollout, Row, share
 from megatron_policysplit.training_signals import SignalSource
 
 VOCAB = 67  # odd, so that tensor parallelism pads it
 MAX_RESPONSE_TOKENS = 12
 SEED = 17
+SYSTEM = {"normal": [], "high_entropy": [3, 1, 4, 1, 5], "third": [2, 7]}  # before the question's own prompt
 
 
 @dataclass(frozen=True)
@@ -79,18 +81,20 @@ class Case:
             "one_live": one_live_rollout,
             "none_live": none_live,
         }[self.rollouts](draw)
-        method, prompts, rollouts = self.method, {}, []
+        config, method, prompts, rollouts = self.config(""), self.method, {}, []
         for question, answers in enumerate(questions):
             normal = [draw.randrange(VOCAB) for _ in range(draw.randint(2, 5))]
-            prompts[question] = {Mode.NORMAL: normal, Mode.HIGH_ENTROPY: [3, 1, 4, 1, 5, *normal]}
-            per_mode = len(answers) // len(method.sampling_modes)
-            for index, (reward, length, masked) in enumerate(answers):
+            prompts[question] = {mode: [*SYSTEM[mode.value], *normal] for mode in modes_of(config.modes)}
+            config.rollout.samples_per_question = len(answers)
+            shares = samples_per_mode(config, method)
+            sampled = [(mode, sample) for mode, count in shares.items() for sample in range(count)]
+            for (mode, sample), (reward, length, masked) in zip(sampled, answers, strict=True):
                 rollouts.append(
                     Rollout(
                         batch=batch,
                         question=question,
-                        mode=method.sampling_modes[index // per_mode],
-                        sample=index % per_mode,
+                        mode=mode,
+                        sample=sample,
                         tokens=[draw.randrange(VOCAB) for _ in range(length)],
                         engine_logprobs=[-4.2 - draw.random() for _ in range(length)],
                         finish_reason="stop",
@@ -102,7 +106,7 @@ class Case:
         if self.rollouts == "second":
             rollouts += [second(draw, batch, question, length) for question, length in enumerate((7, 3, 1))]
         draw.shuffle(rollouts)  # an engine finishes in any order
-        return share(rollouts, prompts, method.training_modes)
+        return share(rollouts, prompts, training_modes(config, method))
 
 
 Answer = tuple[float, int, set[int]]  # reward, tokens, masked positions
@@ -184,6 +188,20 @@ CASES = [
             SPLIT + "entropy_estimate": "entropy",
             "algorithm.clip_high": 0.05,
             "train.optimizer_steps_per_batch": 2,
+        },
+    ),
+    Case(
+        "three_modes",
+        batches=2,
+        settings={
+            "modes.others": {"third": {"prompt": "as the test says", "temperature": 0.8}},
+            "rollout.high_entropy.share": 2,
+            SPLIT + "eta": 0.5,
+            SPLIT + "alpha": 0.3,
+            SPLIT + "modes": {"third": {"eta": -0.4, "alpha": 0.9, "kappa": 1.5}},
+            "algorithm.importance_cap": 2.0,
+            "train.optimizer_steps_per_batch": 2,
+            NORMAL_T: 0.7,
         },
     ),
     Case("one_live", rollouts="one_live", settings={SPLIT + "eta": 0.5, "log.kl_tokens": "none"}),

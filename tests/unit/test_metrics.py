@@ -8,6 +8,7 @@ import torch
 from megatron_policysplit.advantages import TokenStatistics
 from megatron_policysplit.metrics import evaluation_metrics, mode_metrics, training_metrics
 from megatron_policysplit.rows import MODES, Mode, Rollout, share
+from tests.support.advantage_batches import other
 
 NORMAL, HIGH = Mode.NORMAL, Mode.HIGH_ENTROPY
 PROMPTS = {q: {NORMAL: [1], HIGH: [2, 1]} for q in (0, 1)}
@@ -42,8 +43,8 @@ def scored(with_kl=True):
     for row in rows:
         name = (row.key.training_mode, row.key.question, row.key.sampling_mode, row.key.sample)
         entropy, kl, logprob = CONSTANT.get(name, OFF_POLICY)
-        full = [torch.full((row.response_length,), value) for value in (logprob, entropy, kl)]
-        statistics.append(TokenStatistics(*full) if with_kl else TokenStatistics(*full[:2]))
+        *full, kl = (torch.full((row.response_length,), value) for value in (logprob, entropy, kl))
+        statistics.append(TokenStatistics(*full, {other(row.mode).value: kl} if with_kl else {}))
     return rows, statistics
 
 
@@ -77,9 +78,26 @@ def test_kl_only_where_it_was_scored():
     rows, statistics = scored()
     for row, row_statistics in zip(rows, statistics, strict=True):
         if row.key.question == 0:
-            row_statistics.kl = None
+            row_statistics.kl = {}
     assert mode_metrics(rows, statistics, NORMAL)["kl_nats"] == pytest.approx(0.3)
     assert "kl_nats" not in mode_metrics(*scored(with_kl=False), NORMAL)
+
+
+def test_kl_to_several_modes():
+    """`kl_nats` of the normal mode is that to the high-entropy mode; the logs of training have every pair."""
+    rows, statistics = scored()
+    for row, row_statistics in zip(rows, statistics, strict=True):
+        if row.mode == NORMAL:
+            row_statistics.kl["third"] = 2 * row_statistics.kl["high_entropy"]
+    assert mode_metrics(rows, statistics, NORMAL) == pytest.approx(NORMAL_EXPECTED)
+    found = training_metrics(rows, statistics, [True] * len(rows))
+    assert {name: value for name, value in found.items() if name.startswith("kl/")} == pytest.approx(
+        {
+            "kl/normal_to_high_entropy": NORMAL_EXPECTED["kl_nats"],
+            "kl/normal_to_third": 2 * NORMAL_EXPECTED["kl_nats"],
+            "kl/high_entropy_to_normal": HIGH_EXPECTED["kl_nats"],
+        }
+    )
 
 
 def test_a_mode_that_sampled_nothing():
@@ -162,7 +180,11 @@ def test_a_second_rollout_is_counted_as_rows_and_nowhere_else():
     rows, statistics = scored()
     more = share([*ROLLOUTS, second], PROMPTS)
     by_key = {row.key: s for row, s in zip(rows, statistics, strict=True)}
-    away = TokenStatistics(*[torch.full((5,), value) for value in (-70.0, 50.0, 60.0)])
-    found = training_metrics(more, [by_key.get(row.key, away) for row in more], [True] * len(more))
+    *away, kl = (torch.full((5,), value) for value in (-70.0, 50.0, 60.0))
+
+    def statistics_of(row):
+        return by_key.get(row.key) or TokenStatistics(*away, {other(row.mode).value: kl})
+
+    found = training_metrics(more, [statistics_of(row) for row in more], [True] * len(more))
     expected = training_metrics(rows, statistics, [True] * len(rows))
     assert found == expected | {"actor/rows": expected["actor/rows"] + 2}

@@ -262,13 +262,13 @@ def test_what_does_not_fit_is_refused(head):
 @pytest.mark.parametrize("start", [0, 40], ids=["whole", "shard"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scoring_and_losses_by_kernels(head, dtype, start):
-    """What the actor calls, by kernels and by torch: scores with a partner, the fused loss, statistics with gradient.
+    """What the actor calls, by kernels and by torch: scores with pairs, the fused loss, statistics with gradient.
 
     Of a shard that begins at 40 targets outside are 0, as its rank would contribute.
     """
     from megatron_policysplit.vocab_parallel import (
         Head,
-        Partner,
+        Pairs,
         VocabularyShard,
         fused_loss,
         head_pair_statistics,
@@ -279,13 +279,16 @@ def test_scoring_and_losses_by_kernels(head, dtype, start):
     hidden, weight, _, temperature = random_case(33, 40, 131, 160, dtype=dtype)
     targets = torch.arange(33) * 3 + start // 2
     other = hidden.roll(1, 0).contiguous()
-    partners = [Partner(5, other[5:22], temperature[:17])]
+    # With states of another call, within a chunk of 16, and across chunks; a position in several.
+    first = torch.cat([torch.arange(5, 22), torch.tensor([0, 3, 30, 2, 2])])
+    second = torch.cat([torch.arange(33, 50), torch.tensor([3, 2, 1, 20, 32])])
+    pairs = Pairs(first, second, other[5:22], temperature[:17])
     found = []
     for triton in (True, False):
         leaf, second, parameter = (tensor.clone().requires_grad_() for tensor in (hidden, other, weight))
         parameter.main_grad = torch.zeros(weight.shape)
         by = Head(parameter, VocabularyShard(start, 131, None), 16, triton=triton)
-        scores = score(by, leaf, targets, temperature, partners)
+        scores = score(by, leaf, targets, temperature, pairs)
 
         def token_loss(span, logprobs, entropy):
             return (torch.exp(0.3 * logprobs) - 0.1 * entropy**2).sum()
@@ -296,7 +299,7 @@ def test_scoring_and_losses_by_kernels(head, dtype, start):
         token_loss(None, *head_statistics(by, leaf, targets, temperature)).backward()
         pair = head_pair_statistics(by, leaf, second, targets, temperature, temperature.flip(0))
         (pair.kl_ab + 2 * pair.kl_ba + pair.logprobs_b).sum().backward()
-        found.append([*scores[:2], *scores.kl[0], *pair, leaf.grad, second.grad, parameter.main_grad])
+        found.append([*scores[:2], *scores.kl, *pair, leaf.grad, second.grad, parameter.main_grad])
     # A gradient of 16 bits; the interpreter truncates to them.
     tolerance = 1e-4 if dtype == torch.float32 else 0.03
     for by_kernels, by_torch in zip(*found, strict=True):

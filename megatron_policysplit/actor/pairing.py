@@ -1,0 +1,42 @@
+"""Which rows of a rollout are compared by the exact KL: its hub with every other. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from megatron_policysplit.rows import Mode, Row, RowKey
+
+
+class Pairing(NamedTuple):
+    """Of a row whose KL is wanted. rollout: a number shared by the rows of one rollout. hub: whether it is the one that
+    all others are compared with. pairs: of how many pairs it is part, the hub of as many as there are others."""
+
+    rollout: int
+    hub: bool
+    pairs: int
+
+
+def pairings(rows: Sequence[Row], kl_tokens: str) -> dict[int, Pairing]:
+    """Row index -> pairing, for the rollouts with several rows whose KL is wanted; kl_tokens: `log.kl_tokens`.
+
+    The hub is the row of the normal mode, or the first where none is trained. `sample` takes one rollout per question
+    and sampling mode.
+    """
+    if kl_tokens == "none":
+        return {}
+    rollouts: dict[RowKey, list[int]] = {}
+    for index, row in enumerate(rows):
+        rollouts.setdefault(row.key._replace(training_mode=""), []).append(index)
+    found: dict[int, Pairing] = {}
+    seen: set[tuple] = set()
+    for number, (key, members) in enumerate(rollouts.items()):
+        sampled = (key.batch, key.question, key.sampling_mode)
+        if len(members) < 2 or (kl_tokens == "sample" and sampled in seen):
+            continue
+        seen.add(sampled)
+        normal = [index for index in members if rows[index].key.training_mode == Mode.NORMAL.value]
+        hub = (normal or members)[0]
+        for index in members:
+            found[index] = Pairing(number, index == hub, len(members) - 1 if index == hub else 1)
+    return found
