@@ -312,7 +312,8 @@ class LogConfig:
     rollouts: bool = key(True, "Dump every rollout as JSONL into the run directory.")
     kl_tokens: str = key(
         "all",
-        "Exact KL between the modes for: all responses, one per question and sampling mode, or none.",
+        "Exact KL between the modes for: all responses, one per question and sampling mode, or none. Less of it is "
+        "less to score.",
         choices=("all", "sample", "none"),
     )
 

@@ -20,7 +20,8 @@ class Share:
     """Micro-batches (lists of row indices) of one replica in one optimizer step.
 
     train: rows that are scored and trained, in the same micro-batches both times.
-    score_only: rows that cannot change the weights; scored for metrics, then skipped.
+    score_only: rows that cannot change the weights; scored for metrics, then skipped. Rows that are not even scored are
+    in neither.
     Lists without a row stand at the end where replicas that share experts have more.
     """
 
@@ -40,17 +41,20 @@ def make_plan(
     rows: Sequence[Row],
     live: Sequence[bool],
     *,
+    scored: Sequence[bool] | None = None,
     replicas: int,
     expert: int = 1,
     optimizer_steps: int,
     max_tokens: int,
     seed: int,
 ) -> Plan:
-    """Plan for `rows` (sorted by key); live[r] tells whether row r can change the weights.
+    """Plan for `rows` (sorted by key). live[r]: whether row r can change the weights. scored[r]: whether it is scored,
+    as all live rows are; None: every row is.
 
     A micro-batch holds at most `max_tokens` tokens, padding included (a single longer row is alone in one).
     expert: so many replicas in a row share experts, and get equal numbers of micro-batches.
     """
+    here = [True] * len(rows) if scored is None else scored
     rollouts: dict[tuple, list[int]] = {}
     for index, row in enumerate(rows):
         rollouts.setdefault(row.rollout.key, []).append(index)
@@ -65,7 +69,7 @@ def make_plan(
         steps.append(sorted(index for group in groups for index in group))
         per_replica = [Share() for _ in range(replicas)]
         for wanted, name in ((True, "train"), (False, "score_only")):
-            kept = [kept for group in groups if (kept := [i for i in group if live[i] == wanted])]
+            kept = [kept for group in groups if (kept := [i for i in group if live[i] == wanted and here[i]])]
             for share, part in zip(per_replica, _balance(kept, rows, replicas), strict=True):
                 setattr(share, name, _cut(part, rows, max_tokens))
             for first in range(0, replicas, expert):

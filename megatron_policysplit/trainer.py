@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 from megatron_policysplit import run as runs
@@ -20,7 +21,7 @@ from megatron_policysplit.rollout.staleness import check_staleness, staleness_me
 from megatron_policysplit.rows import Mode, Rollout, Row, share
 from megatron_policysplit.stopping import StopRequested, StopSignal
 from megatron_policysplit.timing import Phases
-from megatron_policysplit.training_signals import live_rows
+from megatron_policysplit.training_signals import live_rows, scored_rows
 
 
 class Trainer:
@@ -29,6 +30,8 @@ class Trainer:
     def __init__(self, config: Config, stop: StopSignal):
         self.config = config
         self.run = run = runs.start(config, stop)
+        gc.collect()
+        gc.freeze()  # a million objects of the libraries, which collections in the middle of steps need not visit again
         probe = Probe(run.layout, run.actor, run.score_by_engine, self.resync)
         self.gate = AgreementGate(config, probe, run.log)
         self.ahead: Asked | None = None  # with rollout.overlap, the batch that is generated while one is trained
@@ -72,8 +75,9 @@ class Trainer:
                 self.ahead = self.ask(batch + 1)
             rows = share(rollouts, run.prompts, run.training_modes)
             live = live_rows(rows, run.algorithm, config)
+            scored = scored_rows(rows, live, run.algorithm, config)
             with phases.measure("score"):
-                placed = run.actor.place(rows, live, seed=config.run.seed * 1_000_003 + batch)
+                placed = run.actor.place(rows, live, seed=config.run.seed * 1_000_003 + batch, scored=scored)
                 old = run.actor.score(placed)
                 reference = run.actor.score_reference(placed) if config.algorithm.kl_coef > 0 else None
             agreement = self.gate.check(batch, rows, old, batch_version, run.served)
@@ -93,8 +97,9 @@ class Trainer:
         run.state.bad_steps_in_a_row = run.state.bad_steps_in_a_row + 1 if update.bad_steps else 0
         memory = run.layout.largest(cpu.peak_memory_bytes())
         if run.layout.is_chief:
-            metrics = training_metrics(rows, old, live) | update.named() | _speed(rows, live, asked, phases)
+            metrics = training_metrics(rows, old, live) | update.named() | _speed(rows, live, scored, asked, phases)
             metrics |= agreement | staleness_metrics(rollouts, batch_version) | signals.metrics()
+            metrics |= {"actor/unscored_rows": float(len(scored) - sum(scored))}
             metrics |= {"memory/peak_gib": memory / 2**30, "actor/bad_steps_total": float(run.state.bad_steps)}
             run.log.log(run.state.step, metrics | asked.metrics)
             run.log.rollouts(run.state.step, run.records([*rollouts, *asked.unused]))
@@ -214,11 +219,11 @@ def _seconds(phases: Phases) -> dict[str, float]:
     return {f"time/{name}_s": seconds for name, seconds in phases.seconds.items()}
 
 
-def _speed(rows, live, asked: Asked, phases: Phases) -> dict[str, float]:
-    """Seconds per phase; tokens per second of generation (responses), score (all rows) and update (rows trained)."""
+def _speed(rows, live, scored, asked: Asked, phases: Phases) -> dict[str, float]:
+    """Seconds per phase; tokens per second of generation (responses), score (rows scored), update (rows trained)."""
     tokens = {
         "generate": asked.generated_tokens,
-        "score": sum(row.length for row in rows),
+        "score": sum(row.length for row, there in zip(rows, scored, strict=True) if there),
         "update": sum(row.length for row, trained in zip(rows, live, strict=True) if trained),
     }
     speed = {f"throughput/{name}_tokens_per_s": count / phases.seconds[name] for name, count in tokens.items()}

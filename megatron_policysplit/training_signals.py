@@ -13,6 +13,7 @@ from megatron_policysplit.advantages.batch import group_numbers
 from megatron_policysplit.config import Config
 from megatron_policysplit.losses import denominators, importance_weights, token_weight
 from megatron_policysplit.methods import Algorithm
+from megatron_policysplit.pairing import pairings
 from megatron_policysplit.plan import Plan
 from megatron_policysplit.rows import Row
 
@@ -85,6 +86,20 @@ def live_rows(rows: Sequence[Row], algorithm: Algorithm, config: Config) -> list
     alive = algorithm.method.live(rewards, group_numbers(ordinary), algorithm.options)
     dead = {row.key for row, value in zip(ordinary, alive.tolist(), strict=True) if not value}
     return [keeps and row.key not in dead for keeps, row in zip(trained, rows, strict=True)]
+
+
+def scored_rows(rows: Sequence[Row], live: Sequence[bool], algorithm: Algorithm, config: Config) -> list[bool]:
+    """Which rows are scored, the live ones among them.
+
+    With a method whose statistics stay within a question, a row behind another prompt than its response was sampled
+    with, of a question without a live row, is there for its KL alone; where `log.kl_tokens` does not want that, nothing
+    reads its statistics.
+    """
+    if not algorithm.method.within_questions:
+        return [True] * len(rows)
+    questions = {row.key[:2] for row, alive in zip(rows, live, strict=True) if alive}
+    wanted = pairings(rows, config.log.kl_tokens)
+    return [row.on_policy or row.key[:2] in questions or index in wanted for index, row in enumerate(rows)]
 
 
 class SignalSource:

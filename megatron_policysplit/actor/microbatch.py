@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_policysplit.actor.pairing import Pairing
+from megatron_policysplit.pairing import Pairing
 from megatron_policysplit.rows import Mode, Row
 
 

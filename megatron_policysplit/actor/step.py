@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,6 @@ from megatron_policysplit.actor.megatron_weights import load_megatron_weights
 from megatron_policysplit.actor.microbatch import MicroBatch, make_microbatch
 from megatron_policysplit.actor.model import build_model
 from megatron_policysplit.actor.optimizer import PolicyOptimizer
-from megatron_policysplit.actor.pairing import pairings
 from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.actor.scoring import Scorer
 from megatron_policysplit.actor.weights import load_weights
@@ -25,6 +24,7 @@ from megatron_policysplit.config import Config
 from megatron_policysplit.losses import LossInputs, LossOutputs, policy_loss
 from megatron_policysplit.methods import algorithm_of
 from megatron_policysplit.mode_settings import temperatures_of
+from megatron_policysplit.pairing import pairings
 from megatron_policysplit.plan import Plan, make_plan
 from megatron_policysplit.rows import Row
 from megatron_policysplit.training_signals import SignalSource, TrainSignal, token_weights
@@ -47,11 +47,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass
 class PlacedBatch:
-    """A rollout batch in place: the plan (leaders only) and this replica's micro-batches per optimizer step."""
+    """A rollout batch in place: the plan (leaders only) and this replica's micro-batches per optimizer step.
+
+    unscored: response lengths of the rows that are in no micro-batch, by row index (leaders only).
+    """
 
     plan: Plan | None
     train: list[list[MicroBatch]]
     score_only: list[list[MicroBatch]]
+    unscored: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -110,18 +114,26 @@ class Actor:
             self.reference = [parameter.detach().clone() for parameter in self.model.parameters()]
 
     def place(
-        self, rows: Sequence[Row], live: Sequence[bool], seed: int, temperature: float | None = None
+        self,
+        rows: Sequence[Row],
+        live: Sequence[bool],
+        seed: int,
+        *,
+        scored: Sequence[bool] | None = None,
+        temperature: float | None = None,
     ) -> PlacedBatch:
-        """Send every replica its rows. `rows` and `live` are read on leaders, which hold the whole batch.
+        """Send every replica its rows. `rows`, `live` and `scored` are read on leaders, which hold the whole batch.
 
-        temperature: of every row; None takes each row's from its mode.
+        scored: rows that are scored, the live ones among them; None: all. temperature: of every row; None takes each
+        row's from its mode.
         """
-        plan, mine = None, None
+        plan, mine, unscored = None, None, {}
         if self.layout.is_leader:
             train = self.config.train
             plan = make_plan(
                 rows,
                 live,
+                scored=scored,
                 replicas=self.layout.data,
                 expert=self.layout.expert,
                 optimizer_steps=train.optimizer_steps_per_batch,
@@ -129,13 +141,21 @@ class Actor:
                 seed=seed,
             )
             mine = self._microbatches(rows, plan, temperature)
+            if scored is not None:
+                unscored = {i: row.response_length for i, row in enumerate(rows) if not scored[i]}
         train, score_only = self.layout.from_leader(mine)
-        return PlacedBatch(plan, train, score_only)
+        return PlacedBatch(plan, train, score_only, unscored)
 
     def score(self, placed: PlacedBatch) -> list[TokenStatistics]:
-        """Statistics of every row of the batch before the update, on leaders in row order; [] elsewhere."""
+        """Statistics of every row of the batch before the update, on leaders in row order; [] elsewhere.
+
+        Those of rows that are not scored are 0.
+        """
         batches = [batch for step in (*placed.train, *placed.score_only) for batch in step]
-        return list(self._gather(self.scorer.score(batches, **self.asked)).values())
+        found = self._gather(self.scorer.score(batches, **self.asked))
+        for index, length in placed.unscored.items():
+            found[index] = TokenStatistics(torch.zeros(length), torch.zeros(length))
+        return [found[index] for index in sorted(found)]
 
     def score_shaken(self, placed: PlacedBatch, relative: float) -> list[Tensor]:
         """Log-probs [T] of every row, on leaders, with each weight moved by up to `relative` times itself, at random.

@@ -145,9 +145,8 @@ def _others(rows: Sequence[Row]) -> Tensor:
     for index, row in enumerate(rows):
         together.setdefault(row.rollout.key, []).append(index)
     most = max((len(indices) for indices in together.values()), default=1)
-    result = torch.full((len(rows), most - 1), -1, dtype=torch.int64)
+    result = [[-1] * (most - 1) for _ in rows]
     for indices in together.values():
         for index in indices:
-            others = [other for other in indices if other != index]
-            result[index, : len(others)] = torch.tensor(others, dtype=torch.int64)
-    return result
+            result[index][: len(indices) - 1] = [other for other in indices if other != index]
+    return torch.tensor(result, dtype=torch.int64).reshape(len(rows), most - 1)

@@ -87,6 +87,8 @@ class Method:
     with the others, as `algorithm.loss_aggregation` says.
     live(rewards, group, options): [R] bool, rows that can change the weights; the others have a zero loss at every
     token whatever their statistics, and are not trained. It is not asked about auxiliary rows, which are all trained.
+    within_questions: whether the signals of a token come from the rows of its question alone, so that a question whose
+    rows are all dead needs no statistics.
     begin(options), next_state(state, batch, options): state that the method carries from one optimizer step to the
     next, and through checkpoints; `batch` holds the statistics that the step's signals were made from.
     prompt_logprobs: whether score passes take the log-probs of prompts too, for `AdvantageBatch.prompt_logprob`.
@@ -107,6 +109,7 @@ class Method:
     second_rollout: Callable[[Any, State, int, int], SecondRollout | None] = lambda *given: None
     auxiliary_aggregation: str | None = None
     live: Callable[[Tensor, Tensor, Any], Tensor] = with_advantage
+    within_questions: bool = False
     begin: Callable[[Any], State] = lambda options: {}
     next_state: Callable[[State, AdvantageBatch, Any], State] = lambda state, batch, options: state
     prompt_logprobs: bool = False

@@ -242,6 +242,7 @@ METHOD = Method(
     check=check,
     selection=lambda options: Selection(dapo.mixed, options.max_rounds) if options.dynamic_sampling else None,
     live=live,
+    within_questions=True,
     begin=lambda options: state_at(options, 0),
     next_state=lambda state, batch, options: state_at(options, int(state.get("step", 0)) + 1),
 )

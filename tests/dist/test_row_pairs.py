@@ -56,7 +56,7 @@ def run_cuts(rank, layout, path):
     """By cut (of the last stage's ranks): row -> (log-probs, entropy, KL by mode), and whether bits depend on pairs."""
     from checkpoints_conv import read_hf_config
     from megatron_policysplit.actor.microbatch import make_microbatch
-    from megatron_policysplit.actor.pairing import pairings
+    from megatron_policysplit.pairing import pairings
     from megatron_policysplit.actor.parallel import initialize
     from megatron_policysplit.actor.step import Actor
     from megatron_policysplit.config import ParallelConfig

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_policysplit.plan import make_plan
-from megatron_policysplit.training_signals import live_rows
+from megatron_policysplit.training_signals import live_rows, scored_rows
 from tests.reference import plain_step
 from tests.support.dist import run_distributed
 from tests.support.hf_models import make_model
@@ -67,7 +67,8 @@ def run_case(case, path, layout, poison=False):
     for batch in range(case.batches):
         rows = case.rows(batch) if layout.is_leader else []
         live = live_rows(rows, case.algorithm, config)
-        placed = actor.place(rows, live, seed=SEED + batch)
+        scored = scored_rows(rows, live, case.algorithm, config)
+        placed = actor.place(rows, live, seed=SEED + batch, scored=scored)
         old = actor.score(placed)
         reference = actor.score_reference(placed) if config.algorithm.kl_coef > 0 else None
         signals = case.signals(rows, old, placed, config, reference)
@@ -82,7 +83,9 @@ def run_case(case, path, layout, poison=False):
         outcome.statistics.append(
             [
                 (as_numpy(s.logprobs), as_numpy(s.entropy), {k: as_numpy(v) for k, v in s.kl.items()}, s.prompt_logprob)
-                for s in old
+                if there
+                else None
+                for s, there in zip(old, scored, strict=True)
             ]
         )
         trained = case.signals(rows, old, placed, config, reference).at(0) if signals is not None else []
@@ -270,11 +273,13 @@ def test_statistics_equal_transformers(outcomes, reference, shape, name):
 
 def assert_statistics(found, expected, config, tolerance):
     assert len(found) == len(expected)
-    with_kl = sum(bool(kl) for _, _, kl, _ in found)
+    with_kl = sum(bool(kl) for _, _, kl, _ in filter(None, found))
     # "sample": one rollout of each of the 3 questions and 2 sampling modes, in both its rows
     wanted = {"all": len(found), "sample": 3 * 2 * 2, "none": 0}[config.log.kl_tokens]
     assert with_kl == (wanted if config.algorithm.name == "policy_split" else 0)
     for one, plain in zip(found, expected, strict=True):
+        if one is None:
+            continue
         (logprobs, entropy, kl, prompt), (plain_logprobs, plain_entropy, plain_kl, plain_prompt) = one, plain
         np.testing.assert_allclose(logprobs, plain_logprobs, rtol=0, atol=tolerance)
         np.testing.assert_allclose(entropy, plain_entropy, rtol=0, atol=tolerance)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_policysplit.actor.pairing import Pairing, pairings
+from megatron_policysplit.pairing import Pairing, pairings
 from megatron_policysplit.rows import MODES, Mode, Rollout, Row, RowKey, share
 
 

@@ -10,7 +10,7 @@ from megatron_policysplit.config import Config
 from megatron_policysplit.methods import algorithm_of, method_named, policy_split
 from megatron_policysplit.plan import make_plan
 from megatron_policysplit.rows import MODES, Mode, Rollout, share
-from megatron_policysplit.training_signals import SignalSource, live_rows, token_weights, trained_mask
+from megatron_policysplit.training_signals import SignalSource, live_rows, scored_rows, token_weights, trained_mask
 
 PROMPTS = {q: {Mode.NORMAL: [1, 2], Mode.HIGH_ENTROPY: [3, 4, 1, 2]} for q in range(3)}
 
@@ -339,3 +339,32 @@ def test_new_statistics_are_over_the_rows_of_their_step():
     for index in plan.steps[1]:
         assert torch.equal(second[index].advantages, first[index].advantages)
         assert second[index].old_logprobs is old[index].logprobs
+
+
+def test_rows_that_nothing_reads_are_not_scored():
+    """Question 0 has an advantage, question 1 has none: its rows behind the other prompt are there for their KL."""
+    rows = batch("policy_split", [{"reward": float(i < 2)} for i in range(4)], [{"reward": 1.0}] * 4)
+    unread = {row.key for row in rows if row.key.question == 1 and not row.on_policy}
+    assert len(unread) == 4
+
+    def left_out(method="policy_split", **settings):
+        asked = config(**settings)
+        chosen = algorithm(asked, method)
+        there = scored_rows(rows, live_rows(rows, chosen, asked), chosen, asked)
+        return {row.key for row, scored in zip(rows, there, strict=True) if not scored}
+
+    assert left_out(log__kl_tokens="none") == unread
+    assert left_out(log__kl_tokens="all") == set() == left_out(log__kl_tokens="none", algorithm__entropy_coef=0.1)
+    # one rollout of each sampling mode has its KL taken, in both of its rows
+    assert left_out(log__kl_tokens="sample") == {key for key in unread if key.sample > 1}
+    assert left_out("adaptive_entropy", log__kl_tokens="none") == set()
+
+
+def test_an_unscored_question_changes_no_other_signal():
+    rows = batch("policy_split", [{"reward": float(i < 2)} for i in range(4)], [{"reward": 1.0}] * 4)
+    draw = torch.Generator().manual_seed(5)
+    full = [TokenStatistics(-torch.rand(3, generator=draw), torch.rand(3, generator=draw)) for _ in rows]
+    blank = TokenStatistics(torch.zeros(3), torch.zeros(3))
+    part = [blank if row.key.question == 1 and not row.on_policy else s for row, s in zip(rows, full, strict=True)]
+    for one, other in zip(train_signals(rows, full, config()), train_signals(rows, part, config()), strict=True):
+        assert torch.equal(one.advantages, other.advantages)
