@@ -26,6 +26,7 @@ from torch import Tensor
 from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.agreement_bounds import Bounds, Difference, bounds_of
 from megatron_policysplit.config import Config
+from megatron_policysplit.mode_settings import temperature_key
 from megatron_policysplit.rows import Mode, Row, modes_in
 
 EXCERPT_ROWS, EXCERPT_TOKENS = 32, 512  # responses scored again, and of each its first tokens
@@ -114,7 +115,7 @@ def diagnose(
 ) -> str:
     """The likely cause, its figures and the remedy, as the end of a sentence that begins "likely cause: ".
 
-    batch: all rows, where the other mode's prompts are found (read on leaders). temperatures: as configured.
+    batch: all rows, where the other modes' prompts are found (read on leaders). temperatures: as configured.
     Collective over all ranks. The engines get the weights once more on the way.
     """
     rows, temperature = excerpt(breach.rows), temperatures[breach.mode]
@@ -201,7 +202,7 @@ def _of_sampling(guesses: _Guesses, breach: Breach, temperatures: Mapping[Mode, 
         from_other = f", that of the {others[0]} mode" if others else ""
         return (
             f"temperature: the log-probs that came with the samples are those of temperature {found:.3g}{from_other}, "
-            f"not of {mode.value}'s, {configured:g} ({same}); remove what overrides the temperature "
+            f"not of {temperature_key(mode)}={configured:g} ({same}); remove what overrides the temperature "
             "of requests on the way to the engine, or configure that one"
         )
     if breach.past < PART * breach.compared:

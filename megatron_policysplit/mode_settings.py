@@ -67,6 +67,11 @@ def temperatures_of(config: Config) -> dict[Mode, float]:
     return {mode: sampling.temperature for mode, sampling in sampling_of(config).items()}
 
 
+def temperature_key(mode: Mode) -> str:
+    """The configuration key of its temperature."""
+    return f"{'rollout' if mode in MODES else 'modes.others'}.{mode.value}.temperature"
+
+
 def training_modes(config: Config, method: Method) -> tuple[Mode, ...]:
     """The modes under whose prompts every response is trained."""
     return _modes_of(config, method, method.training_modes)

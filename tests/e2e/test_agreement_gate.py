@@ -10,7 +10,7 @@ from tests.support.dist import run_distributed
 SHORT = ("train.steps=4", "eval.path=null", "checkpoint.hugging_face=false", "checkpoint.every=0")
 FAULTS = {
     "OtherTemperature": "temperature: the log-probs that came with the samples are those of temperature 0.8, not of",
-    "SwappedPrompts": "template: the engine sampled it behind the other mode's prompt",
+    "SwappedPrompts": "template: the engine sampled it behind the prompt of the ",
     "WrongMapping": "weights: at temperature 1 its scores are",
     "Bfloat16": "precision: at temperature 1 its scores are",
 }
