@@ -4,6 +4,7 @@ import pytest
 
 from megatron_policysplit.pairing import Pairing, pairings
 from megatron_policysplit.rows import MODES, Mode, Rollout, Row, RowKey, share
+from tests.support.advantage_batches import partner
 
 
 def rollout(question, sample, mode=Mode.NORMAL, auxiliary=False):
@@ -31,7 +32,7 @@ def test_two_modes():
     groups = by_rollout(rows, found)
     assert len(groups) == 9
     for hub, other in groups.values():
-        assert hub.training_mode == "normal" and other == hub.partner
+        assert hub.training_mode == "normal" and other == partner(hub)
 
 
 def test_a_sample_is_one_rollout_of_each_question_and_sampling_mode():

@@ -108,7 +108,7 @@ def test_the_next_prefix_goes_alone_if_the_first_is_cut_off():
 
         server.prefix_script = [stall]
         work = asyncio.create_task(gather(engine, [request()]))
-        while not server.prefixes:
+        while server.prefix_script:  # until it stalls
             await asyncio.sleep(0.005)
         await engine.pause()
         with pytest.raises(EnginePaused):
