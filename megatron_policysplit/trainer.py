@@ -30,8 +30,6 @@ class Trainer:
     def __init__(self, config: Config, stop: StopSignal):
         self.config = config
         self.run = run = runs.start(config, stop)
-        gc.collect()
-        gc.freeze()  # a million objects of the libraries, which collections in the middle of steps need not visit again
         probe = Probe(run.layout, run.actor, run.score_by_engine, self.resync)
         self.gate = AgreementGate(config, probe, run.log)
         self.ahead: Asked | None = None  # with rollout.overlap, the batch that is generated while one is trained
@@ -39,6 +37,8 @@ class Trainer:
     def train(self) -> int:
         """Train to `train.steps`; returns DONE, or STOPPED after a signal (state saved)."""
         run, config = self.run, self.config
+        gc.collect()
+        gc.freeze()  # a million objects of the libraries, which collections in the middle of steps need not visit again
         try:
             self.sync()
             self.evaluate_and_save()
@@ -54,6 +54,7 @@ class Trainer:
             run.log.message(f"stopped by a signal after step {run.state.step}; run the same command to go on")
             return STOPPED
         finally:
+            gc.unfreeze()
             self._forget_ahead()
             run.close()
 
