@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from pathlib import Path
 
 PHASES = ("step", "wait", "generate", "score", "update")
 SKIPPED_STEPS = 2
+SAMPLES = 8  # responses to a question
 TWICE = ["train.optimizer_steps_per_batch=2"]
 RUNS = {
     "grpo": ["algorithm.name=grpo"],
@@ -48,7 +50,7 @@ CONFIG = """
 model: {{path: {model}, dtype: float32}}
 data: {{path: {questions}, batch_questions: {batch}, max_prompt_tokens: 32}}
 modes: {{high_entropy_prompt: explore widely}}
-rollout: {{samples_per_question: 8, max_response_tokens: {tokens}, max_batch_samples: 512}}
+rollout: {{samples_per_question: {samples}, max_response_tokens: {tokens}, max_batch_samples: 512}}
 reward: {{function: "benchmarks.methods:reward", workers: 1}}
 train: {{steps: {steps}, learning_rate: 0.0, max_tokens_per_micro_batch: 4096}}
 agreement: {{every: 0}}
@@ -75,7 +77,7 @@ def make_inputs(directory: Path, options: argparse.Namespace) -> Path:
         probability = number % 2 if certain else 0.5
         lines.append(json.dumps({"question": f"{number + 1}", "answer": str(probability)}) + "\n")
     questions = directory / "questions.jsonl"
-    questions.write_text("".join(shuffled(lines)))
+    questions.write_text("".join(random.Random(0).sample(lines, len(lines))))
     config = directory / "run.yaml"
     config.write_text(
         CONFIG.format(
@@ -84,15 +86,10 @@ def make_inputs(directory: Path, options: argparse.Namespace) -> Path:
             batch=options.questions,
             tokens=options.response_tokens,
             steps=options.steps + SKIPPED_STEPS,
+            samples=SAMPLES,
         )
     )
     return config
-
-
-def shuffled(lines: list[str]) -> list[str]:
-    import random
-
-    return random.Random(0).sample(lines, len(lines))
 
 
 def measure(name: str, config: Path, directory: Path) -> dict[str, float]:
@@ -114,7 +111,7 @@ def measure(name: str, config: Path, directory: Path) -> dict[str, float]:
 
 def responses(step: dict) -> float:
     """Sampled for a step, those that were dropped too."""
-    asked = step.get("dynamic/questions", 0) * 8
+    asked = step.get("dynamic/questions", 0) * SAMPLES
     kept = step["throughput/generate_tokens_per_s"] * step["time/generate_s"] / step_length(step)
     return asked or kept
 
@@ -128,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="measured steps of a run")
-    parser.add_argument("--questions", type=int, default=4, help="of a batch, 8 responses to each")
+    parser.add_argument("--questions", type=int, default=4, help=f"of a batch, {SAMPLES} responses to each")
     parser.add_argument("--response-tokens", type=int, default=128)
     parser.add_argument("--certain", type=float, default=0.5, help="share of questions whose rewards are all equal")
     parser.add_argument("--vocabulary", type=int, default=512)

@@ -14,23 +14,6 @@ from megatron_policysplit.rows import MODES, Mode
 if TYPE_CHECKING:
     from megatron_policysplit.advantages import Method
 
-
-def other_modes(config: ModesConfig) -> dict[Mode, OtherModeConfig]:
-    """`modes.others`, checked. Raises ConfigError for a name or a setting that cannot be used."""
-    found = {}
-    for name, given in config.others.items():
-        key = f"modes.others.{name}"
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", str(name)) or name in RESERVED:
-            raise ConfigError(
-                f"{key} cannot be a mode's name in the logs; use lower-case letters, digits and '_', and none of "
-                f"{', '.join(RESERVED)}"
-            )
-        if not isinstance(given, Mapping):
-            raise ConfigError(f"{key}={given} is not a mapping; give {{prompt: TEXT}} or {{prompt_file: PATH}}")
-        found[Mode(name)] = read_keys(OtherModeConfig, given, f"{key}.", "a mode")
-    return found
-
-
 # The two modes, and what metrics of another kind begin with.
 RESERVED = (
     *(mode.value for mode in MODES),
@@ -49,6 +32,22 @@ RESERVED = (
     "throughput",
     "time",
 )
+
+
+def other_modes(config: ModesConfig) -> dict[Mode, OtherModeConfig]:
+    """`modes.others`, checked. Raises ConfigError for a name or a setting that cannot be used."""
+    found = {}
+    for name, given in config.others.items():
+        key = f"modes.others.{name}"
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", str(name)) or name in RESERVED:
+            raise ConfigError(
+                f"{key} cannot be a mode's name in the logs; use lower-case letters, digits and '_', and none of "
+                f"{', '.join(RESERVED)}"
+            )
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"{key}={given} is not a mapping; give {{prompt: TEXT}} or {{prompt_file: PATH}}")
+        found[Mode(name)] = read_keys(OtherModeConfig, given, f"{key}.", "a mode")
+    return found
 
 
 def modes_of(config: ModesConfig) -> tuple[Mode, ...]:
