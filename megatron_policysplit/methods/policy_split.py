@@ -147,9 +147,9 @@ def options_in(mode: str, options: Options) -> Options:
 
 def of_mode(mode: str, options: Options) -> ModeOptions:
     """What `modes` says of a mode. Raises ConfigError for a key or a value that it cannot have."""
-    return read_keys(
-        ModeOptions, options.modes.get(mode, {}), f"algorithm.options.policy_split.modes.{mode}.", "a mode"
-    )
+    if mode not in options.modes:
+        return ModeOptions()
+    return read_keys(ModeOptions, options.modes[mode], f"algorithm.options.policy_split.modes.{mode}.", "a mode")
 
 
 def check(options: Options, modes: Sequence[str]) -> None:
