@@ -220,6 +220,12 @@ class AlgorithmConfig:
     )
     kl_coef: float = key(0.0, "Weight of the k3 KL to the initial policy; 0 keeps no reference weights.", minimum=0.0)
     entropy_coef: float = key(0.0, "Weight of a differentiable entropy bonus; 0 is off.", minimum=0.0)
+    old_logprobs: str = key(
+        "actor",
+        "Denominator of the ratio where a response was sampled behind the row's own prompt: the actor's log-probs, or "
+        "those that the engine returned; then such rows are scored only for what reads more of them (log.kl_tokens).",
+        choices=("actor", "engine"),
+    )
     importance_cap: Optional[float] = key(
         None, "Truncation of the actor/engine importance weights; null takes no such weights.", above=0.0
     )
@@ -312,8 +318,8 @@ class LogConfig:
     rollouts: bool = key(True, "Dump every rollout as JSONL into the run directory.")
     kl_tokens: str = key(
         "all",
-        "Exact KL between the modes for: all responses, one per question and sampling mode, or none. Less of it is "
-        "less to score.",
+        "Exact KL between the modes (and, with algorithm.old_logprobs=engine, entropies) for: all responses, one per "
+        "question and sampling mode, or none. Less of it is less to score.",
         choices=("all", "sample", "none"),
     )
 

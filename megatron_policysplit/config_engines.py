@@ -23,6 +23,7 @@ def check_engines(config: Config) -> None:
     _check_servers(config)
     _check_weight_sync(config)
     _check_overlap(config)
+    _check_old_logprobs(config)
 
 
 def _check_addresses(config: Config) -> None:
@@ -102,4 +103,20 @@ def _check_overlap(config: Config) -> None:
         raise ConfigError(
             "rollout.overlap=true trains on samples of older weights; set algorithm.importance_cap, for example 2.0, "
             "for the importance weights that correct it"
+        )
+
+
+def _check_old_logprobs(config: Config) -> None:
+    algorithm = config.algorithm
+    if algorithm.old_logprobs == "actor":
+        return
+    if config.rollout.overlap:
+        raise ConfigError(
+            "algorithm.old_logprobs=engine corrects a stale sample behind the prompt it was sampled with alone; with "
+            "rollout.overlap=true set algorithm.old_logprobs=actor and algorithm.importance_cap"
+        )
+    if algorithm.importance_cap is not None:
+        raise ConfigError(
+            f"algorithm.importance_cap={algorithm.importance_cap} and algorithm.old_logprobs=engine both correct for "
+            "the engine that sampled; set importance_cap=null or old_logprobs=actor"
         )

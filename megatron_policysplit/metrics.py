@@ -15,9 +15,9 @@ from megatron_policysplit.rows import RIGHT, Mode, Rollout, Row, modes_in
 def mode_metrics(rows: Sequence[Row], statistics: Sequence[TokenStatistics], mode: Mode) -> dict[str, float]:
     """Of what `mode` sampled, under its own prompt; {} if it sampled nothing.
 
-    reward, accuracy, truncated_share: means over responses. entropy_nats (also in bits, the paper's unit),
-    kl_nats (where scored: this mode || normal, of the normal mode || high-entropy): means over response tokens.
-    response_tokens: mean length.
+    reward, accuracy, truncated_share: means over responses. response_tokens: mean length. Means over the tokens of
+    scored responses, left out where none is: entropy_nats (also in bits, the paper's unit), kl_nats (this mode ||
+    normal, of the normal mode || high-entropy).
     """
     own = [(row.rollout, s) for row, s in zip(rows, statistics, strict=True) if row.mode == mode and row.on_policy]
     if not own:
@@ -26,12 +26,13 @@ def mode_metrics(rows: Sequence[Row], statistics: Sequence[TokenStatistics], mod
     result = {
         "reward": _mean([rollout.reward for rollout in rollouts]),
         "accuracy": _mean([rollout.reward > RIGHT for rollout in rollouts]),
-        "entropy_nats": float(torch.cat([s.entropy for _, s in own]).mean()),
-        "entropy_bits": float(torch.cat([s.entropy for _, s in own]).mean()) / math.log(2),
         "response_tokens": _mean([len(rollout.tokens) for rollout in rollouts]),
         "truncated_share": _mean([rollout.finish_reason == "length" for rollout in rollouts]),
     }
     kl = mode_divergences(rows, statistics, mode)
+    if entropies := [s.entropy for _, s in own if s.scored]:
+        nats = float(torch.cat(entropies).mean())
+        result |= {"entropy_nats": nats, "entropy_bits": nats / math.log(2)}
     if (to := (Mode.HIGH_ENTROPY if mode == Mode.NORMAL else Mode.NORMAL).value) in kl:
         result["kl_nats"] = kl[to]
     return result
@@ -59,9 +60,10 @@ def training_metrics(rows: Sequence[Row], statistics: Sequence[TokenStatistics],
     differences = [
         (s.logprobs - torch.tensor(row.rollout.engine_logprobs)).abs()
         for row, s in zip(rows, statistics, strict=True)
-        if row.on_policy
+        if row.on_policy and s.scored
     ]
-    result["actor/engine_logprob_difference"] = float(torch.cat(differences).mean())
+    if differences:
+        result["actor/engine_logprob_difference"] = float(torch.cat(differences).mean())
     result["actor/skipped_rows"] = float(len(live) - sum(live))
     result["actor/rows"] = float(len(live))
     result["reward/errors"] = float(sum(row.rollout.reward_error is not None for row in rows if row.on_policy))

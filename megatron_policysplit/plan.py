@@ -19,13 +19,13 @@ from megatron_policysplit.rows import Row
 class Share:
     """Micro-batches (lists of row indices) of one replica in one optimizer step.
 
-    train: rows that are scored and trained, in the same micro-batches both times.
-    score_only: rows that cannot change the weights; scored for metrics, then skipped. Rows that are not even scored are
-    in neither.
+    train: rows that are trained. score: those of them that are scored; the same micro-batches where all are.
+    score_only: rows that cannot change the weights; scored for metrics, then skipped.
     Lists without a row stand at the end where replicas that share experts have more.
     """
 
     train: list[list[int]] = field(default_factory=list)
+    score: list[list[int]] = field(default_factory=list)
     score_only: list[list[int]] = field(default_factory=list)
 
 
@@ -48,8 +48,8 @@ def make_plan(
     max_tokens: int,
     seed: int,
 ) -> Plan:
-    """Plan for `rows` (sorted by key). live[r]: whether row r can change the weights. scored[r]: whether it is scored,
-    as all live rows are; None: every row is.
+    """Plan for `rows` (sorted by key). live[r]: whether row r can change the weights. scored[r]: whether it is scored;
+    None: every row is.
 
     A micro-batch holds at most `max_tokens` tokens, padding included (a single longer row is alone in one).
     expert: so many replicas in a row share experts, and get equal numbers of micro-batches.
@@ -68,14 +68,22 @@ def make_plan(
         groups = [members[i] for i in sorted(chosen)]
         steps.append(sorted(index for group in groups for index in group))
         per_replica = [Share() for _ in range(replicas)]
-        for wanted, name in ((True, "train"), (False, "score_only")):
-            kept = [kept for group in groups if (kept := [i for i in group if live[i] == wanted and here[i]])]
-            for share, part in zip(per_replica, _balance(kept, rows, replicas), strict=True):
-                setattr(share, name, _cut(part, rows, max_tokens))
-            for first in range(0, replicas, expert):
+        for share, part in zip(per_replica, _balance(_kept(groups, live), rows, replicas), strict=True):
+            share.train = _cut(part, rows, max_tokens)
+            share.score = _cut(_kept(part, here), rows, max_tokens)
+        only = [there and not alive for there, alive in zip(here, live, strict=True)]
+        for share, part in zip(per_replica, _balance(_kept(groups, only), rows, replicas), strict=True):
+            share.score_only = _cut(part, rows, max_tokens)
+        for first in range(0, replicas, expert):
+            for name in ("train", "score", "score_only"):
                 _even_out([getattr(share, name) for share in per_replica[first : first + expert]])
         shares.append(per_replica)
     return Plan(steps, shares)
+
+
+def _kept(groups: list[list[int]], wanted: Sequence[bool]) -> list[list[int]]:
+    """The wanted rows of every rollout that has any."""
+    return [kept for group in groups if (kept := [index for index in group if wanted[index]])]
 
 
 def _balance(groups: list[list[int]], rows: Sequence[Row], replicas: int) -> list[list[list[int]]]:

@@ -76,7 +76,7 @@ class Trainer:
                 self.ahead = self.ask(batch + 1)
             rows = share(rollouts, run.prompts, run.training_modes)
             live = live_rows(rows, run.algorithm, config)
-            scored = scored_rows(rows, live, run.algorithm, config)
+            scored = scored_rows(rows, live, run.algorithm, config, compared=self.gate.due(batch))
             with phases.measure("score"):
                 placed = run.actor.place(rows, live, seed=config.run.seed * 1_000_003 + batch, scored=scored)
                 old = run.actor.score(placed)

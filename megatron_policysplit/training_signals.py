@@ -13,7 +13,7 @@ from megatron_policysplit.advantages.batch import group_numbers
 from megatron_policysplit.config import Config
 from megatron_policysplit.losses import denominators, importance_weights, token_weight
 from megatron_policysplit.methods import Algorithm
-from megatron_policysplit.pairing import pairings
+from megatron_policysplit.pairing import measured_rollouts
 from megatron_policysplit.plan import Plan
 from megatron_policysplit.rows import Row
 
@@ -88,25 +88,44 @@ def live_rows(rows: Sequence[Row], algorithm: Algorithm, config: Config) -> list
     return [keeps and row.key not in dead for keeps, row in zip(trained, rows, strict=True)]
 
 
-def scored_rows(rows: Sequence[Row], live: Sequence[bool], algorithm: Algorithm, config: Config) -> list[bool]:
-    """Which rows are scored, the live ones among them.
+def scored_rows(
+    rows: Sequence[Row], live: Sequence[bool], algorithm: Algorithm, config: Config, *, compared: bool = False
+) -> list[bool]:
+    """Which rows are scored: those whose statistics something reads, be it only the logs (`log.kl_tokens`).
 
-    With a method whose statistics stay within a question, a row behind another prompt than its response was sampled
-    with, of a question without a live row, is there for its KL alone; where `log.kl_tokens` does not want that, nothing
-    reads its statistics.
+    A row behind the prompt its response was sampled with is spared where the engine's log-probs take the place of the
+    actor's (algorithm.old_logprobs) and the method reads nothing else. compared: unless they are compared in this
+    batch. A row behind another prompt is spared in a question without a live row, if the method's statistics stay
+    within a question.
     """
-    if not algorithm.method.within_questions:
-        return [True] * len(rows)
+    method, engine = algorithm.method, config.algorithm.old_logprobs == "engine" and not compared
+    spared = engine and algorithm.method.logprobs_only(algorithm.options)
     questions = {row.key[:2] for row, alive in zip(rows, live, strict=True) if alive}
-    wanted = pairings(rows, config.log.kl_tokens)
-    return [row.on_policy or row.key[:2] in questions or index in wanted for index, row in enumerate(rows)]
+    measured = measured_rollouts(rows, config.log.kl_tokens)
+
+    def read(row: Row) -> bool:
+        if row.rollout.key in measured:
+            return True
+        if row.on_policy:
+            return not spared
+        return not method.within_questions or row.key[:2] in questions
+
+    return [read(row) for row in rows]
+
+
+def with_engine_logprobs(row: Row, actor: TokenStatistics) -> TokenStatistics:
+    """The engine's log-probs in place of the actor's, where it sampled the response behind the row's prompt."""
+    if not row.on_policy:
+        return actor
+    return replace(actor, logprobs=torch.tensor(row.rollout.engine_logprobs, dtype=torch.float32))
 
 
 class SignalSource:
     """What each row of a batch is trained with, one optimizer step after the other (on leaders, which hold the rows).
 
     `state` is the method's; it moves on with every step. old: statistics before the batch's first step, whose log-probs
-    are the ratio's denominator. Nothing depends on the layout, nor, with algorithm.scope=global, on micro-batches.
+    are the ratio's denominator, unless the engine's are (algorithm.old_logprobs). Nothing depends on the layout, nor,
+    with algorithm.scope=global, on micro-batches.
     """
 
     def __init__(
@@ -121,6 +140,8 @@ class SignalSource:
         reference: Sequence[Tensor] | None = None,
         seed: int = 0,
     ):
+        if config.algorithm.old_logprobs == "engine":
+            old = [with_engine_logprobs(row, actor) for row, actor in zip(rows, old, strict=True)]
         self.rows, self.old, self.plan, self.algorithm, self.config = rows, old, plan, algorithm, config
         self.state = state or algorithm.method.begin(algorithm.options)
         self._masks = [trained_mask(row, config.train.overlong) for row in rows]

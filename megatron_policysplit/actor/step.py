@@ -49,11 +49,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class PlacedBatch:
     """A rollout batch in place: the plan (leaders only) and this replica's micro-batches per optimizer step.
 
-    unscored: response lengths of the rows that are in no micro-batch, by row index (leaders only).
+    train, score, score_only: as in `Share`. unscored: response lengths of the rows that are not scored, by row index
+    (leaders only).
     """
 
     plan: Plan | None
     train: list[list[MicroBatch]]
+    score: list[list[MicroBatch]]
     score_only: list[list[MicroBatch]]
     unscored: dict[int, int] = field(default_factory=dict)
 
@@ -124,7 +126,7 @@ class Actor:
     ) -> PlacedBatch:
         """Send every replica its rows. `rows`, `live` and `scored` are read on leaders, which hold the whole batch.
 
-        scored: rows that are scored, the live ones among them; None: all. temperature: of every row; None takes each
+        scored: rows that are scored; None: all. temperature: of every row; None takes each
         row's from its mode.
         """
         plan, mine, unscored = None, None, {}
@@ -143,18 +145,17 @@ class Actor:
             mine = self._microbatches(rows, plan, temperature)
             if scored is not None:
                 unscored = {i: row.response_length for i, row in enumerate(rows) if not scored[i]}
-        train, score_only = self.layout.from_leader(mine)
-        return PlacedBatch(plan, train, score_only, unscored)
+        return PlacedBatch(plan, *self.layout.from_leader(mine), unscored)
 
     def score(self, placed: PlacedBatch) -> list[TokenStatistics]:
         """Statistics of every row of the batch before the update, on leaders in row order; [] elsewhere.
 
         Those of rows that are not scored are 0.
         """
-        batches = [batch for step in (*placed.train, *placed.score_only) for batch in step]
+        batches = [batch for step in (*placed.score, *placed.score_only) for batch in step]
         found = self._gather(self.scorer.score(batches, **self.asked))
         for index, length in placed.unscored.items():
-            found[index] = TokenStatistics(torch.zeros(length), torch.zeros(length))
+            found[index] = TokenStatistics(torch.zeros(length), torch.zeros(length), scored=False)
         return [found[index] for index in sorted(found)]
 
     def score_shaken(self, placed: PlacedBatch, relative: float) -> list[Tensor]:
@@ -170,15 +171,19 @@ class Actor:
             self._set_weights(kept)
 
     def score_reference(self, placed: PlacedBatch) -> list[Tensor]:
-        """Log-probs [T] of every row under the initial policy, on leaders; needs algorithm.kl_coef > 0."""
+        """Log-probs [T] of every row under the initial policy, on leaders; needs algorithm.kl_coef > 0.
+
+        Those of rows that are neither trained nor scored are 0.
+        """
         batches = [batch for step in (*placed.train, *placed.score_only) for batch in step]
         current = [parameter.detach().clone() for parameter in self.model.parameters()]
         self._set_weights(self.reference)
         try:
-            statistics = list(self._gather(self.scorer.score(batches)).values())
+            found = {index: row.logprobs for index, row in self._gather(self.scorer.score(batches)).items()}
         finally:
             self._set_weights(current)
-        return [row.logprobs for row in statistics]
+        found = {index: torch.zeros(length) for index, length in placed.unscored.items()} | found
+        return [found[index] for index in sorted(found)]
 
     def update(self, placed: PlacedBatch, signals: SignalSource | None) -> UpdateMetrics:
         """Train on the batch: `optimizer_steps_per_batch` steps. `signals` is read on leaders, None elsewhere.
@@ -223,8 +228,12 @@ class Actor:
         wanted = pairings(rows, self.config.log.kl_tokens)
         make = partial(make_microbatch, rows, temperatures=temperatures, pairings=wanted, multiple=multiple)
         train = [[make(indices) for indices in share.train] for share in shares]
+        score = [
+            there if share.score == share.train else [make(indices) for indices in share.score]
+            for there, share in zip(train, shares, strict=True)
+        ]
         score_only = [[make(indices) for indices in share.score_only] for share in shares]
-        return train, score_only
+        return train, score, score_only
 
     def _gather(self, mine: dict[int, TokenStatistics]) -> dict[int, TokenStatistics]:
         """Row index -> statistics of all replicas' rows, in row order, on leaders; {} elsewhere."""

@@ -20,6 +20,7 @@ class TokenStatistics:
     for. prompt_logprob: mean of the log-probs of the prompt's tokens but the first (0 for a prompt of one), where the
     method asks for it.
     nucleus_entropy, nucleus_threshold [T]: nats, and a logit (`vocab_parallel.Nucleus`), where it asks for these.
+    scored: False for a row that nothing needed to score; everything is 0 then.
     """
 
     logprobs: Tensor
@@ -28,6 +29,7 @@ class TokenStatistics:
     prompt_logprob: float | None = None
     nucleus_entropy: Tensor | None = None
     nucleus_threshold: Tensor | None = None
+    scored: bool = True
 
 
 @dataclass

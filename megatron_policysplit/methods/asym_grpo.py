@@ -45,4 +45,6 @@ def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSigna
     return TokenSignals(batch.on_tokens(response_advantages(batch.rewards, batch.group, options)))
 
 
-METHOD = Method(signals, source="arXiv 2604.04894", options=Options, live=in_mixed_groups)
+METHOD = Method(
+    signals, source="arXiv 2604.04894", options=Options, live=in_mixed_groups, logprobs_only=lambda options: True
+)

@@ -42,4 +42,10 @@ def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSigna
     return TokenSignals(advantages, scale=scale)
 
 
-METHOD = Method(signals, source="arXiv 2505.22617", options=Options, loss={"clip_low": 1.0, "clip_high": 1.0})
+METHOD = Method(
+    signals,
+    source="arXiv 2505.22617",
+    options=Options,
+    loss={"clip_low": 1.0, "clip_high": 1.0},
+    logprobs_only=lambda options: True,
+)

@@ -10,4 +10,9 @@ def signals(batch: AdvantageBatch, options: NoOptions, state: State) -> TokenSig
     return TokenSignals(batch.on_tokens(centered(batch.rewards, batch.group)))
 
 
-METHOD = Method(signals, source="arXiv 2503.20783", loss={"loss_aggregation": "sequence_mean_token_sum_norm"})
+METHOD = Method(
+    signals,
+    source="arXiv 2503.20783",
+    loss={"loss_aggregation": "sequence_mean_token_sum_norm"},
+    logprobs_only=lambda options: True,
+)

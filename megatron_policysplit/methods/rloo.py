@@ -14,4 +14,9 @@ def signals(batch: AdvantageBatch, options: NoOptions, state: State) -> TokenSig
     return TokenSignals(batch.on_tokens(leave_one_out(batch.rewards, batch.group)))
 
 
-METHOD = Method(signals, source="arXiv 2402.14740", loss={"loss_aggregation": "sequence_mean_token_sum_norm"})
+METHOD = Method(
+    signals,
+    source="arXiv 2402.14740",
+    loss={"loss_aggregation": "sequence_mean_token_sum_norm"},
+    logprobs_only=lambda options: True,
+)

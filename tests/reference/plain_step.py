@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,6 +64,17 @@ def score_row(model, row: Row, temperature: float = 1.0) -> Scored:
 def score(model, rows: Sequence[Row], temperatures: Mapping[Mode, float] = ONES) -> dict[RowKey, Scored]:
     """Every row scored at the sampling temperature of its training mode."""
     return {row.key: score_row(model, row, temperatures[row.mode]) for row in rows}
+
+
+def before_step(model, rows: Sequence[Row], algorithm: AlgorithmConfig, temperatures=ONES) -> dict[RowKey, Scored]:
+    """`score` before a batch; with old_logprobs=engine, the engine's log-probs where a row has the sampling prompt."""
+    found = score(model, rows, temperatures)
+    if algorithm.old_logprobs == "engine":
+        for row in rows:
+            if row.key.training_mode == row.key.sampling_mode and not row.rollout.auxiliary:
+                engine = torch.tensor(row.rollout.engine_logprobs, dtype=found[row.key].logprobs.dtype)
+                found[row.key] = replace(found[row.key], logprobs=engine)
+    return found
 
 
 def mode_kl(scored: Mapping[RowKey, Scored], key: RowKey) -> dict[str, Tensor]:
@@ -345,7 +356,7 @@ def train_batch(
     by_key = {row.key: row for row in rows}
     if sorted(key for part in partition for key in part) != sorted(by_key):
         raise ValueError("the partition does not hold every row exactly once")
-    old = score(model, rows, temperatures)
+    old = before_step(model, rows, algorithm, temperatures)
     shaped = advantages(rows, old, algorithm)
     method = None if algorithm.name in ("grpo", "policy_split") else PlainMethod(rows, old, algorithm)
     reference = score(reference_model, rows, temperatures) if algorithm.kl_coef else None

@@ -204,6 +204,29 @@ CASES = [
             NORMAL_T: 0.7,
         },
     ),
+    Case(
+        "engine_logprobs",
+        batches=2,
+        settings={
+            SPLIT + "eta": 0.5,
+            "algorithm.old_logprobs": "engine",
+            "algorithm.clip_high": 0.5,
+            "log.kl_tokens": "sample",
+            "train.optimizer_steps_per_batch": 2,
+            NORMAL_T: 0.7,
+        },
+    ),
+    Case(
+        "engine_logprobs_alone",
+        model="llama",
+        settings={
+            "algorithm.name": "kl_cov",
+            "algorithm.options.kl_cov.share": 0.3,
+            "algorithm.old_logprobs": "engine",
+            "algorithm.kl_coef": 0.2,
+            "log.kl_tokens": "none",
+        },
+    ),
     Case("one_live", rollouts="one_live", settings={SPLIT + "eta": 0.5, "log.kl_tokens": "none"}),
     Case("none_live", rollouts="none_live", batches=2, settings={"algorithm.name": "grpo"}),
     Case(

@@ -37,6 +37,8 @@ def checked(*overrides):
             ["rollout.engine=replay", "rollout.replay_dir=x", "rollout.overlap=true", "algorithm.importance_cap=2"],
             "replay",
         ),
+        (["algorithm.old_logprobs=engine", "algorithm.importance_cap=2"], "importance_cap=null"),
+        (["algorithm.old_logprobs=engine", "rollout.overlap=true", "algorithm.importance_cap=2"], "old_logprobs=actor"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(overrides, named):
@@ -53,6 +55,7 @@ def test_what_does_not_fit_is_refused_by_name(overrides, named):
         [SGLANG, "rollout.server.host=0.0.0.0", "rollout.api_key_variable=KEY"],
         [SGLANG, "rollout.colocated=true"],
         ["rollout.overlap=true", "algorithm.importance_cap=2"],
+        ["algorithm.old_logprobs=engine"],
     ],
 )
 def test_what_fits_is_taken(overrides):

@@ -1,0 +1,169 @@
+"""The engine's log-probs in place of the actor's (algorithm.old_logprobs): what they replace, what is still scored."""
+
+import random
+
+import pytest
+import torch
+
+from megatron_policysplit.advantages import TokenStatistics
+from megatron_policysplit.config import Config
+from megatron_policysplit.methods import algorithm_of
+from megatron_policysplit.metrics import training_metrics
+from megatron_policysplit.pairing import measured_rollouts, pairings
+from megatron_policysplit.plan import make_plan
+from megatron_policysplit.rows import Mode, Rollout, share
+from megatron_policysplit.training_signals import SignalSource, live_rows, scored_rows
+
+PROMPTS = {q: {Mode.NORMAL: [1, 2], Mode.HIGH_ENTROPY: [3, 1, 2]} for q in range(2)}
+
+
+def rollout(question, mode, sample, reward, auxiliary=False):
+    draw = random.Random(f"{question}{mode}{sample}")
+    engine = [-3 * draw.random() for _ in range(3)]
+    rest = {"finish_reason": "stop", "weight_versions": [(0, 0)], "reward": reward, "auxiliary": auxiliary}
+    return Rollout(0, question, mode, sample, [5, 6, 7], engine, **rest)
+
+
+def rows_of(method, *rewards):
+    """One question for each tuple of four rewards; the method's sampling modes answer in turn."""
+    chosen = algorithm(method)
+    modes = chosen.method.sampling_modes
+    rollouts = [rollout(q, modes[i % len(modes)], i, r) for q, group in enumerate(rewards) for i, r in enumerate(group)]
+    return share(rollouts, PROMPTS, chosen.method.training_modes)
+
+
+def config(method="grpo", old="engine", kl_tokens="none", **options):
+    made = Config()
+    made.algorithm.name, made.algorithm.old_logprobs, made.log.kl_tokens = method, old, kl_tokens
+    made.algorithm.options = {method: options} if options else {}
+    return made
+
+
+def algorithm(method, **options):
+    return algorithm_of(config(method, **options).algorithm)
+
+
+def actor_statistics(rows):
+    draw = torch.Generator().manual_seed(3)
+    return [TokenStatistics(-torch.rand(3, generator=draw), torch.rand(3, generator=draw)) for _ in rows]
+
+
+def signals(rows, old, given):
+    chosen = algorithm_of(given.algorithm)
+    plan = make_plan(rows, [True] * len(rows), replicas=1, optimizer_steps=1, max_tokens=1000, seed=0)
+    return SignalSource(rows, old, plan, chosen, given).at(0)
+
+
+def spared(rows, given, **options):
+    chosen = algorithm_of(given.algorithm)
+    scored = scored_rows(rows, live_rows(rows, chosen, given), chosen, given, **options)
+    return {row.key for row, there in zip(rows, scored, strict=True) if not there}
+
+
+MIXED, EQUAL = (1.0, 0.0, 0.0, 1.0), (1.0,) * 4
+
+
+def test_the_engines_logprobs_stand_behind_the_sampling_prompt_alone():
+    """In the ratio, and in what a method reads: Policy Split's bonus mixes them with the actor's of the other row."""
+    rows = rows_of("policy_split", MIXED)
+    old = actor_statistics(rows)
+    found = signals(rows, old, config("policy_split", eta=0.7))
+    replaced = [
+        TokenStatistics(torch.tensor(row.rollout.engine_logprobs), s.entropy) if row.on_policy else s
+        for row, s in zip(rows, old, strict=True)
+    ]
+    expected = signals(rows, replaced, config("policy_split", "actor", eta=0.7))
+    assert {row.on_policy for row in rows} == {True, False}
+    for row, signal, wanted, actor in zip(rows, found, expected, old, strict=True):
+        assert torch.equal(signal.advantages, wanted.advantages) and torch.equal(signal.importance, torch.ones(3))
+        own = torch.tensor(row.rollout.engine_logprobs)
+        assert torch.equal(signal.old_logprobs, own if row.on_policy else actor.logprobs)
+
+
+def test_an_auxiliary_response_keeps_the_actors():
+    """The engine's are those of another temperature."""
+    rows = [*rows_of("scope", MIXED), *share([rollout(0, Mode.NORMAL, 4, 1.0, auxiliary=True)], PROMPTS, [Mode.NORMAL])]
+    old = actor_statistics(rows)
+    found = signals(rows, old, config("scope"))
+    assert torch.equal(found[-1].old_logprobs, old[-1].logprobs)
+    assert torch.equal(found[0].old_logprobs, torch.tensor(rows[0].rollout.engine_logprobs))
+
+
+def test_rows_whose_logprobs_are_there_are_not_scored():
+    for method in ("grpo", "dr_grpo", "rloo", "dapo", "asym_grpo", "clip_cov", "kl_cov"):
+        rows = rows_of(method, MIXED, EQUAL)
+        assert spared(rows, config(method)) == {row.key for row in rows}, method
+        assert spared(rows, config(method, "actor")) == set(), method
+    rows = rows_of("policy_split", MIXED, EQUAL)
+    own, dead = {row.key for row in rows if row.on_policy}, {row.key for row in rows if row.key.question == 1}
+    assert spared(rows, config("policy_split")) == own | dead
+    assert spared(rows, config("policy_split", "actor")) == dead - own
+
+
+def test_what_reads_more_than_logprobs_has_its_rows_scored():
+    for method in (
+        "entropy_adv",
+        "forking_tokens",
+        "steer",
+        "scope",
+        "aepo",
+        "siren",
+        "arm",
+        "epo",
+        "adaptive_entropy",
+    ):
+        assert spared(rows_of(method, MIXED), config(method)) == set(), method
+    rows = rows_of("policy_split", MIXED)
+    assert spared(rows, config("policy_split", entropy_estimate="entropy")) == set()
+
+
+def test_the_comparison_with_the_engine_and_the_logs_have_theirs_scored():
+    rows = rows_of("policy_split", MIXED, EQUAL)
+    other = {row.key for row in rows if row.key.question == 1 and not row.on_policy}
+    assert spared(rows, config("policy_split"), compared=True) == other
+    assert spared(rows, config("policy_split", kl_tokens="all")) == set()
+    measured = measured_rollouts(rows, "sample")
+    assert measured == {(0, q, mode, s) for q in (0, 1) for mode, s in (("normal", 0), ("high_entropy", 1))}
+    kept = {row.key for row in rows if row.rollout.key in measured}
+    everything = spared(rows, config("policy_split"))
+    assert spared(rows, config("policy_split", kl_tokens="sample")) == everything - kept
+    assert {rows[index].key for index in pairings(rows, "sample")} == kept
+    alone = rows_of("grpo", MIXED)
+    assert {row.key for row in alone} - spared(alone, config(kl_tokens="sample")) == {alone[0].key}
+
+
+def test_what_was_not_scored_is_in_no_mean():
+    rows = rows_of("grpo", MIXED)
+    blank = TokenStatistics(torch.zeros(3), torch.zeros(3), scored=False)
+    there = TokenStatistics(torch.tensor(rows[2].rollout.engine_logprobs) + 0.5, torch.full((3,), 1.25))
+    found = training_metrics(rows, [blank, blank, there, blank], [True] * 4)
+    assert found["normal/entropy_nats"] == 1.25
+    assert found["actor/engine_logprob_difference"] == pytest.approx(0.5)
+    none = training_metrics(rows, [blank] * 4, [True] * 4)
+    assert none.keys() == found.keys() - {
+        "normal/entropy_nats",
+        "normal/entropy_bits",
+        "actor/engine_logprob_difference",
+    }
+
+
+def test_the_plan_leaves_them_out_of_score_passes_alone():
+    rows = rows_of("policy_split", MIXED, EQUAL)
+    live = [row.key.question == 0 for row in rows]
+    scored = [not row.on_policy for row in rows]
+    plan = make_plan(rows, live, scored=scored, replicas=2, expert=2, optimizer_steps=1, max_tokens=15, seed=0)
+    found = {
+        name: sorted(index for part in plan.shares[0] for batch in getattr(part, name) for index in batch)
+        for name in ("train", "score", "score_only")
+    }
+    everything = range(len(rows))
+    assert found["train"] == [i for i in everything if live[i]]
+    assert found["score"] == [i for i in everything if live[i] and scored[i]]
+    assert found["score_only"] == [i for i in everything if scored[i] and not live[i]]
+    for part in plan.shares[0]:
+        for batch in part.score:
+            assert len(batch) * max((rows[i].length for i in batch), default=0) <= 15
+        assert {i for batch in part.score for i in batch} <= {i for batch in part.train for i in batch}
+    assert len({len(part.score) for part in plan.shares[0]}) == 1
+    same = make_plan(rows, live, replicas=2, optimizer_steps=1, max_tokens=15, seed=0)
+    assert all(part.score == part.train for part in same.shares[0])
