@@ -83,8 +83,7 @@ def _judge(config: Config) -> list[str]:
 def preflight(config: Config) -> Preflight:
     """Checks keys, model, data, reward, run directory and checkpoint; raises a UserError for the first wrong one."""
     warnings = check_config(config)
-    if config.algorithm.options or config.rollout.engine == "replay":
-        _check_method(config)
+    check_method(config)
     architecture, parameters = _check_model(config)
     train, evaluation = _check_data(config)
     _check_reward(config)
@@ -97,8 +96,10 @@ def preflight(config: Config) -> Preflight:
     return Preflight(architecture, parameters, train, evaluation, world_size(config), resumes, warnings)
 
 
-def _check_method(config: Config) -> None:
+def check_method(config: Config) -> None:
     """Raises ConfigError for wrong options, or for a method that wants questions which a dump does not hold."""
+    if not config.algorithm.options and config.rollout.engine != "replay":
+        return
     from megatron_policysplit.methods import algorithm_of
 
     algorithm = algorithm_of(config.algorithm)

@@ -307,7 +307,9 @@ def _series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
     return [record["step"] for record in measured], values
 
 
-def data_url(figure: Figure) -> str:
+def data_url(figure: Figure, kind: str = "png") -> str:
+    """A figure as an image within a page; kind: png, or svg where there are many lines and few points."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    media = {"png": "image/png", "svg": "image/svg+xml"}[kind]
+    return f"data:{media};base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -26,8 +26,8 @@ class Study:
     config: the configuration file of every run. dir: where everything goes. methods: name -> overrides of its runs.
     baseline: the method that the others are compared with. overrides: of all runs, before the method's. at_once: runs
     that train at the same time. prepare: a command, run once for every text that its placeholders give. environment:
-    variables of every process. measures: names in metrics.jsonl; empty takes those of the report. stop_on_failure:
-    start nothing more after a run failed.
+    variables of every process. measures: names in metrics.jsonl; empty takes those of the report. figures: title -> the
+    methods whose curves it shows; empty shows all in one. stop_on_failure: start nothing more after a run failed.
     """
 
     config: str
@@ -40,6 +40,7 @@ class Study:
     prepare: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
     measures: list[str] = field(default_factory=list)
+    figures: dict[str, list[str]] = field(default_factory=dict)
     stop_on_failure: bool = False
 
     @property
@@ -127,6 +128,12 @@ def _check_values(given: dict[str, Any], path: str | Path) -> None:
             )
     if baseline not in methods:
         raise ConfigError(f"{path}: baseline={baseline} is none of the methods; use one of {', '.join(methods)}")
+    for title, shown in given.get("figures", {}).items():
+        if unknown := [name for name in shown if name not in methods]:
+            raise ConfigError(
+                f"{path}: figures.{title} shows {unknown[0]}, which is none of the methods; use some of "
+                f"{', '.join(methods)}"
+            )
     for key, overrides in [
         ("overrides", given.get("overrides", [])),
         *((f"methods.{n}", o) for n, o in methods.items()),
@@ -150,16 +157,14 @@ def _check_values(given: dict[str, Any], path: str | Path) -> None:
 def _check_runs(study: Study, path: str | Path) -> None:
     """Every method's configuration, with the first seed, as far as that is possible without its files."""
     from megatron_policysplit.config_load import check_config, load_config
+    from megatron_policysplit.preflight import check_method
 
     for method in study.methods:
         run = StudyRun(method, study.seeds[0], Path(study.dir))
         try:
             config = load_config(study.config, study.settings(run))
             check_config(config)
-            if config.algorithm.options:
-                from megatron_policysplit.methods import algorithm_of
-
-                algorithm_of(config.algorithm)
+            check_method(config)
         except ConfigError as error:
             raise ConfigError(f"{path}: methods.{method}: {error}") from error
 
@@ -199,6 +204,11 @@ def _are_methods(value: Any) -> bool:
     return named and all(overrides is None or _is_texts(overrides) for overrides in value.values())
 
 
+def _are_figures(value: Any) -> bool:
+    named = isinstance(value, dict) and all(isinstance(title, str) for title in value)
+    return named and all(_is_texts(methods) and bool(methods) for methods in value.values())
+
+
 def _are_variables(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(name, str) and isinstance(one, (str, int, float)) for name, one in value.items()
@@ -221,6 +231,7 @@ _KINDS = {
     "prepare": (lambda value: isinstance(value, str), "a command line; write it as one text"),
     "environment": (_are_variables, "a mapping of variables to values; write OMP_NUM_THREADS: 1"),
     "measures": (_is_texts, "a list of names of metrics.jsonl; write [eval/normal/accuracy, ...]"),
+    "figures": (_are_figures, "a mapping of titles to lists of methods; write {Targets: [grpo, aepo]}"),
     "stop_on_failure": (lambda value: isinstance(value, bool), "true or false"),
 }
 _MEANING = {

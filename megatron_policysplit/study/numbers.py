@@ -27,6 +27,7 @@ SHOWN = (
     r"ngram_diversity_\d+",
     r"self_bleu_diversity",
 )
+CURVES = r"eval/[^/]+/(accuracy|entropy_nats|kl_nats|unique_correct|best_of_\d+)"
 PHASES = ("step", "generate", "reward", "wait", "score", "update", "sync")
 
 
@@ -77,6 +78,7 @@ def finished_runs(study: Study) -> list[Finished]:
 def study_numbers(study: Study, runs: list[Finished]) -> dict[str, Any]:
     """What report.json holds. Only finished runs count.
 
+    curves: measure -> method -> steps of the evaluations, values of every seed at them (None: not measured).
     measures: measure -> method -> {values by seed, estimate, difference}; costs: cost -> method -> {values by seed,
     estimate, ratio}. difference and ratio: to the baseline, seed by seed where both have finished, then their mean
     and interval; None for the baseline itself and where no seed is shared. Raises DataError for a measure of the
@@ -95,6 +97,7 @@ def study_numbers(study: Study, runs: list[Finished]) -> dict[str, Any]:
         "runs": _states(study, runs),
         "measures": _compared(measures, study.baseline, "difference", lambda own, base: own - base),
         "costs": _compared(by_cost, study.baseline, "ratio", lambda own, base: own / base if base else None),
+        "curves": {name: _curves(runs, name) for name in logged_names(runs) if re.fullmatch(CURVES, name)},
     }
 
 
@@ -161,6 +164,27 @@ def _measures(study: Study, runs: list[Finished]) -> list[str]:
         for pattern in SHOWN
         for name in sorted(filter(re.compile(rf"eval/{re.escape(group)}/{pattern}").fullmatch, logged), key=_natural)
     ]
+
+
+def logged_names(runs: list[Finished]) -> list[str]:
+    """Names that some run's evaluations have, in their order."""
+    return list(dict.fromkeys(name for run in runs for record in run.evals for name in record))
+
+
+def _curves(runs: list[Finished], name: str) -> dict[str, dict[str, Any]]:
+    """method -> {steps, values: seed -> one a step}, of the methods that have logged it."""
+    result = {}
+    for method in dict.fromkeys(run.run.method for run in runs):
+        series = {
+            run.run.seed: {record["step"]: record.get(name) for record in run.evals}
+            for run in runs
+            if run.run.method == method and any(name in record for record in run.evals)
+        }
+        if series:
+            steps = sorted({step for one in series.values() for step in one})
+            values = {seed: [one.get(step) for step in steps] for seed, one in series.items()}
+            result[method] = {"steps": steps, "values": values}
+    return result
 
 
 def _natural(name: str) -> list:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_policysplit.report import data_url, mode_label
 from megatron_policysplit.report_page import STYLE
 from megatron_policysplit.study.config import Study
-from megatron_policysplit.study.numbers import Finished, finished_runs, study_numbers, table
+from megatron_policysplit.study.numbers import Finished, finished_runs, logged_names, study_numbers, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,12 +51,13 @@ def write_study_report(study: Study) -> list[Path]:
         writer.writerows(rows)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(show=_show, title=measure_title, style=STYLE)
-    figures = {theme: curves(study, runs, theme) for theme in COLOURS}
-    page = environment.from_string(PAGE).render(
-        study=study,
-        numbers=numbers,
-        curves={theme: data_url(figure) for theme, figure in figures.items() if figure is not None},
-    )
+    shown = study.figures or {"All methods": list(study.methods)}
+    figures = [
+        {"title": title} | {theme: data_url(figure, "svg") for theme, figure in drawn.items()}
+        for title, methods in shown.items()
+        if (drawn := {theme: figure for theme in COLOURS if (figure := curves(methods, runs, theme)) is not None})
+    ]
+    page = environment.from_string(PAGE).render(study=study, numbers=numbers, figures=figures)
     html.write_text(page, encoding="utf-8", errors="replace")
     return [html, as_json, as_csv]
 
@@ -76,16 +78,17 @@ def measure_title(name: str) -> str:
     return f"{mode_label(group)}: {leaf}" if group else leaf
 
 
-def curves(study: Study, runs: list[Finished], theme: str) -> Figure | None:
+def curves(methods: Sequence[str], runs: list[Finished], theme: str) -> Figure | None:
     """A row per measure, a column per mode: means over a method's seeds, bands from the lowest to the highest seed.
 
-    The last row is pass@k over k at the end of training. None where no finished run was evaluated.
+    The last row is pass@k over k at the end of training. None where no finished run of `methods` was evaluated.
     """
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    logged = list(dict.fromkeys(name for run in runs for record in run.evals for name in record))
+    runs = [run for run in runs if run.run.method in methods]
+    logged = logged_names(runs)
     groups = list(dict.fromkeys(name.split("/")[1] for name in logged if name.startswith("eval/")))
     rows = [p for p in PANELS if any(_matching(logged, group, p) for group in groups)]
     rows += [r"pass_at_\d+"] * any(_matching(logged, group, r"pass_at_\d+") for group in groups)
@@ -108,7 +111,7 @@ def curves(study: Study, runs: list[Finished], theme: str) -> Figure | None:
                 axis.set(xlabel="k" if over_k else "training step", ylabel=unit)
                 axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 2.5, 5, 10]))
                 names = _matching(logged, group, pattern)
-                for number, method in enumerate(study.methods):
+                for number, method in enumerate(methods):
                     mine = [run for run in runs if run.run.method == method]
                     points = _over_k(mine, names) if over_k else _over_steps(mine, names[:1])
                     if not points:
@@ -190,11 +193,14 @@ before. They say how certain the mean over seeds is, not how far single runs lie
 the number of comparisons.</p>
 {% else %}<p>No finished run has logged an evaluation.</p>{% endif %}
 
-{% if curves %}
+{% if figures %}
 <h2>Curves</h2>
-<figure><picture><source srcset="{{ curves.dark }}" media="(prefers-color-scheme: dark)">
-<img src="{{ curves.light }}" alt="Measures by training step, mean over seeds with a band from lowest to highest">
+{% for figure in figures %}
+<h3>{{ figure.title }}</h3>
+<figure><picture><source srcset="{{ figure.dark }}" media="(prefers-color-scheme: dark)">
+<img src="{{ figure.light }}" alt="Measures by training step, mean over seeds with a band from lowest to highest">
 </picture></figure>
+{% endfor %}
 <p>Lines are means over seeds, bands reach from the lowest to the highest seed.</p>
 {% endif %}
 

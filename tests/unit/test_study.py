@@ -245,6 +245,11 @@ def test_a_minimal_study():
         ({"prepare": " "}, "s.yaml: prepare is empty; write a command or remove the key"),
         ({"prepare": "nosuchprogram {seed}"}, "s.yaml: prepare=nosuchprogram {seed} starts with nosuchprogram, which"),
         ({"environment": {"A": [1]}}, "s.yaml: environment={'A': [1]} is not a mapping of variables to values"),
+        ({"figures": ["grpo"]}, "s.yaml: figures=['grpo'] is not a mapping of titles to lists of methods"),
+        (
+            {"figures": {"A": ["grpo", "gpro"]}},
+            "s.yaml: figures.A shows gpro, which is none of the methods; use some of",
+        ),
         ({"measures": "x"}, "s.yaml: measures=x is not a list of names of metrics.jsonl"),
         ({"stop_on_failure": "no"}, "s.yaml: stop_on_failure=no is not true or false"),
         ({"config": 3}, "s.yaml: config=3 is not a text; write one"),
@@ -272,6 +277,10 @@ def test_bad_files_and_bad_runs(tmp_path):
         (["algorithm.name=gpro"], "methods.grpo: algorithm.name=gpro is not allowed"),
         (["algorithm.options={policy_split: {etta: 1}}"], "methods.grpo: unknown key algorithm.options.policy_split.e"),
         (["parallel.sequence=true"], "methods.grpo: parallel.sequence=true splits tokens"),
+        (
+            ["algorithm.options={policy_split: {modes: {third: {eta: 1}}}}"],
+            "methods.grpo: algorithm.options.policy_split.modes.third: the modes of this run are normal, high_entropy",
+        ),
     ):
         file.write_text(yaml.safe_dump({**GOOD, "config": str(config), "methods": {"grpo": methods}}))
         with pytest.raises(ConfigError, match=f"^{file}: {message}"):

@@ -4,6 +4,7 @@ import base64
 import csv
 import json
 import math
+from xml.etree import ElementTree
 
 import pytest
 
@@ -13,6 +14,7 @@ from megatron_policysplit.study.report import curves, measure_title, write_study
 from tests.unit.test_report import Page
 from tests.unit.test_study import make_study, run
 
+SVG = "{http://www.w3.org/2000/svg}svg"
 T1, T2 = 12.7062047, 4.3026527  # 97.5% quantiles of t with 1 and 2 degrees of freedom, from tables
 
 
@@ -104,7 +106,7 @@ def test_the_page_is_one_valid_file(finished):
     assert "script" not in page.tags and "link" not in page.tags
     links = [value for name, value in page.attributes if name in ("src", "href", "srcset")]
     assert len(links) == 2
-    assert all(base64.b64decode(value.partition(",")[2]).startswith(b"\x89PNG") for value in links)
+    assert [ElementTree.fromstring(base64.b64decode(value.partition(",")[2])).tag for value in links] == [SVG] * 2
     for part in (
         "normal: pass@2", "high-entropy: accuracy", "+0.1 [+0.1, +0.1]", "1.23 [0.849, 1.61]", "step (s)",
         "fails/seed_0", "failed: the stub was told to fail (exit code 1", "algorithm.name=clip_cov",
@@ -115,7 +117,7 @@ def test_the_page_is_one_valid_file(finished):
 
 
 def test_curves_hold_means_and_bands(finished):
-    figure = curves(finished, finished_runs(finished), "light")
+    figure = curves(["grpo", "policy_split", "fails"], finished_runs(finished), "light")
     titles = [axis.get_title(loc="left") for axis in figure.axes]
     assert titles == [
         "Accuracy, normal", "Accuracy, high-entropy", "Pass@k at the end, normal", "Pass@k at the end, high-entropy",
@@ -127,6 +129,24 @@ def test_curves_hold_means_and_bands(finished):
     assert (band.min(), band.max()) == pytest.approx((0.3, 0.53))
     assert list(pass_at.lines[1].get_xdata()) == [1, 2] and pass_at.lines[1].get_ydata()[1] == 1.0
     assert [text.get_text() for text in figure.legends[0].texts] == ["grpo", "policy_split"]
+
+
+def test_figures_show_the_methods_that_they_name(finished):
+    figures = {"One": ["grpo"], "Two": ["policy_split", "grpo"], "None of them finished": ["fails"]}
+    study = make_study(finished.runs[0].study.parent, methods=finished.methods, figures=figures)
+    page = Page(write_study_report(study)[0].read_text())
+    assert page.tags.count("img") == 2 and "Two" in page.text and "None of them finished" not in page.text
+    figure = curves(figures["Two"], finished_runs(study), "light")
+    assert [text.get_text() for text in figure.legends[0].texts] == ["policy_split", "grpo"]
+    assert curves(["fails"], finished_runs(study), "dark") is None
+
+
+def test_curves_are_in_the_numbers(finished):
+    numbers = study_numbers(finished, finished_runs(finished))
+    found = numbers["curves"]["eval/normal/accuracy"]
+    assert found["grpo"]["steps"] == [1, 2, 3]
+    assert found["grpo"]["values"] == {0: pytest.approx([0.3, 0.4, 0.5]), 3: pytest.approx([0.33, 0.43, 0.53])}
+    assert "fails" not in found and not any("pass_at" in name for name in numbers["curves"])
 
 
 def test_a_study_without_a_finished_run_has_a_report(tmp_path):
