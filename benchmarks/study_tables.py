@@ -1,0 +1,190 @@
+"""The tables of docs/study_results.md, from a study's report.json.
+
+    python -m benchmarks.study_tables [benchmarks/results/study/report.json]
+
+Every cell is a mean over seeds with its 95% interval, as the study's report has it; where it says so, the lowest to the
+highest seed. `unique` are different right answers among a question's samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+RESULT = Path("benchmarks/results/study/report.json")
+ENTROPY, ACCURACY = "eval/normal/entropy_nats", "eval/normal/accuracy"
+OVERVIEW = {  # measure -> heading
+    ACCURACY: "accuracy",
+    "eval/high_entropy/accuracy": "accuracy, high-entropy",
+    ENTROPY: "entropy",
+    "eval/high_entropy/entropy_nats": "entropy, high-entropy",
+    "eval/high_entropy/kl_nats": "KL",
+    "eval/normal/unique_correct": "unique",
+    "eval/high_entropy/unique_correct": "unique, high-entropy",
+}
+TARGETS = ("aepo_0.25", "aepo_0.5", "aepo_0.75", "scope_0.25", "scope_0.5", "scope_0.75")
+COEFFICIENTS = (
+    "grpo",
+    "entropy_bonus_0.003",
+    "entropy_bonus_0.1",
+    "entropy_bonus_0.3",
+    "adaptive_entropy",
+    "aer",
+    "siren",
+    "epo",
+)
+SPLIT = ("grpo", "policy_split_eta_0", "policy_split", "policy_split_paper", "policy_split_on_asym_grpo")
+PROMPTS = {
+    "normal": "none",
+    "high_entropy": "explore widely",
+    "rewritten": "widely explore",
+    "unrelated": "please think",
+}
+
+Report = dict[str, Any]
+
+
+def tables(report: Report) -> dict[str, list[str]]:
+    """Title -> lines of a Markdown table."""
+    return {
+        "every method": overview(report),
+        "differences to GRPO": differences(report),
+        "before training": before(report),
+        "over training": over_training(report, report["measures"][ENTROPY]),
+        "modes": split(report),
+        "targets": targets(report),
+        "coefficients": over_training(report, COEFFICIENTS),
+        "prompts": prompts(report),
+        "best of k": best_of(report),
+    }
+
+
+def interval(found: dict | None, sign: str = "") -> str:
+    """`mean [low, high]`."""
+    if found is None:
+        return "-"
+    mean, low, high = found["mean"], found["low"], found["high"]
+    return f"{mean:{sign}.2f}" if low is None else f"{mean:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
+
+
+def spread(values: list[float]) -> str:
+    """`mean (lowest to highest)`."""
+    return f"{statistics.fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def overview(report: Report) -> list[str]:
+    methods = report["measures"][ACCURACY]
+    lines = header(["method", "seeds", *OVERVIEW.values()])
+    for method, found in methods.items():
+        cells = [interval(report["measures"][measure].get(method, {}).get("estimate")) for measure in OVERVIEW]
+        lines.append(row([f"`{method}`", str(found["estimate"]["n"]), *cells]))
+    return lines
+
+
+def differences(report: Report) -> list[str]:
+    lines = header(["method", *OVERVIEW.values()])
+    for method in report["measures"][ACCURACY]:
+        cells = [interval(report["measures"][measure][method]["difference"], "+") for measure in OVERVIEW]
+        if method != report["baseline"]:
+            lines.append(row([f"`{method}`", *cells]))
+    return lines
+
+
+def before(report: Report) -> list[str]:
+    """The model that all runs of a seed start from: values of the baseline's first evaluation."""
+    measures = [*OVERVIEW, "eval/normal/kl_nats"]
+    starts = {measure: at_step(report, measure, report["baseline"], 0) for measure in measures}
+    lines = header(["before training", "mean (lowest to highest seed)"])
+    names = {**OVERVIEW, "eval/normal/kl_nats": "KL(normal \\|\\| high-entropy)"}
+    return [*lines, *(row([names[measure], spread(values)]) for measure, values in starts.items())]
+
+
+def over_training(report: Report, methods) -> list[str]:
+    """Entropy of the normal mode at every evaluation that all have, and the accuracy at the end."""
+    steps = report["curves"][ENTROPY][report["baseline"]]["steps"]
+    lines = header(["method", *(f"entropy at {step}" for step in steps), "accuracy at the end"])
+    for method in methods:
+        cells = [f"{statistics.fmean(at_step(report, ENTROPY, method, step)):.2f}" for step in steps]
+        lines.append(
+            row([f"`{method}`", *cells, spread(list(report["measures"][ACCURACY][method]["values"].values()))])
+        )
+    return lines
+
+
+def split(report: Report) -> list[str]:
+    """Both modes of GRPO and the variants of Policy Split, and how far the modes are apart at every seed."""
+    measures = [measure for measure in OVERVIEW if "entropy_nats" not in measure and "kl" not in measure]
+    names = [*(OVERVIEW[measure] for measure in measures), "KL", "KL, mean over training", "KL, each seed"]
+    lines = header(["method", *names])
+    kl = "eval/high_entropy/kl_nats"
+    for method in SPLIT:
+        cells = [interval(report["measures"][measure][method]["estimate"]) for measure in measures]
+        found = report["curves"][kl][method]
+        means = [statistics.fmean(values[1:]) for values in found["values"].values()]
+        ends = report["measures"][kl][method]
+        each = ", ".join(f"{value:.2f}" for value in ends["values"].values())
+        lines.append(row([f"`{method}`", *cells, interval(ends["estimate"]), spread(means), each]))
+    return lines
+
+
+def targets(report: Report) -> list[str]:
+    """Entropy of the last two evaluations against the target in the method's name."""
+    last = report["curves"][ENTROPY][report["baseline"]]["steps"][-2:]
+    lines = header(["method", "target", *(f"entropy at {step}" for step in last), "accuracy at the end", "unique"])
+    for method in TARGETS:
+        cells = [spread(at_step(report, ENTROPY, method, step)) for step in last]
+        ends = [report["measures"][m][method]["estimate"] for m in (ACCURACY, "eval/normal/unique_correct")]
+        lines.append(row([f"`{method}`", method.rpartition("_")[2], *cells, *map(interval, ends)]))
+    return lines
+
+
+def prompts(report: Report) -> list[str]:
+    lines = header(["method", "system prompt", "accuracy", "entropy", "unique"])
+    for method in SPLIT[:3]:
+        for group, prompt in PROMPTS.items():
+            names = [f"eval/{group}/{leaf}" for leaf in ("accuracy", "entropy_nats", "unique_correct")]
+            lines.append(
+                row([f"`{method}`", prompt, *(interval(report["measures"][n][method]["estimate"]) for n in names)])
+            )
+    return lines
+
+
+def best_of(report: Report) -> list[str]:
+    ks = sorted(
+        int(name.rpartition("_")[2]) for name in report["measures"] if name.startswith("eval/high_entropy/pass_at_")
+    )
+    lines = header(["method", "mode", *(f"pass@{k}" for k in ks)])
+    for method in SPLIT:
+        for mode in ("normal", "high_entropy"):
+            found = [report["measures"][f"eval/{mode}/pass_at_{k}"][method]["estimate"]["mean"] for k in ks]
+            lines.append(row([f"`{method}`", mode.replace("_", "-"), *(f"{value:.3f}" for value in found)]))
+    return lines
+
+
+def at_step(report: Report, measure: str, method: str, step: int) -> list[float]:
+    """Values of every seed."""
+    found = report["curves"][measure][method]
+    return [values[found["steps"].index(step)] for values in found["values"].values()]
+
+
+def header(names: list[str]) -> list[str]:
+    return [row(names), "|" + "---|" * len(names)]
+
+
+def row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("report", type=Path, nargs="?", default=RESULT)
+    report = json.loads(parser.parse_args().report.read_text())
+    for title, lines in tables(report).items():
+        print(f"## {title}\n\n" + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
