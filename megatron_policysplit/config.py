@@ -223,7 +223,7 @@ class AlgorithmConfig:
     old_logprobs: str = key(
         "actor",
         "Denominator of the ratio where a response was sampled behind the row's own prompt: the actor's log-probs, or "
-        "those that the engine returned; then such rows are scored only for what reads more of them (log.kl_tokens).",
+        "those that the engine returned; then such rows are scored for the logs alone (log.kl_tokens).",
         choices=("actor", "engine"),
     )
     importance_cap: Optional[float] = key(

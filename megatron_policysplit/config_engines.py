@@ -115,6 +115,11 @@ def _check_old_logprobs(config: Config) -> None:
             "algorithm.old_logprobs=engine corrects a stale sample behind the prompt it was sampled with alone; with "
             "rollout.overlap=true set algorithm.old_logprobs=actor and algorithm.importance_cap"
         )
+    if algorithm.statistics == "step":
+        raise ConfigError(
+            "algorithm.statistics=step takes the actor's log-probs before every optimizer step; "
+            "set algorithm.statistics=batch or algorithm.old_logprobs=actor"
+        )
     if algorithm.importance_cap is not None:
         raise ConfigError(
             f"algorithm.importance_cap={algorithm.importance_cap} and algorithm.old_logprobs=engine both correct for "

@@ -19,14 +19,16 @@ from megatron_policysplit.rows import Row
 class Share:
     """Micro-batches (lists of row indices) of one replica in one optimizer step.
 
-    train: rows that are trained. score: those of them that are scored; the same micro-batches where all are.
-    score_only: rows that cannot change the weights; scored for metrics, then skipped.
+    train: rows that are scored and trained, in the same micro-batches both times. train_only: trained, not scored.
+    score_only: rows that cannot change the weights; scored for metrics, then skipped. compared: scored besides, for the
+    comparison with the engine alone, in micro-batches of their own, so that nothing else depends on it.
     Lists without a row stand at the end where replicas that share experts have more.
     """
 
     train: list[list[int]] = field(default_factory=list)
-    score: list[list[int]] = field(default_factory=list)
+    train_only: list[list[int]] = field(default_factory=list)
     score_only: list[list[int]] = field(default_factory=list)
+    compared: list[list[int]] = field(default_factory=list)
 
 
 @dataclass
@@ -42,6 +44,7 @@ def make_plan(
     live: Sequence[bool],
     *,
     scored: Sequence[bool] | None = None,
+    compared: Sequence[bool] | None = None,
     replicas: int,
     expert: int = 1,
     optimizer_steps: int,
@@ -49,7 +52,7 @@ def make_plan(
     seed: int,
 ) -> Plan:
     """Plan for `rows` (sorted by key). live[r]: whether row r can change the weights. scored[r]: whether it is scored;
-    None: every row is.
+    None: every row is. compared[r]: whether a row that is not scored is compared with the engine; None: none is.
 
     A micro-batch holds at most `max_tokens` tokens, padding included (a single longer row is alone in one).
     expert: so many replicas in a row share experts, and get equal numbers of micro-batches.
@@ -68,22 +71,20 @@ def make_plan(
         groups = [members[i] for i in sorted(chosen)]
         steps.append(sorted(index for group in groups for index in group))
         per_replica = [Share() for _ in range(replicas)]
-        for share, part in zip(per_replica, _balance(_kept(groups, live), rows, replicas), strict=True):
-            share.train = _cut(part, rows, max_tokens)
-            share.score = _cut(_kept(part, here), rows, max_tokens)
-        only = [there and not alive for there, alive in zip(here, live, strict=True)]
-        for share, part in zip(per_replica, _balance(_kept(groups, only), rows, replicas), strict=True):
-            share.score_only = _cut(part, rows, max_tokens)
-        for first in range(0, replicas, expert):
-            for name in ("train", "score", "score_only"):
+        chosen_rows = {
+            "train": [alive and there for alive, there in zip(live, here, strict=True)],
+            "train_only": [alive and not there for alive, there in zip(live, here, strict=True)],
+            "score_only": [there and not alive for alive, there in zip(live, here, strict=True)],
+            "compared": [False] * len(rows) if compared is None else compared,
+        }
+        for name, wanted in chosen_rows.items():
+            kept = [kept for group in groups if (kept := [index for index in group if wanted[index]])]
+            for share, part in zip(per_replica, _balance(kept, rows, replicas), strict=True):
+                setattr(share, name, _cut(part, rows, max_tokens))
+            for first in range(0, replicas, expert):
                 _even_out([getattr(share, name) for share in per_replica[first : first + expert]])
         shares.append(per_replica)
     return Plan(steps, shares)
-
-
-def _kept(groups: list[list[int]], wanted: Sequence[bool]) -> list[list[int]]:
-    """The wanted rows of every rollout that has any."""
-    return [kept for group in groups if (kept := [index for index in group if wanted[index]])]
 
 
 def _balance(groups: list[list[int]], rows: Sequence[Row], replicas: int) -> list[list[list[int]]]:

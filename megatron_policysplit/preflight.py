@@ -1,6 +1,6 @@
 """Everything that can be checked before a process starts or a weight is read.
 
-torch is imported only for model.megatron, algorithm.options and rollout.engine=replay.
+torch is imported only for model.megatron, algorithm.options, algorithm.old_logprobs=engine and rollout.engine=replay.
 """
 
 from __future__ import annotations
@@ -97,14 +97,20 @@ def preflight(config: Config) -> Preflight:
 
 
 def check_method(config: Config) -> None:
-    """Raises ConfigError for wrong options, or for a method that wants questions which a dump does not hold."""
-    if not config.algorithm.options and config.rollout.engine != "replay":
+    """Raises ConfigError for wrong options, or for what the method does not go with."""
+    replayed, engine = config.rollout.engine == "replay", config.algorithm.old_logprobs == "engine"
+    if not config.algorithm.options and not replayed and not engine:
         return
     from megatron_policysplit.methods import algorithm_of
 
     algorithm = algorithm_of(config.algorithm)
     algorithm.method.check(algorithm.options, [mode.value for mode in modes_of(config.modes)])
-    if config.rollout.engine == "replay" and algorithm.method.selection(algorithm.options) is not None:
+    if engine and not algorithm.method.engine_logprobs(algorithm.options):
+        raise ConfigError(
+            f"algorithm.old_logprobs=engine leaves rows unscored, but algorithm.name={config.algorithm.name} with "
+            "these options needs more of them than the engine's log-probs; set algorithm.old_logprobs=actor"
+        )
+    if replayed and algorithm.method.selection(algorithm.options) is not None:
         raise ConfigError(
             f"rollout.engine=replay cannot serve algorithm.name={config.algorithm.name} with dynamic sampling, because "
             "a dump holds no responses to questions that were dropped; replay with a method without, or use another "

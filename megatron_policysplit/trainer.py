@@ -76,9 +76,12 @@ class Trainer:
                 self.ahead = self.ask(batch + 1)
             rows = share(rollouts, run.prompts, run.training_modes)
             live = live_rows(rows, run.algorithm, config)
-            scored = scored_rows(rows, live, run.algorithm, config, compared=self.gate.due(batch))
+            scored = scored_rows(rows, live, run.algorithm, config)
+            due = self.gate.due(batch)
+            compared = [due and row.on_policy and not there for row, there in zip(rows, scored, strict=True)]
             with phases.measure("score"):
-                placed = run.actor.place(rows, live, seed=config.run.seed * 1_000_003 + batch, scored=scored)
+                seed = config.run.seed * 1_000_003 + batch
+                placed = run.actor.place(rows, live, seed, scored=scored, compared=compared)
                 old = run.actor.score(placed)
                 reference = run.actor.score_reference(placed) if config.algorithm.kl_coef > 0 else None
             agreement = self.gate.check(batch, rows, old, batch_version, run.served)

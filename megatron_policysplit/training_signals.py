@@ -88,27 +88,21 @@ def live_rows(rows: Sequence[Row], algorithm: Algorithm, config: Config) -> list
     return [keeps and row.key not in dead for keeps, row in zip(trained, rows, strict=True)]
 
 
-def scored_rows(
-    rows: Sequence[Row], live: Sequence[bool], algorithm: Algorithm, config: Config, *, compared: bool = False
-) -> list[bool]:
+def scored_rows(rows: Sequence[Row], live: Sequence[bool], algorithm: Algorithm, config: Config) -> list[bool]:
     """Which rows are scored: those whose statistics something reads, be it only the logs (`log.kl_tokens`).
 
     A row behind the prompt its response was sampled with is spared where the engine's log-probs take the place of the
-    actor's (algorithm.old_logprobs) and the method reads nothing else. compared: unless they are compared in this
-    batch. A row behind another prompt is spared in a question without a live row, if the method's statistics stay
-    within a question.
+    actor's (algorithm.old_logprobs). A row behind another prompt is spared in a question without a live row, if the
+    method's statistics stay within a question.
     """
-    method, engine = algorithm.method, config.algorithm.old_logprobs == "engine" and not compared
-    spared = engine and algorithm.method.logprobs_only(algorithm.options)
+    engine, apart = config.algorithm.old_logprobs == "engine", algorithm.method.within_questions
     questions = {row.key[:2] for row, alive in zip(rows, live, strict=True) if alive}
     measured = measured_rollouts(rows, config.log.kl_tokens)
 
     def read(row: Row) -> bool:
         if row.rollout.key in measured:
             return True
-        if row.on_policy:
-            return not spared
-        return not method.within_questions or row.key[:2] in questions
+        return not engine if row.on_policy else not apart or row.key[:2] in questions
 
     return [read(row) for row in rows]
 
@@ -160,7 +154,7 @@ class SignalSource:
         if self.config.algorithm.scope == "global":
             made = self._signals(batch)
         else:
-            parts = [share.train for share in self.plan.shares[step]]
+            parts = [share.train + share.train_only for share in self.plan.shares[step]]
             made = self._by_part(batch, [indices for part in parts for indices in part if indices])
         self.state, self._last = self.algorithm.method.next_state(self.state, batch, self.algorithm.options), made
         lengths = batch.offsets.diff().tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -49,15 +49,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class PlacedBatch:
     """A rollout batch in place: the plan (leaders only) and this replica's micro-batches per optimizer step.
 
-    train, score, score_only: as in `Share`. unscored: response lengths of the rows that are not scored, by row index
-    (leaders only).
+    train, train_only, score_only, compared: as in `Share`. unscored: response lengths of the rows that are not scored,
+    by row index (leaders only).
     """
 
     plan: Plan | None
     train: list[list[MicroBatch]]
-    score: list[list[MicroBatch]]
+    train_only: list[list[MicroBatch]]
     score_only: list[list[MicroBatch]]
+    compared: list[list[MicroBatch]]
     unscored: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> list[list[MicroBatch]]:
+        """Micro-batches of each optimizer step."""
+        return [scored + others for scored, others in zip(self.train, self.train_only, strict=True)]
 
 
 @dataclass
@@ -122,11 +128,13 @@ class Actor:
         seed: int,
         *,
         scored: Sequence[bool] | None = None,
+        compared: Sequence[bool] | None = None,
         temperature: float | None = None,
     ) -> PlacedBatch:
-        """Send every replica its rows. `rows`, `live` and `scored` are read on leaders, which hold the whole batch.
+        """Send every replica its rows. These and what is said of them are read on leaders, which hold the whole batch.
 
-        scored: rows that are scored; None: all. temperature: of every row; None takes each
+        scored: rows that are scored; None: all. compared: others that are scored for the comparison with the engine
+        alone; None: none. temperature: of every row; None takes each
         row's from its mode.
         """
         plan, mine, unscored = None, None, {}
@@ -136,6 +144,7 @@ class Actor:
                 rows,
                 live,
                 scored=scored,
+                compared=compared,
                 replicas=self.layout.data,
                 expert=self.layout.expert,
                 optimizer_steps=train.optimizer_steps_per_batch,
@@ -150,12 +159,13 @@ class Actor:
     def score(self, placed: PlacedBatch) -> list[TokenStatistics]:
         """Statistics of every row of the batch before the update, on leaders in row order; [] elsewhere.
 
-        Those of rows that are not scored are 0.
+        Those of rows that are not scored, and not compared either, are 0.
         """
-        batches = [batch for step in (*placed.score, *placed.score_only) for batch in step]
+        batches = [batch for step in (*placed.train, *placed.score_only, *placed.compared) for batch in step]
         found = self._gather(self.scorer.score(batches, **self.asked))
         for index, length in placed.unscored.items():
-            found[index] = TokenStatistics(torch.zeros(length), torch.zeros(length), scored=False)
+            there = found.get(index) or TokenStatistics(torch.zeros(length), torch.zeros(length))
+            found[index] = replace(there, scored=False)
         return [found[index] for index in sorted(found)]
 
     def score_shaken(self, placed: PlacedBatch, relative: float) -> list[Tensor]:
@@ -175,7 +185,7 @@ class Actor:
 
         Those of rows that are neither trained nor scored are 0.
         """
-        batches = [batch for step in (*placed.train, *placed.score_only) for batch in step]
+        batches = [batch for step in (*placed.trained, *placed.score_only) for batch in step]
         current = [parameter.detach().clone() for parameter in self.model.parameters()]
         self._set_weights(self.reference)
         try:
@@ -192,7 +202,7 @@ class Actor:
         """
         fresh = self.config.algorithm.statistics == "step"
         results, totals, first_off_one = [], [], 0.0
-        for number, batches in enumerate(placed.train):
+        for number, batches in enumerate(placed.trained):
             now = self._score_step(placed, number) if fresh and number > 0 else None
             inputs = self._loss_inputs(placed, number, signals.at(number, now)) if self.layout.is_leader else None
             inputs = self.layout.from_leader(inputs)
@@ -227,13 +237,10 @@ class Actor:
         multiple = self.layout.tensor if self.layout.sequence else 1
         wanted = pairings(rows, self.config.log.kl_tokens)
         make = partial(make_microbatch, rows, temperatures=temperatures, pairings=wanted, multiple=multiple)
-        train = [[make(indices) for indices in share.train] for share in shares]
-        score = [
-            there if share.score == share.train else [make(indices) for indices in share.score]
-            for there, share in zip(train, shares, strict=True)
-        ]
-        score_only = [[make(indices) for indices in share.score_only] for share in shares]
-        return train, score, score_only
+        return tuple(
+            [[make(indices) for indices in getattr(share, name)] for share in shares]
+            for name in ("train", "train_only", "score_only", "compared")
+        )
 
     def _gather(self, mine: dict[int, TokenStatistics]) -> dict[int, TokenStatistics]:
         """Row index -> statistics of all replicas' rows, in row order, on leaders; {} elsewhere."""
@@ -250,7 +257,7 @@ class Actor:
         rows = sum(bool(signals[i].mask.any()) for i in step)
         names = [name for name in CONSTANTS if any(getattr(signal, name) is not None for signal in signals)]
         inputs = []
-        for batch in placed.train[number]:
+        for batch in placed.trained[number]:
             fields = {name: _joined([getattr(signals[i], name) for i in batch.rows]) for name in names}
             if "nucleus_coef" in fields:
                 fields["nucleus_coef"] = fields["nucleus_coef"] / max(rows, 1)

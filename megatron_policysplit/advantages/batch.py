@@ -20,7 +20,8 @@ class TokenStatistics:
     for. prompt_logprob: mean of the log-probs of the prompt's tokens but the first (0 for a prompt of one), where the
     method asks for it.
     nucleus_entropy, nucleus_threshold [T]: nats, and a logit (`vocab_parallel.Nucleus`), where it asks for these.
-    scored: False for a row that nothing needed to score; everything is 0 then.
+    scored: False for a row that nothing needed to score; everything is 0 then, unless the row was compared with the
+    engine.
     """
 
     logprobs: Tensor

@@ -89,8 +89,9 @@ class Method:
     token whatever their statistics, and are not trained. It is not asked about auxiliary rows, which are all trained.
     within_questions: whether the signals of a token come from the rows of its question alone, so that a question whose
     rows are all dead needs no statistics.
-    logprobs_only(options): whether the signals and the state read nothing of the policy but log-probs, so that a row
-    whose log-probs are known need not be scored.
+    engine_logprobs(options): whether the engine's log-probs of what it sampled can take the place of the actor's
+    (algorithm.old_logprobs): signals and state read nothing else of the policy, and no term of the loss has a kink
+    where the two are equal.
     begin(options), next_state(state, batch, options): state that the method carries from one optimizer step to the
     next, and through checkpoints; `batch` holds the statistics that the step's signals were made from.
     prompt_logprobs: whether score passes take the log-probs of prompts too, for `AdvantageBatch.prompt_logprob`.
@@ -112,7 +113,7 @@ class Method:
     auxiliary_aggregation: str | None = None
     live: Callable[[Tensor, Tensor, Any], Tensor] = with_advantage
     within_questions: bool = False
-    logprobs_only: Callable[[Any], bool] = lambda options: False
+    engine_logprobs: Callable[[Any], bool] = lambda options: False
     begin: Callable[[Any], State] = lambda options: {}
     next_state: Callable[[State, AdvantageBatch, Any], State] = lambda state, batch, options: state
     prompt_logprobs: bool = False

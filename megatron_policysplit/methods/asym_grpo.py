@@ -46,5 +46,5 @@ def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSigna
 
 
 METHOD = Method(
-    signals, source="arXiv 2604.04894", options=Options, live=in_mixed_groups, logprobs_only=lambda options: True
+    signals, source="arXiv 2604.04894", options=Options, live=in_mixed_groups, engine_logprobs=lambda options: True
 )

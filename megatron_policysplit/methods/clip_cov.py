@@ -47,5 +47,5 @@ METHOD = Method(
     source="arXiv 2505.22617",
     options=Options,
     loss={"clip_low": 1.0, "clip_high": 1.0},
-    logprobs_only=lambda options: True,
+    engine_logprobs=lambda options: True,
 )

@@ -60,6 +60,6 @@ METHOD = Method(
     options=Options,
     loss={"clip_high": 0.28},
     length_reward=length_reward,
-    logprobs_only=lambda options: True,
+    engine_logprobs=lambda options: True,
     selection=lambda options: Selection(mixed, options.max_rounds) if options.dynamic_sampling else None,
 )

@@ -14,5 +14,5 @@ METHOD = Method(
     signals,
     source="arXiv 2503.20783",
     loss={"loss_aggregation": "sequence_mean_token_sum_norm"},
-    logprobs_only=lambda options: True,
+    engine_logprobs=lambda options: True,
 )

@@ -25,4 +25,5 @@ METHOD = Method(
     source="verl's actor.entropy_coeff; the setting of arXiv 2604.11510",
     options=Options,
     live=all_rows,
+    engine_logprobs=lambda options: True,
 )

@@ -10,4 +10,4 @@ def signals(batch: AdvantageBatch, options: NoOptions, state: State) -> TokenSig
     return TokenSignals(batch.on_tokens(zscore(batch.rewards, batch.group)))
 
 
-METHOD = Method(signals, source="arXiv 2402.03300", logprobs_only=lambda options: True)
+METHOD = Method(signals, source="arXiv 2402.03300", engine_logprobs=lambda options: True)

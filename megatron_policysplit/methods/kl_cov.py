@@ -38,5 +38,4 @@ METHOD = Method(
     options=Options,
     loss={"clip_low": math.inf, "clip_high": math.inf},
     live=all_rows,
-    logprobs_only=lambda options: True,
 )

@@ -243,7 +243,7 @@ METHOD = Method(
     selection=lambda options: Selection(dapo.mixed, options.max_rounds) if options.dynamic_sampling else None,
     live=live,
     within_questions=True,
-    logprobs_only=lambda options: options.entropy_estimate != "entropy",
+    engine_logprobs=lambda options: options.entropy_estimate != "entropy",
     begin=lambda options: state_at(options, 0),
     next_state=lambda state, batch, options: state_at(options, int(state.get("step", 0)) + 1),
 )

@@ -18,5 +18,5 @@ METHOD = Method(
     signals,
     source="arXiv 2402.14740",
     loss={"loss_aggregation": "sequence_mean_token_sum_norm"},
-    logprobs_only=lambda options: True,
+    engine_logprobs=lambda options: True,
 )

@@ -68,7 +68,9 @@ def run_case(case, path, layout, poison=False):
         rows = case.rows(batch) if layout.is_leader else []
         live = live_rows(rows, case.algorithm, config)
         scored = scored_rows(rows, live, case.algorithm, config)
-        placed = actor.place(rows, live, seed=SEED + batch, scored=scored)
+        # The second batch is compared with the engine, which must change nothing.
+        compared = [batch == 1 and row.on_policy and not there for row, there in zip(rows, scored, strict=True)]
+        placed = actor.place(rows, live, seed=SEED + batch, scored=scored, compared=compared)
         old = actor.score(placed)
         reference = actor.score_reference(placed) if config.algorithm.kl_coef > 0 else None
         signals = case.signals(rows, old, placed, config, reference)
@@ -83,9 +85,9 @@ def run_case(case, path, layout, poison=False):
         outcome.statistics.append(
             [
                 (as_numpy(s.logprobs), as_numpy(s.entropy), {k: as_numpy(v) for k, v in s.kl.items()}, s.prompt_logprob)
-                if there
+                if there or apart
                 else None
-                for s, there in zip(old, scored, strict=True)
+                for s, there, apart in zip(old, scored, compared, strict=True)
             ]
         )
         trained = case.signals(rows, old, placed, config, reference).at(0) if signals is not None else []
@@ -365,7 +367,8 @@ def test_live_rows_are_left_out_of_scoring_where_the_engine_has_scored_them(outc
                     other.rollout.sample for other in rows if other.rollout.key[:3] == row.rollout.key[:3]
                 )
                 dead = row.key.question == 1
-                assert (found is not None) == (logged or not (row.on_policy or dead))
+                compared = batch == 1 and row.on_policy
+                assert (found is not None) == (logged or compared or not (row.on_policy or dead))
     for outcome in leaders(outcomes, shape, "engine_logprobs_alone"):
         assert outcome.statistics[0] == [None] * len(outcome.statistics[0])
 

@@ -220,8 +220,8 @@ CASES = [
         "engine_logprobs_alone",
         model="llama",
         settings={
-            "algorithm.name": "kl_cov",
-            "algorithm.options.kl_cov.share": 0.3,
+            "algorithm.name": "entropy_bonus",
+            "algorithm.options.entropy_bonus.coef": 0.05,
             "algorithm.old_logprobs": "engine",
             "algorithm.kl_coef": 0.2,
             "log.kl_tokens": "none",

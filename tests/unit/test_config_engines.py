@@ -38,6 +38,7 @@ def checked(*overrides):
             "replay",
         ),
         (["algorithm.old_logprobs=engine", "algorithm.importance_cap=2"], "importance_cap=null"),
+        (["algorithm.old_logprobs=engine", "algorithm.statistics=step"], "statistics=batch"),
         (["algorithm.old_logprobs=engine", "rollout.overlap=true", "algorithm.importance_cap=2"], "old_logprobs=actor"),
     ],
 )

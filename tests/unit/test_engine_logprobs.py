@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from megatron_policysplit.advantages import TokenStatistics
-from megatron_policysplit.config import Config
+from megatron_policysplit.config import METHOD_NAMES, Config
+from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.methods import algorithm_of
 from megatron_policysplit.metrics import training_metrics
 from megatron_policysplit.pairing import measured_rollouts, pairings
 from megatron_policysplit.plan import make_plan
+from megatron_policysplit.preflight import check_method
 from megatron_policysplit.rows import Mode, Rollout, share
 from megatron_policysplit.training_signals import SignalSource, live_rows, scored_rows
 
@@ -54,12 +56,13 @@ def signals(rows, old, given):
     return SignalSource(rows, old, plan, chosen, given).at(0)
 
 
-def spared(rows, given, **options):
+def spared(rows, given):
     chosen = algorithm_of(given.algorithm)
-    scored = scored_rows(rows, live_rows(rows, chosen, given), chosen, given, **options)
+    scored = scored_rows(rows, live_rows(rows, chosen, given), chosen, given)
     return {row.key for row, there in zip(rows, scored, strict=True) if not there}
 
 
+ENGINE_METHODS = "grpo dr_grpo rloo dapo asym_grpo policy_split clip_cov entropy_bonus".split()
 MIXED, EQUAL = (1.0, 0.0, 0.0, 1.0), (1.0,) * 4
 
 
@@ -82,45 +85,53 @@ def test_the_engines_logprobs_stand_behind_the_sampling_prompt_alone():
 
 def test_an_auxiliary_response_keeps_the_actors():
     """The engine's are those of another temperature."""
-    rows = [*rows_of("scope", MIXED), *share([rollout(0, Mode.NORMAL, 4, 1.0, auxiliary=True)], PROMPTS, [Mode.NORMAL])]
+    rows = [*rows_of("grpo", MIXED), *share([rollout(0, Mode.NORMAL, 4, 1.0, auxiliary=True)], PROMPTS, [Mode.NORMAL])]
     old = actor_statistics(rows)
-    found = signals(rows, old, config("scope"))
+    found = signals(rows, old, config("grpo"))
     assert torch.equal(found[-1].old_logprobs, old[-1].logprobs)
     assert torch.equal(found[0].old_logprobs, torch.tensor(rows[0].rollout.engine_logprobs))
 
 
 def test_rows_whose_logprobs_are_there_are_not_scored():
-    for method in ("grpo", "dr_grpo", "rloo", "dapo", "asym_grpo", "clip_cov", "kl_cov"):
+    for method in ENGINE_METHODS:
         rows = rows_of(method, MIXED, EQUAL)
-        assert spared(rows, config(method)) == {row.key for row in rows}, method
-        assert spared(rows, config(method, "actor")) == set(), method
+        assert spared(rows, config(method)) == {row.key for row in rows if row.on_policy or row.key.question == 1}, (
+            method
+        )
+        assert spared(rows, config(method, "actor")) <= {row.key for row in rows if not row.on_policy}, method
+    assert not all(row.on_policy for row in rows_of("policy_split", MIXED))
+
+
+def test_methods_that_need_more_refuse():
+    """Entropies, a pass of their own, a second temperature, or a term that rounding would switch on."""
+    for method in METHOD_NAMES:
+        given = config(method)
+        if method in ENGINE_METHODS:
+            check_method(given)
+            continue
+        with pytest.raises(ConfigError, match=f"algorithm.name={method} .*set algorithm.old_logprobs=actor"):
+            check_method(given)
+    with pytest.raises(ConfigError, match="algorithm.name=policy_split with these options"):
+        check_method(config("policy_split", entropy_estimate="entropy"))
+    check_method(config("kl_cov", "actor"))
+
+
+def test_the_methods_read_no_entropy():
+    """Signals and state of those that take the engine's log-probs are the same whatever the entropies are."""
+    for method in ENGINE_METHODS:
+        rows = rows_of(method, MIXED, EQUAL)
+        old = actor_statistics(rows)
+        blank = [TokenStatistics(s.logprobs, torch.full((3,), torch.nan)) for s in old]
+        for one, other in zip(signals(rows, old, config(method)), signals(rows, blank, config(method)), strict=True):
+            for name, value in vars(one).items():
+                assert value is None or isinstance(value, str) or torch.equal(value, getattr(other, name)), (
+                    method,
+                    name,
+                )
+
+
+def test_the_logs_have_their_share_scored():
     rows = rows_of("policy_split", MIXED, EQUAL)
-    own, dead = {row.key for row in rows if row.on_policy}, {row.key for row in rows if row.key.question == 1}
-    assert spared(rows, config("policy_split")) == own | dead
-    assert spared(rows, config("policy_split", "actor")) == dead - own
-
-
-def test_what_reads_more_than_logprobs_has_its_rows_scored():
-    for method in (
-        "entropy_adv",
-        "forking_tokens",
-        "steer",
-        "scope",
-        "aepo",
-        "siren",
-        "arm",
-        "epo",
-        "adaptive_entropy",
-    ):
-        assert spared(rows_of(method, MIXED), config(method)) == set(), method
-    rows = rows_of("policy_split", MIXED)
-    assert spared(rows, config("policy_split", entropy_estimate="entropy")) == set()
-
-
-def test_the_comparison_with_the_engine_and_the_logs_have_theirs_scored():
-    rows = rows_of("policy_split", MIXED, EQUAL)
-    other = {row.key for row in rows if row.key.question == 1 and not row.on_policy}
-    assert spared(rows, config("policy_split"), compared=True) == other
     assert spared(rows, config("policy_split", kl_tokens="all")) == set()
     measured = measured_rollouts(rows, "sample")
     assert measured == {(0, q, mode, s) for q in (0, 1) for mode, s in (("normal", 0), ("high_entropy", 1))}
@@ -147,23 +158,29 @@ def test_what_was_not_scored_is_in_no_mean():
     }
 
 
-def test_the_plan_leaves_them_out_of_score_passes_alone():
+def flat(batches):
+    return sorted(index for batch in batches for index in batch)
+
+
+def test_the_plan_trains_what_it_does_not_score_and_compares_it_apart():
+    """Scored rows stand in the same micro-batches whether others are compared or not; those too, whatever is scored."""
     rows = rows_of("policy_split", MIXED, EQUAL)
     live = [row.key.question == 0 for row in rows]
     scored = [not row.on_policy for row in rows]
-    plan = make_plan(rows, live, scored=scored, replicas=2, expert=2, optimizer_steps=1, max_tokens=15, seed=0)
-    found = {
-        name: sorted(index for part in plan.shares[0] for batch in getattr(part, name) for index in batch)
-        for name in ("train", "score", "score_only")
-    }
+    compared = [not there for there in scored]
+    sizes = {"replicas": 2, "expert": 2, "optimizer_steps": 1, "max_tokens": 15, "seed": 0}
+    (shares,) = make_plan(rows, live, scored=scored, compared=compared, **sizes).shares
+    found = {name: flat(sum((getattr(part, name) for part in shares), [])) for name in vars(shares[0])}
     everything = range(len(rows))
-    assert found["train"] == [i for i in everything if live[i]]
-    assert found["score"] == [i for i in everything if live[i] and scored[i]]
+    assert found["train"] == [i for i in everything if live[i] and scored[i]]
+    assert found["train_only"] == [i for i in everything if live[i] and not scored[i]]
     assert found["score_only"] == [i for i in everything if scored[i] and not live[i]]
-    for part in plan.shares[0]:
-        for batch in part.score:
+    assert found["compared"] == [i for i in everything if compared[i]]
+    for name in found:
+        assert len({len(getattr(part, name)) for part in shares}) == 1
+        for batch in (batch for part in shares for batch in getattr(part, name)):
             assert len(batch) * max((rows[i].length for i in batch), default=0) <= 15
-        assert {i for batch in part.score for i in batch} <= {i for batch in part.train for i in batch}
-    assert len({len(part.score) for part in plan.shares[0]}) == 1
-    same = make_plan(rows, live, replicas=2, optimizer_steps=1, max_tokens=15, seed=0)
-    assert all(part.score == part.train for part in same.shares[0])
+    (without,) = make_plan(rows, live, scored=scored, **sizes).shares
+    for part, same in zip(shares, without, strict=True):
+        assert (part.train, part.train_only, part.score_only) == (same.train, same.train_only, same.score_only)
+        assert not flat(same.compared)
