@@ -26,16 +26,7 @@ OVERVIEW = {  # measure -> heading
     "eval/high_entropy/unique_correct": "unique, high-entropy",
 }
 TARGETS = ("aepo_0.25", "aepo_0.5", "aepo_0.75", "scope_0.25", "scope_0.5", "scope_0.75")
-COEFFICIENTS = (
-    "grpo",
-    "entropy_bonus_0.003",
-    "entropy_bonus_0.1",
-    "entropy_bonus_0.3",
-    "adaptive_entropy",
-    "aer",
-    "siren",
-    "epo",
-)
+TWO_STEPS = ("grpo_two_steps", "kl_cov", "policy_split_two_steps", "policy_split_two_steps_no_dual_clip")
 SPLIT = ("grpo", "policy_split_eta_0", "policy_split", "policy_split_paper", "policy_split_on_asym_grpo")
 PROMPTS = {
     "normal": "none",
@@ -56,7 +47,7 @@ def tables(report: Report) -> dict[str, list[str]]:
         "over training": over_training(report, report["measures"][ENTROPY]),
         "modes": split(report),
         "targets": targets(report),
-        "coefficients": over_training(report, COEFFICIENTS),
+        "two optimizer steps": two_steps(report),
         "prompts": prompts(report),
         "best of k": best_of(report),
     }
@@ -138,6 +129,15 @@ def targets(report: Report) -> list[str]:
         cells = [spread(at_step(report, ENTROPY, method, step)) for step in last]
         ends = [report["measures"][m][method]["estimate"] for m in (ACCURACY, "eval/normal/unique_correct")]
         lines.append(row([f"`{method}`", method.rpartition("_")[2], *cells, *map(interval, ends)]))
+    return lines
+
+
+def two_steps(report: Report) -> list[str]:
+    measures = (ACCURACY, "eval/high_entropy/accuracy", "eval/high_entropy/kl_nats")
+    lines = header(["method", *(f"{OVERVIEW[measure]}, each seed" for measure in measures)])
+    for method in TWO_STEPS:
+        values = [report["measures"][measure][method]["values"].values() for measure in measures]
+        lines.append(row([f"`{method}`", *(", ".join(f"{value:.2f}" for value in found) for found in values)]))
     return lines
 
 

@@ -11,6 +11,10 @@ eta is `eta` in the high-entropy mode and `eta_normal` (0 by default) in the nor
 released code clamps after scaling and, because two names share one tensor, adds the bonus twice;
 `variant: authors_code` does both. A_i is GRPO's, or with `correctness` that of another method.
 
+The loss has a dual clip of 3 unless `algorithm.dual_clip` says otherwise. The paper's equation has none; verl, on which
+the authors built, has it by default. With one optimizer step a batch all ratios are 1 and it does nothing; with two,
+training broke without it in every run of our study (docs/study_results.md).
+
 With `modes.others` there are more modes than two (not in the paper): every response is trained under all of their
 prompts, s_m'[t] is the mean over the modes besides m, and eta is `eta` in every mode but the normal one. What `modes`
 says of a mode wins there: {careful: {eta: -0.02, kappa: 4}} is a mode that is rewarded for what is likely.
@@ -236,6 +240,7 @@ METHOD = Method(
     signals,
     source="arXiv 2604.11510",
     options=Options,
+    loss={"dual_clip": 3.0},
     sampling_modes=MODES,
     training_modes=MODES,
     other_modes=True,
