@@ -13,7 +13,7 @@ released code clamps after scaling and, because two names share one tensor, adds
 
 The loss has a dual clip of 3 unless `algorithm.dual_clip` says otherwise. The paper's equation has none; verl, on which
 the authors built, has it by default. With one optimizer step a batch all ratios are 1 and it does nothing; with two,
-training broke without it in every run of our study (docs/study_results.md).
+training broke without it in three of five runs of our study (docs/study_results.md).
 
 With `modes.others` there are more modes than two (not in the paper): every response is trained under all of their
 prompts, s_m'[t] is the mean over the modes besides m, and eta is `eta` in every mode but the normal one. What `modes`
