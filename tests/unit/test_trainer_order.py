@@ -80,7 +80,7 @@ class Parts:
         self.log.append(f"evaluate {batch}")
         return []
 
-    def place(self, rows, live, seed, scored=None):
+    def place(self, rows, live, seed, scored=None, compared=None):
         return SimpleNamespace(plan=None)
 
     def score(self, placed):
