@@ -4,6 +4,8 @@ import pytest
 
 from tests.support import e2e
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("train.steps=3", "checkpoint.every=0", "eval.path=null", "parallel.tensor=1")
 ENGINE = ("algorithm.old_logprobs=engine", "log.kl_tokens=sample", "agreement.every=2")
 

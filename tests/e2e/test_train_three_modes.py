@@ -6,6 +6,8 @@ import pytest
 
 from tests.support import e2e
 
+pytestmark = pytest.mark.slow
+
 MODES = ("normal", "high_entropy", "careful")
 THREE = (
     "modes.others={careful: {prompt: think please, temperature: 0.8, share: 2}}",
