@@ -1,7 +1,6 @@
 """What a step of each method costs, relative to GRPO's on the same machine.
 
-    python -m benchmarks.methods [--rounds 3] [--steps 8] [--only NAME ...] [--override KEY=VALUE ...]
-        [--output FILE.json]
+    python -m benchmarks.methods [--rounds 3] [--steps 8] [--only NAME ...] [--output FILE.json]
 
 Every run is a `policysplit train` of its own, from the same random model, with a learning rate of 0: policies do not
 move, so all methods answer the same questions with responses alike in number and length (nearly all have
@@ -10,9 +9,8 @@ share --certain of them, whose groups give no gradient and are skipped by the sa
 Methods take turns within a round and the first two steps of a run are left out. `relative` is the median over rounds of
 a method's median step over GRPO's in the same round.
 
-The share of a step that generation takes decides what a second training prompt costs, so it is in every line; responses
-come from the engine in process, unless an --override says otherwise. `work` is scoring and updating together, for each
-response that was sampled.
+The share of a step that generation takes decides what a second training prompt costs, so it is in every line: here
+responses come from the engine in process. `work` is scoring and updating together, for each response that was sampled.
 """
 
 from __future__ import annotations
@@ -97,10 +95,10 @@ def make_inputs(directory: Path, options: argparse.Namespace) -> Path:
     return config
 
 
-def measure(name: str, config: Path, directory: Path, overrides: list[str]) -> dict[str, float]:
+def measure(name: str, config: Path, directory: Path) -> dict[str, float]:
     """One run: medians over its steps of seconds by phase, and what they were spent on."""
     command = [sys.executable, "-m", "megatron_policysplit.cli", "train", str(config), f"run.dir={directory}"]
-    done = subprocess.run([*command, *overrides, *RUNS[name]], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, *RUNS[name]], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name}: exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -136,7 +134,6 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE", help="of every run")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -149,7 +146,7 @@ def main() -> None:
             rounds.append({})
             for name in names if number % 2 == 0 else reversed(names):
                 directory = Path(scratch) / f"{number}" / name.replace(" ", "_").replace(",", "")
-                rounds[-1][name] = measure(name, config, directory, options.override)
+                rounds[-1][name] = measure(name, config, directory)
                 print(f"round {number + 1}: {name}: {rounds[-1][name]['step']:.3f} s a step", file=sys.stderr)
     summary = {name: summarise(name, rounds) for name in names}
     print(table(summary))

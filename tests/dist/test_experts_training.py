@@ -12,17 +12,15 @@ import torch
 
 from tests.dist.test_training_step import (
     RELATIVE,
-    as_numpy,
     assert_same_training,
     assert_statistics,
     exported,
-    hf_model,
     run_case,
-    run_reference,
 )
 from tests.support.dist import run_distributed
 from tests.support.hf_models import make_model
 from tests.support.training_cases import CASES, SEED, VOCAB
+from tests.support.training_outcomes import as_numpy, hf_model, run_reference
 
 LAYOUTS = [(1, 1, 1, 1), (1, 1, 2, 1), (1, 1, 2, 2), (2, 1, 1, 1), (1, 2, 2, 2), (2, 1, 2, 2)]  # TP, PP, DP, EP
 NAMES = ("paper_two_steps", "kl_and_entropy", "one_live", "none_live", "distributed_optimizer")

@@ -4,6 +4,7 @@ import json
 import pickle
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -57,3 +58,11 @@ def assert_same_model(original: Path, found: Path) -> None:
     assert json.loads((Path(found) / "config.json").read_text()) == json.loads(
         (Path(original) / "config.json").read_text()
     )
+
+
+def refused(work, kind, match, out=None):
+    """`work` raises; nothing is left at `out` or beside it."""
+    with pytest.raises(kind, match=match):
+        work()
+    if out is not None:
+        assert not out.exists() and not list(out.parent.glob(".*"))
