@@ -22,8 +22,8 @@ def check_engines(config: Config) -> None:
     _check_addresses(config)
     _check_servers(config)
     _check_weight_sync(config)
-    _check_overlap(config)
     _check_old_logprobs(config)
+    _check_overlap(config)
 
 
 def _check_addresses(config: Config) -> None:
