@@ -76,8 +76,8 @@ lint: $(STAMP)  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 docs: $(STAMP)  ## Write docs/configuration.md and docs/methods.md from the code
-	$(BIN)/python -m megatron_policysplit.config_docs > docs/configuration.md
-	$(BIN)/python -m megatron_policysplit.method_docs > docs/methods.md
+	$(BIN)/python -m megatron_policysplit.config.docs > docs/configuration.md
+	$(BIN)/python -m megatron_policysplit.algorithms.docs > docs/methods.md
 
 clean:  ## Remove what the examples wrote
 	rm -rf runs/quickstart runs/quickstart_sglang runs/quickstart_study runs/quickstart_methods runs/quickstart_engines runs/smollm2

@@ -54,5 +54,5 @@ setup(
             "nvidia-modelopt>=0.47",
         ],
     },
-    entry_points={"console_scripts": ["policysplit=megatron_policysplit.cli:main"]},
+    entry_points={"console_scripts": ["policysplit=megatron_policysplit.cli.main:main"]},
 )

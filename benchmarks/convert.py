@@ -205,7 +205,8 @@ def _mbridge(hf: Path):
 
     from checkpoints_conv import read_hf_config
     from checkpoints_conv.architectures import architecture_of
-    from megatron_policysplit.actor import cpu, parallel
+    from megatron_policysplit.actor import megatron_on_cpu as cpu
+    from megatron_policysplit.actor import parallel
     from megatron_policysplit.actor.model import build_model
     from megatron_policysplit.config import ParallelConfig
 

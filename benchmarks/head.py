@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_policysplit.launch import free_port, rank_environment
+from megatron_policysplit.distributed.launch import free_port, rank_environment
 from megatron_policysplit.vocab_parallel import Head, VocabularyShard, fused_loss, score
 
 RANKS, CHUNK, MIB = 2, 256, 2**20

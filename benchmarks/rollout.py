@@ -29,10 +29,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_policysplit.rollout.engine import Request, Sampling
-from megatron_policysplit.rollout.servers import Server, ServerSpec
 from megatron_policysplit.rollout.sglang import SglangEngine
 from megatron_policysplit.rollout.sglang_http import EngineRefused, SglangClient
 from megatron_policysplit.rows import Mode
+from megatron_policysplit.serving.servers import Server, ServerSpec
 
 COUNTER = re.compile(r'^sglang:realtime_tokens_total\{[^}]*mode="prefill_compute"[^}]*\} (\S+)$', re.MULTILINE)
 KINDS = ("single", "dual")

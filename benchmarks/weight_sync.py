@@ -72,8 +72,8 @@ def _config(arguments: argparse.Namespace, run_dir: Path) -> Config:
 
 @contextmanager
 def _server(config: Config, python: str) -> Iterator[str]:
-    from megatron_policysplit.rollout.servers import Server, server_spec
     from megatron_policysplit.rollout.sglang_http import SglangClient
+    from megatron_policysplit.serving.servers import Server, server_spec
 
     config.rollout.server.python = python
     config.rollout.server.arguments = {"max-total-tokens": 8192}
@@ -100,10 +100,10 @@ def _measure(config: Config, address: str, transports: list[str], repeats: int, 
 
     from checkpoints_conv import read_hf_config, write_hf
     from megatron_policysplit.actor import parallel
-    from megatron_policysplit.actor.step import DTYPES, Actor
+    from megatron_policysplit.actor.actor import DTYPES, Actor
     from megatron_policysplit.actor.weights import export_weights
-    from megatron_policysplit.control import Control
-    from megatron_policysplit.stopping import StopSignal
+    from megatron_policysplit.distributed.control import Control
+    from megatron_policysplit.distributed.stop_signal import StopSignal
 
     layout = parallel.initialize(config.parallel, seed=0)
     resources.callback(parallel.shutdown)
@@ -159,8 +159,8 @@ def _pusher(config, transport, address, layout, control, actor, resources: ExitS
     """A function that gives the server all weights by `transport`, each time as a new version."""
     import copy
 
-    from megatron_policysplit.rollout.members import Member, Placement, State
     from megatron_policysplit.rollout.sglang_http import SglangClient
+    from megatron_policysplit.serving.members import Member, Placement, State
     from megatron_policysplit.weight_sync import WeightSync
 
     config = copy.deepcopy(config)

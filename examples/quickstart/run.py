@@ -75,7 +75,7 @@ def report(out: Path, seconds: dict[str, float]) -> None:
     from rich.console import Console
 
     from examples.quickstart.make_model import HIGH_ENTROPY_PROMPT
-    from megatron_policysplit.report import summary, summary_table, write_curves, write_report
+    from megatron_policysplit.reports.run_report import summary, summary_table, write_curves, write_report
 
     runs = {name: out / name for name in RUNS}
     with _timed(seconds, "report_s"):

@@ -30,8 +30,8 @@ def answer(model: Path, questions: Path, temperature: float, modes) -> dict[str,
     """Mode -> scores over REPEATS batches of samples, and exact entropy and KL to the other mode, nats per token."""
     from examples.quickstart.sums import reward
     from megatron_policysplit.config import ModesConfig
-    from megatron_policysplit.data import load_questions
-    from megatron_policysplit.offline import Responder, score
+    from megatron_policysplit.data.questions import load_questions
+    from megatron_policysplit.evaluation.responder import Responder, score
     from megatron_policysplit.rewards import Graded
     from megatron_policysplit.rollout.engine import Sampling
 
@@ -61,7 +61,7 @@ def exact(model: Path, prompts, questions: dict, responses: list, mode, temperat
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from megatron_policysplit.modes import PromptBuilder
+    from megatron_policysplit.data.prompts import PromptBuilder
     from megatron_policysplit.rows import MODES
 
     builder = PromptBuilder(AutoTokenizer.from_pretrained(model), prompts)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
 if TYPE_CHECKING:
-    from megatron_policysplit.data import Question
+    from megatron_policysplit.data.questions import Question
 
 NUMBERS = range(4, 21)
 _SUM = re.compile(r"[1-9][0-9]*(\+[1-9][0-9]*){1,2}", re.ASCII)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from megatron_policysplit.data import Question
+from megatron_policysplit.data.questions import Question
 
 NUMBER = re.compile(r"-?\d+")
 

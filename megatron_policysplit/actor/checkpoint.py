@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_conv import model_keys
 from checkpoints_conv.metadata import check_metadata
-from megatron_policysplit.actor import cpu
+from megatron_policysplit.actor import megatron_on_cpu as cpu
+from megatron_policysplit.actor.actor import Actor
 from megatron_policysplit.actor.checkpoint_files import check_model, complete, path_of, read_trainer_json
 from megatron_policysplit.actor.checkpoint_optimizer import groups_of, regrouped
 from megatron_policysplit.actor.parallel import Layout
-from megatron_policysplit.actor.step import Actor
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 

@@ -55,7 +55,8 @@ def _transformers_logits(hf: str | Path, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def _megatron_logits(hf_config, megatron: str | Path, ids: Tensor) -> Tensor:
     """logits[b, s, vocab] of a world of one."""
-    from megatron_policysplit.actor import cpu, parallel
+    from megatron_policysplit.actor import megatron_on_cpu as cpu
+    from megatron_policysplit.actor import parallel
     from megatron_policysplit.config import ParallelConfig
 
     try:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_policysplit.pairing import Pairing
 from megatron_policysplit.rows import Mode, Row
+from megatron_policysplit.rows.kl_pairs import Pairing
 
 
 @dataclass

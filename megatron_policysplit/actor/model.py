@@ -22,7 +22,7 @@ from torch import Tensor
 
 from checkpoints_conv import architecture_of, check_layout
 from checkpoints_conv.rope import Llama3Rope
-from megatron_policysplit.actor import cpu
+from megatron_policysplit.actor import megatron_on_cpu as cpu
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.vocab_parallel import Head, VocabularyShard
 

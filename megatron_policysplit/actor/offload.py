@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, UntypedStorage
 
-from megatron_policysplit.actor import cpu
+from megatron_policysplit.actor import megatron_on_cpu as cpu
 from megatron_policysplit.actor.optimizer import PolicyOptimizer
 
 Part = Literal["optimizer", "gradients", "parameters"]

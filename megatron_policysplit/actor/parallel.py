@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_policysplit.actor import cpu
+from megatron_policysplit.actor import megatron_on_cpu as cpu
 from megatron_policysplit.config import ParallelConfig
 from megatron_policysplit.errors import ConfigError
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_policysplit.actor.microbatch import MicroBatch
 from megatron_policysplit.actor.parallel import Layout
-from megatron_policysplit.advantages import TokenStatistics
+from megatron_policysplit.algorithms.advantages import TokenStatistics
 from megatron_policysplit.vocab_parallel import Head, Pairs, score
 
 

@@ -21,7 +21,7 @@ from checkpoints_conv import SafetensorsReader, architecture_of, read_hf_config
 from checkpoints_conv.architectures import in_hf_order
 from checkpoints_conv.mapping import Pair, Sizes
 from checkpoints_conv.reader import check_shape
-from megatron_policysplit.actor import cpu
+from megatron_policysplit.actor import megatron_on_cpu as cpu
 from megatron_policysplit.errors import ModelError, TrainingError
 
 Destination = Literal["every_rank", "leader", "stage_leader", "nowhere"]

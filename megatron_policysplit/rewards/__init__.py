@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from megatron_policysplit.data import Question
+from megatron_policysplit.data.questions import Question
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.rewards.pool import Graded, RewardPool
 

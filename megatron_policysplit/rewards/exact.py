@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_policysplit.data import Question
+from megatron_policysplit.data.questions import Question
 
 
 def reward(response: str, question: Question) -> float:

@@ -8,7 +8,7 @@ import re
 
 import math_verify
 
-from megatron_policysplit.data import Question
+from megatron_policysplit.data.questions import Question
 
 # math-verify's own time limits are signals, which the pool's time limit makes needless; it warns of their absence.
 logging.getLogger("math_verify").setLevel(logging.ERROR)

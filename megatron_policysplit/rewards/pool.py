@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_policysplit.data import Question
+from megatron_policysplit.data.questions import Question
 from megatron_policysplit.errors import TrainingError
 
 # Workers have this long to start, and to be replaced, before the pool is taken for broken.

@@ -9,7 +9,7 @@ import re
 
 import reasoning_gym
 
-from megatron_policysplit.data import Question
+from megatron_policysplit.data.questions import Question
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 

@@ -10,8 +10,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from megatron_policysplit.config import Config
+from megatron_policysplit.config.modes import sampling_of
 from megatron_policysplit.errors import TrainingError
-from megatron_policysplit.mode_settings import sampling_of
 from megatron_policysplit.rollout.engine import Engine, Request, Sampling
 from megatron_policysplit.rollout.seeds import sample_seed
 from megatron_policysplit.rows import Mode, Rollout, SecondRollout

@@ -10,13 +10,13 @@ import torch.distributed as dist
 
 from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.config import Config
-from megatron_policysplit.control import Control, Service, Work
-from megatron_policysplit.data import Question
+from megatron_policysplit.data.questions import Question
+from megatron_policysplit.distributed.control import Control, Service, Work
+from megatron_policysplit.logs.timing import Phases
 from megatron_policysplit.rewards import Graded, RewardPool
 from megatron_policysplit.rollout.collect import QuestionQueue, build_requests, collect, split_lots
 from megatron_policysplit.rollout.engine import Engine
 from megatron_policysplit.rows import Mode, Rollout, SecondRollout
-from megatron_policysplit.timing import Phases
 
 
 @dataclass

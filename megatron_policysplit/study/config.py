@@ -156,8 +156,8 @@ def _check_values(given: dict[str, Any], path: str | Path) -> None:
 
 def _check_runs(study: Study, path: str | Path) -> None:
     """Every method's configuration, with the first seed, as far as that is possible without its files."""
-    from megatron_policysplit.config_load import check_config, load_config
-    from megatron_policysplit.preflight import check_method
+    from megatron_policysplit.config.load import check_config, load_config
+    from megatron_policysplit.training.preflight import check_method
 
     for method in study.methods:
         run = StudyRun(method, study.seeds[0], Path(study.dir))
@@ -186,7 +186,7 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 
 def _show(value: Any) -> str:
-    from megatron_policysplit.config_load import show
+    from megatron_policysplit.config.load import show
 
     return show(value)
 

@@ -243,7 +243,7 @@ class _Runner:
         """The cores shared out among runs at once; `policysplit train` shares its part among its ranks."""
         if self.study.at_once == 1 or "OMP_NUM_THREADS" in os.environ or not self.waiting:
             return {}
-        from megatron_policysplit.config_load import load_config, world_size
+        from megatron_policysplit.config.load import load_config, world_size
 
         ranks = world_size(load_config(self.study.config, self.study.settings(self.waiting[0])))
         cores = len(os.sched_getaffinity(0))

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from checkpoints_conv import write_hf
+from megatron_policysplit.actor.actor import Actor
 from megatron_policysplit.actor.parallel import Layout
-from megatron_policysplit.actor.step import Actor
 from megatron_policysplit.actor.weights import Read, consume_weights
 from megatron_policysplit.config import Config
-from megatron_policysplit.control import Control
-from megatron_policysplit.rollout.members import Member
+from megatron_policysplit.distributed.control import Control
+from megatron_policysplit.serving.members import Member
 from megatron_policysplit.weight_sync import session
 from megatron_policysplit.weight_sync.outcome import Failures, merged, together
 

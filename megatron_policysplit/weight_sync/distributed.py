@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from megatron_policysplit.actor import cpu
+from megatron_policysplit.actor import megatron_on_cpu as cpu
+from megatron_policysplit.actor.actor import Actor
 from megatron_policysplit.actor.parallel import Layout
-from megatron_policysplit.actor.step import Actor
 from megatron_policysplit.actor.weights import PeerFailed, Read, consume_weights
 from megatron_policysplit.config import Config
-from megatron_policysplit.control import Control
+from megatron_policysplit.distributed.control import Control
 from megatron_policysplit.errors import ConfigError, EngineError
-from megatron_policysplit.rollout.members import Member
+from megatron_policysplit.serving.members import Member
 from megatron_policysplit.weight_sync import session
 from megatron_policysplit.weight_sync.bucket import Bucket
 from megatron_policysplit.weight_sync.groups import Abort, BroadcastFailed, SenderGroup, own_address

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from megatron_policysplit.actor import cpu
+from megatron_policysplit.actor import megatron_on_cpu as cpu
 
 POLL_SECONDS = 0.005
 LATE_SECONDS = 3.0  # an engine that has not come to the store yet would look for it for half an hour once it is gone

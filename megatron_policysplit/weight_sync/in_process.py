@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from megatron_policysplit.actor.step import Actor
+from megatron_policysplit.actor.actor import Actor
 from megatron_policysplit.actor.weights import consume_weights
 from megatron_policysplit.rollout.engine import InProcessEngine
 

@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from megatron_policysplit.errors import EngineError
-from megatron_policysplit.rollout.members import Member
 from megatron_policysplit.rollout.sglang_http import EngineRefused, EngineUnreachable
+from megatron_policysplit.serving.members import Member
 from megatron_policysplit.weight_sync.outcome import Failure, Failures
 
 FLUSH_AGAIN_SECONDS = 0.2

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from megatron_policysplit.actor.actor import Actor
 from megatron_policysplit.actor.parallel import Layout
-from megatron_policysplit.actor.step import Actor
 from megatron_policysplit.actor.weights import Read, exported_tensors
 from megatron_policysplit.config import Config
-from megatron_policysplit.control import Control
+from megatron_policysplit.distributed.control import Control
 from megatron_policysplit.errors import EngineError
-from megatron_policysplit.rollout.members import Member, Placement, State
+from megatron_policysplit.serving.members import Member, Placement, State
 from megatron_policysplit.weight_sync import session
 from megatron_policysplit.weight_sync.bucket import plan_buckets
 from megatron_policysplit.weight_sync.disk import DiskTransport

@@ -18,14 +18,14 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from megatron_policysplit.actor import cpu
+from megatron_policysplit.actor import megatron_on_cpu as cpu
+from megatron_policysplit.actor.actor import Actor
 from megatron_policysplit.actor.parallel import Layout
-from megatron_policysplit.actor.step import Actor
 from megatron_policysplit.actor.weights import CPU, Read, consume_weights
 from megatron_policysplit.config import Config
-from megatron_policysplit.control import Control, Work
+from megatron_policysplit.distributed.control import Control, Work
 from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.rollout.members import Member, Placement
+from megatron_policysplit.serving.members import Member, Placement
 from megatron_policysplit.weight_sync import session
 from megatron_policysplit.weight_sync.bucket import Bucket, payload
 from megatron_policysplit.weight_sync.outcome import Failure, Failures, merged, together

@@ -11,9 +11,9 @@ import socket
 
 import pytest
 
-from megatron_policysplit.rollout.members import State
 from megatron_policysplit.rollout.sglang_http import EngineUnreachable, SglangClient
 from megatron_policysplit.rows import MODES
+from megatron_policysplit.serving.members import State
 from tests.support.fault_proxy import Fault, FaultProxy, Rule
 from tests.support.one_rank import layout_of_one, one_rank
 from tests.support.sglang import SHORT, ask, keys

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoints_conv.quantize import quantize
-from megatron_policysplit.calibration import input_maxima
+from megatron_policysplit.cli.fp8_calibration import input_maxima
 from megatron_policysplit.config import ModesConfig
 from tests.support.conversion import tensors_of
 from tests.support.fp8 import WHOLE_BLOCKS, last_logits, served_model, write_questions

@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from megatron_policysplit.errors import EngineError
-from megatron_policysplit.rollout.router import Router
-from megatron_policysplit.rollout.servers import Server, ServerSpec
 from megatron_policysplit.rollout.sglang_http import EngineRefused, EngineUnreachable, SglangClient
+from megatron_policysplit.serving.router import Router
+from megatron_policysplit.serving.servers import Server, ServerSpec
 from tests.support.sglang import CACHE_TOKENS, START_SECONDS, interpreter, make_model, require_server_environment
 
 ROOT = Path(__file__).resolve().parents[2]

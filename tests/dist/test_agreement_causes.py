@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from megatron_policysplit.agreement import AgreementGate
-from megatron_policysplit.agreement_probe import Probe
-from megatron_policysplit.config import Config, RunConfig
+from megatron_policysplit.training.agreement.gate import AgreementGate
+from megatron_policysplit.training.agreement.diagnosis import Probe
+from megatron_policysplit.config import (Config, RunConfig)
 from megatron_policysplit.errors import TrainingError
-from megatron_policysplit.rows import MODES, Mode, share
-from megatron_policysplit.run import SilentLog
+from megatron_policysplit.rows import (MODES, Mode, share)
+from megatron_policysplit.training.run import SilentLog
 from tests.support.dist import run_distributed
 from tests.support.hf_models import make_model
 
@@ -92,7 +92,7 @@ def run_cases(rank, shape, path, cases):
     """Per case: what the gate raised (None if nothing) and the metrics it gave; whether the actor kept its weights."""
     from checkpoints_conv import read_hf_config
     from megatron_policysplit.actor.parallel import initialize
-    from megatron_policysplit.actor.step import Actor
+    from megatron_policysplit.actor.actor import Actor
     from megatron_policysplit.config import ParallelConfig
 
     tensor, pipeline, data = shape

@@ -163,10 +163,10 @@ def save_training_checkpoint(rank, shape, layout, model_path, run_dir):
 
     from checkpoints_conv import read_hf_config
     from megatron_policysplit.actor import checkpoint
-    from megatron_policysplit.actor.step import Actor
+    from megatron_policysplit.actor.actor import Actor
     from megatron_policysplit.actor.weights import export_weights
     from megatron_policysplit.config import Config
-    from megatron_policysplit.config_load import to_yaml
+    from megatron_policysplit.config.load import to_yaml
 
     config = Config()
     config.model.path, config.model.dtype, config.run.dir = model_path, "float32", run_dir
@@ -269,7 +269,7 @@ def test_logits_are_those_of_transformers(models, tmp_path):
 
 def check_all_logits(rank, models, damaged):
     """Of every model in float32; and a checkpoint of other weights is told."""
-    from megatron_policysplit.actor.logits import TOLERANCE, check_logits
+    from megatron_policysplit.actor.logits import (TOLERANCE, check_logits)
     from megatron_policysplit.errors import ModelError
 
     for hf, megatron in models:

@@ -171,7 +171,7 @@ def load_and_go_on(rank, shape, path, directory, distributed):
 
 def fresh_actor(shape, path, distributed):
     from checkpoints_conv import read_hf_config
-    from megatron_policysplit.actor.step import Actor
+    from megatron_policysplit.actor.actor import Actor
 
     layout = layout_of(shape)
     case = replace(CHECKPOINTED, settings={**CHECKPOINTED.settings, "train.distributed_optimizer": distributed})
@@ -179,7 +179,7 @@ def fresh_actor(shape, path, distributed):
 
 
 def train(actor, case, batch):
-    from megatron_policysplit.training_signals import live_rows
+    from megatron_policysplit.algorithms.signals import live_rows
 
     rows = case.rows(batch) if actor.layout.is_leader else []
     placed = actor.place(rows, live_rows(rows, case.algorithm, actor.config), seed=SEED + batch)

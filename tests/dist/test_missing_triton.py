@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 
-from megatron_policysplit.actor import cpu
+from megatron_policysplit.actor import megatron_on_cpu as cpu
 from tests.support.dist import run_distributed
 from tests.support.e2e import make_workspace
 
@@ -40,10 +40,10 @@ def test_a_machine_without_a_gpu_misses_nothing(monkeypatch, triton):
 
 def start(rank, file, directory, reason):
     """Every rank starts a run on a machine of which `missing_triton` gives `reason`."""
-    from megatron_policysplit import run as runs
+    from megatron_policysplit.training import run as runs
     from megatron_policysplit.actor import parallel
-    from megatron_policysplit.config_load import load_config
-    from megatron_policysplit.stopping import StopSignal
+    from megatron_policysplit.config.load import load_config
+    from megatron_policysplit.distributed.stop_signal import StopSignal
 
     if reason is not None:
         cpu.missing_triton = lambda: reason

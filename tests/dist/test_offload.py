@@ -38,7 +38,7 @@ def run(rank, setup, path):
     from checkpoints_conv import read_hf_config
     from megatron_policysplit.actor.offload import Offload
     from megatron_policysplit.actor.parallel import initialize
-    from megatron_policysplit.actor.step import Actor
+    from megatron_policysplit.actor.actor import Actor
     from megatron_policysplit.config import ParallelConfig
 
     tensor, pipeline, data = setup.shape
@@ -72,7 +72,7 @@ def run(rank, setup, path):
 
 def outcome(actor, case, layout, batch):
     """One step: per row the statistics, and the update's metrics, as plain numbers."""
-    from megatron_policysplit.training_signals import live_rows
+    from megatron_policysplit.algorithms.signals import live_rows
 
     rows = case.rows(batch) if layout.is_leader else []
     placed = actor.place(rows, live_rows(rows, case.algorithm, actor.config), seed=SEED + batch)

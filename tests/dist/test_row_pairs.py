@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from megatron_policysplit.rows import Mode, Rollout, Row, RowKey
+from megatron_policysplit.rows import (Mode, Rollout, Row, RowKey)
 from tests.reference import plain_step
 from tests.support.dist import run_distributed
 from tests.support.hf_models import make_model
@@ -56,9 +56,9 @@ def run_cuts(rank, layout, path):
     """By cut (of the last stage's ranks): row -> (log-probs, entropy, KL by mode), and whether bits depend on pairs."""
     from checkpoints_conv import read_hf_config
     from megatron_policysplit.actor.microbatch import make_microbatch
-    from megatron_policysplit.pairing import pairings
+    from megatron_policysplit.rows.kl_pairs import pairings
     from megatron_policysplit.actor.parallel import initialize
-    from megatron_policysplit.actor.step import Actor
+    from megatron_policysplit.actor.actor import Actor
     from megatron_policysplit.config import ParallelConfig
 
     layout = initialize(ParallelConfig(tensor=layout[0], pipeline=layout[1]), seed=1, timeout_seconds=60)

@@ -43,9 +43,9 @@ def test_fp8_stays_close(model_path, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from checkpoints_conv.quantize import quantize
-    from megatron_policysplit.calibration import input_maxima
+    from megatron_policysplit.cli.fp8_calibration import input_maxima
     from megatron_policysplit.config import ModesConfig
-    from megatron_policysplit.modes import PromptBuilder
+    from megatron_policysplit.data.prompts import PromptBuilder
 
     questions = write_questions(tmp_path / "questions.jsonl", ["What is 17 times 23?", "Why is the sky blue?"])
     measured = lambda: input_maxima(model_path, questions, ModesConfig())  # noqa: E731

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_policysplit.plan import make_plan
-from megatron_policysplit.training_signals import live_rows, scored_rows
+from megatron_policysplit.rows.plan import make_plan
+from megatron_policysplit.algorithms.signals import (live_rows, scored_rows)
 from tests.reference import plain_step
 from tests.support.dist import run_distributed
 from tests.support.hf_models import make_model
@@ -44,7 +44,7 @@ def run_cases(rank, shape, paths):
 def run_case(case, path, layout, poison=False):
     """With `poison`, each update is tried first with one NaN advantage; `bad_steps` is then what that gave."""
     from checkpoints_conv import read_hf_config
-    from megatron_policysplit.actor.step import Actor
+    from megatron_policysplit.actor.actor import Actor
 
     config = case.config(path)
     actor = Actor(config, read_hf_config(path), layout)

@@ -74,7 +74,7 @@ def inspect(rank, paths, shape, directory):
 
     from checkpoints_conv import architecture_of
     from megatron_policysplit.actor.megatron_weights import load_megatron_weights
-    from megatron_policysplit.actor.weights import export_weights, global_parameters
+    from megatron_policysplit.actor.weights import (export_weights, global_parameters)
 
     stored = []
     for number, path in enumerate(paths):

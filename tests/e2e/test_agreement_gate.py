@@ -18,8 +18,8 @@ FAULTS = {
 
 def train_with(rank: int, engine: str, argv: list[str]) -> int:
     """One rank of a run whose local engine is a class of tests/support/sabotage.py."""
-    from megatron_policysplit import worker
     from megatron_policysplit.rollout import local
+    from megatron_policysplit.training import worker
     from tests.support import sabotage
 
     local.LocalEngine = getattr(sabotage, engine)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_policysplit import cli, launch
+from megatron_policysplit.cli import main as cli
+from megatron_policysplit.distributed import launch
 from tests.support import e2e
 
 

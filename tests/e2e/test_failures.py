@@ -41,7 +41,8 @@ def _status(pid: int, name: str) -> str:
 
 
 def test_signal_before_anything_is_checked(config, tmp_path, monkeypatch):
-    from megatron_policysplit import cli, preflight
+    from megatron_policysplit.cli import main as cli
+    from megatron_policysplit.training import preflight
 
     monkeypatch.setattr(preflight, "preflight", lambda config: os.kill(os.getpid(), signal.SIGTERM))
     monkeypatch.setattr("sys.argv", ["policysplit", "train", str(config), f"run.dir={tmp_path / 'run'}"])
@@ -53,8 +54,8 @@ def test_signal_before_anything_is_checked(config, tmp_path, monkeypatch):
 
 
 def stop_at_the_end(rank: int, argv: list[str]) -> int:
-    from megatron_policysplit import worker
-    from megatron_policysplit.run import Run
+    from megatron_policysplit.training import worker
+    from megatron_policysplit.training.run import Run
 
     export = Run.export
 

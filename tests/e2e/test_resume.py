@@ -62,8 +62,8 @@ def test_sigint_while_evaluating(config, straight, tmp_path):
 
 def stop_in_update(rank: int, argv: list[str]) -> int:
     """A rank whose peer, rank 1, gets SIGTERM in the midst of its first update."""
-    from megatron_policysplit import worker
-    from megatron_policysplit.actor.step import Actor
+    from megatron_policysplit.actor.actor import Actor
+    from megatron_policysplit.training import worker
 
     update = Actor.update
 

@@ -153,9 +153,9 @@ def checkpoint_weights(rank: int, config: str, path: str) -> dict:
     """A TP=2 checkpoint on one rank, under Hugging Face names."""
     from checkpoints_conv import read_hf_config
     from megatron_policysplit.actor import checkpoint, parallel
-    from megatron_policysplit.actor.step import Actor
+    from megatron_policysplit.actor.actor import Actor
     from megatron_policysplit.actor.weights import export_weights
-    from megatron_policysplit.config_load import load_config
+    from megatron_policysplit.config.load import load_config
 
     loaded = load_config(config, ["run.dir=unused", "parallel.tensor=1"])
     layout = parallel.initialize(loaded.parallel, seed=0)
@@ -197,7 +197,7 @@ def test_the_best_model_is_kept(straight):
 def test_report(straight, tmp_path):
     from typer.testing import CliRunner
 
-    from megatron_policysplit.cli import app
+    from megatron_policysplit.cli.main import app
 
     page = tmp_path / "report.html"
     result = CliRunner().invoke(app, ["report", str(straight.directory), "--output", str(page)])

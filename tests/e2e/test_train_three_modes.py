@@ -52,7 +52,7 @@ def test_what_is_logged(run):
 
 
 def test_the_report_has_every_mode(run, tmp_path):
-    from megatron_policysplit.report import write_report
+    from megatron_policysplit.reports.run_report import write_report
 
     write_report({"three": run.directory}, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()

@@ -40,9 +40,9 @@ def path(tmp_path_factory):
 def build(path, **settings):
     """A bf16 actor that has taken a step, so that all its state is there; and its Offload."""
     from checkpoints_conv import read_hf_config
+    from megatron_policysplit.actor.actor import Actor
     from megatron_policysplit.actor.offload import Offload
     from megatron_policysplit.actor.parallel import initialize
-    from megatron_policysplit.actor.step import Actor
     from megatron_policysplit.config import ParallelConfig
 
     layout = initialize(ParallelConfig(), seed=1)
@@ -53,7 +53,7 @@ def build(path, **settings):
 
 
 def train(actor, case, batch):
-    from megatron_policysplit.training_signals import live_rows
+    from megatron_policysplit.algorithms.signals import live_rows
 
     rows = case.rows(batch)
     placed = actor.place(rows, live_rows(rows, case.algorithm, actor.config), seed=SEED + batch)
@@ -79,7 +79,7 @@ def same(found, expected):
 
 def memory():
     """(allocated by this process's tensors, free on the device), in bytes."""
-    from megatron_policysplit.actor import cpu
+    from megatron_policysplit.actor import megatron_on_cpu as cpu
 
     cpu.return_freed_memory()
     return torch.cuda.memory_allocated(), cpu.free_memory_bytes()
@@ -139,12 +139,12 @@ def share_with_an_engine(rank, path, run_dir, python):
     """Free memory and whether the actor is as it was, at each change of hands."""
     import time
 
-    from megatron_policysplit.control import Control
-    from megatron_policysplit.rollout.colocation import Colocation
-    from megatron_policysplit.rollout.members import Member, Placement, State
-    from megatron_policysplit.rollout.servers import Server, server_spec
+    from megatron_policysplit.distributed.control import Control
+    from megatron_policysplit.distributed.stop_signal import StopSignal
     from megatron_policysplit.rollout.sglang_http import SglangClient
-    from megatron_policysplit.stopping import StopSignal
+    from megatron_policysplit.serving.colocation import Colocation
+    from megatron_policysplit.serving.members import Member, Placement, State
+    from megatron_policysplit.serving.servers import Server, server_spec
 
     actor, case, layout, offload = build(path)
     config = actor.config

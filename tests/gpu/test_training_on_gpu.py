@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from megatron_policysplit.cli import run_training
+from megatron_policysplit.cli.main import run_training
 from tests.support.toy_chat import make_chat_model
 
 pytestmark = [

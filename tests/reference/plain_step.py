@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_policysplit.algorithms.methods import algorithm_of
+from megatron_policysplit.algorithms.methods.policy_split import Options
 from megatron_policysplit.config import AlgorithmConfig, TrainConfig
-from megatron_policysplit.methods import algorithm_of
-from megatron_policysplit.methods.policy_split import Options
 from megatron_policysplit.rows import Mode, Row, RowKey
 from tests.reference.plain_methods import Seen, Terms, terms
 

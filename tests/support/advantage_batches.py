@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from megatron_policysplit.advantages import TokenStatistics, make_batch
+from megatron_policysplit.algorithms.advantages import TokenStatistics, make_batch
 from megatron_policysplit.rows import MODES, Mode, Rollout, share
 
 EOS = 99

@@ -158,7 +158,7 @@ class Running:
 
 
 def _is_worker(process) -> bool:
-    return "megatron_policysplit.worker" in process.cmdline()
+    return "megatron_policysplit.training.worker" in process.cmdline()
 
 
 def start(config: Path, directory: Path, *overrides: str) -> Running:

@@ -11,14 +11,14 @@ import torch.distributed as dist
 
 from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.config import Config
-from megatron_policysplit.control import Control
+from megatron_policysplit.distributed.control import Control
+from megatron_policysplit.distributed.stop_signal import StopSignal
 from megatron_policysplit.errors import EngineError
-from megatron_policysplit.rollout import fleet as fleets
-from megatron_policysplit.rollout.fleet import Fleet
-from megatron_policysplit.rollout.identity import PROBE, Identity
-from megatron_policysplit.rollout.members import Member, Placement, State
 from megatron_policysplit.rollout.sglang_http import EngineTimedOut, EngineUnreachable
-from megatron_policysplit.stopping import StopSignal
+from megatron_policysplit.serving import fleet as fleets
+from megatron_policysplit.serving.fleet import Fleet
+from megatron_policysplit.serving.identity import PROBE, Identity
+from megatron_policysplit.serving.members import Member, Placement, State
 
 PAUSES = {"TEND_SECONDS": 0.02, "RETRY_SECONDS": 0.2, "PROBE_SECONDS": 0.1}
 HEALTH_SECONDS = 0.3

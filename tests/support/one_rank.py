@@ -12,23 +12,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpoints_conv import read_hf_config
-from megatron_policysplit import engines
-from megatron_policysplit import run as runs
 from megatron_policysplit.actor import parallel
+from megatron_policysplit.actor.actor import Actor
 from megatron_policysplit.actor.parallel import Layout
-from megatron_policysplit.actor.step import Actor
 from megatron_policysplit.actor.weights import load_weights
 from megatron_policysplit.config import Config
-from megatron_policysplit.control import Control
-from megatron_policysplit.offline import load_tokenizer
-from megatron_policysplit.rollout import fleet as fleets
+from megatron_policysplit.distributed.control import Control
+from megatron_policysplit.distributed.stop_signal import StopSignal
+from megatron_policysplit.evaluation.responder import load_tokenizer
 from megatron_policysplit.rollout.collect import collect, split_lots
 from megatron_policysplit.rollout.engine import Request
-from megatron_policysplit.rollout.fleet import Fleet
-from megatron_policysplit.rollout.members import Member
 from megatron_policysplit.rollout.sglang import SglangEngine
 from megatron_policysplit.rows import Rollout
-from megatron_policysplit.stopping import StopSignal
+from megatron_policysplit.serving import build as engines
+from megatron_policysplit.serving import fleet as fleets
+from megatron_policysplit.serving.fleet import Fleet
+from megatron_policysplit.serving.members import Member
+from megatron_policysplit.training import run as runs
 from tests.support.sglang import Reference
 
 HEARTBEAT_SECONDS = 0.05

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import psutil
 
-from megatron_policysplit.rollout.servers import ServerSpec
 from megatron_policysplit.rollout.sglang_http import SglangClient
+from megatron_policysplit.serving.servers import ServerSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = ROOT / "tests" / "support" / "fake_sglang"

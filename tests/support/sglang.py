@@ -18,10 +18,10 @@ import pytest
 
 from megatron_policysplit.rollout.engine import Request, Sampling
 from megatron_policysplit.rollout.seeds import sample_seed
-from megatron_policysplit.rollout.servers import Server, ServerSpec
 from megatron_policysplit.rollout.sglang import SglangEngine
 from megatron_policysplit.rollout.sglang_http import EngineRefused, SglangClient
 from megatron_policysplit.rows import Mode, Rollout
+from megatron_policysplit.serving.servers import Server, ServerSpec
 
 if TYPE_CHECKING:
     import torch

@@ -6,12 +6,12 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_policysplit.advantages import Method
+from megatron_policysplit.algorithms.advantages import Method
+from megatron_policysplit.algorithms.methods import Algorithm, algorithm_of
+from megatron_policysplit.algorithms.signals import SignalSource
 from megatron_policysplit.config import Config
-from megatron_policysplit.methods import Algorithm, algorithm_of
-from megatron_policysplit.mode_settings import modes_of, samples_per_mode, training_modes
+from megatron_policysplit.config.modes import modes_of, samples_per_mode, training_modes
 from megatron_policysplit.rows import Mode, Rollout, Row, share
-from megatron_policysplit.training_signals import SignalSource
 
 VOCAB = 67  # odd, so that tensor parallelism pads it
 MAX_RESPONSE_TOKENS = 12

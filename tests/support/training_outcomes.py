@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_policysplit.plan import make_plan
-from megatron_policysplit.training_signals import live_rows
+from megatron_policysplit.algorithms.signals import live_rows
+from megatron_policysplit.rows.plan import make_plan
 from tests.reference import plain_step
 from tests.support.training_cases import SEED
 

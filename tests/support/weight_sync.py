@@ -27,11 +27,11 @@ def syncing(config: Config, sizes: Sequence[int] = (), **options) -> Iterator[tu
     """(sync, members of this rank by index, actor, layout). sizes: tensor-parallel sizes of the engines, 1 if none."""
     from checkpoints_conv import read_hf_config
     from megatron_policysplit.actor import parallel
-    from megatron_policysplit.actor.step import Actor
-    from megatron_policysplit.control import Control
-    from megatron_policysplit.rollout.members import Member, Placement, State
+    from megatron_policysplit.actor.actor import Actor
+    from megatron_policysplit.distributed.control import Control
+    from megatron_policysplit.distributed.stop_signal import StopSignal
     from megatron_policysplit.rollout.sglang_http import SglangClient
-    from megatron_policysplit.stopping import StopSignal
+    from megatron_policysplit.serving.members import Member, Placement, State
     from megatron_policysplit.weight_sync import WeightSync
 
     addresses = config.rollout.addresses

@@ -7,9 +7,15 @@ import statistics
 import pytest
 import torch
 
-from megatron_policysplit.advantages import TokenStatistics, group_extremes, group_mean_std, make_batch, zscore
-from megatron_policysplit.methods import method_named
-from megatron_policysplit.methods import policy_split as split
+from megatron_policysplit.algorithms.advantages import (
+    TokenStatistics,
+    group_extremes,
+    group_mean_std,
+    make_batch,
+    zscore,
+)
+from megatron_policysplit.algorithms.methods import method_named
+from megatron_policysplit.algorithms.methods import policy_split as split
 from megatron_policysplit.rows import Mode, share
 from tests.support.advantage_batches import EOS, partner, prompts, random_batch, rollout
 

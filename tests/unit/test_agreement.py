@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_policysplit.advantages import TokenStatistics
-from megatron_policysplit.agreement import AgreementGate, agreement_metrics, compare, compare_by_scoring
-from megatron_policysplit.agreement_bounds import Bounds, Difference, bounds_of
-from megatron_policysplit.agreement_probe import EXCERPT_ROWS, EXCERPT_TOKENS, Probe, excerpt
+from megatron_policysplit.algorithms.advantages import TokenStatistics
 from megatron_policysplit.config import Config
 from megatron_policysplit.errors import EngineError, TrainingError
 from megatron_policysplit.rows import MODES, Mode, Rollout, share
+from megatron_policysplit.training.agreement.bounds import Bounds, Difference, bounds_of
+from megatron_policysplit.training.agreement.diagnosis import EXCERPT_ROWS, EXCERPT_TOKENS, Probe, excerpt
+from megatron_policysplit.training.agreement.gate import AgreementGate, agreement_metrics, compare, compare_by_scoring
 
 PROMPTS = {Mode.NORMAL: [1, 2], Mode.HIGH_ENTROPY: [9, 1, 2]}
 
@@ -204,7 +204,7 @@ def test_breaches_warn_are_compared_again_at_once_and_end_the_run_when_they_go_o
         asked.append(breach)
         return "the weather"
 
-    monkeypatch.setattr("megatron_policysplit.agreement.diagnose", diagnose)
+    monkeypatch.setattr("megatron_policysplit.training.agreement.gate.diagnose", diagnose)
     gate, log = gate_of(config_with(every=10, breaches=2))
     assert checked(gate, 0)["agreement/breaches"] == 0
     assert checked(gate, 10, shift=0.2)["agreement/breaches"] == 1
@@ -224,7 +224,9 @@ def test_breaches_warn_are_compared_again_at_once_and_end_the_run_when_they_go_o
 
 def test_only_the_responses_that_disagree_are_looked_at(monkeypatch):
     found = []
-    monkeypatch.setattr("megatron_policysplit.agreement.diagnose", lambda breach, *args: found.append(breach) or "")
+    monkeypatch.setattr(
+        "megatron_policysplit.training.agreement.gate.diagnose", lambda breach, *args: found.append(breach) or ""
+    )
     gate, _ = gate_of(config_with(every=1, breaches=1))
     rows, old = batch(lambda row: 0.5 if row.on_policy and row.rollout.sample == 1 else 0.0, version=0)
     with pytest.raises(TrainingError):

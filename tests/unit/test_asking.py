@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_policysplit.actor.checkpoint import TrainerState
-from megatron_policysplit.asking import Asked
+from megatron_policysplit.algorithms.methods import algorithm_of
 from megatron_policysplit.config import Config
-from megatron_policysplit.data import Question, QuestionStream
-from megatron_policysplit.methods import algorithm_of
-from megatron_policysplit.mode_settings import samples_per_mode
+from megatron_policysplit.config.modes import samples_per_mode
+from megatron_policysplit.data.questions import Question, QuestionStream
 from megatron_policysplit.rows import MODES, Rollout, SecondRollout
+from megatron_policysplit.training.rollout_batch import Asked
 
 QUESTIONS, BATCH = 10, 3
 MIXED = (0, 1, 5, 6)

@@ -13,13 +13,16 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from megatron_policysplit import __version__, cli, exit_codes, launch, modes
+from megatron_policysplit import __version__, exit_codes
+from megatron_policysplit.cli import main as cli
 from megatron_policysplit.config import ModesConfig
-from megatron_policysplit.config_load import load_config, to_dict
-from megatron_policysplit.data import Question
+from megatron_policysplit.config.load import load_config, to_dict
+from megatron_policysplit.data import prompts as modes
+from megatron_policysplit.data.prompts import DEFAULT_HIGH_ENTROPY_PROMPT
+from megatron_policysplit.data.questions import Question
+from megatron_policysplit.distributed import launch
 from megatron_policysplit.errors import ConfigError, DataError, ModelError
-from megatron_policysplit.modes import DEFAULT_HIGH_ENTROPY_PROMPT
-from megatron_policysplit.offline import Responder, load_tokenizer
+from megatron_policysplit.evaluation.responder import Responder, load_tokenizer
 from megatron_policysplit.rollout.engine import Sampling
 from megatron_policysplit.rows import MODES, Mode
 from tests.support.toy_chat import make_chat_model
@@ -56,7 +59,7 @@ def environ(monkeypatch):
 @pytest.fixture
 def worker(monkeypatch):
     """A worker in place of the real one: records its arguments and environment, returns `code`."""
-    module = types.ModuleType("megatron_policysplit.worker")
+    module = types.ModuleType("megatron_policysplit.training.worker")
     module.calls, module.code = [], 0
 
     def main(argv):
@@ -64,7 +67,7 @@ def worker(monkeypatch):
         return module.code
 
     module.main, module.leave = main, sys.exit
-    monkeypatch.setitem(sys.modules, "megatron_policysplit.worker", module)
+    monkeypatch.setitem(sys.modules, "megatron_policysplit.training.worker", module)
     monkeypatch.setattr(sys.modules["megatron_policysplit"], "worker", module, raising=False)
     return module
 

@@ -12,9 +12,9 @@ from datetime import timedelta
 import pytest
 
 from megatron_policysplit.errors import EngineError
-from megatron_policysplit.rollout.members import Member, State
-from megatron_policysplit.rollout.placement import place_engines
 from megatron_policysplit.rollout.sglang_http import EngineRefused, EngineUnreachable
+from megatron_policysplit.serving.members import Member, State
+from megatron_policysplit.serving.placement import place_engines
 from tests.support.dist import run_distributed
 
 ALL = ("kv_cache", "weights", "cuda_graph")
@@ -137,9 +137,9 @@ def build(rank, world, tensor, log, actor):
     import torch.distributed as dist
 
     from megatron_policysplit.actor.parallel import Layout
-    from megatron_policysplit.control import Control
-    from megatron_policysplit.rollout.colocation import Colocation
-    from megatron_policysplit.stopping import StopSignal
+    from megatron_policysplit.distributed.control import Control
+    from megatron_policysplit.distributed.stop_signal import StopSignal
+    from megatron_policysplit.serving.colocation import Colocation
 
     control = Control(dist.group.WORLD, StopSignal())
     layout = Layout(rank, 1, 1, world, 0, 0, rank, dist.group.WORLD, dist.group.WORLD, None, None, list(range(world)))

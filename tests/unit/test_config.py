@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_policysplit import config_docs
 from megatron_policysplit.config import Config
-from megatron_policysplit.config_load import (
+from megatron_policysplit.config import docs as config_docs
+from megatron_policysplit.config.load import (
     KEYS,
     check_config,
     fingerprint,

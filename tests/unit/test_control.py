@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import pytest
 
-from megatron_policysplit.control import Work
+from megatron_policysplit.distributed.control import Work
 from megatron_policysplit.errors import DataError
 from tests.support.dist import run_distributed
 
@@ -20,8 +20,8 @@ GROUP_SECONDS = 3
 def make_control(rank: int, heartbeat: float = 0.2):
     import torch.distributed as dist
 
-    from megatron_policysplit.control import Control
-    from megatron_policysplit.stopping import StopSignal
+    from megatron_policysplit.distributed.control import Control
+    from megatron_policysplit.distributed.stop_signal import StopSignal
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=GROUP_SECONDS))
@@ -64,7 +64,7 @@ def test_work_may_take_longer_than_the_groups_time_out():
 
 def news(rank: int) -> dict:
     """What each rank raises when others fail or are signalled: one world for several cases, to save its start."""
-    from megatron_policysplit.stopping import StopRequested
+    from megatron_policysplit.distributed.stop_signal import StopRequested
 
     control, told = make_control(rank), []
 
@@ -124,7 +124,7 @@ def test_unfinished_work_is_cancelled(heard):
 
 def frozen_peer(rank: int) -> tuple:
     """Rank 1 stops answering without ending, as a hung machine does: its connections stay open."""
-    import megatron_policysplit.control as module
+    import megatron_policysplit.distributed.control as module
 
     module.MISSING_SECONDS = 1.0
     control = make_control(rank)
@@ -146,7 +146,7 @@ def test_a_rank_that_does_not_answer_is_named():
 
 
 def alone(rank: int) -> tuple:
-    from megatron_policysplit.control import missing_ranks
+    from megatron_policysplit.distributed.control import missing_ranks
 
     control = make_control(rank)
     answer = control.attend(work(0.1)), control.run(work(0.0, "mine"))
@@ -185,7 +185,7 @@ class Counter:
 
 def services(rank: int) -> dict:
     """Rank 0 works, rank 1 wants to be served or fails, rank 2 only waits."""
-    from megatron_policysplit.stopping import StopRequested
+    from megatron_policysplit.distributed.stop_signal import StopRequested
 
     control, told, found = make_control(rank, heartbeat=0.1), [], {}
 

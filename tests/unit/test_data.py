@@ -4,7 +4,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_policysplit.data import Question, QuestionStream, drop_overlong, load_questions
+from megatron_policysplit.data.questions import Question, QuestionStream, drop_overlong, load_questions
 from megatron_policysplit.errors import CheckpointError, DataError
 from megatron_policysplit.rows import Mode
 

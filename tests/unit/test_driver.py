@@ -25,10 +25,10 @@ def make_driver(rank: int, script: dict):
 
     from megatron_policysplit.actor.parallel import Layout
     from megatron_policysplit.config import Config
-    from megatron_policysplit.control import Control
+    from megatron_policysplit.distributed.control import Control
+    from megatron_policysplit.distributed.stop_signal import StopSignal
     from megatron_policysplit.rewards import RewardPool
     from megatron_policysplit.rollout.driver import Driver, Leader
-    from megatron_policysplit.stopping import StopSignal
     from tests.support.scripted_engine import ScriptedEngine
 
     class UnhurriedEngine(ScriptedEngine):
@@ -76,7 +76,7 @@ class Asked:
 
 
 def begin(driver, batch: int, purpose: str = "train"):
-    from megatron_policysplit.data import Question
+    from megatron_policysplit.data.questions import Question
     from megatron_policysplit.rows import MODES
 
     questions = [Question(number, [{"role": "user", "content": "?"}], "1", {}) for number in range(QUESTIONS)]
@@ -85,14 +85,14 @@ def begin(driver, batch: int, purpose: str = "train"):
 
 
 def generate(driver, batch: int, purpose: str = "train") -> list:
-    from megatron_policysplit.timing import Phases
+    from megatron_policysplit.logs.timing import Phases
 
     return driver.finish(begin(driver, batch, purpose), Phases())
 
 
 def story(rank: int) -> dict:
     """A batch with mishaps, an evaluation, a batch that a signal stops on rank 1, and the same batch again."""
-    from megatron_policysplit.stopping import StopRequested
+    from megatron_policysplit.distributed.stop_signal import StopRequested
 
     mishaps = {(0, 2, "normal", 1): ["drop"], (0, 5, "high_entropy", 0): ["duplicate"]}
     stalls = {(1, number, "normal", 0): ["stall"] for number in range(QUESTIONS)}
@@ -122,7 +122,7 @@ def story(rank: int) -> dict:
 
 def halves(driver, engine) -> dict:
     """`begin` and `finish` apart: finished twice, under way beside another batch, cancelled, finished after that."""
-    from megatron_policysplit.timing import Phases
+    from megatron_policysplit.logs.timing import Phases
 
     driver.service = Asked()
     batch, first, second = begin(driver, 2), Phases(), Phases()

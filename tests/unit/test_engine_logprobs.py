@@ -5,16 +5,16 @@ import random
 import pytest
 import torch
 
-from megatron_policysplit.advantages import TokenStatistics
+from megatron_policysplit.algorithms.advantages import TokenStatistics
+from megatron_policysplit.algorithms.methods import algorithm_of
+from megatron_policysplit.algorithms.signals import SignalSource, live_rows, scored_rows
 from megatron_policysplit.config import METHOD_NAMES, Config
 from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.methods import algorithm_of
-from megatron_policysplit.metrics import training_metrics
-from megatron_policysplit.pairing import measured_rollouts, pairings
-from megatron_policysplit.plan import make_plan
-from megatron_policysplit.preflight import check_method
 from megatron_policysplit.rows import Mode, Rollout, share
-from megatron_policysplit.training_signals import SignalSource, live_rows, scored_rows
+from megatron_policysplit.rows.kl_pairs import measured_rollouts, pairings
+from megatron_policysplit.rows.plan import make_plan
+from megatron_policysplit.training.metrics import training_metrics
+from megatron_policysplit.training.preflight import check_method
 
 PROMPTS = {q: {Mode.NORMAL: [1, 2], Mode.HIGH_ENTROPY: [3, 1, 2]} for q in range(2)}
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_policysplit.advantages import TokenStatistics, zscore
+from megatron_policysplit.algorithms.advantages import TokenStatistics, zscore
+from megatron_policysplit.algorithms.loss import LossInputs, policy_loss
+from megatron_policysplit.algorithms.methods import algorithm_of
+from megatron_policysplit.algorithms.signals import SignalSource
 from megatron_policysplit.config import AlgorithmConfig, Config
-from megatron_policysplit.losses import LossInputs, policy_loss
-from megatron_policysplit.methods import algorithm_of
-from megatron_policysplit.plan import make_plan
-from megatron_policysplit.training_signals import SignalSource
+from megatron_policysplit.rows.plan import make_plan
 from tests.support.advantage_batches import random_batch
 
 VOCAB = 13
@@ -147,7 +147,7 @@ def test_limits_are_grpo_and_the_plain_bonus(name, given, state, coef):
 
 
 def test_epos_penalty_fades():
-    from megatron_policysplit.methods.epo import smoothing_weight
+    from megatron_policysplit.algorithms.methods.epo import smoothing_weight
 
     found = [smoothing_weight(step, 150) for step in (0, 75, 76, 150, 10_000)]
     assert found == pytest.approx([1.0, 0.8 + 0.2 * math.exp(-2), 0.8 * math.exp(-3 / 75)] + [0.8 * math.exp(-3)] * 2)

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from megatron_policysplit.advantages import TokenStatistics
+from megatron_policysplit.algorithms.advantages import TokenStatistics
+from megatron_policysplit.algorithms.methods import algorithm_of, policy_split
+from megatron_policysplit.algorithms.signals import SignalSource
 from megatron_policysplit.config import AlgorithmConfig, Config
-from megatron_policysplit.methods import algorithm_of, policy_split
-from megatron_policysplit.plan import make_plan
-from megatron_policysplit.training_signals import SignalSource
+from megatron_policysplit.rows.plan import make_plan
 from tests.support.advantage_batches import random_batch
 
 PLAIN = {

@@ -6,12 +6,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_policysplit.config import ModesConfig
-from megatron_policysplit.config_load import load_config
-from megatron_policysplit.data import Question
+from megatron_policysplit.config.load import load_config
+from megatron_policysplit.data.prompts import read_eval_prompts
+from megatron_policysplit.data.questions import Question
 from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.modes import read_eval_prompts
 from megatron_policysplit.rows import Mode
-from megatron_policysplit.run import _other_prompts
+from megatron_policysplit.training.run import _other_prompts
 from tests.support.toy_chat import make_chat_model
 
 QUESTIONS = [Question(i, [{"role": "user", "content": f"What is {i}+1?"}], None, {}) for i in (3, 8)]

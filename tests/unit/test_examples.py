@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_policysplit.config_load import check_config, load_config, world_size
-from megatron_policysplit.methods import algorithm_of
+from megatron_policysplit.algorithms.methods import algorithm_of
+from megatron_policysplit.config.load import check_config, load_config, world_size
 from megatron_policysplit.study.config import load_study
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

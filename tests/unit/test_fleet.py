@@ -5,9 +5,9 @@ import time
 
 import pytest
 
+from megatron_policysplit.distributed.stop_signal import StopRequested
 from megatron_policysplit.errors import ConfigError, EngineError
-from megatron_policysplit.rollout.members import State
-from megatron_policysplit.stopping import StopRequested
+from megatron_policysplit.serving.members import State
 from tests.support.fake_fleet import HEALTH_SECONDS, rigs, serving, world_of_one
 
 SERVING, WAITING, DOWN = State.SERVING, State.WAITING, State.DOWN

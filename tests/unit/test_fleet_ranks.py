@@ -16,7 +16,7 @@ def story(rank: int) -> dict:
     """Engine r is owned by rank r; rank 1 is the chief. What each scenario leaves on this rank."""
     import torch.distributed as dist
 
-    from megatron_policysplit.rollout import fleet as fleets
+    from megatron_policysplit.serving import fleet as fleets
     from tests.support.fake_fleet import PAUSES, make_layout
 
     for name, seconds in PAUSES.items():
@@ -87,7 +87,7 @@ def killed(rank: int, layout) -> dict:
 
 def two_at_once(rank: int, layout) -> dict:
     """Ranks 0 and 2 both want weights at the same heartbeat."""
-    from megatron_policysplit.rollout.members import State
+    from megatron_policysplit.serving.members import State
     from tests.support.fake_fleet import until
 
     rig = opened(rank, layout)
@@ -142,7 +142,7 @@ def cannot_open(rank: int, layout) -> dict:
 
 def one_engine(rank: int, layout) -> dict:
     """One engine that spans all ranks stands on the first, which need not be the chief."""
-    from megatron_policysplit.engines import open_fleet
+    from megatron_policysplit.serving.build import open_fleet
     from tests.support.fake_fleet import make_rig
 
     rig = make_rig(layout, [0])

@@ -5,9 +5,9 @@ import time
 import pytest
 
 from megatron_policysplit.errors import EngineError, EngineLost
-from megatron_policysplit.rollout import fleet as fleets
-from megatron_policysplit.rollout.members import State
 from megatron_policysplit.rollout.sglang_http import EngineRefused, EngineUnreachable
+from megatron_policysplit.serving import fleet as fleets
+from megatron_policysplit.serving.members import State
 from tests.support.fake_fleet import HEALTH_SECONDS, PAUSES, Turns, rigs, serving, world_of_one
 
 SERVING, WAITING, QUARANTINED, DOWN = State.SERVING, State.WAITING, State.QUARANTINED, State.DOWN

@@ -8,9 +8,9 @@ import pytest
 from aiohttp import web
 
 from megatron_policysplit.errors import EngineError
-from megatron_policysplit.rollout.identity import PROBE, SPARE_TOKENS, Identity, check_identity
-from megatron_policysplit.rollout.members import Member, Placement
 from megatron_policysplit.rollout.sglang_http import EngineRefused, EngineUnreachable, SglangClient
+from megatron_policysplit.serving.identity import PROBE, SPARE_TOKENS, Identity, check_identity
+from megatron_policysplit.serving.members import Member, Placement
 
 WANTED = Identity("qwen3", [5, 6, 7], 100, {"model_type": "qwen3", "num_hidden_layers": 2, "head_dim": None})
 ANSWERS = {

@@ -8,9 +8,8 @@ from email.utils import format_datetime, formatdate
 import pytest
 
 from megatron_policysplit.config import JudgeConfig
-from megatron_policysplit.config_judge import DEFAULT_JUDGE_PROMPT
 from megatron_policysplit.errors import ConfigError, JudgeError
-from megatron_policysplit.judge import (
+from megatron_policysplit.evaluation.judge_client import (
     GIVE_UP_AFTER,
     Judge,
     Verdict,
@@ -19,6 +18,7 @@ from megatron_policysplit.judge import (
     parse_score,
     retry_after_seconds,
 )
+from megatron_policysplit.evaluation.judge_prompt import DEFAULT_JUDGE_PROMPT
 from tests.support.judge_server import KEY, MODEL, completion, serving
 
 PAIRS = [(f"Question {i}?", f"Response {i}.") for i in range(12)]
@@ -137,7 +137,7 @@ def test_waits_double_or_are_as_long_as_the_server_asks(server, make, monkeypatc
 
     judge = make(backoff_seconds=4.0, retries=4)
     server.script = [503, 503, (429, {"Retry-After": "33"}), (429, {"Retry-After": "4000"})]
-    monkeypatch.setattr("megatron_policysplit.judge.asyncio.sleep", remember)
+    monkeypatch.setattr("megatron_policysplit.evaluation.judge_client.asyncio.sleep", remember)
     assert run(judge.check()).score == 7
     assert [wait for wait in waits if wait] == [4, 8, 33, 60]  # the server's own sleeps are of 0 seconds
 

@@ -5,13 +5,13 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from megatron_policysplit import cli
-from megatron_policysplit.config_load import check_config, load_config
-from megatron_policysplit.data import Question
+from megatron_policysplit.cli import main as cli
+from megatron_policysplit.config.load import check_config, load_config
+from megatron_policysplit.data.questions import Question
 from megatron_policysplit.errors import ConfigError, JudgeError
-from megatron_policysplit.judge import Verdict
-from megatron_policysplit.judging import failures, judge_metrics, question_text, with_verdicts
-from megatron_policysplit.preflight import preflight
+from megatron_policysplit.evaluation.judge_client import Verdict
+from megatron_policysplit.evaluation.verdicts import failures, judge_metrics, question_text, with_verdicts
+from megatron_policysplit.training.preflight import preflight
 from tests.support.judge_server import KEY, MODEL, serving
 from tests.support.toy_chat import make_chat_model
 

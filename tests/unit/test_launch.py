@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_policysplit.config import Config
+from megatron_policysplit.distributed.launch import Patience, check_world, launch, started_environment
 from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.launch import Patience, check_world, launch, started_environment
 
 LAUNCHER = """
 import sys

@@ -6,8 +6,7 @@ import random
 import pytest
 import torch
 
-from megatron_policysplit.config import AlgorithmConfig
-from megatron_policysplit.losses import (
+from megatron_policysplit.algorithms.loss import (
     Denominators,
     LossInputs,
     denominators,
@@ -16,7 +15,8 @@ from megatron_policysplit.losses import (
     policy_loss,
     token_weight,
 )
-from megatron_policysplit.methods import algorithm_of
+from megatron_policysplit.algorithms.methods import algorithm_of
+from megatron_policysplit.config import AlgorithmConfig
 
 NAN = float("nan")
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from megatron_policysplit.measures import (
+from megatron_policysplit.evaluation.measures import (
     answer_measures,
     bleu,
     distinct_n,

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_policysplit import method_docs, methods
-from megatron_policysplit.advantages import zscore
+from megatron_policysplit.algorithms import docs as method_docs
+from megatron_policysplit.algorithms import methods
+from megatron_policysplit.algorithms.advantages import zscore
+from megatron_policysplit.algorithms.methods import algorithm_of
 from megatron_policysplit.config import METHOD_NAMES, AlgorithmConfig
 from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.methods import algorithm_of
 from megatron_policysplit.rows import SecondRollout
 from tests.reference import plain_methods
 from tests.support.advantage_batches import random_batch
@@ -149,7 +150,7 @@ def test_rows_that_the_method_calls_dead_have_no_loss(name, given):
 def test_asym_grpo_at_one_half_is_grpo_with_the_populations_deviation():
     rewards, group = torch.tensor([1.0, 0, 0, 1, 1, 0, 0, 0]), torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
     chosen = algorithm("asym_grpo", {"beta_pos": 0.5, "beta_neg": 0.5})
-    from megatron_policysplit.methods.asym_grpo import response_advantages
+    from megatron_policysplit.algorithms.methods.asym_grpo import response_advantages
 
     expected = [(r - 0.6) / (0.6 * 0.4) ** 0.5 for r in rewards[:5].tolist()] + [0.0] * 3
     torch.testing.assert_close(response_advantages(rewards, group, chosen.options).tolist(), expected)
@@ -182,7 +183,7 @@ def test_with_nothing_to_do_a_method_is_grpo(name, given):
 
 @pytest.mark.parametrize("cache", [None, 5, 10, 0])
 def test_dapo_punishes_by_length_as_equation_13_does(cache):
-    from megatron_policysplit.methods import dapo
+    from megatron_policysplit.algorithms.methods import dapo
 
     options = dapo.Options(cache_tokens=cache, punishment=0.5)
     found = dapo.length_reward(torch.arange(1, 11), 10, options).tolist()
@@ -255,7 +256,7 @@ def test_scope_samples_as_far_from_1_as_the_entropy_is_from_its_target(entropy, 
 
 
 def test_policy_split_takes_the_correctness_of_another_method():
-    from megatron_policysplit.methods import asym_grpo, policy_split
+    from megatron_policysplit.algorithms.methods import asym_grpo, policy_split
 
     _, batch = random_batch()
     options = policy_split.Options(eta=0.0, correctness="asym_grpo", beta_pos=0.7, beta_neg=0.2)
@@ -302,7 +303,7 @@ def test_the_order_of_rows_does_not_matter():
     order = list(range(len(rows)))
     random.Random(5).shuffle(order)
     lengths = batch.offsets.diff().tolist()
-    from megatron_policysplit.advantages import TokenStatistics, make_batch
+    from megatron_policysplit.algorithms.advantages import TokenStatistics, make_batch
 
     per_row = [value.split(lengths) for value in (batch.logprobs, batch.entropy, batch.mask, batch.nucleus_entropy)]
     shuffled = make_batch(
@@ -337,7 +338,7 @@ def test_the_page_of_methods_is_that_of_the_files():
 def test_the_method_of_the_documentation_works(monkeypatch):
     """docs/new_method.md's block, as a file of the package would be."""
     page = (Path(__file__).parents[2] / "docs" / "new_method.md").read_text()
-    module = types.ModuleType("megatron_policysplit.methods.documented")
+    module = types.ModuleType("megatron_policysplit.algorithms.methods.documented")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(page.split("```python\n")[1].split("```")[0], module.__dict__)
     monkeypatch.setattr(methods, "METHOD_NAMES", (*METHOD_NAMES, "documented"))

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from megatron_policysplit.advantages import TokenStatistics
-from megatron_policysplit.metrics import evaluation_metrics, mode_metrics, training_metrics
+from megatron_policysplit.algorithms.advantages import TokenStatistics
 from megatron_policysplit.rows import MODES, Mode, Rollout, share
+from megatron_policysplit.training.metrics import evaluation_metrics, mode_metrics, training_metrics
 from tests.support.advantage_batches import other
 
 NORMAL, HIGH = Mode.NORMAL, Mode.HIGH_ENTROPY

@@ -6,13 +6,13 @@ import statistics
 import pytest
 import torch
 
-from megatron_policysplit.advantages import TokenStatistics, make_batch
-from megatron_policysplit.config_load import check_config, load_config
+from megatron_policysplit.algorithms.advantages import TokenStatistics, make_batch
+from megatron_policysplit.algorithms.methods import algorithm_of, method_named, policy_split
+from megatron_policysplit.algorithms.methods.policy_split import Options
+from megatron_policysplit.config.load import check_config, load_config
+from megatron_policysplit.config.modes import modes_of, samples_per_mode, temperatures_of, training_modes
+from megatron_policysplit.data.prompts import read_eval_prompts, read_prompts
 from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.methods import algorithm_of, method_named, policy_split
-from megatron_policysplit.methods.policy_split import Options
-from megatron_policysplit.mode_settings import modes_of, samples_per_mode, temperatures_of, training_modes
-from megatron_policysplit.modes import read_eval_prompts, read_prompts
 from megatron_policysplit.rollout.collect import build_requests
 from megatron_policysplit.rollout.seeds import sample_seed
 from megatron_policysplit.rows import MODES, Mode, modes_in, share

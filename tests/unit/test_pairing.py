@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_policysplit.pairing import Pairing, pairings
 from megatron_policysplit.rows import MODES, Mode, Rollout, Row, RowKey, share
+from megatron_policysplit.rows.kl_pairs import Pairing, pairings
 from tests.support.advantage_batches import partner
 
 

@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.rollout.members import Placement
-from megatron_policysplit.rollout.placement import check_allocator, devices, place_engines
+from megatron_policysplit.serving.members import Placement
+from megatron_policysplit.serving.placement import check_allocator, devices, place_engines
 
 
 def layouts(world_size):

@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
-from megatron_policysplit.plan import make_plan
 from megatron_policysplit.rows import MODES, Mode, Rollout
 from megatron_policysplit.rows import share as share_rows
+from megatron_policysplit.rows.plan import make_plan
 from tests.support.advantage_batches import partner
 
 

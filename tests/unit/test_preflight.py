@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_policysplit.config_load import load_config, to_yaml
+from megatron_policysplit.config.load import load_config, to_yaml
 from megatron_policysplit.errors import CheckpointError, ConfigError, DataError, ModelError, UserError
-from megatron_policysplit.preflight import check_run_dir, preflight, prepare_run_dir
+from megatron_policysplit.training.preflight import check_run_dir, preflight, prepare_run_dir
 from tests.support.toy_chat import make_chat_model
 
 

@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from megatron_policysplit.errors import ConfigError, EngineError
-from megatron_policysplit.rollout import processes, router, servers
-from megatron_policysplit.rollout.router import Router
-from megatron_policysplit.rollout.servers import Server
+from megatron_policysplit.serving import processes, router, servers
+from megatron_policysplit.serving.router import Router
+from megatron_policysplit.serving.servers import Server
 from tests.support.servers import FAKE, KEY, ROOT, after, gone, run, spec, until
 
 

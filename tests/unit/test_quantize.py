@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from checkpoints_conv.describe import describe
 from checkpoints_conv.quantize import quantize
 from checkpoints_conv.quantized import block_tensor_parallel, weight_groups
-from megatron_policysplit.calibration import input_maxima, spread
+from megatron_policysplit.cli.fp8_calibration import input_maxima, spread
 from megatron_policysplit.config import ModesConfig
 from tests.support.conversion import COMPANIONS, cast_model, make_tree, tensors_of
 from tests.support.fp8 import (
@@ -58,7 +58,7 @@ def prompts_of(model, modes=ModesConfig()):  # noqa: B008
     """Ids of both modes' prompts of every question, from the tokenizer's own template."""
     from transformers import AutoTokenizer
 
-    from megatron_policysplit.modes import read_prompt
+    from megatron_policysplit.data.prompts import read_prompt
 
     tokenizer = AutoTokenizer.from_pretrained(model)
 

@@ -15,12 +15,12 @@ from checkpoints_conv import check_safetensors
 from checkpoints_conv.describe import describe
 from checkpoints_conv.hf_to_megatron import hf_to_megatron
 from checkpoints_conv.quantize import quantize
-from megatron_policysplit import convert
-from megatron_policysplit.calibration import input_maxima
+from megatron_policysplit.cli import convert
+from megatron_policysplit.cli.fp8_calibration import input_maxima
 from megatron_policysplit.config import ModesConfig
-from megatron_policysplit.config_load import load_config
+from megatron_policysplit.config.load import load_config
 from megatron_policysplit.errors import ConfigError, DataError, ModelError, UserError
-from megatron_policysplit.preflight import preflight
+from megatron_policysplit.training.preflight import preflight
 from tests.support.conversion import tensors_of
 from tests.support.fp8 import WHOLE_BLOCKS, write_questions
 from tests.support.toy_chat import make_chat_model

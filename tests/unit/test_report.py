@@ -9,10 +9,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from megatron_policysplit import report
 from megatron_policysplit.config import LogConfig
 from megatron_policysplit.errors import DataError
 from megatron_policysplit.logs import Logger
+from megatron_policysplit.reports import run_report as report
 
 MODES = ("normal", "high_entropy")
 HOSTILE = "<script>alert(1)</script><img src=http://example.org/x.png>&\"'"

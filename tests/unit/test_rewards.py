@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from megatron_policysplit.data import Question, load_questions
+from megatron_policysplit.data.questions import Question, load_questions
 from megatron_policysplit.errors import ConfigError, TrainingError
 from megatron_policysplit.rewards import RewardPool, load_reward
 from megatron_policysplit.rewards.reasoning_gym import EVAL_TASKS, PARSE_EXPR_TASKS

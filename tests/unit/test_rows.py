@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from megatron_policysplit.methods import method_named
+from megatron_policysplit.algorithms.methods import method_named
 from megatron_policysplit.rows import MODES, Mode, Rollout, share
 from tests.support.advantage_batches import EOS, partner, prompts, rollout
 

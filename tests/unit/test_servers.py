@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_policysplit.actor import cpu
+from megatron_policysplit.actor import megatron_on_cpu as cpu
 from megatron_policysplit.config import Config
 from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.rollout.processes import flags, inherited_environment, read_api_key
-from megatron_policysplit.rollout.servers import server_command, server_environment, server_spec
+from megatron_policysplit.serving.processes import flags, inherited_environment, read_api_key
+from megatron_policysplit.serving.servers import server_command, server_environment, server_spec
 from tests.support.servers import KEY, after, spec
 
 

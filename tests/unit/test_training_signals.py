@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from megatron_policysplit.advantages import TokenStatistics, make_batch
+from megatron_policysplit.algorithms.advantages import TokenStatistics, make_batch
+from megatron_policysplit.algorithms.methods import algorithm_of, method_named, policy_split
+from megatron_policysplit.algorithms.signals import SignalSource, live_rows, scored_rows, token_weights, trained_mask
 from megatron_policysplit.config import Config
-from megatron_policysplit.methods import algorithm_of, method_named, policy_split
-from megatron_policysplit.plan import make_plan
 from megatron_policysplit.rows import MODES, Mode, Rollout, share
-from megatron_policysplit.training_signals import SignalSource, live_rows, scored_rows, token_weights, trained_mask
+from megatron_policysplit.rows.plan import make_plan
 
 PROMPTS = {q: {Mode.NORMAL: [1, 2], Mode.HIGH_ENTROPY: [3, 4, 1, 2]} for q in range(3)}
 

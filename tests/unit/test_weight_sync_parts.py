@@ -16,8 +16,8 @@ from torch.multiprocessing import get_sharing_strategy, reductions
 
 from megatron_policysplit.config import Config
 from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.rollout.members import Member, Placement
 from megatron_policysplit.rollout.sglang_http import EngineRefused, EngineUnreachable
+from megatron_policysplit.serving.members import Member, Placement
 from megatron_policysplit.weight_sync import session, shared_memory, tensor
 from megatron_policysplit.weight_sync.bucket import payload, plan_buckets
 from megatron_policysplit.weight_sync.groups import own_address

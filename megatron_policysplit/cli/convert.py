@@ -1,0 +1,309 @@
+"""The commands of `policysplit convert`, which `python -m checkpoints_conv` has, too."""
+
+from __future__ import annotations
+
+import enum
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+from typer.core import TyperCommand
+
+from megatron_policysplit.errors import ConfigError, UserError
+from megatron_policysplit.exit_codes import BAD_INPUT, DONE, FAILED
+
+if TYPE_CHECKING:
+    from checkpoints_conv.ranks import Ranks
+
+app = typer.Typer(
+    help="Convert checkpoints between Hugging Face and Megatron-Core, and check them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Dtype(enum.Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Fp8Format(enum.Enum):
+    fp8 = "fp8"
+    fp8_block = "fp8-block"
+
+
+class Command(TyperCommand):
+    """Usage lines without the braces that Typer puts around arguments which must be given."""
+
+    def collect_usage_pieces(self, ctx) -> list[str]:
+        return [piece.translate({ord("{"): None, ord("}"): None}) for piece in super().collect_usage_pieces(ctx)]
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB` (decimal) or `5GiB` (binary). Raises typer.BadParameter."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in UNITS:
+        raise typer.BadParameter(f"{text!r} is not a size; write 5GB, 500MB or 2GiB")
+    size = int(float(match[1]) * UNITS[match[2].upper()])
+    if size < 1:
+        raise typer.BadParameter(f"{text!r} is no room for a tensor; write 5GB, 500MB or 2GiB")
+    return size
+
+
+HfDir = Annotated[Path, typer.Option("--hf", metavar="DIR", help="Directory of a Hugging Face model.")]
+HfOfMegatron = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--hf",
+        metavar="DIR",
+        help="Where config.json, tokenizer and chat template come from. Default: hf/ of a converted checkpoint, "
+        "model.path of the run for a training checkpoint.",
+    ),
+]
+MegatronDir = Annotated[
+    Path,
+    typer.Option(
+        "--megatron",
+        metavar="DIR",
+        help="A torch_dist checkpoint: converted, or checkpoints/step_NNNNNN of a run, saved at any TP x PP x EP.",
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write; must not exist or be empty.")]
+ToDtype = Annotated[Optional[Dtype], typer.Option("--dtype", help="Cast to this type. Default: as it is.")]
+AllowDowncast = Annotated[bool, typer.Option("--allow-downcast", help="Let --dtype round.")]
+
+
+@app.command("hf-to-megatron", cls=Command, short_help="Hugging Face directory to Megatron-Core checkpoint.")
+def hf_to_megatron(hf: HfDir, out: Out, dtype: ToDtype = None, allow_downcast: AllowDowncast = False) -> None:
+    """Write a Hugging Face model as a torch_dist checkpoint that Megatron-Core loads at any TP x PP x EP.
+
+    Needs no GPU and the memory of one tensor. Several processes started by torchrun share the work. Exit code 2: bad
+    input; nothing is left at --out.
+    """
+    from checkpoints_conv.hf_to_megatron import hf_to_megatron as convert
+
+    with _started_ranks() as ranks:
+        name = None if dtype is None else dtype.value
+        convert(hf, out, dtype=name, allow_downcast=allow_downcast, progress=_progress(ranks), ranks=ranks)
+        _say(ranks, f"wrote {out}")
+
+
+MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest file, such as 5GB, 500MB or 2GiB.")]
+
+
+@app.command("megatron-to-hf", cls=Command, short_help="Megatron-Core checkpoint to Hugging Face directory.")
+def megatron_to_hf(
+    megatron: MegatronDir,
+    out: Out,
+    hf: HfOfMegatron = None,
+    dtype: ToDtype = None,
+    max_shard_size: MaxShardSize = "5GB",
+    allow_downcast: AllowDowncast = False,
+) -> None:
+    """Write the model of a torch_dist checkpoint, of whatever layout, as a complete Hugging Face directory.
+
+    Optimizer state is not read. Needs no GPU and the memory of a few tensors. Several processes started by torchrun
+    share the work. Exit code 2: bad input; nothing is left at --out.
+    """
+    from checkpoints_conv.megatron_to_hf import megatron_to_hf as convert
+
+    shard_bytes = parse_size(max_shard_size)
+    with _started_ranks() as ranks:
+        name = None if dtype is None else dtype.value
+        options = {"dtype": name, "max_shard_bytes": shard_bytes, "allow_downcast": allow_downcast}
+        convert(megatron, out, hf=hf, **options, progress=_progress(ranks), ranks=ranks)
+        _say(ranks, f"wrote {out}")
+
+
+@app.command("quantize", cls=Command, short_help="Hugging Face directory to FP8 for serving with SGLang.")
+def quantize(
+    hf: HfDir,
+    out: Out,
+    form: Annotated[Fp8Format, typer.Option("--format", help="How weights and activations are scaled, see above.")],
+    calibration: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="FILE", help="Questions (.jsonl or .parquet, as for training) to measure fp8's scales on."
+        ),
+    ] = None,
+    calibration_questions: Annotated[
+        Optional[int],
+        typer.Option(min=1, metavar="N", help="At most so many of them, spread over the file. Default: 256."),
+    ] = None,
+    high_entropy_prompt_file: Annotated[
+        Optional[str],
+        typer.Option(metavar="FILE", help="The high-entropy prompt that the model was trained with. Default: our own."),
+    ] = None,
+    max_shard_size: MaxShardSize = "5GB",
+) -> None:
+    """Write a Hugging Face model in FP8, as a complete directory that SGLang serves.
+
+    fp8: one scale a matrix, fixed scales of activations, measured by running the whole model on --calibration with
+    the prompts of both modes. fp8-block: a scale for each 128 x 128 weights, activations scaled as they come; tensor
+    by tensor, without calibration. Embedding, head, norms and routers of experts stay as they are. Needs
+    nvidia-modelopt: pip install megatron_policysplit[quantize]. Exit code 2: bad input; nothing is left at --out.
+    """
+    from checkpoints_conv.progress import bar, token_bar
+    from checkpoints_conv.quantize import quantize as convert
+    from megatron_policysplit.config import ModesConfig
+
+    given = [calibration, calibration_questions, high_entropy_prompt_file]
+    if form is Fp8Format.fp8_block and given != [None, None, None]:
+        raise ConfigError(
+            "--format fp8-block scales activations as they come and is not calibrated; leave out "
+            "--calibration and what belongs to it"
+        )
+    if form is Fp8Format.fp8 and calibration is None:
+        raise ConfigError(
+            "--format fp8 needs --calibration FILE with questions to measure activations on; "
+            "--format fp8-block needs none"
+        )
+    _refuse_torchrun("quantize")
+
+    def measure() -> "Mapping[str, float]":
+        from megatron_policysplit.cli.fp8_calibration import QUESTIONS, input_maxima
+
+        modes = ModesConfig(high_entropy_prompt_file=high_entropy_prompt_file)
+        count = calibration_questions or QUESTIONS
+        return input_maxima(hf, calibration, modes, questions=count, progress=token_bar)
+
+    maxima = measure if form is Fp8Format.fp8 else None
+    size = parse_size(max_shard_size)
+    written = convert(hf, out, form.value, input_maxima=maxima, max_shard_bytes=size, progress=bar)
+    print(f"wrote {out}: {written.nbytes / 1e9:.2f} GB")
+    if written.tensor_parallel is not None:
+        print(f"SGLang can serve it with --tp-size {', '.join(map(str, written.tensor_parallel))}")
+
+
+@app.command("verify", cls=Command, short_help="Compare the two, tensor by tensor.")
+def verify(
+    hf: HfDir,
+    megatron: MegatronDir,
+    logits: Annotated[
+        bool, typer.Option("--logits", help="Also build both models in float32 and compare their logits.")
+    ] = False,
+) -> None:
+    """Check that a torch_dist checkpoint holds the weights of a Hugging Face directory, bit for bit.
+
+    With --logits Megatron-Core loads the checkpoint and computes logits, which must be those of transformers to 1e-4
+    of the largest. Exit code 2: they differ, or one of them is damaged.
+    """
+    from checkpoints_conv.progress import bar
+    from checkpoints_conv.verify import verify as compare
+
+    _refuse_torchrun("verify")
+    verified = compare(hf, megatron, progress=bar)
+    cast = f", {verified.cast} of them after a cast to the stored dtype" if verified.cast else ""
+    print(f"{verified.tensors} tensors are equal{cast}")
+    if logits:
+        from megatron_policysplit.actor.logits import check_logits
+
+        with _left_at_once():
+            compared = check_logits(hf, megatron)
+            print(f"logits differ by {compared.difference:.1e} at most (the largest is {compared.largest:.1f})")
+
+
+@app.command("inspect", cls=Command, short_help="What is in a checkpoint, and whether it is whole.")
+def inspect(directory: Annotated[Path, typer.Argument(metavar="DIR")], hf: HfOfMegatron = None) -> None:
+    """Say what a Hugging Face directory or a torch_dist checkpoint holds; exit code 2 unless it is whole."""
+    from checkpoints_conv.describe import describe
+
+    found = describe(directory, hf)
+    width = max(map(len, found))
+    for label, text in found.items():
+        print(f"{label:{width}}  {text}")
+
+
+@contextmanager
+def _started_ranks() -> "Iterator[Ranks]":
+    """The ranks of this command, which ends with the body if there are several."""
+    from checkpoints_conv.ranks import started_ranks
+
+    ranks = started_ranks()
+    if ranks.size == 1:
+        yield ranks
+    else:
+        with _left_at_once():
+            yield ranks
+
+
+@contextmanager
+def _left_at_once() -> Iterator[None]:
+    """End this process with the body, its errors reported, without the finalization of Python.
+
+    gloo's threads outlive destroy_process_group, and the one that ran the last collective lets go of its tensors only
+    after the collective is over. They are Python's objects too, so that needs the interpreter's lock, and a thread
+    which asks for that during finalization is unwound by pthread_exit, through destructors of C++ that may not be:
+    std::terminate ends a rank that had done its work.
+    """
+    code = FAILED
+    try:
+        yield
+        code = DONE
+    except UserError as error:
+        code = _report(error, _local_rank())
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _refuse_torchrun(command: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"{command} runs as one process, but WORLD_SIZE={os.environ['WORLD_SIZE']}; start it without torchrun"
+        )
+
+
+def _progress(ranks: "Ranks"):
+    """A bar on rank 0, over its own share."""
+    from checkpoints_conv.progress import bar, silent
+
+    return bar if ranks.rank == 0 else silent
+
+
+def _say(ranks: "Ranks", text: str) -> None:
+    if ranks.rank == 0:
+        print(text)
+
+
+def main() -> None:
+    """Entry point of `python -m checkpoints_conv`."""
+    run_app(app)
+
+
+def run_app(commands: typer.Typer) -> None:
+    """Run a command; a UserError is one line on stderr and exit code 2."""
+    local_rank = _local_rank()  # as given; `train` fills gaps
+    try:
+        commands()
+    except UserError as error:
+        sys.exit(_report(error, local_rank))
+
+
+def _local_rank() -> str:
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+
+
+def _report(error: UserError, local_rank: str) -> int:
+    """Print it and return the exit code.
+
+    Of several ranks the first of every node prints it: what is missing may be missing on that node alone.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or local_rank == "0":
+        print(f"{'' if rank == '0' else f'rank {rank}: '}error: {error}", file=sys.stderr)
+    return BAD_INPUT

@@ -1,0 +1,127 @@
+"""How large the inputs of a model's matrices get on the questions of a run, for FP8's fixed activation scales."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from checkpoints_conv.progress import Progress, silent
+from checkpoints_conv.quantize import check_modelopt, import_modelopt
+from checkpoints_conv.quantized import weight_groups
+from checkpoints_conv.reader import read_hf_config
+from megatron_policysplit.config import ModesConfig
+from megatron_policysplit.data.questions import Question, load_questions
+from megatron_policysplit.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+QUESTIONS = 256
+_EXPERT = re.compile(r"\.experts\.\d+\.(gate_proj|up_proj|down_proj)$")
+
+
+def input_maxima(
+    hf: str | Path,
+    calibration: str | Path,
+    modes: ModesConfig,
+    *,
+    questions: int = QUESTIONS,
+    progress: Progress = silent,
+) -> dict[str, float]:
+    """The largest absolute value of the input that each quantized weight (by its name) is multiplied with.
+
+    calibration: .jsonl or .parquet as for training. At most `questions` of them, spread over the file, go through the
+    model one by one as prompts of both modes, so that both are served with scales that hold for them. All experts of a
+    layer have the same maxima. progress counts tokens. The whole model is held, on the GPU where there is one. Raises
+    DataError for the file, ModelError for a tokenizer or model that cannot be read or whose activations are not finite.
+    """
+    check_modelopt()
+    chosen = spread(load_questions(str(calibration)), questions)
+    from megatron_policysplit.data.prompts import PromptBuilder
+    from megatron_policysplit.evaluation.responder import load_tokenizer
+
+    hf_config = read_hf_config(hf)
+    builder = PromptBuilder(load_tokenizer(str(hf)), modes)
+    prompts = [tokens for question in chosen for tokens in builder.build(question.messages).values()]
+    longest = hf_config.get("max_position_embeddings") or math.inf
+    for tokens in prompts:
+        if len(tokens) > longest:
+            raise DataError(
+                f"{calibration} has a question whose prompt of {len(tokens)} tokens is longer than the model's "
+                f"max_position_embeddings={longest}; leave it out"
+            )
+        if max(tokens) >= hf_config["vocab_size"]:
+            raise ModelError(
+                f"the tokenizer of {hf} gives token {max(tokens)}, but vocab_size={hf_config['vocab_size']}; "
+                "it is another model's"
+            )
+    measured = _measure(hf, prompts, progress)
+    return {name: measured[_module(name)] for group in weight_groups(hf_config) for name in group}
+
+
+def spread(questions: Sequence[Question], most: int) -> list[Question]:
+    """At most `most` of them, evenly over the whole."""
+    kept = min(most, len(questions))
+    return [questions[index * len(questions) // kept] for index in range(kept)]
+
+
+def _measure(hf: str | Path, prompts: Sequence[Sequence[int]], progress: Progress) -> dict[str, float]:
+    """Module name -> largest absolute input over all prompts."""
+    import torch
+
+    import_modelopt()
+    import modelopt.torch.quantization as mtq
+
+    from megatron_policysplit.actor import megatron_on_cpu as cpu
+
+    model = _read_model(hf).to(cpu.device())
+
+    def calibrate(model: "torch.nn.Module") -> None:
+        with torch.no_grad(), progress(sum(map(len, prompts))) as advance:
+            for tokens in prompts:
+                model(input_ids=torch.tensor([tokens], device=cpu.device()), use_cache=False, logits_to_keep=1)
+                advance(len(tokens))
+
+    try:
+        with redirect_stdout(io.StringIO()):  # ModelOpt reports what it inserts
+            mtq.quantize(model, mtq.FP8_DEFAULT_CFG, calibrate)
+    except AssertionError as error:  # so it says that a maximum is none
+        raise ModelError(
+            f"activations of {hf} cannot be measured ({error}); its weights or questions are bad"
+        ) from error
+    return dict(_maxima(model))
+
+
+def _maxima(model: "torch.nn.Module") -> Iterator[tuple[str, float]]:
+    """From quantizers called `MODULE.input_quantizer`, and `MODULE.gate_up_proj_input_quantizer` of fused experts."""
+    for name, module in model.named_modules():
+        if name.endswith("input_quantizer") and module.is_enabled:
+            if module.amax is None:
+                raise ModelError(f"no prompt reached {name.rpartition('.')[0]}; give other or more questions")
+            yield name.removesuffix("input_quantizer").rstrip("._"), module.amax.item()
+
+
+def _module(weight: str) -> str:
+    """The module whose input a weight is multiplied with; transformers fuses the experts of a layer."""
+    fused = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+    return _EXPERT.sub(lambda match: f".experts.{fused[match[1]]}", weight.removesuffix(".weight"))
+
+
+def _read_model(hf: str | Path) -> "torch.nn.Module":
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        # ModelOpt sees the inputs of experts only where each is a call of `linear`.
+        experts = {"experts_implementation": "eager"} if "num_experts_per_tok" in read_hf_config(hf) else {}
+        return AutoModelForCausalLM.from_pretrained(
+            hf, dtype="auto", trust_remote_code=False, use_safetensors=True, local_files_only=True, **experts
+        ).eval()
+    except Exception as error:  # transformers and safetensors raise many kinds; each means an unreadable model
+        raise ModelError(f"cannot load the model in {hf}: {error}") from error

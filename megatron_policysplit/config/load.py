@@ -1,0 +1,320 @@
+"""YAML and `key=value` overrides into a checked `Config`; every mistake is one sentence that names the key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_policysplit.config.checks import check_engines
+from megatron_policysplit.config.keys import Key, keys_of, read_keys, show
+from megatron_policysplit.config.modes import sampling_of, shared_out
+from megatron_policysplit.config.schema import MISSING, Config, SamplingConfig
+from megatron_policysplit.errors import ConfigError
+from megatron_policysplit.evaluation.judge_prompt import check_judge
+from megatron_policysplit.rows import MODES
+
+# The keys that a finished step does not depend on, so that a run may go on after they change.
+_FREE_GROUPS = ("parallel", "weight_sync", "agreement", "eval", "log", "checkpoint", "run")
+_FREE_KEYS = {
+    "rollout.engine",
+    "rollout.lot_questions",
+    "rollout.max_batch_samples",
+    "rollout.replay_dir",
+    "rollout.addresses",
+    "rollout.api_key_variable",
+    "rollout.concurrency",
+    "rollout.request_seconds",
+    "rollout.retries",
+    "rollout.unavailable_seconds",
+    "rollout.colocated",
+    "reward.workers",
+    "reward.timeout_seconds",
+    "train.steps",
+    "train.max_tokens_per_micro_batch",
+    "train.head_chunk_tokens",
+    "train.max_bad_steps",
+}
+
+
+KEYS: dict[str, Key] = {key.name: key for key in keys_of(Config)}
+GROUPS = {name.rsplit(".", depth)[0] for name in KEYS for depth in range(1, name.count(".") + 1)}
+
+
+def load_config(path: str | None, overrides: list[str]) -> Config:
+    """The defaults, then the YAML file (None: no file), then `key=value` overrides in their order.
+
+    Raises ConfigError for a file that is missing or not a YAML mapping, an unknown key, a value of the
+    wrong type or outside the allowed ones, and for mandatory keys that nobody gave.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    config = OmegaConf.structured(Config)
+    settings = list(_read_file(path)) if path is not None else []
+    for override in overrides:
+        settings += _read_override(override)
+    for name, value in settings:
+        try:
+            OmegaConf.update(config, name, value, merge=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{name}={show(value)} is not {KEYS[name].type_name}") from error
+    try:
+        missing = OmegaConf.missing_keys(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_interpolation_error(error)) from error
+    if missing:
+        names = [name for name in KEYS if name in missing]
+        listed = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+        raise ConfigError(f"{listed} must be given, in the configuration file or as key=value")
+    try:
+        loaded = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_interpolation_error(error)) from error
+    check_values(loaded)
+    return loaded
+
+
+def _read_file(path: str) -> list[tuple[str, Any]]:
+    import yaml
+    from omegaconf import DictConfig, OmegaConf
+
+    if not Path(path).is_file():
+        raise ConfigError(f"configuration file {path} does not exist")
+    try:
+        content = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or "it cannot be read as UTF-8 text"
+        raise ConfigError(f"configuration file {path}{where} is not valid YAML: {reason}") from error
+    except OSError as error:
+        reason = error.strerror or "its content is a single value"
+        raise ConfigError(f"configuration file {path} is not a mapping of keys to values: {reason}") from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"configuration file {path} is not a mapping of keys to values: it holds a list")
+    return list(_leaves(OmegaConf.to_container(content, resolve=False)))
+
+
+def _read_override(override: str) -> list[tuple[str, Any]]:
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    name, equals, value = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"override {override!r} is not of the form key=value")
+    try:
+        content = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"the value of {name}={value} is not valid YAML; put it in quotes") from error
+    return list(_leaves(content))
+
+
+def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The (full key, value) pairs of a nested mapping; an empty group sets nothing."""
+    for part, value in node.items():
+        name = f"{prefix}{part}"
+        if name in KEYS:
+            if not (KEYS[name].type in (dict, list) and value is None):
+                yield name, value
+        elif name in GROUPS or any(group.startswith(name + ".") for group in GROUPS):
+            if isinstance(value, dict):
+                yield from _leaves(value, name + ".")
+            elif value is not None:
+                inside = [known for known in KEYS if known.startswith(name + ".")]
+                raise ConfigError(f"{name}={show(value)}: {name} is a group of keys, for example {inside[0]}")
+        elif isinstance(value, dict) and value and all(isinstance(key, str) for key in value):
+            first = next(_unknown_leaves(value, name + "."))
+            raise ConfigError(_unknown_key(first))
+        else:
+            raise ConfigError(_unknown_key(name))
+
+
+def _unknown_leaves(node: dict, prefix: str) -> Iterator[str]:
+    for part, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _unknown_leaves(value, f"{prefix}{part}.")
+        else:
+            yield f"{prefix}{part}"
+
+
+def _unknown_key(name: str) -> str:
+    group, _, leaf = name.rpartition(".")
+    siblings = [known.rsplit(".", 1)[-1] for known in KEYS if known.rpartition(".")[0] == group]
+    nearest = nearest_key(name)
+    if group in GROUPS and (nearest is None or _ratio(leaf, nearest.rsplit(".", 1)[-1]) < 0.6):
+        return f"unknown key {name}; the keys of {group} are {', '.join(siblings)}"
+    if nearest is None:
+        return f"unknown key {name}; the groups are {', '.join(field.name for field in fields(Config))}"
+    return f"unknown key {name}; did you mean {nearest}?"
+
+
+def _ratio(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+def nearest_key(name: str) -> str | None:
+    """The known key that a misspelt one most likely means: near as a whole, or near in its last part."""
+
+    def likeness(known: str) -> float:
+        whole = _ratio(name, known)
+        leaf = _ratio(name.rsplit(".", 1)[-1], known.rsplit(".", 1)[-1])
+        return max(whole, 0.75 * leaf + 0.25 * whole)
+
+    best = max(KEYS, key=likeness)
+    return best if likeness(best) >= 0.6 else None
+
+
+def _interpolation_error(error: Exception) -> str:
+    reason = str(error).split("\n")[0]
+    name = getattr(error, "full_key", None)
+    return f"the value of {name} cannot be resolved: {reason}" if name else f"cannot be resolved: {reason}"
+
+
+def read_options(cls: type, given: dict[str, Any], method: str) -> Any:
+    """algorithm.options.METHOD as that method's dataclass; ConfigError for an unknown key or a value not allowed."""
+    return read_keys(cls, given, f"algorithm.options.{method}.", method)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Full key -> value, in the order of the dataclasses."""
+    values = {}
+    for name in KEYS:
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        values[name] = value
+    return values
+
+
+def check_values(config: Config) -> None:
+    """Raises ConfigError for the first value that is missing or outside its key's allowed values."""
+    for name, value in flatten(config).items():
+        key = KEYS[name]
+        if value == MISSING:
+            raise ConfigError(f"{name} must be given, in the configuration file or as key=value")
+        if not key.fits(value):
+            raise ConfigError(f"{name}={show(value)} is not allowed; it must be {key.allowed or 'a finite number'}")
+
+
+def check_config(config: Config) -> list[str]:
+    """Checks keys against each other, without touching a file; returns warnings to show once.
+
+    Raises ConfigError naming the keys, their values and the remedy.
+    """
+    check_values(config)
+    rollout, train, modes, algorithm = config.rollout, config.train, config.modes, config.algorithm
+    samples, sampling = rollout.samples_per_question, sampling_of(config)
+    if algorithm.name == "policy_split":
+        shared_out(samples, {mode: plan.share for mode, plan in sampling.items()})
+    responses = config.data.batch_questions * samples
+    if responses % train.optimizer_steps_per_batch:
+        raise ConfigError(
+            f"train.optimizer_steps_per_batch={train.optimizer_steps_per_batch} does not divide the {responses} "
+            "responses of a batch (data.batch_questions x rollout.samples_per_question); use one of "
+            f"{_divisors_near(responses, train.optimizer_steps_per_batch)}"
+        )
+    if modes.high_entropy_prompt is not None and modes.high_entropy_prompt_file is not None:
+        raise ConfigError("modes.high_entropy_prompt and modes.high_entropy_prompt_file are both set; keep one of them")
+    if rollout.engine == "replay" and not rollout.replay_dir:
+        raise ConfigError("rollout.engine=replay needs rollout.replay_dir, the rollouts/ directory of a run")
+    if rollout.engine == "replay" and config.eval.path is not None:
+        raise ConfigError(
+            f"rollout.engine=replay holds no responses to the questions of eval.path={config.eval.path}; "
+            "set eval.path=null"
+        )
+    check_engines(config)
+    check_judge(config)
+    if config.parallel.sequence and config.parallel.tensor == 1:
+        raise ConfigError("parallel.sequence=true splits tokens over tensor-parallel ranks; raise parallel.tensor")
+    if config.parallel.data % config.parallel.expert:
+        raise ConfigError(
+            f"parallel.expert={config.parallel.expert} does not divide parallel.data={config.parallel.data}, over "
+            "whose replicas the experts are shared out; change one of them"
+        )
+    optimizer_steps = train.steps * train.optimizer_steps_per_batch
+    if train.warmup_steps > optimizer_steps:
+        raise ConfigError(
+            f"train.warmup_steps={train.warmup_steps} is more than the {optimizer_steps} optimizer steps of the run "
+            f"(train.steps x train.optimizer_steps_per_batch); use at most {optimizer_steps}"
+        )
+    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    if train.max_tokens_per_micro_batch < longest:
+        raise ConfigError(
+            f"train.max_tokens_per_micro_batch={train.max_tokens_per_micro_batch} cannot hold one row of "
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} + "
+            f"rollout.max_response_tokens={rollout.max_response_tokens} tokens; use at least {longest}"
+        )
+    if algorithm.clip_low is not None and algorithm.clip_low > 1:
+        raise ConfigError(f"algorithm.clip_low={show(algorithm.clip_low)} is more than a ratio can fall; use 1 at most")
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(train, name) >= 1:
+            raise ConfigError(f"train.{name}={show(getattr(train, name))} is not allowed; use a value below 1")
+    if train.min_learning_rate > train.learning_rate:
+        raise ConfigError(
+            f"train.min_learning_rate={train.min_learning_rate} is above train.learning_rate={train.learning_rate}; "
+            "use a smaller one"
+        )
+    groups = {mode: "rollout" if mode in MODES else "modes.others" for mode in sampling}
+    return [w for mode, plan in sampling.items() for w in _sampling_warnings(f"{groups[mode]}.{mode.value}", plan)]
+
+
+def _sampling_warnings(name: str, sampling: SamplingConfig) -> list[str]:
+    if sampling.top_p > 1:
+        raise ConfigError(f"{name}.top_p={show(sampling.top_p)} is a probability mass; use a value up to 1")
+    if sampling.top_k == 0:
+        raise ConfigError(f"{name}.top_k=0 keeps no token; use -1 to keep all, or at least 1")
+    filters = []
+    if sampling.top_p < 1:
+        filters.append(f"{name}.top_p={sampling.top_p}")
+    if sampling.top_k != -1:
+        filters.append(f"{name}.top_k={sampling.top_k}")
+    if not filters:
+        return []
+    return [f"{' and '.join(filters)} cut the sampling, but log-probs are those of the whole distribution"]
+
+
+def _divisors_near(number: int, wanted: int) -> str:
+    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    nearest = sorted(sorted(divisors, key=lambda divisor: abs(divisor - wanted))[:3])
+    return ", ".join(map(str, nearest))
+
+
+def world_size(config: Config) -> int:
+    """Ranks of the actor: tensor x pipeline x data."""
+    return config.parallel.tensor * config.parallel.pipeline * config.parallel.data
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain dicts."""
+    return asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """YAML that `load_config` reads back into an equal config."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def fingerprint(config: Config) -> dict[str, Any]:
+    """The keys that make a run this run and no other, with their values.
+
+    Left out is what a run may change between two starts: layout, evaluation, logs, checkpoints, worker
+    processes, engine batching, how long to train and how to pack.
+    """
+    values = flatten(config)
+    free = {name for name in values if name.split(".")[0] in _FREE_GROUPS and name != "run.seed"}
+    free |= _FREE_KEYS | {name for name in values if name.startswith("rollout.server.")}
+    return {name: value for name, value in values.items() if name not in free}
+
+
+def first_difference(a: dict[str, Any], b: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first key on which two fingerprints differ, with both values; None if they are equal."""
+    for name in sorted(a.keys() | b.keys(), key=list(KEYS).index):
+        if a.get(name) != b.get(name):
+            return name, a.get(name), b.get(name)
+    return None

@@ -1,0 +1,100 @@
+"""The modes of a run as its configuration names them: the two of Policy Split, and those of `modes.others`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from megatron_policysplit.config.keys import read_keys
+from megatron_policysplit.config.schema import Config, ModesConfig, OtherModeConfig, SamplingConfig
+from megatron_policysplit.errors import ConfigError
+from megatron_policysplit.rows import MODES, Mode
+
+if TYPE_CHECKING:
+    from megatron_policysplit.algorithms.advantages import Method
+
+# The two modes, and what metrics of another kind begin with.
+RESERVED = (
+    *(mode.value for mode in MODES),
+    "actor",
+    "agreement",
+    "auxiliary",
+    "dynamic",
+    "eval",
+    "importance",
+    "kl",
+    "memory",
+    "method",
+    "reward",
+    "rollout",
+    "sync",
+    "throughput",
+    "time",
+)
+
+
+def other_modes(config: ModesConfig) -> dict[Mode, OtherModeConfig]:
+    """`modes.others`, checked. Raises ConfigError for a name or a setting that cannot be used."""
+    found = {}
+    for name, given in config.others.items():
+        key = f"modes.others.{name}"
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", str(name)) or name in RESERVED:
+            raise ConfigError(
+                f"{key} cannot be a mode's name in the logs; use lower-case letters, digits and '_', and none of "
+                f"{', '.join(RESERVED)}"
+            )
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"{key}={given} is not a mapping; give {{prompt: TEXT}} or {{prompt_file: PATH}}")
+        found[Mode(name)] = read_keys(OtherModeConfig, given, f"{key}.", "a mode")
+    return found
+
+
+def modes_of(config: ModesConfig) -> tuple[Mode, ...]:
+    """Every mode that has a prompt, normal first."""
+    return (*MODES, *other_modes(config))
+
+
+def sampling_of(config: Config) -> dict[Mode, SamplingConfig]:
+    """How each mode samples."""
+    rollout = config.rollout
+    return {Mode.NORMAL: rollout.normal, Mode.HIGH_ENTROPY: rollout.high_entropy, **other_modes(config.modes)}
+
+
+def temperatures_of(config: Config) -> dict[Mode, float]:
+    """At which each mode samples, and at which its log-probs are taken."""
+    return {mode: sampling.temperature for mode, sampling in sampling_of(config).items()}
+
+
+def temperature_key(mode: Mode) -> str:
+    """The configuration key of its temperature."""
+    return f"{'rollout' if mode in MODES else 'modes.others'}.{mode.value}.temperature"
+
+
+def training_modes(config: Config, method: Method) -> tuple[Mode, ...]:
+    """The modes under whose prompts every response is trained."""
+    return _modes_of(config, method, method.training_modes)
+
+
+def samples_per_mode(config: Config, method: Method) -> dict[Mode, int]:
+    """Responses to a question by sampling mode, by the modes' shares; modes that sample none are left out."""
+    sampling, modes = sampling_of(config), _modes_of(config, method, method.sampling_modes)
+    if len(modes) == 1:
+        return {modes[0]: config.rollout.samples_per_question}
+    return shared_out(config.rollout.samples_per_question, {mode: sampling[mode].share for mode in modes})
+
+
+def shared_out(samples: int, shares: Mapping[Mode, int]) -> dict[Mode, int]:
+    """`samples` by `shares`. Raises ConfigError where that does not come out even."""
+    total = sum(shares.values())
+    if total == 0 or samples % total:
+        listed = ", ".join(f"{mode.value} {share}" for mode, share in shares.items())
+        remedy = f"use a multiple of {total}" if total else "give one of them a share above 0"
+        raise ConfigError(
+            f"rollout.samples_per_question={samples} cannot be shared out among the modes (shares: {listed}); {remedy}"
+        )
+    return {mode: samples // total * share for mode, share in shares.items() if share}
+
+
+def _modes_of(config: Config, method: Method, own: Sequence[Mode]) -> tuple[Mode, ...]:
+    return (*own, *(other_modes(config.modes) if method.other_modes else ()))

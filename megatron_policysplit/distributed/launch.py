@@ -1,0 +1,290 @@
+"""Starts the local ranks of a run and ends them together.
+
+torch elastic's launcher is not used: it imports torch (seconds before the first message), gives ranks 30
+seconds after a signal where saving a checkpoint may take longer, and kills the healthy ranks as soon as
+one fails, before they can say what they saw. What is needed here fits in this file, in the standard library.
+
+Under torchrun or srun somebody else starts the ranks; `started_environment` tells.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from megatron_policysplit.errors import ConfigError
+from megatron_policysplit.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
+
+_PR_SET_PDEATHSIG = 1
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds: to save and exit after a signal, to end after another rank failed, from SIGTERM to SIGKILL."""
+
+    save: float = 1800.0
+    peers: float = 45.0
+    terminate: float = 5.0
+
+
+def launch(
+    config_argv: list[str],
+    nproc: int,
+    command: Sequence[str] = (sys.executable, "-m", "megatron_policysplit.training.worker"),
+    patience: Patience = Patience(),  # noqa: B008
+) -> int:
+    """Runs `command ARGS` as `nproc` ranks of one group on this machine and returns the exit code.
+
+    - SIGTERM or SIGINT is forwarded once; the ranks have `patience.save` seconds to save and exit.
+    - A rank that fails is named on stderr; the others have `patience.peers` seconds to notice by their
+      collectives, then get SIGTERM and `patience.terminate` seconds later SIGKILL.
+    - If this process is killed, the kernel kills the ranks.
+
+    The exit code is the ranks' own where all agree, else FAILED. Must be called in the main thread.
+    """
+    group = _Group(config_argv, nproc, command, patience)
+    previous = {number: signal.signal(number, group.stop) for number in _STOP_SIGNALS}
+    try:
+        group.start()
+        while group.running():
+            group.watch()
+            time.sleep(0.05)
+        return group.verdict()
+    finally:
+        group.kill()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Group:
+    """The rank processes. Every rank leads a session, so that a terminal's Ctrl-C reaches it through us alone."""
+
+    def __init__(self, argv: Sequence[str], nproc: int, command: Sequence[str], patience: Patience):
+        self.argv, self.nproc, self.command, self.patience = argv, nproc, command, patience
+        self.ranks: list[subprocess.Popen] = []
+        self.stop_signal: int | None = None
+        self.forwarded_at: float | None = None
+        self.failed_at: float | None = None
+        self.failed_rank = -1
+        self.announced = False
+        self.terminated_at: float | None = None
+        self.stopped_early = False
+
+    def stop(self, number: int, frame) -> None:
+        """Signal handler: remembers the first signal; `watch` forwards it."""
+        self.stop_signal = self.stop_signal or number
+
+    def start(self) -> None:
+        port = free_port()
+        threads = str(max(1, len(os.sched_getaffinity(0)) // self.nproc))
+        die_with_parent = partial(_die_with, os.getpid(), ctypes.CDLL(None).prctl)
+        for rank in range(self.nproc):
+            self.ranks.append(
+                subprocess.Popen(
+                    [*self.command, *self.argv],
+                    env={"OMP_NUM_THREADS": threads, **os.environ, **rank_environment(rank, self.nproc, port)},
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    preexec_fn=die_with_parent,
+                )
+            )
+
+    def running(self) -> bool:
+        return not all([ended(process) for process in self.ranks])
+
+    def watch(self) -> None:
+        now = time.monotonic()
+        if self.stop_signal is not None and self.forwarded_at is None:
+            self.forwarded_at = now
+            name = signal.Signals(self.stop_signal).name
+            _say(f"{name}: waiting up to {self.patience.save:g} s for {self.nproc} ranks to save and exit")
+            self.signal_all(self.stop_signal)
+        if self.stop_signal is not None and any(p.returncode == -self.stop_signal for p in self.ranks):
+            # It had no handler yet, so the group had not met and there is nothing to save: nobody need wait.
+            self.stopped_early = True
+            self.signal_all(signal.SIGKILL)
+            return
+        if self.failed_at is None:
+            for rank, process in enumerate(self.ranks):
+                if process.returncode not in (None, DONE) and not self.stopped_as_asked(process.returncode):
+                    self.failed_at, self.failed_rank = now, rank
+                    break
+        if self.failed_at is not None and not self.announced:
+            # Ranks that fail alike have printed one error for all: only a rank that differs is named.
+            alike = self.ranks[self.failed_rank].returncode in (FAILED, BAD_INPUT, STOPPED)
+            if not alike or now - self.failed_at > 2:
+                self.announce()
+        self.end_late_ranks(now)
+
+    def stopped_as_asked(self, code: int | None) -> bool:
+        """Saved and stopped, or was stopped while starting, before there was anything to save."""
+        return self.stop_signal is not None and code in (STOPPED, -self.stop_signal)
+
+    def end_late_ranks(self, now: float) -> None:
+        deadlines = []
+        if self.forwarded_at is not None:
+            deadlines.append(self.forwarded_at + self.patience.save)
+        if self.failed_at is not None:
+            deadlines.append(self.failed_at + self.patience.peers)
+        if self.terminated_at is None and deadlines and now > min(deadlines):
+            self.terminated_at = now
+            late = ", ".join(str(rank) for rank, process in enumerate(self.ranks) if process.returncode is None)
+            _say(f"ending rank {late}: still running after the time it had")
+            self.signal_all(signal.SIGTERM)
+        if self.terminated_at is not None and now > self.terminated_at + self.patience.terminate:
+            self.signal_all(signal.SIGKILL)
+
+    def signal_all(self, number: int) -> None:
+        for process in self.ranks:
+            process.send_signal(number)  # does nothing where the process has ended
+
+    def announce(self) -> None:
+        self.announced = True
+        process = self.ranks[self.failed_rank]
+        code = process.returncode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        _say(f"rank {self.failed_rank} (pid {process.pid}) {how}")
+
+    def verdict(self) -> int:
+        """The exit code of the whole group, once no rank runs."""
+        self.watch()
+        codes = {process.returncode for process in self.ranks}
+        if self.stopped_early or self.terminated_at is None and all(self.stopped_as_asked(code) for code in codes):
+            return STOPPED
+        agreed = codes.pop() if len(codes) == 1 else None
+        if self.failed_at is not None and not self.announced and agreed is None:
+            self.announce()
+        return FAILED if agreed is None or agreed < 0 else agreed
+
+    def kill(self) -> None:
+        """SIGKILL to every rank that still runs, however this launcher came to its end."""
+        for process in self.ranks:
+            if not ended(process):
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def ended(process: subprocess.Popen) -> bool:
+    """Whether a rank has ended; what it left running in its session, such as graders, is then killed."""
+    if process.returncode is not None:
+        return True
+    if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        return False
+    os.killpg(process.pid, signal.SIGKILL)  # before it is reaped: until then its id is nobody else's
+    process.wait()
+    return True
+
+
+def forks_die_with_us() -> None:
+    """From now on the kernel ends what this process forks when this process ends, however it ends.
+
+    Megatron-Core writes checkpoints in forked processes, which wait for a killed rank for ever. What is forked by a
+    thread ends with that thread. Does not concern processes started by subprocess or the spawn method.
+    """
+    prctl, forking = ctypes.CDLL(None).prctl, []
+    os.register_at_fork(
+        before=lambda: forking.append(os.getpid()),
+        after_in_parent=forking.pop,
+        after_in_child=lambda: _die_with(forking.pop(), prctl),
+    )
+
+
+def _die_with(parent: int, prctl) -> None:
+    """In a new process: SIGKILL as soon as the thread that made it ends; at once if that is already so."""
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(FAILED)
+
+
+def _say(message: str) -> None:
+    print(f"policysplit: {message}", file=sys.stderr, flush=True)
+
+
+def free_port() -> int:
+    """A TCP port that was free on 127.0.0.1 a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
+    """The environment variables by which torch.distributed finds the group; all ranks are on this machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def started_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
+    """The rank variables if torchrun or srun has started this process as one of several ranks, else None.
+
+    From srun's variables they are derived: MASTER_ADDR is the first host of the allocation, MASTER_PORT
+    depends on the job id; both can be given. In a batch script outside srun the answer is None.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        given = {name: environ[name] for name in ("RANK", "WORLD_SIZE")}
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in environ:
+                raise ConfigError(f"RANK={environ['RANK']} is set but {name} is not; set it, or unset RANK")
+            given[name] = environ[name]
+        return given | {"LOCAL_RANK": environ.get("LOCAL_RANK", given["RANK"])}
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
+    if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ or tasks == "1":
+        return None
+    return {
+        "RANK": environ["SLURM_PROCID"],
+        "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
+        "WORLD_SIZE": tasks,
+        "LOCAL_WORLD_SIZE": environ.get("LOCAL_WORLD_SIZE") or _slurm_tasks_of_node(environ, tasks),
+        "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_slurm_host(environ),
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(10000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000),
+    }
+
+
+def _slurm_tasks_of_node(environ: Mapping[str, str], tasks: str) -> str:
+    """Ranks of the first node, as in "8(x4)" or "8,4"; all of them if Slurm does not say."""
+    per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or tasks
+    return re.match(r"\d+", per_node).group()
+
+
+def _first_slurm_host(environ: Mapping[str, str]) -> str:
+    nodes = environ.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        raise ConfigError(
+            "srun started this rank but neither MASTER_ADDR nor SLURM_JOB_NODELIST is set; set MASTER_ADDR"
+        )
+    try:
+        answer = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True, env=dict(environ)
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ConfigError(
+            f"MASTER_ADDR is not set and `scontrol show hostnames {nodes}` failed; set MASTER_ADDR to the first host"
+        ) from error
+    return answer.stdout.split()[0]
+
+
+def check_world(config, started: Mapping[str, str]) -> None:
+    """Raises ConfigError unless as many ranks were started as the layout has."""
+    parallel = config.parallel
+    wanted = parallel.tensor * parallel.pipeline * parallel.data
+    if int(started["WORLD_SIZE"]) != wanted:
+        raise ConfigError(
+            f"WORLD_SIZE={started['WORLD_SIZE']} ranks were started, but parallel.tensor={parallel.tensor} x "
+            f"parallel.pipeline={parallel.pipeline} x parallel.data={parallel.data} = {wanted}; start {wanted} "
+            "ranks, change the layout, or unset RANK and WORLD_SIZE to let policysplit start them"
+        )

@@ -1,0 +1,227 @@
+"""Engines on the actor's own GPUs: whose turn it is to hold the memory, and how it changes hands.
+
+To generation, on every rank (`to_generation`):
+1. offload the optimizer, the gradient buffers, the parameters;
+2. a barrier over the world: an engine spans the GPUs of several ranks, and all must have made room;
+3. the engines' turn begins: servers that do not run may be started, with all of their memory.
+Then, by the weight sync, on the rank that owns an engine:
+4. pause; resume the memory of the weights (`before_load`);
+5. load: the actor's parameters are read from host memory, `Offload.read`;
+6. resume the KV cache and the CUDA graphs (`after_load`); continue. A server started meanwhile holds everything and
+   resumes nothing, whether it was started at the beginning of the run or again after a fault.
+
+To training, on every rank (`to_training`):
+1. the engines' turn ends: no server may be started, and one that is starting is waited for;
+2. owners: pause, flush until the engine is idle (SGLang dies if asked to release before), release KV cache, weights
+   and CUDA graphs;
+3. a barrier over the world that carries errors;
+4. every rank waits until its GPU really has the memory (SGLang answers for its tensor-parallel rank 0, and the others
+   may be later);
+5. the same barrier again; and only if no rank failed
+6. restore the parameters, the gradient buffers, the optimizer.
+
+At the start of a run the actor is built first, on empty GPUs; then `to_generation`, then the servers start. Released
+weights are lost, so that every turn of the engines begins with a load, even of weights that have not changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from megatron_policysplit.actor.parallel import Layout
+from megatron_policysplit.distributed.control import Control
+from megatron_policysplit.errors import EngineError
+from megatron_policysplit.rollout.sglang_http import EngineRefused
+from megatron_policysplit.serving.members import Member, State
+
+TAGS = ("kv_cache", "weights", "cuda_graph")
+POLL_SECONDS = 0.1
+SETTLE_SECONDS = 10.0
+GIB = 2**30
+
+
+class ActorMemory(Protocol):
+    """What is asked of `actor.offload.Offload`."""
+
+    @property
+    def bytes_away(self) -> int: ...
+    def free_bytes(self) -> float: ...
+    def offload_optimizer(self) -> None: ...
+    def offload_gradients(self) -> None: ...
+    def offload_parameters(self) -> None: ...
+    def restore_parameters(self) -> None: ...
+    def restore_gradients(self) -> None: ...
+    def restore_optimizer(self) -> None: ...
+
+
+class Colocation:
+    """One per rank. members: the engines this rank owns, often none.
+
+    start_seconds: how long a server may be starting (rollout.server.start_seconds). release_seconds: how long an engine
+    may take to become idle, and a GPU to have the memory that the actor needs. settle_seconds: how long an engine that
+    does not answer may take to be found dead, and memory beyond what the actor needs to come back.
+    """
+
+    def __init__(
+        self,
+        offload: ActorMemory,
+        members: Sequence[Member],
+        control: Control,
+        layout: Layout,
+        *,
+        start_seconds: float,
+        release_seconds: float = 120.0,
+        settle_seconds: float = SETTLE_SECONDS,
+    ):
+        self.offload, self.members, self.control, self.layout = offload, members, control, layout
+        self.start_seconds, self.release_seconds, self.settle_seconds = start_seconds, release_seconds, settle_seconds
+        self._actors_turn, self._engines_turn = True, False  # both false while the memory changes hands
+        self._released: dict[int, set[str]] = {}
+        self._free_without_engines = 0.0
+
+    @property
+    def engines_turn(self) -> bool:
+        """Whether a server may be started now (asked on the control loop, without a pause until it is STARTING)."""
+        return self._engines_turn
+
+    def started(self, member: Member) -> None:
+        """A server was started (again): all of its memory is occupied. On the control loop."""
+        self._released.pop(member.index, None)
+
+    def to_generation(self) -> None:
+        """Free this rank's GPU and wait until every rank has (collective over the world; main thread)."""
+        if not self._actors_turn:
+            raise RuntimeError("the GPUs are the engines' already")
+        self._actors_turn = False
+        self.offload.offload_optimizer()
+        self.offload.offload_gradients()
+        self.offload.offload_parameters()
+        self.layout.meet()
+        self._free_without_engines = self.offload.free_bytes()
+        self._engines_turn = True
+
+    async def before_load(self, member: Member) -> None:
+        """Memory for the weights; the engine is paused. A hook of the weight sync, on the owner's control loop."""
+        await self._resume(member, ("weights",))
+
+    async def after_load(self, member: Member) -> None:
+        """All other memory; the engine is still paused. A hook of the weight sync, on the owner's control loop."""
+        await self._resume(member, ("kv_cache", "cuda_graph"))
+
+    def to_training(self) -> None:
+        """Have the engines release, and bring the actor back (collective over the world; main thread).
+
+        Raises EngineError, on every rank, if any engine does not release its memory: the actor then stays away, and the
+        run cannot go on. Engines that served are WAITING afterwards; those that are DOWN have nothing to release.
+        """
+        if not self._engines_turn:
+            raise RuntimeError("the GPUs are not the engines'")
+        free_with_engines = self.offload.free_bytes()
+        self._agreed(lambda: self.control.run(self._release_all()))
+        self._agreed(lambda: self._wait_for_memory(free_with_engines))
+        self.offload.restore_parameters()
+        self.offload.restore_gradients()
+        self.offload.restore_optimizer()
+        self._actors_turn = True
+
+    async def _resume(self, member: Member, tags: Sequence[str]) -> None:
+        if not self._engines_turn:
+            raise RuntimeError(f"engine {member.index} may not take the GPUs: they are the actor's")
+        released = self._released.get(member.index, set())
+        wanted = [tag for tag in tags if tag in released]
+        if wanted:  # a server dies if told to resume what it holds
+            await member.client.resume_memory(wanted)
+            released.difference_update(wanted)
+
+    async def _release_all(self) -> None:
+        self._engines_turn = False
+        results = await asyncio.gather(*map(self._release, self.members), return_exceptions=True)
+        failed = [result for result in results if result is not None]
+        for error in failed:
+            if not isinstance(error, EngineError):
+                raise error
+        if failed:
+            raise EngineError("; ".join(map(str, failed)))
+
+    async def _release(self, member: Member) -> None:
+        # A quarantined server is stopped by the one that tends it; what it holds until then is not known.
+        unsettled = (State.STARTING, State.QUARANTINED)
+        if not await self._reached(lambda: member.state not in unsettled, self.start_seconds):
+            raise EngineError(
+                f"engine {member.index} ({member.address}) is {member.state.value} after {self.start_seconds:g} s and "
+                "still holds its GPUs, so that training cannot go on; see its log"
+            )
+        if member.state is State.DOWN:
+            return
+        tags = [tag for tag in TAGS if tag not in self._released.get(member.index, ())]
+        try:
+            await member.client.pause()
+            await self._idle(member)
+            if tags:
+                await member.client.release_memory(tags)
+        except EngineError as error:
+            if await self._reached(lambda: member.state is State.DOWN, self.settle_seconds):
+                return
+            raise EngineError(
+                f"engine {member.index} ({member.address}) did not release its GPUs' memory, so that training cannot "
+                f"go on: {error}"
+            ) from error
+        self._released[member.index] = set(TAGS)
+        member.state, member.version, member.why = State.WAITING, None, "its memory is released for training"
+
+    async def _idle(self, member: Member) -> None:
+        """Flush, which an engine refuses while requests run."""
+        deadline = time.monotonic() + self.release_seconds
+        while True:
+            try:
+                return await member.client.flush()
+            except EngineRefused:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _reached(self, condition: Callable[[], bool], seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(POLL_SECONDS)
+        return True
+
+    def _wait_for_memory(self, free_with_engines: float) -> None:
+        """Until there is room for the actor; and for a moment, until nearly all is back that its engine had taken."""
+        needed = self.offload.bytes_away
+        before = self._free_without_engines
+        hoped = min(0.9 * before + 0.1 * free_with_engines, before - GIB)
+        began = time.monotonic()
+        while True:
+            free, waited = self.offload.free_bytes(), time.monotonic() - began
+            if free >= needed and (free >= hoped or waited >= self.settle_seconds):
+                return
+            if free < needed and waited > self.release_seconds:
+                raise EngineError(
+                    f"the GPU of rank {self.layout.rank} has {free / GIB:.2f} GiB free {waited:.0f} s after its engine "
+                    f"answered that it had released its memory, but the actor needs {needed / GIB:.2f} GiB back; "
+                    "does another process use that GPU?"
+                )
+            time.sleep(POLL_SECONDS)
+
+    def _agreed(self, work: Callable[[], Any]) -> None:
+        """Run `work`; an EngineError on any rank is raised on every rank (an all-gather over the world)."""
+        error: EngineError | None = None
+        try:
+            work()
+        except EngineError as raised:
+            error = raised
+        said: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, None if error is None else str(error), group=self.layout.world)
+        if error is not None:
+            raise error
+        for text in said:
+            if text is not None:
+                raise EngineError(text)

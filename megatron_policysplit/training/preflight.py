@@ -1,0 +1,260 @@
+"""Everything that can be checked before a process starts or a weight is read.
+
+torch is imported only for model.megatron, algorithm.options, algorithm.old_logprobs=engine and rollout.engine=replay.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_policysplit.actor.checkpoint_files import check_model, complete, read_trainer_json
+from megatron_policysplit.config import Config
+from megatron_policysplit.config.load import (
+    check_config,
+    fingerprint,
+    first_difference,
+    load_config,
+    show,
+    to_yaml,
+    world_size,
+)
+from megatron_policysplit.config.modes import modes_of
+from megatron_policysplit.errors import ConfigError, ModelError, UserError
+from megatron_policysplit.evaluation.judge_prompt import judge_api_key, read_judge_prompt
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found. parameters counts every stored weight; eval_questions is 0 without evaluation."""
+
+    architecture: str
+    parameters: int
+    train_questions: int
+    eval_questions: int
+    ranks: int
+    resumes: bool
+    warnings: list[str]
+
+    def lines(self, config: Config) -> list[str]:
+        """For the terminal, warnings last."""
+        layout = config.parallel
+        ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
+        evaluation = f", {self.eval_questions} for evaluation" if self.eval_questions else ""
+        start = f", weights of {config.model.megatron}" if config.model.megatron is not None else ""
+        return [
+            f"model    {config.model.path} ({self.architecture}, {self.parameters / 1e6:,.1f} M parameters){start}",
+            f"data     {self.train_questions} questions{evaluation}",
+            f"layout   tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {ranks}"
+            + f", experts over {layout.expert} replicas" * (layout.expert > 1),
+            f"engine   {_engines(config)}",
+            *_judge(config),
+            f"run      {config.run.dir}{' (resumed if it holds a checkpoint)' if self.resumes else ''}",
+            *(f"warning: {warning}" for warning in self.warnings),
+        ]
+
+
+def _engines(config: Config) -> str:
+    rollout, server = config.rollout, config.rollout.server
+    if rollout.engine != "sglang":
+        return rollout.engine
+    if rollout.addresses:
+        where = ", ".join(rollout.addresses)
+    else:
+        count = world_size(config) // server.tensor if rollout.colocated else server.count or 1
+        where = f"{count} of tensor parallelism {server.tensor}" + " on the actor's GPUs" * rollout.colocated
+    return f"sglang ({where}), weights by {config.weight_sync.transport}"
+
+
+def _judge(config: Config) -> list[str]:
+    judge = config.eval.judge
+    if judge.url is None:
+        return []
+    each = f"{judge.samples} response{'s' * (judge.samples > 1)} per mode"
+    return [f"judge    {judge.model} at {judge.url}, {each} to {judge.questions} questions of an evaluation at most"]
+
+
+def preflight(config: Config) -> Preflight:
+    """Checks keys, model, data, reward, run directory and checkpoint; raises a UserError for the first wrong one."""
+    warnings = check_config(config)
+    check_method(config)
+    architecture, parameters = _check_model(config)
+    train, evaluation = _check_data(config)
+    _check_reward(config)
+    _check_servers(config)
+    if config.eval.judge.url is not None:
+        read_judge_prompt(config.eval.judge)
+        judge_api_key(config.eval.judge)
+    resumes = check_run_dir(config)
+    _check_checkpoint(config)
+    return Preflight(architecture, parameters, train, evaluation, world_size(config), resumes, warnings)
+
+
+def check_method(config: Config) -> None:
+    """Raises ConfigError for wrong options, or for what the method does not go with."""
+    replayed, engine = config.rollout.engine == "replay", config.algorithm.old_logprobs == "engine"
+    if not config.algorithm.options and not replayed and not engine:
+        return
+    from megatron_policysplit.algorithms.methods import algorithm_of
+
+    algorithm = algorithm_of(config.algorithm)
+    algorithm.method.check(algorithm.options, [mode.value for mode in modes_of(config.modes)])
+    if engine and not algorithm.method.engine_logprobs(algorithm.options):
+        raise ConfigError(
+            f"algorithm.old_logprobs=engine leaves rows unscored, but algorithm.name={config.algorithm.name} with "
+            "these options needs more of them than the engine's log-probs; set algorithm.old_logprobs=actor"
+        )
+    if replayed and algorithm.method.selection(algorithm.options) is not None:
+        raise ConfigError(
+            f"rollout.engine=replay cannot serve algorithm.name={config.algorithm.name} with dynamic sampling, because "
+            "a dump holds no responses to questions that were dropped; replay with a method without, or use another "
+            "engine"
+        )
+
+
+def _check_model(config: Config) -> tuple[str, int]:
+    from checkpoints_conv import architecture_of, check_layout, check_safetensors, read_hf_config
+    from megatron_policysplit.data.prompts import has_chat_template, read_eval_prompts, read_prompts
+
+    path = config.model.path
+    hf_config = read_hf_config(path)
+    architecture = architecture_of(hf_config)
+    parallel = config.parallel
+    check_layout(hf_config, parallel.tensor, parallel.pipeline, parallel.expert, sequence=parallel.sequence)
+    tensors = check_safetensors(path)
+    _check_start(config, hf_config)
+    if not has_chat_template(path):
+        raise ModelError(
+            f"the tokenizer of model.path={path} has no chat template; put a chat_template.jinja into that directory "
+            "or use an instruction-tuned model"
+        )
+    read_prompts(config.modes)
+    read_eval_prompts(config.eval.prompts, config.modes)
+    return architecture.name, sum(math.prod(tensor.shape) for tensor in tensors.values())
+
+
+def _check_start(config: Config, hf_config: dict[str, Any]) -> None:
+    """Raises a UserError unless model.megatron, if given, is whole and of model.path's model."""
+    if config.model.megatron is None:
+        return
+    from checkpoints_conv.megatron_reader import MegatronCheckpoint
+    from checkpoints_conv.verify import check_config
+
+    path = Path(config.model.megatron)
+    try:
+        MegatronCheckpoint(path, config.model.path)
+        if (path / "trainer.json").is_file():
+            check_model(read_trainer_json(path)["model"], hf_config, path, remedy="set model.path to that model")
+        check_config(path, config.model.path)
+    except UserError as error:
+        raise type(error)(f"model.megatron: {error}") from error
+
+
+def _check_data(config: Config) -> tuple[int, int]:
+    from megatron_policysplit.data.questions import load_questions
+
+    questions = len(load_questions(config.data.path, config.data.options))
+    if config.data.batch_questions > questions:
+        raise ConfigError(
+            f"data.batch_questions={config.data.batch_questions} is more than the {questions} questions of "
+            f"data.path={config.data.path}; use at most {questions}"
+        )
+    replay = config.rollout.replay_dir
+    if config.rollout.engine == "replay" and not Path(replay).is_dir():
+        raise ConfigError(f"rollout.replay_dir={replay} is not a directory; give the rollouts/ directory of a run")
+    if config.eval.path is None:
+        return questions, 0
+    available = len(load_questions(config.eval.path, config.eval.options))
+    return questions, min(available, config.eval.questions or available)
+
+
+def _check_reward(config: Config) -> None:
+    from megatron_policysplit.rewards import load_reward
+
+    load_reward(config.reward.function)
+
+
+def _check_servers(config: Config) -> None:
+    rollout = config.rollout
+    if rollout.engine != "sglang":
+        return
+    api_key(config)
+    python = rollout.server.python
+    if python is not None and not rollout.addresses and shutil.which(python) is None:
+        raise ConfigError(
+            f"rollout.server.python={python} is not an executable; give the interpreter of an environment with SGLang "
+            "(on a machine without a GPU `make sglang-cpu` makes one: .venv-sglang/bin/python)"
+        )
+
+
+def api_key(config: Config) -> str | None:
+    """The key of the SGLang servers from the environment; ConfigError if its variable is named but not set."""
+    from megatron_policysplit.serving.processes import read_api_key
+
+    return read_api_key(config.rollout.api_key_variable, os.environ)
+
+
+def check_run_dir(config: Config) -> bool:
+    """Whether run.dir holds this very run already.
+
+    Raises ConfigError if it holds another one, or cannot be created or written.
+    """
+    directory = Path(config.run.dir)
+    existing = next(parent for parent in [directory, *directory.absolute().parents] if parent.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"run.dir={directory} cannot be a directory: {existing} is a file; give another run.dir")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"run.dir={directory} cannot be written: no permission in {existing}; give another run.dir")
+    file = directory / CONFIG_FILE
+    if not file.exists() or not _has_begun(directory):
+        return False
+    try:
+        there = fingerprint(load_config(str(file), []))
+    except ConfigError as error:
+        raise ConfigError(
+            f"run.dir={directory} holds a run whose configuration cannot be read ({error}); "
+            f"give another run.dir, or delete {directory}"
+        ) from error
+    difference = first_difference(there, fingerprint(config))
+    if difference is not None:
+        name, old, new = difference
+        raise ConfigError(
+            f"run.dir={directory} holds another run, with {name}={show(old)} where this one has {show(new)}; "
+            f"give another run.dir, or delete {directory}"
+        )
+    return True
+
+
+def _has_begun(directory: Path) -> bool:
+    """Whether a run wrote anything worth keeping: one that was refused at its start left only its configuration."""
+    metrics = directory / "metrics.jsonl"
+    return (directory / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def _check_checkpoint(config: Config) -> None:
+    """Raises CheckpointError unless the checkpoint that the run would go on from is of this model."""
+    from checkpoints_conv import read_hf_config
+
+    for path in complete(Path(config.run.dir) / "checkpoints")[-1:]:
+        check_model(read_trainer_json(path)["model"], read_hf_config(config.model.path), path)
+
+
+def prepare_run_dir(config: Config) -> None:
+    """Creates run.dir and writes the configuration into it, complete or not at all."""
+    directory = Path(config.run.dir)
+    partial = directory / f".{CONFIG_FILE}.partial"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(to_yaml(config))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, directory / CONFIG_FILE)
+    except OSError as error:
+        raise ConfigError(f"run.dir={directory} cannot be written: {error.strerror}; give another run.dir") from error

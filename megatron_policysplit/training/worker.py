@@ -1,0 +1,109 @@
+"""One rank of a training run: `python -m megatron_policysplit.worker CONFIG [key=value ...]`.
+
+Started by `policysplit train`, torchrun or srun. Imports stay inside `main`: reward workers are
+spawned processes that import this module again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+import traceback
+
+from megatron_policysplit.exit_codes import BAD_INPUT, FAILED, STOPPED
+
+SAME_ERROR_SECONDS = 3.0
+
+
+def main(argv: list[str]) -> int:
+    """Run this rank; returns the exit code (see `policysplit train --help`)."""
+    from megatron_policysplit.distributed.stop_signal import StopRequested, StopSignal
+
+    stop = StopSignal().install()
+    import warnings
+
+    from megatron_policysplit.distributed.launch import forks_die_with_us
+
+    forks_die_with_us()
+
+    # Megatron-Core says once a rank what it falls back to without a GPU; docs/architecture.md says it too.
+    for text in (
+        ".*Apex (is|are) not installed.*",
+        ".*full scope is deprecated.*",
+        ".*CUDA_DEVICE_MAX_CONNECTIONS.*",
+        ".*use DTensor instead.*",
+        "`load_state_dict` is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message=text)
+    from megatron_policysplit.config.load import load_config
+    from megatron_policysplit.errors import EngineLost, TrainingError, UserError
+
+    try:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        from megatron_policysplit.training.trainer import Trainer
+
+        return Trainer(load_config(argv[0], argv[1:]), stop).train()
+    except StopRequested:  # before the first weights were loaded: there is nothing to save
+        return STOPPED
+    except (TrainingError, EngineLost) as error:
+        _report(f"error: {error}")
+        return FAILED
+    except UserError as error:
+        _report(f"error: {error}")
+        return BAD_INPUT
+    except BaseException as error:
+        # A collective whose peer is gone fails with a RuntimeError in the wording of its backend. A full disk is an
+        # OSError of this rank alone (torch's CheckpointException is not even an Exception); the others learn of it
+        # when this rank leaves.
+        from megatron_policysplit.distributed.control import missing_ranks
+
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        traceback.print_exc()
+        _report(f"error: rank {rank} failed ({_first_sentence(error)}); {missing_ranks(rank, world_size)}")
+        return FAILED
+
+
+def _report(text: str) -> None:
+    """To stderr, once for all ranks that say the same. Rank 0, which hosts the store, gives the others time to ask."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        print(text, file=sys.stderr, flush=True)
+        return
+    store, said = dist.distributed_c10d._get_default_store(), f"policysplit/said/{hash_of(text)}"
+    try:
+        first = store.add(said, 1) == 1
+    except RuntimeError:  # the rank that hosts the store is gone; saying it twice beats not saying it
+        first = True
+    if first:
+        print(text, file=sys.stderr, flush=True)
+    deadline = time.monotonic() + SAME_ERROR_SECONDS
+    while dist.get_rank() == 0 and store.add(said, 0) < dist.get_world_size() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def hash_of(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _first_sentence(error: BaseException) -> str:
+    """What happened, without the place in gloo's or NCCL's sources and their general advice."""
+    line = str(error).strip().split("\n")[0]
+    return re.sub(r"^\[\S+\] ", "", line).split(". ")[0][:300]
+
+
+def leave(code: int) -> None:
+    """End this rank. Not by sys.exit: a peer that is gone must not keep it in an atexit handler of a backend."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))
