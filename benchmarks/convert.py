@@ -205,10 +205,10 @@ def _mbridge(hf: Path):
 
     from checkpoints_conv import read_hf_config
     from checkpoints_conv.architectures import architecture_of
-    from megatron_policysplit.actor import megatron_on_cpu as cpu
     from megatron_policysplit.actor import parallel
     from megatron_policysplit.actor.model import build_model
     from megatron_policysplit.config import ParallelConfig
+    from megatron_policysplit.distributed.device import training_device
 
     parallel.initialize(ParallelConfig(), seed=0)
     bridge = AutoBridge.from_pretrained(str(hf))
@@ -217,7 +217,7 @@ def _mbridge(hf: Path):
     bridge._weight_name_mapping_mcore_local_to_global = lambda model, consider_ep=True: {
         name: table[name].megatron[-1] if name in table else name for name in model.state_dict()
     }
-    return bridge, lambda: build_model(config, dtype=torch.bfloat16).to(cpu.device())
+    return bridge, lambda: build_model(config, dtype=torch.bfloat16).to(training_device())
 
 
 def _in_process(way: Callable, *paths: Path) -> tuple[float, int]:

@@ -46,7 +46,7 @@ class Inputs:
     chunk: int
 
     @classmethod
-    def random(cls, tokens: int, features: int, vocab: int, chunk: int, device: str) -> "Inputs":
+    def random(cls, tokens: int, features: int, vocab: int, chunk: int, device: str) -> Inputs:
         random = torch.Generator(device).manual_seed(0)
         normal = {"generator": random, "device": device}
         return cls(

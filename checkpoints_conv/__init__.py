@@ -1,6 +1,6 @@
 """Hugging Face checkpoints for Megatron-Core and back: tables of names, readers and a writer. Needs no Megatron."""
 
-from checkpoints_conv.architectures import Architecture, MegatronArguments, architecture_of, check_layout
+from checkpoints_conv.architectures import Architecture, MegatronArguments, architecture_of
 from checkpoints_conv.reader import SafetensorsReader, check_safetensors, model_keys, read_hf_config
 from checkpoints_conv.writer import write_hf
 
@@ -9,7 +9,6 @@ __all__ = [
     "MegatronArguments",
     "SafetensorsReader",
     "architecture_of",
-    "check_layout",
     "check_safetensors",
     "model_keys",
     "read_hf_config",

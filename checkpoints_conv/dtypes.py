@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from megatron_policysplit.errors import ModelError
+from checkpoints_conv.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -15,14 +15,14 @@ SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, FP8: 1}
 
 
-def torch_dtype(name: str) -> "torch.dtype":
+def torch_dtype(name: str) -> torch.dtype:
     """float32, bfloat16 or float16 as torch has it."""
     import torch
 
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def name_of(dtype: "torch.dtype") -> str:
+def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 

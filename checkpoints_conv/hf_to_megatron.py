@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints_conv.architectures import architecture_of
-from checkpoints_conv.dtypes import BYTES, SAFETENSORS, check_cast, torch_dtype, widest
-from checkpoints_conv.mapping import Piece
+from checkpoints_conv.dtypes import SAFETENSORS, check_cast, torch_dtype, widest
 from checkpoints_conv.output import check_free, written_beside
 from checkpoints_conv.progress import Progress, silent
 from checkpoints_conv.ranks import Ranks
 from checkpoints_conv.reader import SafetensorsReader, check_safetensors, read_hf_config
-from checkpoints_conv.stored import Parameter, extra_state_keys, parameters_of
+from checkpoints_conv.stored import Chunk, extra_state_keys, parameters_of
 from checkpoints_conv.writer import copy_companions, write_config
 
 if TYPE_CHECKING:
@@ -31,28 +28,6 @@ BACKEND = {
     "common_backend_version": 1,
 }
 CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A block of a stored parameter that is written at once: `pieces` of Hugging Face tensors that make it up.
-
-    offset, rows: along the parameter's first axis; other axes are whole. dtype: float32, bfloat16 or float16.
-    """
-
-    parameter: Parameter
-    offset: int
-    rows: int
-    pieces: tuple[Piece, ...]
-    dtype: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.rows, *self.parameter.shape[1:])
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * BYTES[self.dtype]
 
 
 def hf_to_megatron(
@@ -112,7 +87,7 @@ def chunks_of(hf_config: Mapping[str, Any], dtypes: Mapping[str, str], dtype: st
     return chunks
 
 
-def read_chunk(chunk: Chunk, reader: SafetensorsReader) -> "torch.Tensor":
+def read_chunk(chunk: Chunk, reader: SafetensorsReader) -> torch.Tensor:
     """Its values, chunk.shape."""
     import torch
 

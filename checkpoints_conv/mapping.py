@@ -98,7 +98,7 @@ class Pair:
     def per_expert(self) -> bool:
         return "#" in self.megatron[0]
 
-    def at(self, layer: int, expert: int | None = None) -> "Pair":
+    def at(self, layer: int, expert: int | None = None) -> Pair:
         """This row with the layer's number in place of `*`, and the expert's in place of `#`.
 
         Both are counted over the whole model.

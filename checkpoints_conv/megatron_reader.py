@@ -15,12 +15,12 @@ from zipfile import BadZipFile
 
 from checkpoints_conv.architectures import architecture_of, in_hf_order
 from checkpoints_conv.dtypes import BYTES, name_of, torch_dtype, widest
+from checkpoints_conv.errors import CheckpointError
 from checkpoints_conv.hf_to_megatron import BACKEND, COMPANIONS
 from checkpoints_conv.metadata import read_metadata
 from checkpoints_conv.output import is_partial
 from checkpoints_conv.reader import read_hf_config
 from checkpoints_conv.stored import Parameter, Place, parameters_of
-from megatron_policysplit.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,7 @@ class MegatronCheckpoint:
 
     def hf_tensors(
         self, parameter: Parameter, dtypes: Mapping[str, str] | None = None
-    ) -> "Iterator[tuple[str, torch.Tensor]]":
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """The Hugging Face tensors of one parameter, each in its dtype of `dtypes` (None: as stored)."""
         import torch
 
@@ -117,7 +117,7 @@ class MegatronCheckpoint:
                 tensor.narrow(piece.dim, piece.start, length).copy_(block)
             yield src.name, tensor
 
-    def read(self, parameter: Parameter, offsets: Any, shape: Any, dtype: str) -> "torch.Tensor":
+    def read(self, parameter: Parameter, offsets: Any, shape: Any, dtype: str) -> torch.Tensor:
         """A block of a parameter, from `offsets` on, cast to `dtype`; only the stored chunks it meets are read."""
         import torch
 
@@ -129,7 +129,7 @@ class MegatronCheckpoint:
                 self._read(place, (start - place.start, *offsets[1:]), rows)
         return target
 
-    def _read(self, place: Place, offsets: tuple[int, ...], target: "torch.Tensor") -> None:
+    def _read(self, place: Place, offsets: tuple[int, ...], target: torch.Tensor) -> None:
         """Fill `target` with a block of what is stored at `place`, from `offsets` on."""
         import torch
         from torch.distributed.checkpoint import FileSystemReader, LoadPlan

@@ -6,7 +6,7 @@ import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_policysplit.errors import CheckpointError
+from checkpoints_conv.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -40,7 +40,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-def read_metadata(path: Path) -> "Metadata":
+def read_metadata(path: Path) -> Metadata:
     """What `path` holds; CheckpointError unless it unpickles to it with torch_dist's own data classes alone."""
     from torch.distributed.checkpoint.metadata import Metadata
 

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from checkpoints_conv.errors import ModelError
 from checkpoints_conv.ranks import Ranks
-from megatron_policysplit.errors import ModelError
 
 SUFFIX = ".partial"
 

@@ -38,7 +38,7 @@ def token_bar(total_tokens: int) -> Iterator[Advance]:
 
 
 @contextmanager
-def _shown(total: int, *columns: "ProgressColumn") -> Iterator[Advance]:
+def _shown(total: int, *columns: ProgressColumn) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar

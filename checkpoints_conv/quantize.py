@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints_conv.dtypes import FP8, SAFETENSORS
+from checkpoints_conv.errors import ConfigError, ModelError
 from checkpoints_conv.megatron_to_hf import MAX_SHARD_BYTES
 from checkpoints_conv.output import check_free, written_beside
 from checkpoints_conv.progress import Advance, Progress, silent
@@ -26,7 +27,6 @@ from checkpoints_conv.quantized import (
 from checkpoints_conv.ranks import Ranks
 from checkpoints_conv.reader import SafetensorsReader, check_safetensors, read_hf_config
 from checkpoints_conv.writer import HfFiles, copy_companions, write_config, write_json
-from megatron_policysplit.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +109,7 @@ def _write_tensors(
 ) -> None:
     import torch
 
-    def write(name: str, tensor: "torch.Tensor") -> None:
+    def write(name: str, tensor: torch.Tensor) -> None:
         files.write(name, tensor)
         advance(files.plan[name].nbytes)
 
@@ -134,7 +134,7 @@ def _write_tensors(
         write(name, reader.get(name))
 
 
-def quantize_together(weights: "Mapping[str, torch.Tensor]") -> "dict[str, tuple[torch.Tensor, torch.Tensor]]":
+def quantize_together(weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Each float32 weight in FP8, and the scale that all share: largest absolute value / 448, a scalar.
 
     SGLang gives matrices that it fuses the largest of their scales and rounds again where theirs was another; with
@@ -150,7 +150,7 @@ def quantize_together(weights: "Mapping[str, torch.Tensor]") -> "dict[str, tuple
     }
 
 
-def quantize_blocks(weight: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+def quantize_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """weight[n, k] in FP8, and a scale for each block of 128 x 128, [n / 128, k / 128]."""
     from modelopt.torch.quantization.qtensor import FP8QTensor
     from modelopt.torch.quantization.utils import reduce_block_amax
@@ -159,7 +159,7 @@ def quantize_blocks(weight: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor
     return FP8QTensor.quantize(weight, scales=scales, block_sizes=BLOCKS)[0]._quantized_data, scales
 
 
-def _positive(scales: "torch.Tensor") -> "torch.Tensor":
+def _positive(scales: torch.Tensor) -> torch.Tensor:
     """1 in place of 0: weights that are all zero would be divided by it."""
     return scales.masked_fill(scales == 0, 1.0)
 

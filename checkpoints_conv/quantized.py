@@ -14,10 +14,10 @@ from typing import Any
 
 from checkpoints_conv.architectures import architecture_of
 from checkpoints_conv.dtypes import FP8, SAFETENSORS
+from checkpoints_conv.errors import ModelError
 from checkpoints_conv.mapping import columns, gated, qkv
 from checkpoints_conv.reader import DTYPES, TensorInfo, check_shape, listed, read_headers, read_hf_config
 from checkpoints_conv.writer import Planned
-from megatron_policysplit.errors import ModelError
 
 FORMATS = {
     "fp8": "FP8, one scale a matrix, fixed scales of activations",

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoints_conv.architectures import architecture_of
 from checkpoints_conv.dtypes import BYTES, SAFETENSORS
+from checkpoints_conv.errors import ModelError
 from checkpoints_conv.output import is_partial
 from checkpoints_conv.tables import EMBEDDING, HEAD
-from megatron_policysplit.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -138,11 +138,11 @@ class SafetensorsReader:
         """Name -> header entry of every tensor."""
         return read_headers(self.path)
 
-    def get(self, name: str) -> "torch.Tensor":
+    def get(self, name: str) -> torch.Tensor:
         """The whole tensor, on the CPU."""
         return self._handle(name).get_tensor(name)
 
-    def slice(self, name: str, dim: int, start: int, stop: int) -> "torch.Tensor":
+    def slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         """Rows (dim 0) or columns (dim 1) [start, stop) of a tensor; only these are read."""
         view = self._handle(name).get_slice(name)
         return view[start:stop] if dim == 0 else view[:, start:stop]
@@ -165,7 +165,7 @@ class SafetensorsReader:
         self._open.clear()
         self._stack.close()
 
-    def __enter__(self) -> "SafetensorsReader":
+    def __enter__(self) -> SafetensorsReader:
         return self
 
     def __exit__(self, *exc_info) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_policysplit.errors import ModelError
+from checkpoints_conv.errors import ModelError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from math import prod
 from typing import Any
 
 from checkpoints_conv.architectures import architecture_of
-from checkpoints_conv.mapping import Pair, Sizes, gated, replicated, vocab_rows
+from checkpoints_conv.dtypes import BYTES
+from checkpoints_conv.mapping import Pair, Piece, Sizes, gated, replicated, vocab_rows
 from checkpoints_conv.tables import MLP_NORM, MOE_NORM
 
 LAYERS = "decoder.layers."
@@ -125,3 +126,25 @@ def _parameter(pair: Pair, layer: int | None, sizes: Sizes) -> Parameter:
 def _whole(key: str, shape: tuple[int, ...], *axes: tuple[int, int]) -> tuple[Place]:
     """All of a parameter; axes: (index, length) each."""
     return (Place(key, tuple(index for index, _ in axes), tuple(length for _, length in axes), 0, shape[0]),)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A block of a stored parameter that is written at once: `pieces` of Hugging Face tensors that make it up.
+
+    offset, rows: along the parameter's first axis; other axes are whole. dtype: float32, bfloat16 or float16.
+    """
+
+    parameter: Parameter
+    offset: int
+    rows: int
+    pieces: tuple[Piece, ...]
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, *self.parameter.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * BYTES[self.dtype]

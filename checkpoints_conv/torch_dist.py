@@ -33,7 +33,7 @@ from checkpoints_conv.dtypes import torch_dtype
 from checkpoints_conv.progress import Advance
 
 if TYPE_CHECKING:
-    from checkpoints_conv.hf_to_megatron import Chunk
+    from checkpoints_conv.stored import Chunk
 
 Index = tuple[str, tuple[int, ...]]  # key, and offsets in the stored tensor
 
@@ -41,7 +41,7 @@ Index = tuple[str, tuple[int, ...]]  # key, and offsets in the stored tensor
 class StreamingPlanner(SavePlanner):
     """Plans this rank's `chunks` (and empty extra states) from their sizes, and reads each when it is written."""
 
-    def __init__(self, chunks: "Mapping[Index, Chunk]", extra_states: list[str], read: "Callable[[Chunk], Any]"):
+    def __init__(self, chunks: Mapping[Index, Chunk], extra_states: list[str], read: Callable[[Chunk], Any]):
         self._chunks, self._extra_states, self._read = chunks, extra_states, read
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
@@ -57,7 +57,7 @@ class StreamingPlanner(SavePlanner):
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         return new_plan
 
-    def resolve_data(self, write_item: WriteItem) -> "torch.Tensor | io.BytesIO":
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
             state = io.BytesIO()
             torch.save([None], state)  # a list, as Megatron-Core's sharded objects are
@@ -99,20 +99,20 @@ class StreamingWriter(FileSystemWriter):
 class Into:
     """What a reader asks of a LoadPlanner when it reads tensors, and no more: it has them copied into one tensor."""
 
-    def __init__(self, target: "torch.Tensor"):
+    def __init__(self, target: torch.Tensor):
         self._target = target
 
-    def resolve_tensor(self, read_item: ReadItem) -> "torch.Tensor":
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         block = self._target
         for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             block = block.narrow(dim, start, length)
         return block
 
-    def commit_tensor(self, read_item: ReadItem, tensor: "torch.Tensor") -> None:
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         """The tensor was a view of the target."""
 
 
-def _write_item(index: Index, chunk: "Chunk") -> WriteItem:
+def _write_item(index: Index, chunk: Chunk) -> WriteItem:
     key, offsets = index
     place = chunk.parameter.place
     return WriteItem(
@@ -126,7 +126,7 @@ def _write_item(index: Index, chunk: "Chunk") -> WriteItem:
     )
 
 
-def _stored_sizes(chunk: "Chunk") -> torch.Size:
+def _stored_sizes(chunk: Chunk) -> torch.Size:
     """Of a chunk in the stored tensor: one layer's, one expert's."""
     return torch.Size([*(1 for _ in chunk.parameter.place.axes), *chunk.shape])
 
@@ -149,7 +149,7 @@ class _Stream:
         self._file.flush()
 
 
-def _save_tensor(tensor: "torch.Tensor", file: Any) -> None:
+def _save_tensor(tensor: torch.Tensor, file: Any) -> None:
     if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
         tensor = tensor.clone(memory_format=torch.contiguous_format)  # torch.save writes whole storages
     stream = _Stream(file)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints_conv.dtypes import SAFETENSORS
+from checkpoints_conv.errors import ModelError
 from checkpoints_conv.hf_to_megatron import COMPANIONS
 from checkpoints_conv.megatron_reader import MegatronCheckpoint
 from checkpoints_conv.progress import Progress, silent
 from checkpoints_conv.reader import SafetensorsReader, check_safetensors, read_hf_config
-from megatron_policysplit.errors import ModelError
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoints_conv.architectures import architecture_of
 from checkpoints_conv.dtypes import BYTES, SAFETENSORS, name_of
+from checkpoints_conv.errors import ModelError
 from checkpoints_conv.output import partial_of
 from checkpoints_conv.reader import INDEX, SINGLE, check_shape, read_hf_config
-from megatron_policysplit.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ class HfFiles:
             total = sum(planned.nbytes for planned in self.plan.values())
             write_json(self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
-    def write(self, name: str, tensor: "torch.Tensor") -> None:
+    def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put a tensor, cast to the planned dtype, into its place. ModelError if it was not planned as it is."""
         import torch
 
@@ -127,8 +127,8 @@ class HfFiles:
 def write_hf(
     path: str | Path,
     source_dir: str | Path,
-    tensors: "Iterable[tuple[str, torch.Tensor]]",
-    dtype: "torch.dtype",
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
     """Write a complete model directory: `tensors` under their names, everything else from `source_dir`.

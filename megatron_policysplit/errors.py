@@ -1,24 +1,31 @@
-"""Errors a user can act on. They are printed as one line, without a traceback."""
+"""Errors a user can act on, printed as one line without a traceback, and the exit codes of every process."""
 
+from checkpoints_conv.errors import CheckpointError, ConfigError, ModelError, UserError
 
-class UserError(Exception):
-    """Wrong input: the message names the key or file, the value and the remedy."""
+__all__ = [
+    "BAD_INPUT",
+    "DONE",
+    "FAILED",
+    "STOPPED",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "EngineError",
+    "EngineLost",
+    "JudgeError",
+    "ModelError",
+    "TrainingError",
+    "UserError",
+]
 
-
-class ConfigError(UserError):
-    """A configuration key is unknown, has a wrong type or value, or does not fit another key."""
+DONE = 0  # All that was asked for is done.
+FAILED = 1  # Training cannot go on: bad steps in a row, a peer that is gone, or a defect of the program.
+BAD_INPUT = 2  # Something that was given is wrong; one sentence on stderr says what.
+STOPPED = 75  # A signal stopped it, its state is saved, and the same command goes on (EX_TEMPFAIL).
 
 
 class DataError(UserError):
     """A dataset is missing, empty or has a row that cannot be used."""
-
-
-class ModelError(UserError):
-    """A model directory is missing, damaged, or of an architecture that is not supported."""
-
-
-class CheckpointError(UserError):
-    """A training checkpoint is missing, damaged, or belongs to another model or run."""
 
 
 class TrainingError(UserError):

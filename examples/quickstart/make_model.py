@@ -9,7 +9,6 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Optional, Union
 
 from examples.quickstart.sums import NUMBERS, random_sum
 
@@ -51,7 +50,7 @@ def make_tokenizer(vocabulary: Sequence[str] = VOCABULARY):
 
 
 def make_model(
-    directory: Union[str, Path],
+    directory: str | Path,
     seed: int,
     vocabulary: Sequence[str] = VOCABULARY,
     hidden_size: int = 64,
@@ -91,10 +90,10 @@ def make_model(
 
 
 def warm_up(
-    directory: Union[str, Path],
+    directory: str | Path,
     seed: int,
     steps: int = WARM_UP_STEPS,
-    progress: Optional[Callable[[int, int, float], None]] = None,
+    progress: Callable[[int, int, float], None] | None = None,
 ) -> float:
     """Supervised steps on random sums, RIGHT_SHARE of them right; rewrites the model in `directory`.
 

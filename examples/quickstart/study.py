@@ -31,7 +31,8 @@ def answer(model: Path, questions: Path, temperature: float, modes) -> dict[str,
     from examples.quickstart.sums import reward
     from megatron_policysplit.config import ModesConfig
     from megatron_policysplit.data.questions import load_questions
-    from megatron_policysplit.evaluation.responder import Responder, score
+    from megatron_policysplit.evaluation.responder import Responder
+    from megatron_policysplit.evaluation.scores import score
     from megatron_policysplit.rewards import Graded
     from megatron_policysplit.rollout.engine import Sampling
 

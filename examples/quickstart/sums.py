@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_policysplit.data.questions import Question
@@ -35,7 +35,7 @@ def random_sum(number: int, rng: random.Random) -> str:
     return "+".join(str(high - low) for low, high in zip([0, *cuts], [*cuts, number], strict=True))
 
 
-def write_questions(path: Union[str, Path], numbers: Iterable[int]) -> None:
+def write_questions(path: str | Path, numbers: Iterable[int]) -> None:
     """Writes one JSON object a line: {"question": "9", "answer": "9"}, in the order given."""
     lines = [json.dumps({"question": str(number), "answer": str(number)}) for number in numbers]
     Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")

@@ -13,7 +13,6 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Union
 
 from megatron_policysplit.errors import ModelError
 
@@ -50,7 +49,7 @@ def find_gguf() -> Path:
     return found[0]
 
 
-def make_model(directory: Union[str, Path]) -> bool:
+def make_model(directory: str | Path) -> bool:
     """Writes the model (LlamaForCausalLM, float32 safetensors), tokenizer and chat template to `directory`.
 
     Does nothing if the directory is complete. Everything is written beside it and renamed, so a

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_policysplit.actor import megatron_on_cpu as cpu
 from megatron_policysplit.actor.megatron_weights import load_megatron_weights
 from megatron_policysplit.actor.microbatch import MicroBatch, make_microbatch
 from megatron_policysplit.actor.model import build_model
 from megatron_policysplit.actor.optimizer import PolicyOptimizer
-from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.actor.scoring import Scorer
 from megatron_policysplit.actor.weights import load_weights
 from megatron_policysplit.algorithms.advantages import TokenStatistics
@@ -25,6 +23,13 @@ from megatron_policysplit.algorithms.methods import algorithm_of
 from megatron_policysplit.algorithms.signals import SignalSource, TrainSignal, token_weights
 from megatron_policysplit.config import Config
 from megatron_policysplit.config.modes import temperatures_of
+from megatron_policysplit.distributed.device import (
+    head_chunk_tokens,
+    training_device,
+    use_transformer_engine,
+    use_triton,
+)
+from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.rows import Row
 from megatron_policysplit.rows.kl_pairs import pairings
 from megatron_policysplit.rows.plan import Plan, make_plan
@@ -98,9 +103,9 @@ class Actor:
             dtype=DTYPES[config.model.dtype],
             pre_process=layout.is_first_stage,
             post_process=layout.is_last_stage,
-            transformer_engine=cpu.use_transformer_engine(),
+            transformer_engine=use_transformer_engine(),
             sequence=layout.sequence,
-        ).to(cpu.device(), DTYPES[config.model.dtype])
+        ).to(training_device(), DTYPES[config.model.dtype])
         if config.model.megatron is None:
             load_weights(self.model, config.model.path)
         else:
@@ -113,8 +118,8 @@ class Actor:
         self.ddp = DistributedDataParallel(self.model.config, ddp, self.model)
         self.optimizer = PolicyOptimizer(self.ddp, config)
         self.model.config.finalize_model_grads_func = _sum_gradients
-        chunk = config.train.head_chunk_tokens or cpu.head_chunk_tokens()
-        triton = cpu.use_triton() and self.asked["nucleus"] is None
+        chunk = config.train.head_chunk_tokens or head_chunk_tokens()
+        triton = use_triton() and self.asked["nucleus"] is None
         self.head = self.model.head(chunk, triton) if layout.is_last_stage else None
         self.scorer = Scorer(self.ddp, self.model, self.head, layout)
         self.reference = None

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_conv import model_keys
 from checkpoints_conv.metadata import check_metadata
-from megatron_policysplit.actor import megatron_on_cpu as cpu
 from megatron_policysplit.actor.actor import Actor
 from megatron_policysplit.actor.checkpoint_files import check_model, complete, path_of, read_trainer_json
 from megatron_policysplit.actor.checkpoint_optimizer import groups_of, regrouped
-from megatron_policysplit.actor.parallel import Layout
+from megatron_policysplit.distributed.device import restore_rng_states, rng_states
+from megatron_policysplit.distributed.layout import Layout
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -124,7 +124,7 @@ def _rng_states():
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     tracker = {f"tracker/{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
-    return {**cpu.rng_states(), **tracker}
+    return {**rng_states(), **tracker}
 
 
 def _restore_rng(states) -> None:
@@ -132,7 +132,7 @@ def _restore_rng(states) -> None:
 
     tracker = {name.removeprefix("tracker/"): s for name, s in states.items() if name.startswith("tracker/")}
     get_cuda_rng_tracker().set_states(tracker)
-    cpu.restore_rng_states(states)
+    restore_rng_states(states)
 
 
 def _layout(layout: Layout) -> dict[str, int]:

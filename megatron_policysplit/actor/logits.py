@@ -55,18 +55,18 @@ def _transformers_logits(hf: str | Path, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def _megatron_logits(hf_config, megatron: str | Path, ids: Tensor) -> Tensor:
     """logits[b, s, vocab] of a world of one."""
-    from megatron_policysplit.actor import megatron_on_cpu as cpu
     from megatron_policysplit.actor import parallel
     from megatron_policysplit.config import ParallelConfig
+    from megatron_policysplit.distributed.device import training_device
 
     try:
         parallel.initialize(ParallelConfig(), seed=0)
         from megatron_policysplit.actor.megatron_weights import load_megatron_weights
         from megatron_policysplit.actor.model import build_model
 
-        model = build_model(hf_config, dtype=torch.float32).to(cpu.device()).eval()
+        model = build_model(hf_config, dtype=torch.float32).to(training_device()).eval()
         load_megatron_weights(model, megatron)
-        ids = ids.to(cpu.device())
+        ids = ids.to(training_device())
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         hidden = model(input_ids=ids, position_ids=positions, attention_mask=None)
         return (hidden @ model.head(1).weight.t()).transpose(0, 1).cpu()

@@ -9,10 +9,6 @@ With a GPU nothing is changed.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import importlib.util
-import math
-import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -20,32 +16,14 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-_redirect: "_Redirect | None" = None
+from megatron_policysplit.distributed.device import on_cpu
 
-
-def active() -> bool:
-    """Whether this process trains on the CPU."""
-    return not torch.cuda.is_available()
-
-
-def device() -> torch.device:
-    """The device of this rank's parameters (call after `parallel.initialize` on a GPU)."""
-    return torch.device("cpu") if active() else torch.device("cuda", torch.cuda.current_device())
-
-
-def backend() -> str:
-    """torch.distributed backend of the model-parallel and data-parallel groups."""
-    return "gloo" if active() else "nccl"
-
-
-def use_transformer_engine() -> bool:
-    """Transformer Engine layers on a GPU, Megatron's own layers without one."""
-    return not active()
+_redirect: _Redirect | None = None
 
 
 def model_options() -> dict[str, Any]:
     """TransformerConfig fields that differ between the devices: fused kernels exist on the GPU only."""
-    fused = not active()
+    fused = not on_cpu()
     return {
         "use_cpu_initialization": not fused,
         "bias_activation_fusion": fused,
@@ -56,117 +34,10 @@ def model_options() -> dict[str, Any]:
     }
 
 
-def head_chunk_tokens() -> int:
-    """Tokens whose logits are made at a time, unless the configuration says. Enough to keep the device busy."""
-    return 256 if active() else 1024
-
-
-def use_triton() -> bool:
-    """Whether the LM head is computed by Triton kernels: on a GPU where nothing is missing."""
-    return not active() and missing_triton() is None
-
-
-def missing_triton() -> str | None:
-    """Why a GPU computes the LM head in plain torch, and what to do; None if its kernels can run, or without a GPU.
-
-    They need Triton 3.4, which torch 2.8 brings.
-    """
-    if active():
-        return None
-    if importlib.util.find_spec("triton") is None:
-        found = "is not installed"
-    elif tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 4):
-        found = f"{importlib.metadata.version('triton')} is too old for its kernels"
-    else:
-        return None
-    return f"the LM head is computed in plain torch: triton {found}; pip install 'triton>=3.4' (torch 2.8 brings it)"
-
-
-def gpu_count() -> int:
-    """GPUs that this process sees."""
-    return 0 if active() else torch.cuda.device_count()
-
-
-def server_options(device: str | None, tensor: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """Flags and environment variables that SGLang needs on the CPU; none on a GPU.
-
-    device: as the user asks for it; None is what this machine has. tensor: tensor-parallel size of the server.
-
-    PyPI has no compiled CPU kernels, so that the compute is plain torch. The threads of an idle pool must sleep, or
-    decoding single requests is several times slower, and the key-value cache would take most of the memory there is.
-    """
-    if device != "cpu" and (device is not None or not active()):
-        return {}, {}
-    arguments = {
-        "device": "cpu",
-        "attention-backend": "torch_native",
-        "sampling-backend": "pytorch",
-        "grammar-backend": "none",
-        "cuda-graph-backend-decode": "disabled",
-        "disable-overlap-schedule": True,
-        "sleep-on-idle": True,
-        "enable-memory-saver": False,
-        "max-total-tokens": 16384,
-    }
-    environment = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    if tensor > 1:  # else SGLang wants a NUMA node for each rank
-        cores = sorted(os.sched_getaffinity(0))
-        shares = [cores[rank::tensor] or [cores[rank % len(cores)]] for rank in range(tensor)]
-        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in shares)
-    return arguments, environment
-
-
-def set_device(local_rank: int) -> None:
-    """Bind this process to its GPU, if there is one."""
-    if not active():
-        torch.cuda.set_device(local_rank)
-
-
-def peak_memory_bytes() -> int:
-    """Peak memory of this rank: allocated on the GPU, or resident on the CPU."""
-    if not active():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def free_memory_bytes() -> float:
-    """Memory of this rank's GPU that no process holds; infinite on the CPU, where nothing shares one with engines."""
-    return math.inf if active() else float(torch.cuda.mem_get_info()[0])
-
-
-def return_freed_memory() -> None:
-    """Finish what is queued on the GPU, and let other processes have the memory that this one freed."""
-    if not active():
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-
-
-def host_memory(nbytes: int) -> torch.Tensor:
-    """uint8[nbytes] on the host, pinned where there is a GPU to copy from."""
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=not active())
-
-
-def rng_states() -> dict[str, torch.Tensor]:
-    """Generator states of this rank (uint8 tensors): the CPU's and, on a GPU, the device's."""
-    states = {"cpu": torch.get_rng_state()}
-    if not active():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def restore_rng_states(states: dict[str, torch.Tensor]) -> None:
-    """Inverse of `rng_states`."""
-    torch.set_rng_state(states["cpu"])
-    if not active():
-        torch.cuda.set_rng_state(states["cuda"])
-
-
 def install() -> None:
     """Redirect Megatron-Core's CUDA calls to the CPU in this thread; once, and only without a GPU."""
     global _redirect
-    if not active() or _redirect is not None:
+    if not on_cpu() or _redirect is not None:
         return
     cuda = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
@@ -232,7 +103,7 @@ class _NoOp:
     def __getattr__(self, name):
         return lambda *args, **kwargs: None
 
-    def record_event(self, *args, **kwargs) -> "_NoOp":
+    def record_event(self, *args, **kwargs) -> _NoOp:
         return _NoOp()
 
 

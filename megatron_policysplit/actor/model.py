@@ -20,9 +20,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
-from checkpoints_conv import architecture_of, check_layout
+from checkpoints_conv import architecture_of
 from checkpoints_conv.rope import Llama3Rope
-from megatron_policysplit.actor import megatron_on_cpu as cpu
+from megatron_policysplit.actor.megatron_on_cpu import model_options
+from megatron_policysplit.config.model_layout import check_layout
+from megatron_policysplit.distributed.device import use_transformer_engine
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.vocab_parallel import Head, VocabularyShard
 
@@ -128,7 +130,7 @@ def build_model(
     if post_process is None:
         post_process = parallel_state.is_pipeline_last_stage()
     if transformer_engine is None:
-        transformer_engine = cpu.use_transformer_engine()
+        transformer_engine = use_transformer_engine()
     if transformer_engine and importlib.util.find_spec("transformer_engine") is None:
         raise ConfigError(
             "training on a GPU needs Transformer Engine, which is not installed; "
@@ -136,7 +138,7 @@ def build_model(
         )
     config = TransformerConfig(
         **arguments.transformer,
-        **cpu.model_options(),
+        **model_options(),
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         expert_model_parallel_size=expert,

@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor, UntypedStorage
 
-from megatron_policysplit.actor import megatron_on_cpu as cpu
 from megatron_policysplit.actor.optimizer import PolicyOptimizer
+from megatron_policysplit.distributed.device import free_memory_bytes, host_memory, return_freed_memory
 
 Part = Literal["optimizer", "gradients", "parameters"]
 ORDER: tuple[Part, ...] = ("optimizer", "gradients", "parameters")
@@ -60,7 +60,7 @@ class Offload:
 
     def free_bytes(self) -> float:
         """Device memory that no process holds; infinite on the CPU."""
-        return cpu.free_memory_bytes()
+        return free_memory_bytes()
 
     def offload_optimizer(self) -> None:
         self._check("offload", "optimizer")
@@ -145,10 +145,10 @@ class Offload:
             self._host[part].reserve(end)
             for item in emptied.values():
                 self._host[part].write(item.position, _bytes(item.storage))
-        cpu.return_freed_memory()  # the copies are under way
+        return_freed_memory()  # the copies are under way
         for item in emptied.values():
             item.storage.resize_(0)
-        cpu.return_freed_memory()
+        return_freed_memory()
         self._away[part] = emptied
 
     def _fill(self, part: Part) -> None:
@@ -180,7 +180,7 @@ class HostMemory:
     def reserve(self, nbytes: int) -> None:
         """Have room for so many bytes."""
         while len(self.chunks) * self.chunk_bytes < nbytes:
-            self.chunks.append(cpu.host_memory(self.chunk_bytes))
+            self.chunks.append(host_memory(self.chunk_bytes))
 
     def write(self, position: int, source: Tensor) -> None:
         """Copy source[n] (uint8) to `position`; from a GPU asynchronously."""

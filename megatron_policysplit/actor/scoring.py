@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_policysplit.actor.microbatch import MicroBatch
-from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.algorithms.advantages import TokenStatistics
+from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.vocab_parallel import Head, Pairs, score
 
 

@@ -21,8 +21,9 @@ from checkpoints_conv import SafetensorsReader, architecture_of, read_hf_config
 from checkpoints_conv.architectures import in_hf_order
 from checkpoints_conv.mapping import Pair, Sizes
 from checkpoints_conv.reader import check_shape
-from megatron_policysplit.actor import megatron_on_cpu as cpu
-from megatron_policysplit.errors import ModelError, TrainingError
+from megatron_policysplit.distributed.agree import Agreed, PeerFailed
+from megatron_policysplit.distributed.device import training_device
+from megatron_policysplit.errors import ModelError
 
 Destination = Literal["every_rank", "leader", "stage_leader", "nowhere"]
 Read = Callable[[nn.Parameter], Tensor]
@@ -32,7 +33,7 @@ EXPERT_BUCKET_ELEMENTS = 2**26  # of experts that are exported together
 # The number of an expert in a parameter's name: of Megatron's own layers, or of Transformer Engine's grouped ones.
 _EXPERT = re.compile(r"(?<=\.experts\.local_experts\.)\d+|(?<=\.experts\.linear_fc[12]\.weight)\d+$")
 
-_plans: "WeakKeyDictionary[nn.Module, list[Bucket]]" = WeakKeyDictionary()
+_plans: WeakKeyDictionary[nn.Module, list[Bucket]] = WeakKeyDictionary()
 
 
 def load_weights(model: nn.Module, hf_path: str | Path) -> None:
@@ -256,7 +257,7 @@ def _read(bucket: Bucket, parameters: dict[str, nn.Parameter], read: Read) -> Te
 
 def _from_owner(bucket: Bucket, own: Tensor | None, example: Tensor) -> Tensor:
     """The experts of a bucket, flat, from the rank of this stage that has them; each tensor-parallel rank its shard."""
-    flat = torch.empty(bucket.numel, dtype=example.dtype, device=cpu.device()) if own is None else own
+    flat = torch.empty(bucket.numel, dtype=example.dtype, device=training_device()) if own is None else own
     if _expert_size() > 1:
         group = parallel_state.get_expert_model_parallel_group()
         dist.broadcast(flat, src=dist.get_global_rank(group, bucket.owner), group=group)
@@ -265,7 +266,7 @@ def _from_owner(bucket: Bucket, own: Tensor | None, example: Tensor) -> Tensor:
 
 def _gather(bucket: Bucket, own: Tensor | None, example: Tensor, *, over_stages: bool) -> list[Tensor]:
     """The bucket's parameters, flat, of every tensor-parallel rank (shards[TP]); own: this rank's, if its stage's."""
-    flat = torch.empty(bucket.numel, dtype=example.dtype, device=cpu.device()) if own is None else own
+    flat = torch.empty(bucket.numel, dtype=example.dtype, device=training_device()) if own is None else own
     if over_stages and parallel_state.get_pipeline_model_parallel_world_size() > 1:
         group = parallel_state.get_pipeline_model_parallel_group()
         dist.broadcast(flat, src=dist.get_global_rank(group, bucket.stage), group=group)
@@ -293,21 +294,13 @@ def _assemble(bucket: Bucket, shards: list[Tensor], sizes: Sizes, device: torch.
     return {name: tensor.to(device) for name, tensor in full.items()}
 
 
-class Agreed(TrainingError):
-    """An export failed, and all ranks that take part know already."""
-
-
-class PeerFailed(Agreed):
-    """Another rank failed while it took or gave the weights."""
-
-
 class ExportFailed(Agreed):
     """This rank could not read its own weights."""
 
 
 def _agree(*, failed: bool, raises: bool = True) -> None:
     """All ranks that take part learn whether one failed (one all-reduce); they raise then, if `raises`."""
-    flag = torch.tensor([int(failed)], dtype=torch.int32, device=cpu.device())
+    flag = torch.tensor([int(failed)], dtype=torch.int32, device=training_device())
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=parallel_state.get_expert_tensor_model_pipeline_parallel_group())
     if raises and flag.item():
         raise PeerFailed("another rank failed while it took the exported weights; its own message says why")

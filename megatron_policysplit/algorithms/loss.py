@@ -51,7 +51,7 @@ class LossOutputs:
     tokens: Tensor
 
     @classmethod
-    def over(cls, parts: Sequence["LossOutputs"]) -> "LossOutputs":
+    def over(cls, parts: Sequence[LossOutputs]) -> LossOutputs:
         """Of all tokens, from those of their parts."""
         columns = {field.name: torch.stack([getattr(part, field.name) for part in parts]) for field in fields(cls)}
         return cls(**{name: c.max() if name == "ratio_off_one" else c.sum() for name, c in columns.items()})

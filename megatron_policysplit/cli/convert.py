@@ -10,13 +10,12 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperCommand
 
-from megatron_policysplit.errors import ConfigError, UserError
-from megatron_policysplit.exit_codes import BAD_INPUT, DONE, FAILED
+from megatron_policysplit.cli.app import Command, _local_rank, _report, run_app
+from megatron_policysplit.errors import DONE, FAILED, ConfigError, UserError
 
 if TYPE_CHECKING:
     from checkpoints_conv.ranks import Ranks
@@ -43,13 +42,6 @@ class Fp8Format(enum.Enum):
     fp8_block = "fp8-block"
 
 
-class Command(TyperCommand):
-    """Usage lines without the braces that Typer puts around arguments which must be given."""
-
-    def collect_usage_pieces(self, ctx) -> list[str]:
-        return [piece.translate({ord("{"): None, ord("}"): None}) for piece in super().collect_usage_pieces(ctx)]
-
-
 def parse_size(text: str) -> int:
     """Bytes of `5GB` (decimal) or `5GiB` (binary). Raises typer.BadParameter."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
@@ -63,7 +55,7 @@ def parse_size(text: str) -> int:
 
 HfDir = Annotated[Path, typer.Option("--hf", metavar="DIR", help="Directory of a Hugging Face model.")]
 HfOfMegatron = Annotated[
-    Optional[Path],
+    Path | None,
     typer.Option(
         "--hf",
         metavar="DIR",
@@ -80,7 +72,7 @@ MegatronDir = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write; must not exist or be empty.")]
-ToDtype = Annotated[Optional[Dtype], typer.Option("--dtype", help="Cast to this type. Default: as it is.")]
+ToDtype = Annotated[Dtype | None, typer.Option("--dtype", help="Cast to this type. Default: as it is.")]
 AllowDowncast = Annotated[bool, typer.Option("--allow-downcast", help="Let --dtype round.")]
 
 
@@ -132,17 +124,17 @@ def quantize(
     out: Out,
     form: Annotated[Fp8Format, typer.Option("--format", help="How weights and activations are scaled, see above.")],
     calibration: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(
             metavar="FILE", help="Questions (.jsonl or .parquet, as for training) to measure fp8's scales on."
         ),
     ] = None,
     calibration_questions: Annotated[
-        Optional[int],
+        int | None,
         typer.Option(min=1, metavar="N", help="At most so many of them, spread over the file. Default: 256."),
     ] = None,
     high_entropy_prompt_file: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(metavar="FILE", help="The high-entropy prompt that the model was trained with. Default: our own."),
     ] = None,
     max_shard_size: MaxShardSize = "5GB",
@@ -171,7 +163,7 @@ def quantize(
         )
     _refuse_torchrun("quantize")
 
-    def measure() -> "Mapping[str, float]":
+    def measure() -> Mapping[str, float]:
         from megatron_policysplit.cli.fp8_calibration import QUESTIONS, input_maxima
 
         modes = ModesConfig(high_entropy_prompt_file=high_entropy_prompt_file)
@@ -226,7 +218,7 @@ def inspect(directory: Annotated[Path, typer.Argument(metavar="DIR")], hf: HfOfM
 
 
 @contextmanager
-def _started_ranks() -> "Iterator[Ranks]":
+def _started_ranks() -> Iterator[Ranks]:
     """The ranks of this command, which ends with the body if there are several."""
     from checkpoints_conv.ranks import started_ranks
 
@@ -268,14 +260,14 @@ def _refuse_torchrun(command: str) -> None:
         )
 
 
-def _progress(ranks: "Ranks"):
+def _progress(ranks: Ranks):
     """A bar on rank 0, over its own share."""
     from checkpoints_conv.progress import bar, silent
 
     return bar if ranks.rank == 0 else silent
 
 
-def _say(ranks: "Ranks", text: str) -> None:
+def _say(ranks: Ranks, text: str) -> None:
     if ranks.rank == 0:
         print(text)
 
@@ -283,27 +275,3 @@ def _say(ranks: "Ranks", text: str) -> None:
 def main() -> None:
     """Entry point of `python -m checkpoints_conv`."""
     run_app(app)
-
-
-def run_app(commands: typer.Typer) -> None:
-    """Run a command; a UserError is one line on stderr and exit code 2."""
-    local_rank = _local_rank()  # as given; `train` fills gaps
-    try:
-        commands()
-    except UserError as error:
-        sys.exit(_report(error, local_rank))
-
-
-def _local_rank() -> str:
-    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-
-
-def _report(error: UserError, local_rank: str) -> int:
-    """Print it and return the exit code.
-
-    Of several ranks the first of every node prints it: what is missing may be missing on that node alone.
-    """
-    rank = os.environ.get("RANK", "0")
-    if rank == "0" or local_rank == "0":
-        print(f"{'' if rank == '0' else f'rank {rank}: '}error: {error}", file=sys.stderr)
-    return BAD_INPUT

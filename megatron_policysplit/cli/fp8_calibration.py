@@ -43,7 +43,7 @@ def input_maxima(
     check_modelopt()
     chosen = spread(load_questions(str(calibration)), questions)
     from megatron_policysplit.data.prompts import PromptBuilder
-    from megatron_policysplit.evaluation.responder import load_tokenizer
+    from megatron_policysplit.data.tokenizer import load_tokenizer
 
     hf_config = read_hf_config(hf)
     builder = PromptBuilder(load_tokenizer(str(hf)), modes)
@@ -77,14 +77,14 @@ def _measure(hf: str | Path, prompts: Sequence[Sequence[int]], progress: Progres
     import_modelopt()
     import modelopt.torch.quantization as mtq
 
-    from megatron_policysplit.actor import megatron_on_cpu as cpu
+    from megatron_policysplit.distributed.device import training_device
 
-    model = _read_model(hf).to(cpu.device())
+    model = _read_model(hf).to(training_device())
 
-    def calibrate(model: "torch.nn.Module") -> None:
+    def calibrate(model: torch.nn.Module) -> None:
         with torch.no_grad(), progress(sum(map(len, prompts))) as advance:
             for tokens in prompts:
-                model(input_ids=torch.tensor([tokens], device=cpu.device()), use_cache=False, logits_to_keep=1)
+                model(input_ids=torch.tensor([tokens], device=training_device()), use_cache=False, logits_to_keep=1)
                 advance(len(tokens))
 
     try:
@@ -97,7 +97,7 @@ def _measure(hf: str | Path, prompts: Sequence[Sequence[int]], progress: Progres
     return dict(_maxima(model))
 
 
-def _maxima(model: "torch.nn.Module") -> Iterator[tuple[str, float]]:
+def _maxima(model: torch.nn.Module) -> Iterator[tuple[str, float]]:
     """From quantizers called `MODULE.input_quantizer`, and `MODULE.gate_up_proj_input_quantizer` of fused experts."""
     for name, module in model.named_modules():
         if name.endswith("input_quantizer") and module.is_enabled:
@@ -112,7 +112,7 @@ def _module(weight: str) -> str:
     return _EXPERT.sub(lambda match: f".experts.{fused[match[1]]}", weight.removesuffix(".weight"))
 
 
-def _read_model(hf: str | Path) -> "torch.nn.Module":
+def _read_model(hf: str | Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -13,15 +13,14 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_policysplit import __version__
 from megatron_policysplit.cli import convert
-from megatron_policysplit.cli.convert import Command, run_app
-from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.exit_codes import STOPPED
+from megatron_policysplit.cli.app import Command, run_app
+from megatron_policysplit.errors import STOPPED, ConfigError
 
 if TYPE_CHECKING:
     from megatron_policysplit.config import ModesConfig
@@ -62,7 +61,7 @@ def _keeps_a_token(value: int) -> int:
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file; see docs/configuration.md.")]
 Overrides = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Keys that win over the file.", show_default=False),
 ]
 ModelDir = Annotated[str, typer.Option("--model", metavar="DIR", help="Directory of a Hugging Face model.")]
@@ -84,7 +83,7 @@ TopK = Annotated[
 MaxTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Longest response, end-of-sequence token included.")]
 Seed = Annotated[int, typer.Option(metavar="N", min=0, help="The same seed gives the same responses.")]
 RunConfig = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         "--config",
         metavar="FILE",
@@ -93,15 +92,15 @@ RunConfig = Annotated[
     ),
 ]
 Prompt = Annotated[
-    Optional[str], typer.Option(metavar="TEXT", help="System prompt of the high-entropy mode instead of ours.")
+    str | None, typer.Option(metavar="TEXT", help="System prompt of the high-entropy mode instead of ours.")
 ]
 PromptFile = Annotated[
-    Optional[str], typer.Option(metavar="FILE", help="Read the high-entropy prompt from this UTF-8 file.")
+    str | None, typer.Option(metavar="FILE", help="Read the high-entropy prompt from this UTF-8 file.")
 ]
 Dtype = Annotated[Precision, typer.Option(help="Precision of the model.")]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where the model runs: cpu, cuda, cuda:1 ...")]
 JudgeKeys = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option(
         "--judge",
         metavar="KEY=VALUE",
@@ -149,7 +148,8 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
 
     Prints the address of each once it has generated a token, watches them, and ends them all on SIGTERM or SIGINT.
     """
-    from megatron_policysplit.config.load import check_config, load_config
+    from megatron_policysplit.config.checks import check_config
+    from megatron_policysplit.config.load import load_config
 
     with _exit_on_signals():
         loaded = load_config(config, overrides or [])
@@ -230,9 +230,10 @@ def generate(
     from rich.table import Table
     from rich.text import Text
 
+    from megatron_policysplit.config.modes import mode_label
     from megatron_policysplit.data.questions import Question
-    from megatron_policysplit.evaluation.responder import Responder, prompts_asked_for, variety_lines
-    from megatron_policysplit.reports.run_report import mode_label
+    from megatron_policysplit.evaluation.responder import Responder, prompts_asked_for
+    from megatron_policysplit.evaluation.scores import variety_lines
     from megatron_policysplit.rollout.engine import Sampling
 
     prompts = prompts_asked_for(config, high_entropy_prompt, high_entropy_prompt_file)
@@ -263,7 +264,7 @@ def evaluate(
         str, typer.Option(metavar="NAME", help="math, reasoning_gym, exact or package.module:function.")
     ] = "math",
     samples: Annotated[int, typer.Option(metavar="N", min=1, help="Responses per question and mode.")] = 8,
-    questions: Annotated[Optional[int], typer.Option(metavar="N", min=1, help="Only the first N questions.")] = None,
+    questions: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the first N questions.")] = None,
     mode: ModeChoice = Modes.both,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
@@ -281,14 +282,15 @@ def evaluate(
     judge: JudgeKeys = None,
     dtype: Dtype = Precision.float32,
     device: Device = "cpu",
-    output: Annotated[Optional[Path], typer.Option(metavar="FILE.json", help="Write the numbers here, too.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the numbers here, too.")] = None,
 ) -> None:
     """Measure a model in its modes: accuracy, pass@k, unique right answers, variety of the texts, surprisal."""
     from rich.console import Console
     from rich.progress import Progress
 
     from megatron_policysplit.data.questions import load_questions
-    from megatron_policysplit.evaluation.responder import Responder, prompts_asked_for, score, scores_table
+    from megatron_policysplit.evaluation.responder import Responder, prompts_asked_for
+    from megatron_policysplit.evaluation.scores import score, scores_table
     from megatron_policysplit.evaluation.verdicts import OfflineJudge
     from megatron_policysplit.rewards import RewardPool
     from megatron_policysplit.rollout.engine import Sampling
@@ -322,7 +324,7 @@ def evaluate(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories.")],
     output: Annotated[
-        Optional[Path], typer.Option(metavar="FILE.html", help="Default: report.html in the (first) run.")
+        Path | None, typer.Option(metavar="FILE.html", help="Default: report.html in the (first) run.")
     ] = None,
 ) -> None:
     """Write one self-contained HTML page about one run, or about several side by side."""
@@ -363,10 +365,11 @@ def study(
 @app.command("config", cls=Command, short_help="Print the resolved configuration and all prompts.")
 def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print the resolved configuration and every mode's prompt of the first question."""
-    from megatron_policysplit.config.load import check_config, load_config, to_yaml
+    from megatron_policysplit.config.checks import check_config
+    from megatron_policysplit.config.load import load_config, to_yaml
     from megatron_policysplit.data.prompts import PromptBuilder
     from megatron_policysplit.data.questions import load_questions
-    from megatron_policysplit.evaluation.responder import load_tokenizer
+    from megatron_policysplit.data.tokenizer import load_tokenizer
 
     loaded = load_config(config, overrides or [])
     warnings = check_config(loaded)

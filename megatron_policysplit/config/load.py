@@ -8,13 +8,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_policysplit.config.checks import check_engines
 from megatron_policysplit.config.keys import Key, keys_of, read_keys, show
-from megatron_policysplit.config.modes import sampling_of, shared_out
-from megatron_policysplit.config.schema import MISSING, Config, SamplingConfig
+from megatron_policysplit.config.schema import MISSING, Config
 from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.evaluation.judge_prompt import check_judge
-from megatron_policysplit.rows import MODES
 
 # The keys that a finished step does not depend on, so that a run may go on after they change.
 _FREE_GROUPS = ("parallel", "weight_sync", "agreement", "eval", "log", "checkpoint", "run")
@@ -200,89 +196,6 @@ def check_values(config: Config) -> None:
             raise ConfigError(f"{name}={show(value)} is not allowed; it must be {key.allowed or 'a finite number'}")
 
 
-def check_config(config: Config) -> list[str]:
-    """Checks keys against each other, without touching a file; returns warnings to show once.
-
-    Raises ConfigError naming the keys, their values and the remedy.
-    """
-    check_values(config)
-    rollout, train, modes, algorithm = config.rollout, config.train, config.modes, config.algorithm
-    samples, sampling = rollout.samples_per_question, sampling_of(config)
-    if algorithm.name == "policy_split":
-        shared_out(samples, {mode: plan.share for mode, plan in sampling.items()})
-    responses = config.data.batch_questions * samples
-    if responses % train.optimizer_steps_per_batch:
-        raise ConfigError(
-            f"train.optimizer_steps_per_batch={train.optimizer_steps_per_batch} does not divide the {responses} "
-            "responses of a batch (data.batch_questions x rollout.samples_per_question); use one of "
-            f"{_divisors_near(responses, train.optimizer_steps_per_batch)}"
-        )
-    if modes.high_entropy_prompt is not None and modes.high_entropy_prompt_file is not None:
-        raise ConfigError("modes.high_entropy_prompt and modes.high_entropy_prompt_file are both set; keep one of them")
-    if rollout.engine == "replay" and not rollout.replay_dir:
-        raise ConfigError("rollout.engine=replay needs rollout.replay_dir, the rollouts/ directory of a run")
-    if rollout.engine == "replay" and config.eval.path is not None:
-        raise ConfigError(
-            f"rollout.engine=replay holds no responses to the questions of eval.path={config.eval.path}; "
-            "set eval.path=null"
-        )
-    check_engines(config)
-    check_judge(config)
-    if config.parallel.sequence and config.parallel.tensor == 1:
-        raise ConfigError("parallel.sequence=true splits tokens over tensor-parallel ranks; raise parallel.tensor")
-    if config.parallel.data % config.parallel.expert:
-        raise ConfigError(
-            f"parallel.expert={config.parallel.expert} does not divide parallel.data={config.parallel.data}, over "
-            "whose replicas the experts are shared out; change one of them"
-        )
-    optimizer_steps = train.steps * train.optimizer_steps_per_batch
-    if train.warmup_steps > optimizer_steps:
-        raise ConfigError(
-            f"train.warmup_steps={train.warmup_steps} is more than the {optimizer_steps} optimizer steps of the run "
-            f"(train.steps x train.optimizer_steps_per_batch); use at most {optimizer_steps}"
-        )
-    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
-    if train.max_tokens_per_micro_batch < longest:
-        raise ConfigError(
-            f"train.max_tokens_per_micro_batch={train.max_tokens_per_micro_batch} cannot hold one row of "
-            f"data.max_prompt_tokens={config.data.max_prompt_tokens} + "
-            f"rollout.max_response_tokens={rollout.max_response_tokens} tokens; use at least {longest}"
-        )
-    if algorithm.clip_low is not None and algorithm.clip_low > 1:
-        raise ConfigError(f"algorithm.clip_low={show(algorithm.clip_low)} is more than a ratio can fall; use 1 at most")
-    for name in ("adam_beta1", "adam_beta2"):
-        if getattr(train, name) >= 1:
-            raise ConfigError(f"train.{name}={show(getattr(train, name))} is not allowed; use a value below 1")
-    if train.min_learning_rate > train.learning_rate:
-        raise ConfigError(
-            f"train.min_learning_rate={train.min_learning_rate} is above train.learning_rate={train.learning_rate}; "
-            "use a smaller one"
-        )
-    groups = {mode: "rollout" if mode in MODES else "modes.others" for mode in sampling}
-    return [w for mode, plan in sampling.items() for w in _sampling_warnings(f"{groups[mode]}.{mode.value}", plan)]
-
-
-def _sampling_warnings(name: str, sampling: SamplingConfig) -> list[str]:
-    if sampling.top_p > 1:
-        raise ConfigError(f"{name}.top_p={show(sampling.top_p)} is a probability mass; use a value up to 1")
-    if sampling.top_k == 0:
-        raise ConfigError(f"{name}.top_k=0 keeps no token; use -1 to keep all, or at least 1")
-    filters = []
-    if sampling.top_p < 1:
-        filters.append(f"{name}.top_p={sampling.top_p}")
-    if sampling.top_k != -1:
-        filters.append(f"{name}.top_k={sampling.top_k}")
-    if not filters:
-        return []
-    return [f"{' and '.join(filters)} cut the sampling, but log-probs are those of the whole distribution"]
-
-
-def _divisors_near(number: int, wanted: int) -> str:
-    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-    nearest = sorted(sorted(divisors, key=lambda divisor: abs(divisor - wanted))[:3])
-    return ", ".join(map(str, nearest))
-
-
 def world_size(config: Config) -> int:
     """Ranks of the actor: tensor x pipeline x data."""
     return config.parallel.tensor * config.parallel.pipeline * config.parallel.data
@@ -318,3 +231,6 @@ def first_difference(a: dict[str, Any], b: dict[str, Any]) -> tuple[str, Any, An
         if a.get(name) != b.get(name):
             return name, a.get(name), b.get(name)
     return None
+
+
+CONFIG_FILE = "config.yaml"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from megatron_policysplit.config.keys import read_keys
@@ -12,7 +12,7 @@ from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.rows import MODES, Mode
 
 if TYPE_CHECKING:
-    from megatron_policysplit.algorithms.advantages import Method
+    pass
 
 # The two modes, and what metrics of another kind begin with.
 RESERVED = (
@@ -71,19 +71,6 @@ def temperature_key(mode: Mode) -> str:
     return f"{'rollout' if mode in MODES else 'modes.others'}.{mode.value}.temperature"
 
 
-def training_modes(config: Config, method: Method) -> tuple[Mode, ...]:
-    """The modes under whose prompts every response is trained."""
-    return _modes_of(config, method, method.training_modes)
-
-
-def samples_per_mode(config: Config, method: Method) -> dict[Mode, int]:
-    """Responses to a question by sampling mode, by the modes' shares; modes that sample none are left out."""
-    sampling, modes = sampling_of(config), _modes_of(config, method, method.sampling_modes)
-    if len(modes) == 1:
-        return {modes[0]: config.rollout.samples_per_question}
-    return shared_out(config.rollout.samples_per_question, {mode: sampling[mode].share for mode in modes})
-
-
 def shared_out(samples: int, shares: Mapping[Mode, int]) -> dict[Mode, int]:
     """`samples` by `shares`. Raises ConfigError where that does not come out even."""
     total = sum(shares.values())
@@ -96,5 +83,8 @@ def shared_out(samples: int, shares: Mapping[Mode, int]) -> dict[Mode, int]:
     return {mode: samples // total * share for mode, share in shares.items() if share}
 
 
-def _modes_of(config: Config, method: Method, own: Sequence[Mode]) -> tuple[Mode, ...]:
-    return (*own, *(other_modes(config.modes) if method.other_modes else ()))
+MODE_LABELS = {"normal": "normal", "high_entropy": "high-entropy"}  # further modes are called as they are named
+
+
+def mode_label(mode: str) -> str:
+    return MODE_LABELS.get(mode, mode)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 MISSING = "???"  # OmegaConf's marker for a value the user must give
 
@@ -25,7 +25,7 @@ def key(default: Any, help: str, *, choices: tuple = (), minimum: float | None =
 @dataclass
 class ModelConfig:
     path: str = key(MISSING, "Directory of a Hugging Face model (config.json, safetensors, tokenizer).")
-    megatron: Optional[str] = key(
+    megatron: str | None = key(
         None,
         "torch_dist checkpoint of the same architecture whose weights the actor starts from: a converted one, or "
         "checkpoints/step_NNNNNN of another run. null takes those of model.path.",
@@ -58,8 +58,8 @@ class DataConfig:
 
 @dataclass
 class ModesConfig:
-    high_entropy_prompt: Optional[str] = key(None, "System prompt of the high-entropy mode; null uses our own default.")
-    high_entropy_prompt_file: Optional[str] = key(None, "Read the high-entropy prompt from this UTF-8 file instead.")
+    high_entropy_prompt: str | None = key(None, "System prompt of the high-entropy mode; null uses our own default.")
+    high_entropy_prompt_file: str | None = key(None, "Read the high-entropy prompt from this UTF-8 file instead.")
     template_system: str = key(
         "keep",
         "What to do with a system text the chat template inserts by itself: keep it in all modes, or drop it.",
@@ -85,18 +85,18 @@ class SamplingConfig:
 class OtherModeConfig(SamplingConfig):
     """An entry of `modes.others`."""
 
-    prompt: Optional[str] = key(None, "System prompt of the mode.")
-    prompt_file: Optional[str] = key(None, "Read the prompt from this UTF-8 file instead.")
+    prompt: str | None = key(None, "System prompt of the mode.")
+    prompt_file: str | None = key(None, "Read the prompt from this UTF-8 file instead.")
 
 
 @dataclass
 class ServerConfig:
-    python: Optional[str] = key(None, "Interpreter of the environment that has SGLang; null is the run's own.")
-    count: Optional[int] = key(
+    python: str | None = key(None, "Interpreter of the environment that has SGLang; null is the run's own.")
+    count: int | None = key(
         None, "SGLang servers to start, several behind sglang-router; null: one, or what fits if colocated.", minimum=1
     )
     tensor: int = key(1, "Tensor-parallel size of one server.", minimum=1)
-    dtype: Optional[str] = key(
+    dtype: str | None = key(
         None, "Precision of the served weights; null is model.dtype.", choices=("float32", "bfloat16")
     )
     host: str = key("127.0.0.1", "Address the servers listen on; anything but loopback needs rollout.api_key_variable.")
@@ -126,11 +126,11 @@ class RolloutConfig:
     high_entropy: SamplingConfig = key(SamplingConfig, "Sampling of the high-entropy mode.")
     lot_questions: int = key(16, "Questions a replica's leader takes from the queue at a time.", minimum=1)
     max_batch_samples: int = key(256, "Samples the local engine generates together.", minimum=1)
-    replay_dir: Optional[str] = key(None, "Directory of rollout dumps (`rollouts/` of a run) for engine=replay.")
+    replay_dir: str | None = key(None, "Directory of rollout dumps (`rollouts/` of a run) for engine=replay.")
     addresses: list[str] = key(
         list, "SGLang servers that run already, such as http://node1:30000; empty: the run starts rollout.server.count."
     )
-    api_key_variable: Optional[str] = key(None, "Environment variable that holds the API key of the SGLang servers.")
+    api_key_variable: str | None = key(None, "Environment variable that holds the API key of the SGLang servers.")
     concurrency: int = key(
         64, "Requests in flight per leader; one holds all samples of a question in a mode.", minimum=1
     )
@@ -156,8 +156,8 @@ class WeightSyncConfig:
     )
     bucket_mib: int = key(512, "Weights sent with one request; a larger tensor goes alone.", minimum=1)
     timeout_seconds: float = key(300.0, "Time limit of one request or broadcast of a weight sync.", above=0.0)
-    directory: Optional[str] = key(None, "Where transport=disk writes snapshots; null is weights/ in run.dir.")
-    master_address: Optional[str] = key(
+    directory: str | None = key(None, "Where transport=disk writes snapshots; null is weights/ in run.dir.")
+    master_address: str | None = key(
         None, "Address of the sending nodes for transport=distributed; null: each one's own, loopback where all is."
     )
 
@@ -167,10 +167,10 @@ class AgreementConfig:
     every: int = key(
         10, "Compare engine and actor log-probs after the first sync and every so many steps; 0 is off.", minimum=0
     )
-    max_difference: Optional[float] = key(
+    max_difference: float | None = key(
         None, "Bound of the mean |difference| in nats; null follows the precisions (docs/sglang.md).", above=0.0
     )
-    max_k3: Optional[float] = key(
+    max_k3: float | None = key(
         None, "Bound of the mean k3 KL in nats; null follows the precisions (docs/sglang.md).", above=0.0
     )
     breaches: int = key(2, "Stop after so many comparisons in a row past a bound; the earlier ones warn.", minimum=1)
@@ -183,9 +183,7 @@ class RewardConfig:
     timeout_seconds: float = key(10.0, "Time limit for one response; past it the reward is 0.", above=0.0)
 
 
-METHOD_NAMES = tuple(
-    sorted(file.stem for file in (Path(__file__).parents[1] / "algorithms" / "methods").glob("[a-z]*.py"))
-)
+METHOD_NAMES = tuple(sorted(file.stem for file in (Path(__file__).parents[1] / "algorithms" / "methods").glob("[a-z]*.py")))
 
 
 @dataclass
@@ -206,16 +204,16 @@ class AlgorithmConfig:
         "or those of a micro-batch, as in some authors' code.",
         choices=("global", "micro"),
     )
-    clip_low: Optional[float] = key(
+    clip_low: float | None = key(
         None, "PPO clip: the ratio counts down to 1 - clip_low; null: the method's, or 0.2.", above=0.0
     )
-    clip_high: Optional[float] = key(
+    clip_high: float | None = key(
         None, "PPO clip: the ratio counts up to 1 + clip_high; null: the method's, or 0.2.", above=0.0
     )
-    dual_clip: Optional[float] = key(
+    dual_clip: float | None = key(
         None, "Bound of a negative advantage's loss, times |A|; null: the method's, or none.", above=1.0
     )
-    loss_aggregation: Optional[str] = key(
+    loss_aggregation: str | None = key(
         None,
         "How token losses become one number; null: the method's, or token_mean.",
         choices=("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum_norm"),
@@ -228,7 +226,7 @@ class AlgorithmConfig:
         "those that the engine returned; then such rows are scored for the logs alone (log.kl_tokens).",
         choices=("actor", "engine"),
     )
-    importance_cap: Optional[float] = key(
+    importance_cap: float | None = key(
         None, "Truncation of the actor/engine importance weights; null takes no such weights.", above=0.0
     )
     importance_level: str = key(
@@ -241,7 +239,7 @@ class TrainConfig:
     steps: int = key(100, "Rollout batches to train on.", minimum=1)
     optimizer_steps_per_batch: int = key(1, "Optimizer steps a rollout batch is split into.", minimum=1)
     max_tokens_per_micro_batch: int = key(8192, "Bound of a micro-batch, padding included.", minimum=1)
-    head_chunk_tokens: Optional[int] = key(
+    head_chunk_tokens: int | None = key(
         None, "Tokens whose logits exist at a time; null takes 256, on a GPU 1024.", minimum=1
     )
     learning_rate: float = key(1e-6, "Peak learning rate of AdamW.", minimum=0.0)
@@ -264,17 +262,17 @@ class TrainConfig:
 
 @dataclass
 class JudgeConfig:
-    url: Optional[str] = key(
+    url: str | None = key(
         None, "Base of an OpenAI-compatible server, such as http://host:port/v1; null: no judge, nothing is sent."
     )
-    model: Optional[str] = key(None, "The judge's name on that server.")
-    api_key_variable: Optional[str] = key(None, "Environment variable that holds the API key; null sends none.")
-    prompt: Optional[str] = key(
+    model: str | None = key(None, "The judge's name on that server.")
+    api_key_variable: str | None = key(None, "Environment variable that holds the API key; null sends none.")
+    prompt: str | None = key(
         None,
         "What the judge is asked, with {question} and {response} where these belong; its reply must end in a line "
         "`Score: N`, N from 1 to 10. null uses our own, which asks for creativity.",
     )
-    prompt_file: Optional[str] = key(None, "Read that prompt from this UTF-8 file instead.")
+    prompt_file: str | None = key(None, "Read that prompt from this UTF-8 file instead.")
     questions: int = key(16, "Judge responses to the first so many evaluation questions.", minimum=1)
     samples: int = key(2, "Responses judged per question and mode, the first ones.", minimum=1)
     concurrency: int = key(8, "Requests in flight at once.", minimum=1)
@@ -282,15 +280,15 @@ class JudgeConfig:
     retries: int = key(
         4, "How often a request is sent again after 408, 429, 5xx, a time limit or a lost connection.", minimum=0
     )
-    max_tokens: Optional[int] = key(1024, "Longest reply; a longer one has no score. null sends no limit.", minimum=1)
-    temperature: Optional[float] = key(0.0, "The judge's temperature; null leaves it to the server.", minimum=0.0)
+    max_tokens: int | None = key(1024, "Longest reply; a longer one has no score. null sends no limit.", minimum=1)
+    temperature: float | None = key(0.0, "The judge's temperature; null leaves it to the server.", minimum=0.0)
 
 
 @dataclass
 class EvalConfig:
-    path: Optional[str] = key(None, "Evaluation questions, as data.path; null turns evaluation off.")
+    path: str | None = key(None, "Evaluation questions, as data.path; null turns evaluation off.")
     options: dict[str, Any] = key(dict, "As data.options.")
-    questions: Optional[int] = key(None, "Evaluate only the first so many; null takes all.", minimum=1)
+    questions: int | None = key(None, "Evaluate only the first so many; null takes all.", minimum=1)
     every: int = key(0, "Evaluate every so many steps, and at both ends; 0 only at both ends.", minimum=0)
     samples: int = key(8, "Samples per question and mode (the k of best-of-k; pass@k up to it).", minimum=1)
     prompts: dict[str, Any] = key(
@@ -315,7 +313,7 @@ class CheckpointConfig:
 class LogConfig:
     console: bool = key(True, "Progress on the terminal.")
     tensorboard: bool = key(False, "Write TensorBoard event files into the run directory.")
-    wandb_project: Optional[str] = key(None, "Log to this wandb project; null is off.")
+    wandb_project: str | None = key(None, "Log to this wandb project; null is off.")
     wandb_mode: str = key("online", "wandb's mode.", choices=("online", "offline"))
     rollouts: bool = key(True, "Dump every rollout as JSONL into the run directory.")
     kl_tokens: str = key(

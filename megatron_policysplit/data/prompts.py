@@ -192,26 +192,6 @@ class PromptBuilder:
         return between[: -len(user_header)]
 
 
-def has_chat_template(model_path: str | Path) -> bool:
-    """Whether the tokenizer in a model directory has a chat template; reads JSON only, imports nothing heavy."""
-    directory = Path(model_path)
-    file = directory / "chat_template.jinja"
-    if file.is_file() and file.read_text(encoding="utf-8").strip():
-        return True
-    return bool(_read_json(directory / "tokenizer_config.json").get("chat_template"))
-
-
-def stop_token_ids(model_path: str | Path, tokenizer) -> list[int]:
-    """Every end-of-sequence id: of generation_config.json, else of config.json, else the tokenizer's."""
-    for name in ("generation_config.json", "config.json"):
-        ids = _read_json(Path(model_path) / name).get("eos_token_id")
-        if ids is not None:
-            return [ids] if isinstance(ids, int) else list(ids)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"{model_path} names no end-of-sequence token; set eos_token_id in its generation_config.json")
-    return [tokenizer.eos_token_id]
-
-
 def read_prompt(config: ModesConfig) -> str:
     text, file = config.high_entropy_prompt, config.high_entropy_prompt_file
     if text is not None and file is not None:
@@ -281,18 +261,6 @@ def _read_text(file: str, source: str) -> str:
         raise ConfigError(f"{source} cannot be read ({error.strerror}); give the path of a text file") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source} is not UTF-8 text; save it as UTF-8") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); restore the file") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} does not hold a JSON object; restore the file")
-    return content
 
 
 def _pin_dates(template: str, today: datetime.date, where: str) -> str:

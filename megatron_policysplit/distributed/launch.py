@@ -21,8 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
+from megatron_policysplit.errors import BAD_INPUT, DONE, FAILED, STOPPED, ConfigError
 
 _PR_SET_PDEATHSIG = 1
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)

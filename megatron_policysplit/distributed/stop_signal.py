@@ -15,7 +15,7 @@ class StopSignal:
     def __init__(self):
         self.received: signal.Signals | None = None
 
-    def install(self) -> "StopSignal":
+    def install(self) -> StopSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
         return self

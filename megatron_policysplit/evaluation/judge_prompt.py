@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from megatron_policysplit.config import Config, JudgeConfig
+from megatron_policysplit.config import JudgeConfig
 from megatron_policysplit.errors import ConfigError
 
 DEFAULT_JUDGE_PROMPT = """\
@@ -34,50 +33,6 @@ Score: N
 """
 
 
-def check_judge(config: Config) -> None:
-    """Raises ConfigError naming the keys, their values and the remedy; touches no file, no network."""
-    judge = config.eval.judge
-    if judge.url is None:
-        return
-    check_judge_keys(judge)
-    if config.eval.path is None:
-        raise ConfigError(
-            "eval.judge.url is set but there is no evaluation; set eval.path to its questions, or eval.judge.url=null"
-        )
-    if judge.samples > config.eval.samples:
-        raise ConfigError(
-            f"eval.judge.samples={judge.samples} is more than the eval.samples={config.eval.samples} responses to a "
-            "question; lower the one or raise the other"
-        )
-
-
-def check_judge_keys(judge: JudgeConfig) -> None:
-    """Of a judge whose url is set, without the evaluation around it. Raises ConfigError."""
-    _check_url(judge.url)
-    if not judge.model:
-        raise ConfigError("eval.judge.url is set but not eval.judge.model; give the name of a model on that server")
-    if judge.prompt is not None and judge.prompt_file is not None:
-        raise ConfigError("eval.judge.prompt and eval.judge.prompt_file are both set; keep one of them")
-
-
-def _check_url(url: str) -> None:
-    """Of what might hold a secret nothing is repeated."""
-    try:
-        parts = urlsplit(url)
-        has_host = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # brackets without an address, a port that is no number
-        raise ConfigError("eval.judge.url is not an address; it is of the form http://host:port/v1") from None
-    if parts.username is not None or parts.query or parts.fragment:
-        raise ConfigError(
-            "eval.judge.url must hold neither a user name nor a query; use http://host:port/v1, and "
-            "eval.judge.api_key_variable for a key"
-        )
-    if not has_host:
-        raise ConfigError(f"eval.judge.url={url} is not an address; it is of the form http://host:port/v1")
-    if parts.path.rstrip("/").endswith("/chat/completions"):
-        raise ConfigError(f"eval.judge.url={url} is not the base; leave /chat/completions out")
-
-
 def read_judge_prompt(judge: JudgeConfig) -> str:
     """The template that the judge is asked by. Raises ConfigError for one that cannot be used."""
     source, text = "eval.judge.prompt", judge.prompt
@@ -97,6 +52,6 @@ def read_judge_prompt(judge: JudgeConfig) -> str:
 
 def judge_api_key(judge: JudgeConfig) -> str | None:
     """From the environment; ConfigError if eval.judge.api_key_variable is named but holds no key."""
-    from megatron_policysplit.serving.processes import read_api_key
+    from megatron_policysplit.config.secrets import read_api_key
 
     return read_api_key(judge.api_key_variable, os.environ, "eval.judge.api_key_variable")

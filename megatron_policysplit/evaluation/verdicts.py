@@ -9,16 +9,18 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_policysplit.config import Config, JudgeConfig
+from megatron_policysplit.config.checks import check_judge_keys
 from megatron_policysplit.config.load import load_config
 from megatron_policysplit.data.questions import Question
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.evaluation.judge_client import Judge, Verdict, judge_measures
-from megatron_policysplit.evaluation.judge_prompt import check_judge_keys, judge_api_key
+from megatron_policysplit.evaluation.judge_prompt import judge_api_key
 
 if TYPE_CHECKING:
-    from megatron_policysplit.actor.parallel import Layout
     from megatron_policysplit.distributed.control import Control
-    from megatron_policysplit.evaluation.responder import ModeScores, Response
+    from megatron_policysplit.distributed.layout import Layout
+    from megatron_policysplit.evaluation.responder import Response
+    from megatron_policysplit.evaluation.scores import ModeScores
     from megatron_policysplit.rows import Rollout
 
 Key = tuple[str, int, int]  # mode or name of eval.prompts, question, sample

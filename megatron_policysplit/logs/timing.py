@@ -20,7 +20,7 @@ class Phases:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
-    def add(self, other: "Phases") -> None:
+    def add(self, other: Phases) -> None:
         """Add the seconds that were measured elsewhere, in a thread of its own."""
         for name, seconds in other.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds

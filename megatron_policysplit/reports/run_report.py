@@ -9,18 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_policysplit.config.load import CONFIG_FILE
+from megatron_policysplit.config.modes import MODE_LABELS, mode_label
 from megatron_policysplit.errors import DataError
 from megatron_policysplit.logs import without_secrets
 from megatron_policysplit.logs.jsonl import read_jsonl, read_metrics_file
 from megatron_policysplit.reports.page import PAGE
 from megatron_policysplit.rows import MODES
-from megatron_policysplit.training.preflight import CONFIG_FILE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-MODE_LABELS = {"normal": "normal", "high_entropy": "high-entropy"}  # further modes are called as they are named
 MODE_LINES = {"normal": "-", "high_entropy": (0, (4, 2))}
 OTHER_LINES = ((0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (5, 1.5, 1, 1.5, 1, 1.5)))
 SUMMARY_METRICS = ("accuracy", "entropy_nats", "kl_nats", "unique_correct")
@@ -150,10 +150,6 @@ def _evaluations(train: list[dict], evals: list[dict]) -> list[dict]:
         point.update({f"eval/{mode}/kl_nats": record[kl] for mode, kl in divergences.items() if kl in record})
         result.append(point)
     return result
-
-
-def mode_label(mode: str) -> str:
-    return MODE_LABELS.get(mode, mode)
 
 
 def _lines(train: list[dict]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class RewardPool:
         self._interrupted: Future = Future()  # done as soon as `close` is called
         self._pool = None
 
-    def __enter__(self) -> "RewardPool":
+    def __enter__(self) -> RewardPool:
         return self
 
     def __exit__(self, *_) -> None:

@@ -42,7 +42,7 @@ class QuestionQueue:
     of the store that nothing has used before, so one of its own for every rollout batch.
     """
 
-    def __init__(self, store: "torch.distributed.Store | None", key: str, lots: int):  # noqa: F821
+    def __init__(self, store: torch.distributed.Store | None, key: str, lots: int):  # noqa: F821
         self._store, self._key, self._lots = store, key, lots
         self._local = itertools.count()
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
-from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.config import Config
 from megatron_policysplit.data.questions import Question
 from megatron_policysplit.distributed.control import Control, Service, Work
+from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.logs.timing import Phases
 from megatron_policysplit.rewards import Graded, RewardPool
 from megatron_policysplit.rollout.collect import QuestionQueue, build_requests, collect, split_lots
@@ -25,7 +25,7 @@ class Leader:
 
     engine: Engine
     rewards: RewardPool
-    tokenizer: "transformers.PreTrainedTokenizerBase"  # noqa: F821
+    tokenizer: transformers.PreTrainedTokenizerBase  # noqa: F821
 
     def text(self, rollout: Rollout) -> str:
         """The response as text, for grading and reading only; training never sees it."""

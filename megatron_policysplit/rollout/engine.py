@@ -61,7 +61,7 @@ class Engine(Protocol):
 class InProcessEngine(Engine, Protocol):
     """An engine in a leader's own process, which takes weights itself. SGLang's go through `weight_sync`."""
 
-    async def load(self, tensors: Iterable[tuple[str, "torch.Tensor"]], version: int) -> None:  # noqa: F821
+    async def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:  # noqa: F821
         """Take new weights: Hugging Face names and full CPU tensors; later rollouts carry `version`."""
 
     async def release(self) -> None:

@@ -64,7 +64,7 @@ class ReplayEngine:
     async def score(self, sequences: Sequence) -> list[list[float]]:
         raise EngineError("rollout.engine=replay has no model to score with; set agreement.every=0")
 
-    async def load(self, tensors: Iterable[tuple[str, "torch.Tensor"]], version: int) -> None:  # noqa: F821
+    async def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:  # noqa: F821
         """Read the tensors to their end, for the sake of the ranks that export them, and note the version."""
         for _ in tensors:
             pass

@@ -12,7 +12,7 @@ Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 
 
 @torch.inference_mode()
-def teacher_forced(model: "transformers.PreTrainedModel", sequences: Sequences) -> list[list[float]]:  # noqa: F821
+def teacher_forced(model: transformers.PreTrainedModel, sequences: Sequences) -> list[list[float]]:  # noqa: F821
     """log_softmax(logits) of every response token at temperature 1, nats, in the order of `sequences`.
 
     sequences: (prompt ids, response ids), neither of them empty; ValueError else. Sequences of like length share

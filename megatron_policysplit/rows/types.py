@@ -23,8 +23,8 @@ class Mode:
 
     value: str
 
-    NORMAL: ClassVar["Mode"]
-    HIGH_ENTROPY: ClassVar["Mode"]
+    NORMAL: ClassVar[Mode]
+    HIGH_ENTROPY: ClassVar[Mode]
 
 
 Mode.NORMAL, Mode.HIGH_ENTROPY = MODES = (Mode("normal"), Mode("high_entropy"))
@@ -97,7 +97,7 @@ class RowKey(NamedTuple):
         """Advantage group: the same question under the same training mode (algorithms.md A.1); auxiliary rows apart."""
         return (*self[:3], self.auxiliary)
 
-    def under(self, mode: Mode) -> "RowKey":
+    def under(self, mode: Mode) -> RowKey:
         """The same response under another training mode."""
         return self._replace(training_mode=mode.value)
 

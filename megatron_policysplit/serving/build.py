@@ -12,16 +12,14 @@ from pathlib import Path
 import torch.distributed as dist
 
 from checkpoints_conv import read_hf_config
-from megatron_policysplit.actor import megatron_on_cpu as cpu
-from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.config import Config
 from megatron_policysplit.config.checks import is_loopback
-from megatron_policysplit.data.prompts import stop_token_ids
+from megatron_policysplit.config.secrets import api_key
+from megatron_policysplit.data.tokenizer import load_tokenizer
 from megatron_policysplit.distributed.control import Control
+from megatron_policysplit.distributed.device import gpu_count
+from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.evaluation.responder import load_tokenizer
-from megatron_policysplit.rollout.engine import InProcessEngine
-from megatron_policysplit.rollout.sglang import SglangEngine
 from megatron_policysplit.rollout.sglang_http import SglangClient
 from megatron_policysplit.serving.fleet import Fleet
 from megatron_policysplit.serving.identity import Identity
@@ -29,24 +27,6 @@ from megatron_policysplit.serving.members import Member, Placement
 from megatron_policysplit.serving.placement import place_engines
 from megatron_policysplit.serving.router import Router
 from megatron_policysplit.serving.servers import Server, server_spec
-from megatron_policysplit.training.preflight import api_key
-
-
-def engine_in_process(config: Config, tokenizer) -> InProcessEngine:
-    """The `local` or `replay` engine of a leader."""
-    if config.rollout.engine == "replay":
-        from megatron_policysplit.rollout.replay import ReplayEngine
-
-        return ReplayEngine(config.rollout.replay_dir)
-    from megatron_policysplit.rollout.local import LocalEngine
-
-    return LocalEngine(
-        config.model.path,
-        stop_token_ids(config.model.path, tokenizer),
-        dtype=config.model.dtype,
-        max_batch_samples=config.rollout.max_batch_samples,
-        device=cpu.device(),
-    )
 
 
 def place(config: Config, layout: Layout) -> list[Placement]:
@@ -112,7 +92,7 @@ def build_fleet(
 
 def _on_other_gpus(config: Config, count: int) -> Config:
     """The configuration with the GPUs after the actor's for the servers; ConfigError if there are too few."""
-    gpus = cpu.gpu_count()
+    gpus = gpu_count()
     if gpus == 0:
         return config
     actors = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
@@ -141,22 +121,6 @@ def open_fleet(fleet: Fleet, layout: Layout, control: Control, resources: ExitSt
     dist.all_gather_object(fronts, front and front.address, group=layout.world)
     # Without a router there is one engine, which another rank than the chief owns where it stands on the first stage.
     return fronts[layout.chief] or next(address for address in fronts if address is not None)
-
-
-def sglang_engine(config: Config, url: str, tokenizer) -> SglangEngine:
-    """The engine of a leader; `url` is a server or a router in front of several."""
-    rollout = config.rollout
-    return SglangEngine(
-        url,
-        api_key=api_key(config),
-        stop_token_ids=stop_token_ids(config.model.path, tokenizer),
-        vocab_size=read_hf_config(config.model.path)["vocab_size"],
-        concurrency=rollout.concurrency,
-        request_seconds=rollout.request_seconds,
-        retries=rollout.retries,
-        unavailable_seconds=rollout.unavailable_seconds,
-        max_staleness=rollout.max_staleness if rollout.overlap else 0,
-    )
 
 
 def _local_rank(rank: int) -> int:

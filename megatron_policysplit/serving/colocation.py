@@ -33,8 +33,8 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.distributed.control import Control
+from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import EngineError
 from megatron_policysplit.rollout.sglang_http import EngineRefused
 from megatron_policysplit.serving.members import Member, State

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.config import Config
 from megatron_policysplit.distributed.control import Control, Work
+from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import EngineError, EngineLost
 from megatron_policysplit.serving.colocation import Colocation
 from megatron_policysplit.serving.identity import Identity, check_identity

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import gcd
-from typing import Any
 
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.serving.members import Placement
@@ -88,19 +87,3 @@ def devices(
 def _divisors(number: int) -> str:
     *some, last = [str(divisor) for divisor in range(1, number + 1) if number % divisor == 0]
     return f"{', '.join(some)} or {last}" if some else last
-
-
-def check_allocator(environment: Mapping[str, Any]) -> None:
-    """Raises ConfigError if rollout.server.environment turns torch's expandable segments on for colocated servers.
-
-    SGLang's memory saver, by which they give memory back, does not work with them. What the actor itself has set is not
-    handed on to servers.
-    """
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        value = str(environment.get(name) or "")
-        settings = dict(part.partition(":")[::2] for part in value.replace(" ", "").split(","))
-        if settings.get("expandable_segments", "").lower() == "true":
-            raise ConfigError(
-                f"rollout.server.environment has {name}={value}, but with expandable_segments servers cannot give "
-                "memory back, which rollout.colocated=true needs; take that setting out"
-            )

@@ -229,23 +229,6 @@ def flags(arguments: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def read_api_key(
-    variable: str | None, environ: Mapping[str, str], named_by: str = "rollout.api_key_variable"
-) -> str | None:
-    """The API key in `variable`, which the key `named_by` names; ConfigError if it holds none that can be sent."""
-    if variable is None:
-        return None
-    key = environ.get(variable, "")
-    if not key:
-        raise ConfigError(f"{named_by}={variable}: that environment variable is not set, or empty")
-    if not re.fullmatch(r"[!-~]+", key):
-        raise ConfigError(
-            f"{named_by}={variable}: the key in it has a blank, a line end or a character that is not "
-            "ASCII; HTTP headers cannot carry those"
-        )
-    return key
-
-
 def own_address() -> str:
     """The IPv4 address by which other machines reach this one: that of the default route, else of the host name."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

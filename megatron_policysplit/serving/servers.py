@@ -14,11 +14,12 @@ from typing import Any
 
 from megatron_policysplit.config import Config
 from megatron_policysplit.config.checks import is_loopback
+from megatron_policysplit.config.secrets import read_api_key
 from megatron_policysplit.errors import ConfigError, EngineError
 from megatron_policysplit.rollout.sglang_http import EngineRefused, EngineUnreachable, SglangClient
 from megatron_policysplit.serving.members import Placement
 from megatron_policysplit.serving.placement import devices
-from megatron_policysplit.serving.processes import POLL_SECONDS, Process, flags, inherited_environment, read_api_key
+from megatron_policysplit.serving.processes import POLL_SECONDS, Process, flags, inherited_environment
 
 MODULE = "sglang.launch_server"
 ASK_SECONDS = 10.0
@@ -111,9 +112,9 @@ def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _visible(config: Config, index: int, local_gpus: Sequence[int]) -> tuple[str, ...] | None:
     """The GPUs of a server in the words of CUDA_VISIBLE_DEVICES; None without a GPU."""
-    from megatron_policysplit.actor import megatron_on_cpu as cpu
+    from megatron_policysplit.distributed.device import gpu_count
 
-    server, count, colocated = config.rollout.server, cpu.gpu_count(), config.rollout.colocated
+    server, count, colocated = config.rollout.server, gpu_count(), config.rollout.colocated
     if count == 0 and server.devices:
         raise ConfigError(f"rollout.server.devices={server.devices}, but this machine shows no GPU; leave it empty")
     if count == 0:
@@ -136,7 +137,7 @@ def server_command(spec: ServerSpec, port: int, nccl_port: int, version: str, se
 
     The warm-up is left out because `Server.ready` asks for a token itself; requests are not logged one by one.
     """
-    from megatron_policysplit.actor import megatron_on_cpu as cpu
+    from megatron_policysplit.serving.servers import server_options
 
     arguments: dict[str, Any] = {
         "model-path": spec.model,
@@ -151,7 +152,7 @@ def server_command(spec: ServerSpec, port: int, nccl_port: int, version: str, se
         "log-level-http": "warning",
         "enable-memory-saver": spec.colocated,
     }
-    arguments |= cpu.server_options(spec.arguments.get("device"), spec.tensor)[0]
+    arguments |= server_options(spec.arguments.get("device"), spec.tensor)[0]
     return flags(arguments | dict(spec.arguments))
 
 
@@ -160,7 +161,7 @@ def server_environment(spec: ServerSpec, environ: Mapping[str, str]) -> dict[str
 
     null unsets a variable; true and false are 1 and 0.
     """
-    from megatron_policysplit.actor import megatron_on_cpu as cpu
+    from megatron_policysplit.serving.servers import server_options
 
     environment: dict[str, str] = inherited_environment(environ, spec.python)
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -168,7 +169,7 @@ def server_environment(spec: ServerSpec, environ: Mapping[str, str]) -> dict[str
         environment["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "1"  # CUDA graphs are released with the rest
     if spec.devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(spec.devices)
-    environment |= cpu.server_options(spec.arguments.get("device"), spec.tensor)[1]
+    environment |= server_options(spec.arguments.get("device"), spec.tensor)[1]
     for name, value in spec.environment.items():
         if value is None:
             environment.pop(name, None)
@@ -257,3 +258,34 @@ class Server(Process):
             f"{self.address} is answered by something other than the server that this run started ({seen}); "
             "set rollout.server.port to a free port, or to 0"
         )
+
+
+def server_options(device: str | None, tensor: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """Flags and environment variables that SGLang needs on the CPU; none on a GPU.
+
+    device: as the user asks for it; None is what this machine has. tensor: tensor-parallel size of the server.
+
+    PyPI has no compiled CPU kernels, so that the compute is plain torch. The threads of an idle pool must sleep, or
+    decoding single requests is several times slower, and the key-value cache would take most of the memory there is.
+    """
+    from megatron_policysplit.distributed.device import gpu_count
+
+    if device != "cpu" and (device is not None or gpu_count() > 0):
+        return {}, {}
+    arguments = {
+        "device": "cpu",
+        "attention-backend": "torch_native",
+        "sampling-backend": "pytorch",
+        "grammar-backend": "none",
+        "cuda-graph-backend-decode": "disabled",
+        "disable-overlap-schedule": True,
+        "sleep-on-idle": True,
+        "enable-memory-saver": False,
+        "max-total-tokens": 16384,
+    }
+    environment = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    if tensor > 1:  # else SGLang wants a NUMA node for each rank
+        cores = sorted(os.sched_getaffinity(0))
+        shares = [cores[rank::tensor] or [cores[rank % len(cores)]] for rank in range(tensor)]
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in shares)
+    return arguments, environment

@@ -44,16 +44,16 @@ class Study:
     stop_on_failure: bool = False
 
     @property
-    def runs(self) -> list["StudyRun"]:
+    def runs(self) -> list[StudyRun]:
         """Every run, seed by seed: an unfinished study has compared as many seeds as it could."""
         return [StudyRun(method, seed, Path(self.dir)) for seed in self.seeds for method in self.methods]
 
-    def settings(self, run: "StudyRun") -> list[str]:
+    def settings(self, run: StudyRun) -> list[str]:
         """The overrides of `policysplit train` for a run."""
         given = [fill(text, self.dir, run) for text in [*self.overrides, *self.methods[run.method]]]
         return [*given, f"run.seed={run.seed}", f"run.dir={run.directory}"]
 
-    def preparation(self, run: "StudyRun") -> list[str] | None:
+    def preparation(self, run: StudyRun) -> list[str] | None:
         """The command that must have succeeded before this run; None if there is none."""
         return None if self.prepare is None else [fill(word, self.dir, run) for word in shlex.split(self.prepare)]
 
@@ -156,8 +156,9 @@ def _check_values(given: dict[str, Any], path: str | Path) -> None:
 
 def _check_runs(study: Study, path: str | Path) -> None:
     """Every method's configuration, with the first seed, as far as that is possible without its files."""
-    from megatron_policysplit.config.load import check_config, load_config
-    from megatron_policysplit.training.preflight import check_method
+    from megatron_policysplit.algorithms.checks import check_method
+    from megatron_policysplit.config.checks import check_config
+    from megatron_policysplit.config.load import load_config
 
     for method in study.methods:
         run = StudyRun(method, study.seeds[0], Path(study.dir))

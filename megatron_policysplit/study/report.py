@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_policysplit.config.modes import mode_label
 from megatron_policysplit.reports.page import STYLE
-from megatron_policysplit.reports.run_report import data_url, mode_label
+from megatron_policysplit.reports.run_report import data_url
 from megatron_policysplit.study.config import Study
 from megatron_policysplit.study.numbers import Finished, finished_runs, logged_names, study_numbers, table
 

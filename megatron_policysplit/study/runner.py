@@ -17,8 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.exit_codes import DONE, FAILED, STOPPED
+from megatron_policysplit.errors import DONE, FAILED, STOPPED, ConfigError
 from megatron_policysplit.study.config import Study, StudyRun, fill
 
 STATE_FILE = "study_state.json"

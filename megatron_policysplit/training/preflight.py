@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_policysplit.actor.checkpoint_files import check_model, complete, read_trainer_json
+from megatron_policysplit.algorithms.checks import check_method
 from megatron_policysplit.config import Config
+from megatron_policysplit.config.checks import check_config
 from megatron_policysplit.config.load import (
-    check_config,
+    CONFIG_FILE,
     fingerprint,
     first_difference,
     load_config,
@@ -23,11 +25,9 @@ from megatron_policysplit.config.load import (
     to_yaml,
     world_size,
 )
-from megatron_policysplit.config.modes import modes_of
+from megatron_policysplit.config.secrets import api_key
 from megatron_policysplit.errors import ConfigError, ModelError, UserError
 from megatron_policysplit.evaluation.judge_prompt import judge_api_key, read_judge_prompt
-
-CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -96,31 +96,11 @@ def preflight(config: Config) -> Preflight:
     return Preflight(architecture, parameters, train, evaluation, world_size(config), resumes, warnings)
 
 
-def check_method(config: Config) -> None:
-    """Raises ConfigError for wrong options, or for what the method does not go with."""
-    replayed, engine = config.rollout.engine == "replay", config.algorithm.old_logprobs == "engine"
-    if not config.algorithm.options and not replayed and not engine:
-        return
-    from megatron_policysplit.algorithms.methods import algorithm_of
-
-    algorithm = algorithm_of(config.algorithm)
-    algorithm.method.check(algorithm.options, [mode.value for mode in modes_of(config.modes)])
-    if engine and not algorithm.method.engine_logprobs(algorithm.options):
-        raise ConfigError(
-            f"algorithm.old_logprobs=engine leaves rows unscored, but algorithm.name={config.algorithm.name} with "
-            "these options needs more of them than the engine's log-probs; set algorithm.old_logprobs=actor"
-        )
-    if replayed and algorithm.method.selection(algorithm.options) is not None:
-        raise ConfigError(
-            f"rollout.engine=replay cannot serve algorithm.name={config.algorithm.name} with dynamic sampling, because "
-            "a dump holds no responses to questions that were dropped; replay with a method without, or use another "
-            "engine"
-        )
-
-
 def _check_model(config: Config) -> tuple[str, int]:
-    from checkpoints_conv import architecture_of, check_layout, check_safetensors, read_hf_config
-    from megatron_policysplit.data.prompts import has_chat_template, read_eval_prompts, read_prompts
+    from checkpoints_conv import architecture_of, check_safetensors, read_hf_config
+    from megatron_policysplit.config.model_layout import check_layout
+    from megatron_policysplit.data.prompts import read_eval_prompts, read_prompts
+    from megatron_policysplit.data.tokenizer import has_chat_template
 
     path = config.model.path
     hf_config = read_hf_config(path)
@@ -191,13 +171,6 @@ def _check_servers(config: Config) -> None:
             f"rollout.server.python={python} is not an executable; give the interpreter of an environment with SGLang "
             "(on a machine without a GPU `make sglang-cpu` makes one: .venv-sglang/bin/python)"
         )
-
-
-def api_key(config: Config) -> str | None:
-    """The key of the SGLang servers from the environment; ConfigError if its variable is named but not set."""
-    from megatron_policysplit.serving.processes import read_api_key
-
-    return read_api_key(config.rollout.api_key_variable, os.environ)
 
 
 def check_run_dir(config: Config) -> bool:

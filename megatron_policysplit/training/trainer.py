@@ -6,21 +6,21 @@ import gc
 from collections.abc import Sequence
 
 from megatron_policysplit.actor import checkpoint
-from megatron_policysplit.actor import megatron_on_cpu as cpu
 from megatron_policysplit.actor.checkpoint_files import path_of
 from megatron_policysplit.algorithms.signals import live_rows, scored_rows
 from megatron_policysplit.config import Config
 from megatron_policysplit.config.modes import modes_of
+from megatron_policysplit.distributed.device import peak_memory_bytes
 from megatron_policysplit.distributed.stop_signal import StopRequested, StopSignal
-from megatron_policysplit.errors import TrainingError
+from megatron_policysplit.errors import DONE, STOPPED, TrainingError
 from megatron_policysplit.evaluation.verdicts import judge_metrics, with_verdicts
-from megatron_policysplit.exit_codes import DONE, STOPPED
 from megatron_policysplit.logs.timing import Phases
 from megatron_policysplit.rollout.staleness import check_staleness, staleness_metrics
 from megatron_policysplit.rows import Mode, Rollout, Row, share
 from megatron_policysplit.training import run as runs
 from megatron_policysplit.training.agreement.diagnosis import Probe
 from megatron_policysplit.training.agreement.gate import AgreementGate
+from megatron_policysplit.training.build import start
 from megatron_policysplit.training.metrics import evaluation_metrics, prompt_metrics, training_metrics
 from megatron_policysplit.training.rollout_batch import Asked
 
@@ -30,7 +30,7 @@ class Trainer:
 
     def __init__(self, config: Config, stop: StopSignal):
         self.config = config
-        self.run = run = runs.start(config, stop)
+        self.run = run = start(config, stop)
         probe = Probe(run.layout, run.actor, run.score_by_engine, self.resync)
         self.gate = AgreementGate(config, probe, run.log)
         self.ahead: Asked | None = None  # with rollout.overlap, the batch that is generated while one is trained
@@ -100,7 +100,7 @@ class Trainer:
                 self.sync(phases)
         run.state.bad_steps += update.bad_steps
         run.state.bad_steps_in_a_row = run.state.bad_steps_in_a_row + 1 if update.bad_steps else 0
-        memory = run.layout.largest(cpu.peak_memory_bytes())
+        memory = run.layout.largest(peak_memory_bytes())
         if run.layout.is_chief:
             metrics = training_metrics(rows, old, live) | update.named() | _speed(rows, live, scored, asked, phases)
             metrics |= agreement | staleness_metrics(rollouts, batch_version) | signals.metrics()

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 
-from megatron_policysplit.exit_codes import BAD_INPUT, FAILED, STOPPED
+from megatron_policysplit.errors import BAD_INPUT, FAILED, STOPPED
 
 SAME_ERROR_SECONDS = 3.0
 

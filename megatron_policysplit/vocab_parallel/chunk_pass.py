@@ -25,7 +25,7 @@ from megatron_policysplit.vocab_parallel.reduction import (
 )
 
 if TYPE_CHECKING:
-    from megatron_policysplit.vocab_parallel.head import Head
+    from megatron_policysplit.vocab_parallel.shard import Head
 
 SLICE_ROWS = 8192  # of a weight of 16 bits, widened at a time
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_policysplit.vocab_parallel.chunk_pass import chunk_pass
-from megatron_policysplit.vocab_parallel.head import Head, needs_logits
+from megatron_policysplit.vocab_parallel.head import needs_logits
 from megatron_policysplit.vocab_parallel.nucleus import (
     MergedNucleus,
     gradient_with_nucleus,
@@ -25,7 +25,7 @@ from megatron_policysplit.vocab_parallel.nucleus import (
     reduce_nucleus,
 )
 from megatron_policysplit.vocab_parallel.reduction import Exponentials, Merged, Slopes, Tokens, merge, statistics_dtype
-from megatron_policysplit.vocab_parallel.shard import Gathering
+from megatron_policysplit.vocab_parallel.shard import Gathering, Head
 from megatron_policysplit.vocab_parallel.weight_gradient import WeightGradient
 
 # (tokens of the call, log-probs, entropy) -> the sum of their losses, a scalar with gradient in the last two; with

@@ -7,12 +7,9 @@ chunk by chunk. `fused_loss` (its own file) needs no second pass. Only rows that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -30,34 +27,9 @@ from megatron_policysplit.vocab_parallel.reduction import (
     pair_gradient,
     statistics_dtype,
 )
-from megatron_policysplit.vocab_parallel.shard import Gathering, VocabularyShard
+from megatron_policysplit.vocab_parallel.shard import Gathering, Head
 from megatron_policysplit.vocab_parallel.statistics import PairStatistics
 from megatron_policysplit.vocab_parallel.weight_gradient import WeightGradient
-
-
-@dataclass(frozen=True)
-class Head:
-    """A rank's shard of the LM head: weight [padded columns, H], chunk: tokens whose logits exist at a time.
-
-    reduces_hidden: backward sums the gradient of the hidden states over the ranks (one all-reduce). Off where the
-    hidden states come from `gather_sequence`, whose backward sums and scatters. triton: by kernels that hold no logits
-    (a GPU, operands of at most 32 bits).
-    """
-
-    weight: Tensor
-    shard: VocabularyShard
-    chunk: int
-    reduces_hidden: bool = True
-    triton: bool = False
-
-    def chunks(self, tokens: int) -> Iterator[slice]:
-        return (slice(start, min(start + self.chunk, tokens)) for start in range(0, tokens, self.chunk))
-
-    def sum_over_ranks(self, grad_hidden: Tensor) -> Tensor:
-        """The gradient of the hidden states [T, H], of which each rank has its columns' part, in place."""
-        if self.reduces_hidden and self.shard.ranks > 1:
-            dist.all_reduce(grad_hidden, group=self.shard.group)
-        return grad_hidden
 
 
 class Scores(NamedTuple):

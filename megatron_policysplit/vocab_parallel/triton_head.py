@@ -184,7 +184,7 @@ def _splits(tokens: int, columns: int) -> tuple[int, int]:
     return width, triton.cdiv(columns, width)
 
 
-def _launch(kernel: "_Kernel", grid, hidden: Tensor, tensors: tuple, numbers: tuple, **options: bool) -> None:
+def _launch(kernel: _Kernel, grid, hidden: Tensor, tensors: tuple, numbers: tuple, **options: bool) -> None:
     tokens, features = hidden.shape
     constants = {"H": features, "UPCAST": _INTERPRETED and hidden.dtype == torch.bfloat16, "FEW": tokens <= 256}
     if _INTERPRETED:

@@ -62,14 +62,12 @@ class Bucket:
             start = end
 
 
-def plan_buckets(
-    tensors: Sequence["Exported"], dtype: torch.dtype, limit_bytes: int, *, per_stage: bool
-) -> list[Bucket]:
+def plan_buckets(tensors: Sequence[Exported], dtype: torch.dtype, limit_bytes: int, *, per_stage: bool) -> list[Bucket]:
     """Consecutive tensors in buckets of at most `limit_bytes`; a larger tensor goes alone.
 
     per_stage: no bucket holds tensors of two pipeline stages.
     """
-    groups: list[list["Exported"]] = []
+    groups: list[list[Exported]] = []
     held = 0
     for tensor in tensors:
         nbytes = prod(tensor.shape) * dtype.itemsize

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from checkpoints_conv import write_hf
 from megatron_policysplit.actor.actor import Actor
-from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.actor.weights import Read, consume_weights
 from megatron_policysplit.config import Config
+from megatron_policysplit.distributed.agree import together
 from megatron_policysplit.distributed.control import Control
+from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.serving.members import Member
 from megatron_policysplit.weight_sync import session
-from megatron_policysplit.weight_sync.outcome import Failures, merged, together
+from megatron_policysplit.weight_sync.outcome import Failures, merged
 
 KEPT = 2
 NAME = re.compile(r"version-\d{8}|\.version-\d{8}\.(partial|previous)")  # the latter of a writer that was killed

@@ -17,18 +17,19 @@ from typing import Any
 
 import torch
 
-from megatron_policysplit.actor import megatron_on_cpu as cpu
 from megatron_policysplit.actor.actor import Actor
-from megatron_policysplit.actor.parallel import Layout
-from megatron_policysplit.actor.weights import PeerFailed, Read, consume_weights
+from megatron_policysplit.actor.weights import Read, consume_weights
 from megatron_policysplit.config import Config
+from megatron_policysplit.distributed.agree import PeerFailed, together
 from megatron_policysplit.distributed.control import Control
+from megatron_policysplit.distributed.device import backend, training_device
+from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import ConfigError, EngineError
 from megatron_policysplit.serving.members import Member
 from megatron_policysplit.weight_sync import session
 from megatron_policysplit.weight_sync.bucket import Bucket
 from megatron_policysplit.weight_sync.groups import Abort, BroadcastFailed, SenderGroup, own_address
-from megatron_policysplit.weight_sync.outcome import Failure, Failures, together
+from megatron_policysplit.weight_sync.outcome import Failure, Failures
 
 ATTEMPTS = 3
 ALIVE_SECONDS = 10.0  # for a scheduler that may have to give up a receive first
@@ -203,12 +204,14 @@ class DistributedTransport:
                 return
             for bucket in self.plan:
                 if bucket.stage == self.layout.pipeline_rank:
-                    flat = torch.empty(bucket.nbytes, dtype=torch.uint8, device=cpu.device())
+                    flat = torch.empty(bucket.nbytes, dtype=torch.uint8, device=training_device())
                     bucket.fill(stream, flat)
                     self._group.broadcast(flat, abort)
 
         destination = "stage_leader" if self.layout.data_rank == 0 else "nowhere"
-        consume_weights(self.actor.model, self.actor.hf_config, destination, take, device=cpu.device(), read=self.read)
+        consume_weights(
+            self.actor.model, self.actor.hf_config, destination, take, device=training_device(), read=self.read
+        )
 
     async def _offer(self, live: set[int]) -> Offer:
         """Who is there; a process that was started again is not the one that joined a group."""
@@ -231,7 +234,7 @@ class DistributedTransport:
         async def init(member: Member, stage: int) -> None:
             host, port = places[stage]
             await member.client.init_group(
-                host, port, offsets[member.index], offer.world_size, self._names[stage], cpu.backend()
+                host, port, offsets[member.index], offer.world_size, self._names[stage], backend()
             )
 
         return await self._post_stepwise(sorted(offer.engines), range(len(self._names)), init, abort)

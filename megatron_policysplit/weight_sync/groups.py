@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from megatron_policysplit.actor import megatron_on_cpu as cpu
+from megatron_policysplit.distributed.device import backend
 
 POLL_SECONDS = 0.005
 LATE_SECONDS = 3.0  # an engine that has not come to the store yet would look for it for half an hour once it is gone
@@ -138,7 +138,7 @@ def _make_group(name: str, host: str, port: int, world_size: int, timeout: timed
         world_size,
         0,
         [],
-        c10d.Backend(cpu.backend()),
+        c10d.Backend(backend()),
         dist.PrefixStore(name, store),
         group_name=name,
         timeout=timeout,

@@ -40,7 +40,7 @@ class SharedMemory:
             file.truncate(HEADER_BYTES + 1)
         torch.UntypedStorage._new_shared_filename_cpu(self._socket, name.encode(), 1)
 
-    def buffer(self, nbytes: int, device: torch.device) -> "Buffer":
+    def buffer(self, nbytes: int, device: torch.device) -> Buffer:
         """Memory on `device` that other processes can read."""
         return Buffer(nbytes, device)
 

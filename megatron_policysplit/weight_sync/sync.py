@@ -13,17 +13,18 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from megatron_policysplit.actor.actor import Actor
-from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.actor.weights import Read, exported_tensors
 from megatron_policysplit.config import Config
+from megatron_policysplit.distributed.agree import together
 from megatron_policysplit.distributed.control import Control
+from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import EngineError
 from megatron_policysplit.serving.members import Member, Placement, State
 from megatron_policysplit.weight_sync import session
 from megatron_policysplit.weight_sync.bucket import plan_buckets
 from megatron_policysplit.weight_sync.disk import DiskTransport
 from megatron_policysplit.weight_sync.distributed import DistributedTransport
-from megatron_policysplit.weight_sync.outcome import Failure, Failures, merged, together
+from megatron_policysplit.weight_sync.outcome import Failure, Failures, merged
 from megatron_policysplit.weight_sync.session import Hook
 from megatron_policysplit.weight_sync.tensor import TensorTransport
 

@@ -18,17 +18,18 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from megatron_policysplit.actor import megatron_on_cpu as cpu
 from megatron_policysplit.actor.actor import Actor
-from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.actor.weights import CPU, Read, consume_weights
 from megatron_policysplit.config import Config
+from megatron_policysplit.distributed.agree import together
 from megatron_policysplit.distributed.control import Control, Work
+from megatron_policysplit.distributed.device import training_device
+from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.serving.members import Member, Placement
 from megatron_policysplit.weight_sync import session
 from megatron_policysplit.weight_sync.bucket import Bucket, payload
-from megatron_policysplit.weight_sync.outcome import Failure, Failures, merged, together
+from megatron_policysplit.weight_sync.outcome import Failure, Failures, merged
 from megatron_policysplit.weight_sync.shared_memory import Buffer, SharedMemory
 
 OTHER = "weight_sync.transport=distributed"
@@ -79,7 +80,7 @@ class TensorTransport:
     def _send(self, live: set[int]) -> Failures:
         self._release_kept()
         if self.colocated:
-            return self._consume("every_rank", lambda stream: self._give_own(stream, live), cpu.device())
+            return self._consume("every_rank", lambda stream: self._give_own(stream, live), training_device())
         if not self.layout.is_exported:
             return {}
         destination = "leader" if self.layout.data_rank == 0 else "nowhere"
@@ -127,7 +128,7 @@ class TensorTransport:
                 mine: str | Exception
                 try:
                     if buffer is None or not buffer.reusable:
-                        buffer = self._buffer(max(b.nbytes for b in self.plan), cpu.device())
+                        buffer = self._buffer(max(b.nbytes for b in self.plan), training_device())
                     flat = buffer.flat[: bucket.nbytes]
                     bucket.fill(stream, flat)
                     mine = payload(bucket, flat)

@@ -5,7 +5,8 @@ import importlib.util
 
 import pytest
 
-from megatron_policysplit.actor import megatron_on_cpu as cpu
+from megatron_policysplit.distributed.device import (missing_triton, use_triton)
+from megatron_policysplit.distributed import device
 from tests.support.dist import run_distributed
 from tests.support.e2e import make_workspace
 
@@ -14,7 +15,7 @@ REASON = "the LM head is computed in plain torch: for the test"
 
 def machine(monkeypatch, gpu, triton):
     """A machine with a GPU or none, and with this release of Triton or none."""
-    monkeypatch.setattr(cpu, "active", lambda: not gpu)
+    monkeypatch.setattr(device, "on_cpu", lambda: not gpu)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: triton and object())
     monkeypatch.setattr(importlib.metadata, "version", lambda name: triton)
 
@@ -22,33 +23,33 @@ def machine(monkeypatch, gpu, triton):
 @pytest.mark.parametrize("triton", ["3.4.0", "3.10.1", "4.0.0+git1a2b3c"])
 def test_kernels_are_used_where_they_can_be(monkeypatch, triton):
     machine(monkeypatch, True, triton)
-    assert cpu.use_triton() and cpu.missing_triton() is None
+    assert use_triton() and missing_triton() is None
 
 
 @pytest.mark.parametrize(("triton", "found"), [(None, "triton is not installed"), ("3.3.1", "triton 3.3.1 is too old")])
 def test_what_is_missing_is_named_with_its_remedy(monkeypatch, triton, found):
     machine(monkeypatch, True, triton)
-    assert not cpu.use_triton()
-    assert found in cpu.missing_triton() and "pip install 'triton>=3.4'" in cpu.missing_triton()
+    assert not use_triton()
+    assert found in missing_triton() and "pip install 'triton>=3.4'" in missing_triton()
 
 
 @pytest.mark.parametrize("triton", [None, "3.3.1", "3.4.0"])
 def test_a_machine_without_a_gpu_misses_nothing(monkeypatch, triton):
     machine(monkeypatch, False, triton)
-    assert not cpu.use_triton() and cpu.missing_triton() is None
+    assert not use_triton() and missing_triton() is None
 
 
 def start(rank, file, directory, reason):
     """Every rank starts a run on a machine of which `missing_triton` gives `reason`."""
-    from megatron_policysplit.training import run as runs
+    from megatron_policysplit.training.build import start
     from megatron_policysplit.actor import parallel
     from megatron_policysplit.config.load import load_config
     from megatron_policysplit.distributed.stop_signal import StopSignal
 
     if reason is not None:
-        cpu.missing_triton = lambda: reason
+        missing_triton = lambda: reason
     overrides = ["parallel.tensor=1", "parallel.pipeline=2", f"run.dir={directory}", "log.console=false"]
-    run = runs.start(load_config(str(file), overrides), StopSignal())
+    run = start(load_config(str(file), overrides), StopSignal())
     run.close()
     parallel.shutdown()
 

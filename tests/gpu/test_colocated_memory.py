@@ -79,10 +79,10 @@ def same(found, expected):
 
 def memory():
     """(allocated by this process's tensors, free on the device), in bytes."""
-    from megatron_policysplit.actor import megatron_on_cpu as cpu
+    from megatron_policysplit.distributed.device import free_memory_bytes, return_freed_memory
 
-    cpu.return_freed_memory()
-    return torch.cuda.memory_allocated(), cpu.free_memory_bytes()
+    return_freed_memory()
+    return torch.cuda.memory_allocated(), free_memory_bytes()
 
 
 # --- the actor alone ---------------------------------------------------------------------------------

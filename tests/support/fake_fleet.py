@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
-from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.config import Config
 from megatron_policysplit.distributed.control import Control
+from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.distributed.stop_signal import StopSignal
 from megatron_policysplit.errors import EngineError
 from megatron_policysplit.rollout.sglang_http import EngineTimedOut, EngineUnreachable

@@ -14,21 +14,21 @@ from pathlib import Path
 from checkpoints_conv import read_hf_config
 from megatron_policysplit.actor import parallel
 from megatron_policysplit.actor.actor import Actor
-from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.actor.weights import load_weights
 from megatron_policysplit.config import Config
+from megatron_policysplit.data.tokenizer import load_tokenizer
 from megatron_policysplit.distributed.control import Control
+from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.distributed.stop_signal import StopSignal
-from megatron_policysplit.evaluation.responder import load_tokenizer
+from megatron_policysplit.rollout.build import sglang_engine
 from megatron_policysplit.rollout.collect import collect, split_lots
 from megatron_policysplit.rollout.engine import Request
 from megatron_policysplit.rollout.sglang import SglangEngine
 from megatron_policysplit.rows import Rollout
-from megatron_policysplit.serving import build as engines
 from megatron_policysplit.serving import fleet as fleets
 from megatron_policysplit.serving.fleet import Fleet
 from megatron_policysplit.serving.members import Member
-from megatron_policysplit.training import run as runs
+from megatron_policysplit.training.build import _fleet
 from tests.support.sglang import Reference
 
 HEARTBEAT_SECONDS = 0.05
@@ -118,8 +118,8 @@ def one_rank(
         control = Control(layout.control, StopSignal(), HEARTBEAT_SECONDS)
         resources.callback(control.close)
         actor = Actor(config, read_hf_config(reference.path), layout)
-        fleet, url = runs._fleet(config, layout, control, actor, Said(said), resources)
-        engine = engines.sglang_engine(config, url, load_tokenizer(reference.path))
+        fleet, url = _fleet(config, layout, control, actor, Said(said), resources)
+        engine = sglang_engine(config, url, load_tokenizer(reference.path))
         engine._backoff_seconds *= patience
         resources.callback(lambda: control.run(engine.aclose()))
         weights = directory / "weights_of_the_actor"

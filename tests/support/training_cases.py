@@ -8,9 +8,10 @@ from typing import Any
 
 from megatron_policysplit.algorithms.advantages import Method
 from megatron_policysplit.algorithms.methods import Algorithm, algorithm_of
+from megatron_policysplit.algorithms.modes import samples_per_mode, training_modes
 from megatron_policysplit.algorithms.signals import SignalSource
 from megatron_policysplit.config import Config
-from megatron_policysplit.config.modes import modes_of, samples_per_mode, training_modes
+from megatron_policysplit.config.modes import modes_of
 from megatron_policysplit.rows import Mode, Rollout, Row, share
 
 VOCAB = 67  # odd, so that tensor parallelism pads it

@@ -224,9 +224,7 @@ def test_breaches_warn_are_compared_again_at_once_and_end_the_run_when_they_go_o
 
 def test_only_the_responses_that_disagree_are_looked_at(monkeypatch):
     found = []
-    monkeypatch.setattr(
-        "megatron_policysplit.training.agreement.gate.diagnose", lambda breach, *args: found.append(breach) or ""
-    )
+    monkeypatch.setattr("megatron_policysplit.training.agreement.gate.diagnose", lambda breach, *args: found.append(breach) or "")
     gate, _ = gate_of(config_with(every=1, breaches=1))
     rows, old = batch(lambda row: 0.5 if row.on_policy and row.rollout.sample == 1 else 0.0, version=0)
     with pytest.raises(TrainingError):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints_conv import architecture_of, check_layout
+from checkpoints_conv import architecture_of
+from megatron_policysplit.config.model_layout import check_layout
 from megatron_policysplit.errors import ConfigError, ModelError
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from megatron_policysplit.actor.checkpoint import TrainerState
 from megatron_policysplit.algorithms.methods import algorithm_of
+from megatron_policysplit.algorithms.modes import samples_per_mode
 from megatron_policysplit.config import Config
-from megatron_policysplit.config.modes import samples_per_mode
 from megatron_policysplit.data.questions import Question, QuestionStream
 from megatron_policysplit.rows import MODES, Rollout, SecondRollout
 from megatron_policysplit.training.rollout_batch import Asked

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for name in ("megatron_policysplit", "checkpoints_conv") for path in (ROOT / name).rglob("*.py"))
-DEVICE_MODULE = ROOT / "megatron_policysplit" / "actor" / "megatron_on_cpu.py"
+DEVICE_MODULE = ROOT / "megatron_policysplit" / "distributed" / "device.py"
 MEGATRON_ON_CPU = ROOT / "megatron_policysplit" / "actor" / "megatron_on_cpu.py"
 PURE = ("algorithms/", "rows/", "training/metrics.py", "vocab_parallel/")
 # Asking which device there is; device.backend(), device.training_device() and the like only pass its answers on.

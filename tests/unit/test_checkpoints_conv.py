@@ -10,16 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints_conv import (
-    SafetensorsReader,
-    architecture_of,
-    check_layout,
-    check_safetensors,
-    read_hf_config,
-    write_hf,
-)
+from checkpoints_conv import SafetensorsReader, architecture_of, check_safetensors, read_hf_config, write_hf
 from checkpoints_conv.architectures import ARCHITECTURES
 from checkpoints_conv.rope import Llama3Rope, rope_of
+from megatron_policysplit.config.model_layout import check_layout
 from megatron_policysplit.errors import ConfigError, ModelError
 from tests.support.hf_models import FAMILIES, LLAMA3_ROPE, make_model
 

@@ -13,16 +13,18 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from megatron_policysplit import __version__, exit_codes
+from megatron_policysplit import __version__
+from megatron_policysplit import errors as exit_codes
 from megatron_policysplit.cli import main as cli
 from megatron_policysplit.config import ModesConfig
 from megatron_policysplit.config.load import load_config, to_dict
 from megatron_policysplit.data import prompts as modes
 from megatron_policysplit.data.prompts import DEFAULT_HIGH_ENTROPY_PROMPT
 from megatron_policysplit.data.questions import Question
+from megatron_policysplit.data.tokenizer import load_tokenizer
 from megatron_policysplit.distributed import launch
 from megatron_policysplit.errors import ConfigError, DataError, ModelError
-from megatron_policysplit.evaluation.responder import Responder, load_tokenizer
+from megatron_policysplit.evaluation.responder import Responder
 from megatron_policysplit.rollout.engine import Sampling
 from megatron_policysplit.rows import MODES, Mode
 from tests.support.toy_chat import make_chat_model

@@ -136,8 +136,8 @@ class RecordingActor:
 def build(rank, world, tensor, log, actor):
     import torch.distributed as dist
 
-    from megatron_policysplit.actor.parallel import Layout
     from megatron_policysplit.distributed.control import Control
+    from megatron_policysplit.distributed.layout import Layout
     from megatron_policysplit.distributed.stop_signal import StopSignal
     from megatron_policysplit.serving.colocation import Colocation
 

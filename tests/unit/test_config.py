@@ -8,9 +8,9 @@ import yaml
 
 from megatron_policysplit.config import Config
 from megatron_policysplit.config import docs as config_docs
+from megatron_policysplit.config.checks import check_config
 from megatron_policysplit.config.load import (
     KEYS,
-    check_config,
     fingerprint,
     first_difference,
     load_config,
@@ -278,7 +278,7 @@ def test_fingerprint_separates_runs_and_allows_what_may_change():
 
 def test_the_documentation_is_that_of_the_keys():
     page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
-    assert page == config_docs.render(), "run: python -m megatron_policysplit.config_docs > docs/configuration.md"
+    assert page == config_docs.render(), "run: python -m megatron_policysplit.config.docs > docs/configuration.md"
     for group in dataclasses.fields(Config):
         assert f"\n## {group.name}\n" in page
     rows = [line for line in page.splitlines() if line.startswith("| `")]

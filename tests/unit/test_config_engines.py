@@ -2,9 +2,10 @@
 
 import pytest
 
-from megatron_policysplit.config.load import check_config, load_config
+from megatron_policysplit.config.checks import check_config
+from megatron_policysplit.config.load import load_config
+from megatron_policysplit.config.secrets import api_key
 from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.training.preflight import api_key
 
 GIVEN = ["model.path=m", "data.path=d", "run.dir=r", "train.max_tokens_per_micro_batch=9999"]
 SGLANG = "rollout.engine=sglang"

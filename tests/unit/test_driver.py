@@ -23,9 +23,9 @@ def make_driver(rank: int, script: dict):
     """Ranks 0 and 1 lead a replica each; rank 2 belongs to replica 1."""
     import torch.distributed as dist
 
-    from megatron_policysplit.actor.parallel import Layout
     from megatron_policysplit.config import Config
     from megatron_policysplit.distributed.control import Control
+    from megatron_policysplit.distributed.layout import Layout
     from megatron_policysplit.distributed.stop_signal import StopSignal
     from megatron_policysplit.rewards import RewardPool
     from megatron_policysplit.rollout.driver import Driver, Leader

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_policysplit.algorithms.advantages import TokenStatistics
+from megatron_policysplit.algorithms.checks import check_method
 from megatron_policysplit.algorithms.methods import algorithm_of
 from megatron_policysplit.algorithms.signals import SignalSource, live_rows, scored_rows
 from megatron_policysplit.config import METHOD_NAMES, Config
@@ -14,7 +15,6 @@ from megatron_policysplit.rows import Mode, Rollout, share
 from megatron_policysplit.rows.kl_pairs import measured_rollouts, pairings
 from megatron_policysplit.rows.plan import make_plan
 from megatron_policysplit.training.metrics import training_metrics
-from megatron_policysplit.training.preflight import check_method
 
 PROMPTS = {q: {Mode.NORMAL: [1, 2], Mode.HIGH_ENTROPY: [3, 1, 2]} for q in range(2)}
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_policysplit.algorithms.methods import algorithm_of
-from megatron_policysplit.config.load import check_config, load_config, world_size
+from megatron_policysplit.config.checks import check_config
+from megatron_policysplit.config.load import load_config, world_size
 from megatron_policysplit.study.config import load_study
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -51,7 +52,7 @@ def test_qwen3_8b_has_the_papers_hyper_parameters():
 
 
 def test_qwen3_8b_layout_divides_the_model():
-    from checkpoints_conv import check_layout
+    from megatron_policysplit.config.model_layout import check_layout
 
     config = load_config(str(EXAMPLES / "qwen3_8b" / "config.yaml"), [])
     qwen3_8b = {  # as its config.json says

@@ -6,7 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_policysplit.cli import main as cli
-from megatron_policysplit.config.load import check_config, load_config
+from megatron_policysplit.config.checks import check_config
+from megatron_policysplit.config.load import load_config
 from megatron_policysplit.data.questions import Question
 from megatron_policysplit.errors import ConfigError, JudgeError
 from megatron_policysplit.evaluation.judge_client import Verdict

@@ -332,7 +332,7 @@ def test_the_order_of_rows_does_not_matter():
 
 def test_the_page_of_methods_is_that_of_the_files():
     page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
-    assert page == method_docs.render(), "run: python -m megatron_policysplit.method_docs > docs/methods.md"
+    assert page == method_docs.render(), "run: python -m megatron_policysplit.algorithms.docs > docs/methods.md"
 
 
 def test_the_method_of_the_documentation_works(monkeypatch):

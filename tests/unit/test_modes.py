@@ -8,12 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_policysplit.config import ModesConfig
-from megatron_policysplit.data.prompts import (
-    DEFAULT_HIGH_ENTROPY_PROMPT,
-    PromptBuilder,
-    has_chat_template,
-    stop_token_ids,
-)
+from megatron_policysplit.data.prompts import DEFAULT_HIGH_ENTROPY_PROMPT, PromptBuilder
+from megatron_policysplit.data.tokenizer import has_chat_template, stop_token_ids
 from megatron_policysplit.errors import ConfigError, DataError, ModelError
 from megatron_policysplit.rows import MODES, Mode
 

@@ -9,8 +9,10 @@ import torch
 from megatron_policysplit.algorithms.advantages import TokenStatistics, make_batch
 from megatron_policysplit.algorithms.methods import algorithm_of, method_named, policy_split
 from megatron_policysplit.algorithms.methods.policy_split import Options
-from megatron_policysplit.config.load import check_config, load_config
-from megatron_policysplit.config.modes import modes_of, samples_per_mode, temperatures_of, training_modes
+from megatron_policysplit.algorithms.modes import samples_per_mode, training_modes
+from megatron_policysplit.config.checks import check_config
+from megatron_policysplit.config.load import load_config
+from megatron_policysplit.config.modes import modes_of, temperatures_of
 from megatron_policysplit.data.prompts import read_eval_prompts, read_prompts
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.rollout.collect import build_requests

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_policysplit.evaluation.responder import Response, score, variety_lines
+from megatron_policysplit.evaluation.responder import Response
+from megatron_policysplit.evaluation.scores import score, variety_lines
 from megatron_policysplit.rewards import Graded
 from megatron_policysplit.rows import Mode
 

@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 
+from megatron_policysplit.config.checks import check_allocator
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.serving.members import Placement
-from megatron_policysplit.serving.placement import check_allocator, devices, place_engines
+from megatron_policysplit.serving.placement import devices, place_engines
 
 
 def layouts(world_size):

@@ -45,9 +45,13 @@ def test_start_until_the_first_token(tmp_path):
     assert len(seeds) == 2 and seeds[0] == "3" != seeds[1]
 
 
-def test_what_our_own_package_holds_is_not_taken_for_sglang(tmp_path):
-    """The launcher's directory holds a sglang.py, which must not hide the real package."""
-    assert (processes.LAUNCHER.parent / "sglang.py").exists()
+def test_what_stands_beside_the_launcher_is_not_taken_for_sglang(tmp_path, monkeypatch):
+    """The launcher runs by its path, and what lies in its directory must not hide the real package."""
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang" / "__init__.py").write_text("")
+    beside = tmp_path / "launcher.py"
+    beside.write_text(processes.LAUNCHER.read_text())
+    monkeypatch.setattr(processes, "LAUNCHER", beside)
     (tmp_path / "elsewhere").mkdir()
 
     async def main(started):

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_policysplit.actor import megatron_on_cpu as cpu
 from megatron_policysplit.config import Config
+from megatron_policysplit.config.secrets import read_api_key
+from megatron_policysplit.distributed import device
 from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.serving.processes import flags, inherited_environment, read_api_key
+from megatron_policysplit.serving.processes import flags, inherited_environment
 from megatron_policysplit.serving.servers import server_command, server_environment, server_spec
 from tests.support.servers import KEY, after, spec
 
 
 def test_command_of_a_machine_without_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu, "active", lambda: True)
+    monkeypatch.setattr(device, "gpu_count", lambda: 0)
     words = server_command(spec(tmp_path, tensor=2, colocated=True), 30001, 30002, "start-1", 7)
     assert after(words, "--model-path") == "/models/none" and after(words, "--dtype") == "float32"
     assert after(words, "--port") == "30001" and after(words, "--nccl-port") == "30002"
@@ -29,7 +30,7 @@ def test_command_of_a_machine_without_a_gpu(tmp_path, monkeypatch):
 
 
 def test_command_of_a_machine_with_gpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu, "active", lambda: False)
+    monkeypatch.setattr(device, "gpu_count", lambda: 1)
     apart = server_command(spec(tmp_path), 1, 2, "v", 0)
     assert "--device" not in apart and "--enable-memory-saver" not in apart
     assert "--enable-memory-saver" in server_command(spec(tmp_path, colocated=True), 1, 2, "v", 0)
@@ -38,7 +39,7 @@ def test_command_of_a_machine_with_gpus(tmp_path, monkeypatch):
 
 
 def test_what_the_user_gives_wins(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu, "active", lambda: True)
+    monkeypatch.setattr(device, "gpu_count", lambda: 0)
     given = {"max-total-tokens": 99, "skip-server-warmup": False, "sleep-on-idle": None, "device": "cuda"}
     words = server_command(spec(tmp_path, arguments=given), 1, 2, "v", 0)
     assert after(words, "--max-total-tokens") == "99" and words.count("--max-total-tokens") == 1
@@ -52,7 +53,7 @@ def test_flags():
 
 
 def test_cores_of_the_ranks_of_a_server_on_the_cpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu, "active", lambda: True)
+    monkeypatch.setattr(device, "gpu_count", lambda: 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2, 3})
     name = "SGLANG_CPU_OMP_THREADS_BIND"
     made = [server_environment(spec(tmp_path, tensor=tensor), {}).get(name) for tensor in (1, 2, 4)]
@@ -60,7 +61,7 @@ def test_cores_of_the_ranks_of_a_server_on_the_cpu(tmp_path, monkeypatch):
 
 
 def test_environment_without_what_is_the_actors(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu, "active", lambda: True)
+    monkeypatch.setattr(device, "gpu_count", lambda: 0)
     ours = {
         "RANK": "1",
         "LOCAL_RANK": "1",
@@ -94,7 +95,7 @@ def test_environment_without_what_is_the_actors(tmp_path, monkeypatch):
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu, "active", lambda: True)
+    monkeypatch.setattr(device, "gpu_count", lambda: 0)
     config = Config()
     config.model.path, config.run.dir, config.run.seed = "/models/m", str(tmp_path / "run"), 5
     config.rollout.engine = "sglang"
@@ -157,7 +158,7 @@ def test_keys_that_cannot_be_sent(value, said):
 
 
 def test_devices(config, monkeypatch):
-    monkeypatch.setattr(cpu, "gpu_count", lambda: 4)
+    monkeypatch.setattr(device, "gpu_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     server = config.rollout.server
     server.tensor, server.count = 2, 2

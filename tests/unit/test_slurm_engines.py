@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_policysplit.config.load import check_config, load_config, world_size
+from megatron_policysplit.config.checks import check_config
+from megatron_policysplit.config.load import load_config, world_size
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

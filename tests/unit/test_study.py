@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.exit_codes import DONE, FAILED, STOPPED
+from megatron_policysplit.errors import DONE, FAILED, STOPPED, ConfigError
 from megatron_policysplit.study.config import Study, StudyRun, fill, load_study, parse_study
 from megatron_policysplit.study.runner import run_study
 from tests.support import stub_trainer

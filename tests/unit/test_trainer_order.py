@@ -13,10 +13,10 @@ from megatron_policysplit.actor.checkpoint import TrainerState
 from megatron_policysplit.algorithms.methods import algorithm_of
 from megatron_policysplit.config import Config
 from megatron_policysplit.distributed.stop_signal import StopRequested
-from megatron_policysplit.errors import EngineError, EngineLost
-from megatron_policysplit.exit_codes import DONE, STOPPED
+from megatron_policysplit.errors import DONE, STOPPED, EngineError, EngineLost
 from megatron_policysplit.training import trainer as trainers
-from megatron_policysplit.training.run import Run, SilentLog
+from megatron_policysplit.training.build import SilentLog
+from megatron_policysplit.training.run import Run
 
 FAR = {"live_rows": [], "share": [], "check_staleness": None}
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ CACHE_SHARE = 4096 / 20480  # of the paper's L_max
 class Options:
     dynamic_sampling: bool = key(True, "Train questions with mixed grades only, and draw others for the rest.")
     max_rounds: int = key(10, "Batches of questions drawn for one that is trained, at most.", minimum=1)
-    cache_tokens: Optional[int] = key(
+    cache_tokens: int | None = key(
         None, "L_cache; null: 0.2 of rollout.max_response_tokens, as in the paper. 0: no punishment.", minimum=0
     )
     punishment: float = key(1.0, "Of a response of rollout.max_response_tokens.", minimum=0.0)

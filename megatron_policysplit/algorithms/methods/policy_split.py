@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,12 +64,12 @@ CORRECTNESS = ("grpo", "dr_grpo", "rloo", "asym_grpo")
 class ModeOptions:
     """Of one mode, an entry of `modes`; null follows the method's own key."""
 
-    eta: Optional[float] = key(None, "Scale of the bonus; below 0 it rewards what is likely.")
-    alpha: Optional[float] = key(None, "Weight of the mode's own log-prob in the bonus.")
-    kappa: Optional[float] = key(None, "Clamp of the bonus.", above=0.0)
-    correctness: Optional[str] = key(None, "Whose advantage the bonus is added to.", choices=CORRECTNESS)
-    beta_pos: Optional[float] = key(None, "As of asym_grpo.", minimum=0.0)
-    beta_neg: Optional[float] = key(None, "As of asym_grpo.", minimum=0.0)
+    eta: float | None = key(None, "Scale of the bonus; below 0 it rewards what is likely.")
+    alpha: float | None = key(None, "Weight of the mode's own log-prob in the bonus.")
+    kappa: float | None = key(None, "Clamp of the bonus.", above=0.0)
+    correctness: str | None = key(None, "Whose advantage the bonus is added to.", choices=CORRECTNESS)
+    beta_pos: float | None = key(None, "As of asym_grpo.", minimum=0.0)
+    beta_neg: float | None = key(None, "As of asym_grpo.", minimum=0.0)
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ class Options:
     variant: str = key(
         "paper", "`authors_code` sets clamp_order=code and double_bonus=true.", choices=("paper", "authors_code")
     )
-    clamp_order: Optional[str] = key(
+    clamp_order: str | None = key(
         None, "`paper` is eta*clip(B), `code` is clip(eta*B); null follows the variant.", choices=("paper", "code")
     )
-    double_bonus: Optional[bool] = key(None, "Add the bonus twice, as the authors' code does; null: the variant.")
+    double_bonus: bool | None = key(None, "Add the bonus twice, as the authors' code does; null: the variant.")
     correctness: str = key(
         "grpo",
         "Whose advantage the bonus is added to.",

@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_policysplit.actor.parallel import Layout
 from megatron_policysplit.config import Config
 from megatron_policysplit.config.modes import temperature_key
+from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.rows import Mode, Row, modes_in
 from megatron_policysplit.training.agreement.bounds import Bounds, Difference, bounds_of
 
@@ -73,7 +73,7 @@ class Probe:
     """
 
     layout: Layout
-    actor: "megatron_policysplit.actor.step.Actor"  # noqa: F821
+    actor: megatron_policysplit.actor.step.Actor  # noqa: F821
     score_by_engine: Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], list[list[float]]]
     resync: Callable[[], None]
 

@@ -1,0 +1,50 @@
+"""Whether a model can be cut as a parallel layout asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import gcd
+from typing import Any
+
+from checkpoints_conv.architectures import architecture_of
+from megatron_policysplit.errors import ConfigError
+
+
+def check_layout(
+    hf_config: Mapping[str, Any], tensor: int, pipeline: int, expert: int = 1, *, sequence: bool = False
+) -> None:
+    """Raise ConfigError if the model cannot be cut into `tensor` x `pipeline` x `expert` equal parts.
+
+    sequence: whether tensor-parallel ranks split the tokens, which a mixture of experts needs of them.
+    """
+    architecture = architecture_of(hf_config)
+    sizes = architecture.sizes(hf_config)
+    inner = {"moe_intermediate_size": sizes.expert_ffn} if architecture.moe else {"intermediate_size": sizes.ffn}
+    parts = {
+        "parallel.tensor": (
+            tensor,
+            {"num_attention_heads": sizes.heads, "num_key_value_heads": sizes.kv_heads, **inner},
+        ),
+        "parallel.pipeline": (pipeline, {"num_hidden_layers": sizes.layers}),
+    }
+    if architecture.moe:
+        parts["parallel.expert"] = (expert, {"num_experts": sizes.experts})
+        if tensor > 1 and not sequence:
+            raise ConfigError(
+                f"parallel.tensor={tensor} with parallel.sequence=false: {architecture.name} has experts, and Megatron-"
+                "Core trains them under tensor parallelism only with parallel.sequence=true"
+            )
+    elif expert > 1:
+        raise ConfigError(f"parallel.expert={expert}, but {architecture.name} has no experts; use 1")
+    for key, (size, dimensions) in parts.items():
+        for dimension, total in dimensions.items():
+            if total % size:
+                possible = _common_divisors(dimensions.values())
+                raise ConfigError(f"{key}={size} does not divide {dimension}={total} of the model; use {possible}")
+
+
+def _common_divisors(totals: Iterable[int]) -> str:
+    """The common divisors in words: `1, 2 or 4`."""
+    greatest = gcd(*totals)
+    *others, last = (str(n) for n in range(1, greatest + 1) if greatest % n == 0)
+    return f"{', '.join(others)} or {last}" if others else last

@@ -1,0 +1,107 @@
+"""The device that a rank trains on. Every question about it is asked here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import math
+
+import torch
+
+
+def on_cpu() -> bool:
+    """Whether this process trains on the CPU."""
+    return not torch.cuda.is_available()
+
+
+def training_device() -> torch.device:
+    """The device of this rank's parameters (call after `parallel.initialize` on a GPU)."""
+    return torch.device("cpu") if on_cpu() else torch.device("cuda", torch.cuda.current_device())
+
+
+def backend() -> str:
+    """torch.distributed backend of the model-parallel and data-parallel groups."""
+    return "gloo" if on_cpu() else "nccl"
+
+
+def use_transformer_engine() -> bool:
+    """Transformer Engine layers on a GPU, Megatron's own layers without one."""
+    return not on_cpu()
+
+
+def head_chunk_tokens() -> int:
+    """Tokens whose logits are made at a time, unless the configuration says. Enough to keep the device busy."""
+    return 256 if on_cpu() else 1024
+
+
+def use_triton() -> bool:
+    """Whether the LM head is computed by Triton kernels: on a GPU where nothing is missing."""
+    return not on_cpu() and missing_triton() is None
+
+
+def missing_triton() -> str | None:
+    """Why a GPU computes the LM head in plain torch, and what to do; None if its kernels can run, or without a GPU.
+
+    They need Triton 3.4, which torch 2.8 brings.
+    """
+    if on_cpu():
+        return None
+    if importlib.util.find_spec("triton") is None:
+        found = "is not installed"
+    elif tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 4):
+        found = f"{importlib.metadata.version('triton')} is too old for its kernels"
+    else:
+        return None
+    return f"the LM head is computed in plain torch: triton {found}; pip install 'triton>=3.4' (torch 2.8 brings it)"
+
+
+def gpu_count() -> int:
+    """GPUs that this process sees."""
+    return 0 if on_cpu() else torch.cuda.device_count()
+
+
+def set_device(local_rank: int) -> None:
+    """Bind this process to its GPU, if there is one."""
+    if not on_cpu():
+        torch.cuda.set_device(local_rank)
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this rank: allocated on the GPU, or resident on the CPU."""
+    if not on_cpu():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def free_memory_bytes() -> float:
+    """Memory of this rank's GPU that no process holds; infinite on the CPU, where nothing shares one with engines."""
+    return math.inf if on_cpu() else float(torch.cuda.mem_get_info()[0])
+
+
+def return_freed_memory() -> None:
+    """Finish what is queued on the GPU, and let other processes have the memory that this one freed."""
+    if not on_cpu():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def host_memory(nbytes: int) -> torch.Tensor:
+    """uint8[nbytes] on the host, pinned where there is a GPU to copy from."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=not on_cpu())
+
+
+def rng_states() -> dict[str, torch.Tensor]:
+    """Generator states of this rank (uint8 tensors): the CPU's and, on a GPU, the device's."""
+    states = {"cpu": torch.get_rng_state()}
+    if not on_cpu():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_rng_states(states: dict[str, torch.Tensor]) -> None:
+    """Inverse of `rng_states`."""
+    torch.set_rng_state(states["cpu"])
+    if not on_cpu():
+        torch.cuda.set_rng_state(states["cuda"])
