@@ -80,7 +80,7 @@ def make_model(path: Path, size_gb: float) -> dict[str, int]:
     """A directory of random weights. Returns its bytes and those of its largest tensor."""
     import torch
 
-    from checkpoints_conv.architectures import architecture_of
+    from checkpoints_conv.architectures import find_architecture
     from checkpoints_conv.writer import HfFiles, Planned, write_config
 
     wanted = size_gb * 1e9
@@ -89,7 +89,7 @@ def make_model(path: Path, size_gb: float) -> dict[str, int]:
     layer = sum(_nbytes({**config, "num_hidden_layers": 2}).values()) - one
     config["num_hidden_layers"] = 1 + max(0, round((wanted - one) / layer))
     path.mkdir()
-    shapes = architecture_of(config).hf_tensors(config)
+    shapes = find_architecture(config).hf_tensors(config)
     files = HfFiles(path, {name: Planned(shape, "bfloat16") for name, shape in shapes.items()}, 2 * 10**9)
     files.create()
     for name, shape in shapes.items():
@@ -102,9 +102,9 @@ def make_model(path: Path, size_gb: float) -> dict[str, int]:
 
 
 def _nbytes(config: dict) -> dict[str, int]:
-    from checkpoints_conv.architectures import architecture_of
+    from checkpoints_conv.architectures import find_architecture
 
-    return {name: 2 * prod(shape) for name, shape in architecture_of(config).hf_tensors(config).items()}
+    return {name: 2 * prod(shape) for name, shape in find_architecture(config).hf_tensors(config).items()}
 
 
 def _measure(directory: Path, size_gb: float, repeats: int) -> dict:
@@ -204,7 +204,7 @@ def _mbridge(hf: Path):
     from mbridge import AutoBridge
 
     from checkpoints_conv import read_hf_config
-    from checkpoints_conv.architectures import architecture_of
+    from checkpoints_conv.architectures import find_architecture
     from megatron_policysplit.actor import parallel
     from megatron_policysplit.actor.model import build_model
     from megatron_policysplit.config import ParallelConfig
@@ -213,7 +213,7 @@ def _mbridge(hf: Path):
     parallel.initialize(ParallelConfig(), seed=0)
     bridge = AutoBridge.from_pretrained(str(hf))
     config = read_hf_config(hf)
-    table = architecture_of(config).by_megatron_name(config)
+    table = find_architecture(config).by_megatron_name(config)
     bridge._weight_name_mapping_mcore_local_to_global = lambda model, consider_ep=True: {
         name: table[name].megatron[-1] if name in table else name for name in model.state_dict()
     }

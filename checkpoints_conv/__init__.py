@@ -1,6 +1,6 @@
 """Hugging Face checkpoints for Megatron-Core and back: tables of names, readers and a writer. Needs no Megatron."""
 
-from checkpoints_conv.architectures import Architecture, MegatronArguments, architecture_of
+from checkpoints_conv.architectures import Architecture, MegatronArguments, find_architecture
 from checkpoints_conv.reader import SafetensorsReader, check_safetensors, model_keys, read_hf_config
 from checkpoints_conv.writer import write_hf
 
@@ -8,7 +8,7 @@ __all__ = [
     "Architecture",
     "MegatronArguments",
     "SafetensorsReader",
-    "architecture_of",
+    "find_architecture",
     "check_safetensors",
     "model_keys",
     "read_hf_config",

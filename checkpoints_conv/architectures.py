@@ -8,8 +8,8 @@ from itertools import groupby
 from typing import Any, Literal
 
 from checkpoints_conv.errors import ModelError
-from checkpoints_conv.mapping import Pair, Sizes, Source
-from checkpoints_conv.rope import Llama3Rope, positive, rope_of
+from checkpoints_conv.mapping import ParamMapping, Sizes, Source
+from checkpoints_conv.rope import Llama3Rope, parse_rope, positive
 from checkpoints_conv.tables import (
     ATTENTION,
     EMBEDDING,
@@ -46,7 +46,7 @@ class Architecture:
 
     name: str
     model_type: str
-    layer: tuple[Pair, ...]
+    layer: tuple[ParamMapping, ...]
     qkv_bias: bool = False
     qk_norm: bool = False
     moe: bool = False
@@ -95,13 +95,13 @@ class Architecture:
             raise ModelError(f"config.json: {key}={value!r} is neither true nor false")
         return bool(value)
 
-    def pairs(self, hf_config: Mapping[str, Any]) -> list[tuple[int | None, list[Pair]]]:
+    def pairs(self, hf_config: Mapping[str, Any]) -> list[tuple[int | None, list[ParamMapping]]]:
         """The table of the whole model in parts: embedding, each layer (with its number), norm and head."""
         sizes = self.sizes(hf_config)
         layers = [(layer, list(self._rows(layer, sizes.experts))) for layer in range(sizes.layers)]
         return [(None, [EMBEDDING]), *layers, (None, [FINAL_NORM] if sizes.tied else [FINAL_NORM, HEAD])]
 
-    def _rows(self, layer: int, experts: int) -> Iterator[Pair]:
+    def _rows(self, layer: int, experts: int) -> Iterator[ParamMapping]:
         """The table of one layer; the rows of an expert stand together, one expert after the other."""
         for per_expert, rows in groupby(self.layer, key=lambda pair: pair.per_expert):
             if not per_expert:
@@ -116,7 +116,7 @@ class Architecture:
         sources = [src for _, part in self.pairs(hf_config) for src in in_hf_order(part)]
         return {src.name: src.shape(sizes) for src in sources}
 
-    def by_megatron_name(self, hf_config: Mapping[str, Any]) -> dict[str, Pair]:
+    def by_megatron_name(self, hf_config: Mapping[str, Any]) -> dict[str, ParamMapping]:
         """Megatron parameter name (layers numbered over the whole model; both layer specs) -> its row."""
         table = {name: pair for _, part in self.pairs(hf_config) for pair in part for name in pair.megatron}
         if self.sizes(hf_config).tied:
@@ -127,7 +127,7 @@ class Architecture:
         """The config in Megatron-Core's words. ModelError names a key that Megatron-Core cannot express."""
         sizes = self.sizes(hf_config)
         self._refuse_unsupported(hf_config)
-        rope = rope_of(hf_config)
+        rope = parse_rope(hf_config)
         return MegatronArguments(
             transformer={
                 "num_layers": sizes.layers,
@@ -283,7 +283,7 @@ ARCHITECTURES = (
 )
 
 
-def in_hf_order(part: list[Pair]) -> list[Source]:
+def in_hf_order(part: list[ParamMapping]) -> list[Source]:
     """Sources of a part in the order of transformers' state dict: a module's bias follows its weight."""
     sources = [src for pair in part for src in pair.sources]
     modules = dict.fromkeys(src.name.rpartition(".")[0] for src in sources)
@@ -291,7 +291,7 @@ def in_hf_order(part: list[Pair]) -> list[Source]:
     return sorted(sources, key=lambda src: order[src.name.rpartition(".")[0]])
 
 
-def architecture_of(hf_config: Mapping[str, Any]) -> Architecture:
+def find_architecture(hf_config: Mapping[str, Any]) -> Architecture:
     """The table for a config.json; ModelError lists the supported architectures."""
     names = hf_config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -7,10 +7,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from checkpoints_conv.architectures import architecture_of
+from checkpoints_conv.architectures import find_architecture
 from checkpoints_conv.dtypes import SAFETENSORS
 from checkpoints_conv.megatron_reader import MegatronCheckpoint, is_megatron, read_json
-from checkpoints_conv.quantized import FORMATS, KEY, check_quantized, form_of
+from checkpoints_conv.quantized import FORMATS, KEY, check_quantized, read_format
 from checkpoints_conv.reader import check_safetensors, read_headers, read_hf_config
 from checkpoints_conv.writer import Planned
 
@@ -25,7 +25,7 @@ def describe(path: str | Path, hf: str | Path | None = None) -> dict[str, str]:
     if not is_megatron(path):
         return _describe_hf(path)
     checkpoint = MegatronCheckpoint(path, hf)
-    shapes = architecture_of(checkpoint.hf_config).hf_tensors(checkpoint.hf_config)
+    shapes = find_architecture(checkpoint.hf_config).hf_tensors(checkpoint.hf_config)
     stored = {name: Planned(shapes[name], dtype) for name, dtype in checkpoint.hf_dtypes().items()}
     files = len(list(path.glob("*.distcp")))
     return {
@@ -43,11 +43,11 @@ def _describe_hf(path: Path) -> dict[str, str]:
     quantized = {}
     if hf_config.get(KEY) is not None:
         stored = check_quantized(path)
-        form = form_of(hf_config)
+        form = read_format(hf_config)
         quantized = {"quantized": f"{form} ({FORMATS[form]}), for serving alone"}
     else:
         found = check_safetensors(path)
-        wanted = architecture_of(hf_config).hf_tensors(hf_config)
+        wanted = find_architecture(hf_config).hf_tensors(hf_config)
         stored = {name: Planned(shape, SAFETENSORS[found[name].dtype]) for name, shape in wanted.items()}
     files = len({info.file for info in read_headers(path).values()})
     return {
@@ -58,7 +58,7 @@ def _describe_hf(path: Path) -> dict[str, str]:
 
 
 def _model(hf_config: Mapping[str, Any], stored: Mapping[str, Planned]) -> dict[str, str]:
-    architecture = architecture_of(hf_config)
+    architecture = find_architecture(hf_config)
     sizes = architecture.sizes(hf_config)
     parameters = sum(map(prod, architecture.hf_tensors(hf_config).values()))
     nbytes = sum(planned.nbytes for planned in stored.values())

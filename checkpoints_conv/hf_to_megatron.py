@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints_conv.architectures import architecture_of
+from checkpoints_conv.architectures import find_architecture
 from checkpoints_conv.dtypes import SAFETENSORS, check_cast, torch_dtype, widest
 from checkpoints_conv.output import check_free, written_beside
 from checkpoints_conv.progress import Progress, silent
 from checkpoints_conv.ranks import Ranks
 from checkpoints_conv.reader import SafetensorsReader, check_safetensors, read_hf_config
-from checkpoints_conv.stored import Chunk, extra_state_keys, parameters_of
+from checkpoints_conv.stored import Chunk, extra_state_keys, list_parameters
 from checkpoints_conv.writer import copy_companions, write_config
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def hf_to_megatron(
     found = ranks.together(lambda: check_safetensors(hf))
     hf_config = read_hf_config(hf)
     dtypes = {name: SAFETENSORS[info.dtype] for name, info in found.items()}
-    wanted = architecture_of(hf_config).hf_tensors(hf_config)
-    chunks = chunks_of(hf_config, dtypes, dtype)
+    wanted = find_architecture(hf_config).hf_tensors(hf_config)
+    chunks = list_chunks(hf_config, dtypes, dtype)
 
     def check() -> None:
         check_cast({name: dtypes[name] for name in wanted}, dtype, allow_downcast)
@@ -65,14 +65,14 @@ def hf_to_megatron(
         ranks.first(lambda: _write_rest(partial, hf, hf_config, dtype))
 
 
-def chunks_of(hf_config: Mapping[str, Any], dtypes: Mapping[str, str], dtype: str | None) -> list[Chunk]:
+def list_chunks(hf_config: Mapping[str, Any], dtypes: Mapping[str, str], dtype: str | None) -> list[Chunk]:
     """All that is to be written, in the model's order. dtypes: of the Hugging Face tensors. dtype: None keeps them.
 
     A parameter whose sources lie in it one after the other is written in as many chunks; a fused QKV in one. All
     layers (and experts) of a parameter are stored under one key and so in one type, the widest there is among them.
     """
-    sizes = architecture_of(hf_config).sizes(hf_config)
-    parameters = parameters_of(hf_config)
+    sizes = find_architecture(hf_config).sizes(hf_config)
+    parameters = list_parameters(hf_config)
     found: dict[str, set[str]] = {}
     for parameter in parameters:
         found.setdefault(parameter.place.key, set()).update(dtypes[src.name] for src in parameter.pair.sources)

@@ -58,7 +58,7 @@ class Piece:
     offset: int
 
 
-Rule = Callable[["Pair", Sizes, int, int], list[Piece]]
+Rule = Callable[["ParamMapping", Sizes, int, int], list[Piece]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def source(name: str, *dims: str) -> Source:
 
 
 @dataclass(frozen=True)
-class Pair:
+class ParamMapping:
     """One row of a mapping table.
 
     megatron: names of the parameter: the local layer spec's and, where it differs, Transformer Engine's.
@@ -98,7 +98,7 @@ class Pair:
     def per_expert(self) -> bool:
         return "#" in self.megatron[0]
 
-    def at(self, layer: int, expert: int | None = None) -> Pair:
+    def at(self, layer: int, expert: int | None = None) -> ParamMapping:
         """This row with the layer's number in place of `*`, and the expert's in place of `#`.
 
         Both are counted over the whole model.
@@ -121,21 +121,21 @@ class Pair:
     def local_shape(self, sizes: Sizes, tensor: int) -> tuple[int, ...]:
         """Shape of the parameter on each of `tensor` ranks (the vocabulary padded)."""
         shape = list(self.sources[0].shape(sizes))
-        if self.rule is vocab_rows:
+        if self.rule is vocab_parallel:
             shape[0] = sizes.padded_vocab(tensor) // tensor
-        elif self.rule is columns:
+        elif self.rule is row_parallel:
             shape[1] //= tensor
-        elif self.rule in (qkv, gated):
+        elif self.rule in (qkv, gate_up):
             shape[0] = sum(src.shape(sizes)[0] for src in self.sources) // tensor
         return tuple(shape)
 
 
-def replicated(pair: Pair, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
+def replicated(pair: ParamMapping, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
     """The whole tensor on every rank."""
     return [Piece(pair.sources[0].name, 0, 0, pair.sources[0].shape(sizes)[0], 0)]
 
 
-def vocab_rows(pair: Pair, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
+def vocab_parallel(pair: ParamMapping, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
     """Equal shares of the padded vocabulary; padding rows, at the end, have no piece."""
     rows = sizes.padded_vocab(tensor) // tensor
     start = min(rank * rows, sizes.vocab)
@@ -143,19 +143,19 @@ def vocab_rows(pair: Pair, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
     return [Piece(pair.sources[0].name, 0, start, stop, 0)] if stop > start else []
 
 
-def columns(pair: Pair, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
+def row_parallel(pair: ParamMapping, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
     """Equal shares of the input dimension (row-parallel linear)."""
     width = pair.sources[0].shape(sizes)[1] // tensor
     return [Piece(pair.sources[0].name, 1, rank * width, (rank + 1) * width, 0)]
 
 
-def gated(pair: Pair, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
+def gate_up(pair: ParamMapping, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
     """Each rank's share of the gate above its share of the up projection."""
     rows = pair.sources[0].shape(sizes)[0] // tensor
     return [Piece(src.name, 0, rank * rows, (rank + 1) * rows, index * rows) for index, src in enumerate(pair.sources)]
 
 
-def qkv(pair: Pair, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
+def qkv(pair: ParamMapping, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
     """Query groups one after the other: the group's query heads, its key head, its value head."""
     groups = sizes.kv_heads // tensor
     query_rows = sizes.heads // sizes.kv_heads * sizes.head_dim

@@ -13,14 +13,14 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
-from checkpoints_conv.architectures import architecture_of, in_hf_order
-from checkpoints_conv.dtypes import BYTES, name_of, torch_dtype, widest
+from checkpoints_conv.architectures import find_architecture, in_hf_order
+from checkpoints_conv.dtypes import BYTES, dtype_name, torch_dtype, widest
 from checkpoints_conv.errors import CheckpointError
 from checkpoints_conv.hf_to_megatron import BACKEND, COMPANIONS
 from checkpoints_conv.metadata import read_metadata
 from checkpoints_conv.output import is_partial
 from checkpoints_conv.reader import read_hf_config
-from checkpoints_conv.stored import Parameter, Place, parameters_of
+from checkpoints_conv.stored import Parameter, Place, list_parameters
 
 if TYPE_CHECKING:
     import torch
@@ -53,13 +53,13 @@ class MegatronCheckpoint:
         self.path = Path(path)
         _check_kind(self.path)
         self._metadata = read_metadata(self.path / ".metadata")
-        self.hf = Path(hf) if hf is not None else _companions_of(self.path)
+        self.hf = Path(hf) if hf is not None else _companion_directory(self.path)
         self.hf_config = read_hf_config(self.hf)
         self._stored = {key: value for key, value in self._metadata.state_dict_metadata.items() if _is_tensor(value)}
         self._chunks: dict[str, dict[tuple[int, ...], list]] = {}  # by key and place.index
         self.parameters: list[Parameter] = []
         self.copies: list[Parameter] = []  # of some of them, stored once more
-        for parameter in parameters_of(self.hf_config):
+        for parameter in list_parameters(self.hf_config):
             if not parameter.copy:
                 self.parameters.append(parameter)
             elif self._is_stored(parameter) and self._is_stored(self.parameters[-1]):
@@ -80,7 +80,7 @@ class MegatronCheckpoint:
 
     def dtype(self, parameter: Parameter) -> str:
         """float32, bfloat16 or float16."""
-        return widest({name_of(self._stored[place.key].properties.dtype) for place in self._places(parameter)})
+        return widest({dtype_name(self._stored[place.key].properties.dtype) for place in self._places(parameter)})
 
     def nbytes(self, parameter: Parameter) -> int:
         """As stored, without padding."""
@@ -89,7 +89,7 @@ class MegatronCheckpoint:
     def hf_dtypes(self) -> dict[str, str]:
         """Name -> stored dtype of every Hugging Face tensor, in transformers' order."""
         dtypes = {src.name: self.dtype(p) for p in self.parameters for src in p.pair.sources}
-        return {name: dtypes[name] for name in architecture_of(self.hf_config).hf_tensors(self.hf_config)}
+        return {name: dtypes[name] for name in find_architecture(self.hf_config).hf_tensors(self.hf_config)}
 
     def hf_tensors(
         self, parameter: Parameter, dtypes: Mapping[str, str] | None = None
@@ -97,7 +97,7 @@ class MegatronCheckpoint:
         """The Hugging Face tensors of one parameter, each in its dtype of `dtypes` (None: as stored)."""
         import torch
 
-        sizes = architecture_of(self.hf_config).sizes(self.hf_config)
+        sizes = find_architecture(self.hf_config).sizes(self.hf_config)
         pieces = parameter.pair.pieces(sizes, 0, 1)
         dtypes = dtypes or dict.fromkeys((src.name for src in parameter.pair.sources), self.dtype(parameter))
         if len(pieces) == len(parameter.pair.sources):  # each source lies in one block: read that alone
@@ -176,7 +176,7 @@ class MegatronCheckpoint:
 
     def _check(self) -> None:
         places = {parameter: self._places(parameter) for parameter in (*self.parameters, *self.copies)}
-        name = architecture_of(self.hf_config).name
+        name = find_architecture(self.hf_config).name
         used = {place.key for form in places.values() for place in form}
         missing = sorted(used - self._stored.keys())
         if missing:
@@ -206,7 +206,7 @@ class MegatronCheckpoint:
         from torch.distributed.checkpoint.metadata import MetadataIndex
 
         stored = self._stored[key]
-        dtype = name_of(stored.properties.dtype)
+        dtype = dtype_name(stored.properties.dtype)
         if dtype not in BYTES:
             raise CheckpointError(f"tensor {key} in {self.path} has dtype {dtype}; supported are {', '.join(BYTES)}")
         if sum(prod(chunk.sizes) for chunk in stored.chunks) != prod(stored.size):
@@ -262,7 +262,7 @@ def _check_kind(path: Path) -> None:
         raise CheckpointError(f"{path / 'metadata.json'}: sharded_backend={backend!r}; only 'torch_dist' is supported")
 
 
-def _companions_of(path: Path) -> Path:
+def _companion_directory(path: Path) -> Path:
     """The Hugging Face directory that belongs to a checkpoint."""
     if (path / COMPANIONS).is_dir():
         return path / COMPANIONS

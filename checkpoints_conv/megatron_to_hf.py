@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from checkpoints_conv.architectures import architecture_of
+from checkpoints_conv.architectures import find_architecture
 from checkpoints_conv.dtypes import check_cast
 from checkpoints_conv.megatron_reader import MegatronCheckpoint
 from checkpoints_conv.output import check_free, written_beside
@@ -42,7 +42,7 @@ def megatron_to_hf(
     checkpoint = ranks.together(lambda: MegatronCheckpoint(megatron, hf))
     stored = checkpoint.hf_dtypes()
     dtypes = {name: dtype or found for name, found in stored.items()}
-    shapes = architecture_of(checkpoint.hf_config).hf_tensors(checkpoint.hf_config)
+    shapes = find_architecture(checkpoint.hf_config).hf_tensors(checkpoint.hf_config)
     plan = {name: Planned(shape, dtypes[name]) for name, shape in shapes.items()}
 
     def check() -> None:

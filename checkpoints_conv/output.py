@@ -22,7 +22,7 @@ def is_partial(path: Path) -> bool:
     return path.absolute().name.endswith(SUFFIX)
 
 
-def partial_of(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
     """The directory beside `path` in which it is written."""
     return path.with_name(f".{path.name}{SUFFIX}")
 
@@ -53,7 +53,7 @@ def written_beside(path: Path, ranks: Ranks) -> Iterator[Path]:
     Collective. An OSError of the body or of the renaming is raised as a ModelError naming `path`; so is another
     process that is writing there.
     """
-    partial = partial_of(path)
+    partial = partial_path(path)
     lock = made = None
 
     def make() -> None:
@@ -85,11 +85,11 @@ def written_beside(path: Path, ranks: Ranks) -> Iterator[Path]:
         raise
     finally:
         if lock is not None:
-            _lock_of(path).unlink(missing_ok=True)
+            _lock_path(path).unlink(missing_ok=True)
             lock.close()
 
 
-def _lock_of(path: Path) -> Path:
+def _lock_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
@@ -100,10 +100,10 @@ def _locked(path: Path) -> IO[str]:
     cluster file systems have no locks; there a second writer is noticed when the first wants to publish.
     """
     while True:
-        file = _lock_of(path).open("w")
+        file = _lock_path(path).open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), _lock_of(path).stat()):
+            if os.path.samestat(os.fstat(file.fileno()), _lock_path(path).stat()):
                 return file
         except BlockingIOError as error:
             file.close()

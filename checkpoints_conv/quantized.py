@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints_conv.architectures import architecture_of
+from checkpoints_conv.architectures import find_architecture
 from checkpoints_conv.dtypes import FP8, SAFETENSORS
 from checkpoints_conv.errors import ModelError
-from checkpoints_conv.mapping import columns, gated, qkv
+from checkpoints_conv.mapping import gate_up, qkv, row_parallel
 from checkpoints_conv.reader import DTYPES, TensorInfo, check_shape, listed, read_headers, read_hf_config
 from checkpoints_conv.writer import Planned
 
@@ -31,13 +31,13 @@ def weight_groups(hf_config: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The weights that are quantized; those that serving fuses into one matrix stand together."""
     return [
         tuple(src.name for src in pair.sources)
-        for _, part in architecture_of(hf_config).pairs(hf_config)
+        for _, part in find_architecture(hf_config).pairs(hf_config)
         for pair in part
-        if pair.rule in (qkv, gated, columns) and len(pair.sources[0].dims) == 2
+        if pair.rule in (qkv, gate_up, row_parallel) and len(pair.sources[0].dims) == 2
     ]
 
 
-def scales_of(weight: str, shape: tuple[int, ...], form: str) -> dict[str, tuple[int, ...]]:
+def scale_shapes(weight: str, shape: tuple[int, ...], form: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the scales that stand beside a quantized weight; all are float32."""
     module = weight.removesuffix(".weight")
     if form == "fp8":
@@ -49,18 +49,18 @@ def quantized_plan(hf_config: Mapping[str, Any], dtypes: Mapping[str, str], form
     """Every tensor of a quantized model. dtypes: of the tensors that stay as they are."""
     quantized = {name for group in weight_groups(hf_config) for name in group}
     plan: dict[str, Planned] = {}
-    for name, shape in architecture_of(hf_config).hf_tensors(hf_config).items():
+    for name, shape in find_architecture(hf_config).hf_tensors(hf_config).items():
         if name not in quantized:
             plan[name] = Planned(shape, dtypes[name])
             continue
         plan[name] = Planned(shape, FP8)
-        plan.update({scale: Planned(size, "float32") for scale, size in scales_of(name, shape, form).items()})
+        plan.update({scale: Planned(size, "float32") for scale, size in scale_shapes(name, shape, form).items()})
     return plan
 
 
 def unquantized_modules(hf_config: Mapping[str, Any]) -> list[str]:
     """Linear maps that stay as they are, by module name: the head and the routers of experts."""
-    architecture = architecture_of(hf_config)
+    architecture = find_architecture(hf_config)
     layers = architecture.sizes(hf_config).layers if architecture.moe else 0
     return ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(layers))]
 
@@ -77,7 +77,7 @@ def check_blocks(hf_config: Mapping[str, Any]) -> None:
 
 def block_tensor_parallel(hf_config: Mapping[str, Any]) -> list[int]:
     """The tensor-parallel sizes at which every rank of a server has whole blocks of every matrix."""
-    sizes = architecture_of(hf_config).sizes(hf_config)
+    sizes = find_architecture(hf_config).sizes(hf_config)
     inner = sizes.expert_ffn or sizes.ffn
 
     def fits(tensor: int) -> bool:
@@ -90,7 +90,7 @@ def block_tensor_parallel(hf_config: Mapping[str, Any]) -> list[int]:
     return [tensor for tensor in range(1, sizes.heads + 1) if fits(tensor)]
 
 
-def form_of(hf_config: Mapping[str, Any]) -> str:
+def read_format(hf_config: Mapping[str, Any]) -> str:
     """The format that config.json names; ModelError if it is neither of ours."""
     found = hf_config[KEY]
     if isinstance(found, Mapping):
@@ -113,9 +113,9 @@ def check_quantized(path: str | Path) -> dict[str, Planned]:
     shape or type, or that the model does not have.
     """
     hf_config = read_hf_config(path)
-    form = form_of(hf_config)
+    form = read_format(hf_config)
     plain = {key: value for key, value in hf_config.items() if key != KEY}
-    architecture = architecture_of(plain)
+    architecture = find_architecture(plain)
     architecture.megatron_arguments(plain)
     found = read_headers(path)
     plan = quantized_plan(plain, dict.fromkeys(architecture.hf_tensors(plain), "float32"), form)
@@ -138,7 +138,7 @@ def _check(name: str, info: TensorInfo, planned: Planned) -> None:
 
 
 def _block_dimensions(hf_config: Mapping[str, Any]) -> dict[str, int]:
-    architecture = architecture_of(hf_config)
+    architecture = find_architecture(hf_config)
     sizes = architecture.sizes(hf_config)
     inner = {"moe_intermediate_size": sizes.expert_ffn} if architecture.moe else {"intermediate_size": sizes.ffn}
     return {

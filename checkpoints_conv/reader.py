@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints_conv.architectures import architecture_of
+from checkpoints_conv.architectures import find_architecture
 from checkpoints_conv.dtypes import BYTES, SAFETENSORS
 from checkpoints_conv.errors import ModelError
 from checkpoints_conv.output import is_partial
@@ -105,7 +105,7 @@ def check_safetensors(path: str | Path) -> dict[str, TensorInfo]:
     float of 16 or 32 bits, for tensors the architecture lacks, and for a tied head with values of its own.
     """
     hf_config = read_hf_config(path)
-    architecture = architecture_of(hf_config)
+    architecture = find_architecture(hf_config)
     architecture.megatron_arguments(hf_config)
     wanted, found = architecture.hf_tensors(hf_config), read_headers(path)
     missing = [name for name in wanted if name not in found]

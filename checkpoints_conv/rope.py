@@ -40,7 +40,7 @@ def positive(key: str, value: Any) -> float:
     return value
 
 
-def rope_of(hf_config: Mapping[str, Any]) -> Rope:
+def parse_rope(hf_config: Mapping[str, Any]) -> Rope:
     """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before it).
 
     Raises ModelError naming the key for a scaling other than default, linear and llama3, for rotary

@@ -8,9 +8,9 @@ from itertools import product
 from math import prod
 from typing import Any
 
-from checkpoints_conv.architectures import architecture_of
+from checkpoints_conv.architectures import find_architecture
 from checkpoints_conv.dtypes import BYTES
-from checkpoints_conv.mapping import Pair, Piece, Sizes, gated, replicated, vocab_rows
+from checkpoints_conv.mapping import ParamMapping, Piece, Sizes, gate_up, replicated, vocab_parallel
 from checkpoints_conv.tables import MLP_NORM, MOE_NORM
 
 LAYERS = "decoder.layers."
@@ -41,7 +41,7 @@ class Parameter:
     copy: whether the same values are stored once more under another key, as layers of another kind look for them.
     """
 
-    pair: Pair
+    pair: ParamMapping
     shape: tuple[int, ...]
     forms: tuple[tuple[Place, ...], ...]
     copy: bool = False
@@ -58,12 +58,12 @@ class Parameter:
     @property
     def is_vocabulary(self) -> bool:
         """Whether rows of padding may follow those of the vocabulary."""
-        return self.pair.rule is vocab_rows
+        return self.pair.rule is vocab_parallel
 
 
-def parameters_of(hf_config: Mapping[str, Any]) -> list[Parameter]:
+def list_parameters(hf_config: Mapping[str, Any]) -> list[Parameter]:
     """Every parameter of the model, in the order of Hugging Face's tensors; a tied head is left out."""
-    architecture = architecture_of(hf_config)
+    architecture = find_architecture(hf_config)
     sizes = architecture.sizes(hf_config)
     parameters = []
     for layer, part in architecture.pairs(hf_config):
@@ -80,7 +80,7 @@ def extra_state_keys(hf_config: Mapping[str, Any]) -> list[str]:
 
     Its own layers have them for linear maps. Transformer Engine's have them for norms, too.
     """
-    architecture = architecture_of(hf_config)
+    architecture = find_architecture(hf_config)
     sizes = architecture.sizes(hf_config)
     attention = ["self_attention.linear_qkv", "self_attention.linear_proj"]
     if architecture.qk_norm:
@@ -100,7 +100,7 @@ def extra_state_keys(hf_config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _parameter(pair: Pair, layer: int | None, sizes: Sizes) -> Parameter:
+def _parameter(pair: ParamMapping, layer: int | None, sizes: Sizes) -> Parameter:
     shape = pair.local_shape(sizes, 1)
     if layer is None:
         return Parameter(pair, shape, (_whole(pair.megatron[-1], shape),))
@@ -115,7 +115,7 @@ def _parameter(pair: Pair, layer: int | None, sizes: Sizes) -> Parameter:
         _whole(f"{LAYERS}{stacked}", shape, layers, *experts),
         _whole(f"{LAYERS}{layer}.{stacked}", shape, *experts),
     ]
-    if pair.rule is gated:
+    if pair.rule is gate_up:
         key, half = f"{LAYERS}{layer}.{single}", shape[0] // 2
         forms.append((Place(f"{key}_w", (), (), 0, half), Place(f"{key}_v", (), (), half, shape[0])))
     elif experts:

@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-from checkpoints_conv.mapping import Pair, columns, gated, qkv, replicated, source, vocab_rows
+from checkpoints_conv.mapping import ParamMapping, gate_up, qkv, replicated, row_parallel, source, vocab_parallel
 
 _D, _H = "decoder.layers.*.", "model.layers.*."
 
-EMBEDDING = Pair(
-    vocab_rows, ("embedding.word_embeddings.weight",), (source("model.embed_tokens.weight", "vocab", "hidden"),)
+EMBEDDING = ParamMapping(
+    vocab_parallel, ("embedding.word_embeddings.weight",), (source("model.embed_tokens.weight", "vocab", "hidden"),)
 )
 ATTENTION = (
-    Pair(
+    ParamMapping(
         qkv,
         (_D + "self_attention.linear_qkv.weight",),
         (
@@ -22,13 +22,13 @@ ATTENTION = (
             source(_H + "self_attn.v_proj.weight", "kv", "hidden"),
         ),
     ),
-    Pair(
-        columns,
+    ParamMapping(
+        row_parallel,
         (_D + "self_attention.linear_proj.weight",),
         (source(_H + "self_attn.o_proj.weight", "hidden", "query"),),
     ),
 )
-QKV_BIAS = Pair(
+QKV_BIAS = ParamMapping(
     qkv,
     (_D + "self_attention.linear_qkv.bias",),
     (
@@ -38,47 +38,53 @@ QKV_BIAS = Pair(
     ),
 )
 QK_NORM = (
-    Pair(replicated, (_D + "self_attention.q_layernorm.weight",), (source(_H + "self_attn.q_norm.weight", "head"),)),
-    Pair(replicated, (_D + "self_attention.k_layernorm.weight",), (source(_H + "self_attn.k_norm.weight", "head"),)),
+    ParamMapping(
+        replicated, (_D + "self_attention.q_layernorm.weight",), (source(_H + "self_attn.q_norm.weight", "head"),)
+    ),
+    ParamMapping(
+        replicated, (_D + "self_attention.k_layernorm.weight",), (source(_H + "self_attn.k_norm.weight", "head"),)
+    ),
 )
 MLP = (
-    Pair(
-        gated,
+    ParamMapping(
+        gate_up,
         (_D + "mlp.linear_fc1.weight",),
         (
             source(_H + "mlp.gate_proj.weight", "ffn", "hidden"),
             source(_H + "mlp.up_proj.weight", "ffn", "hidden"),
         ),
     ),
-    Pair(columns, (_D + "mlp.linear_fc2.weight",), (source(_H + "mlp.down_proj.weight", "hidden", "ffn"),)),
+    ParamMapping(
+        row_parallel, (_D + "mlp.linear_fc2.weight",), (source(_H + "mlp.down_proj.weight", "hidden", "ffn"),)
+    ),
 )
-ROUTER = Pair(replicated, (_D + "mlp.router.weight",), (source(_H + "mlp.gate.weight", "experts", "hidden"),))
+ROUTER = ParamMapping(replicated, (_D + "mlp.router.weight",), (source(_H + "mlp.gate.weight", "experts", "hidden"),))
 EXPERTS = (  # one matrix each; Transformer Engine's grouped linear layers number them within one module
-    Pair(
-        gated,
+    ParamMapping(
+        gate_up,
         (_D + "mlp.experts.local_experts.#.linear_fc1.weight", _D + "mlp.experts.linear_fc1.weight#"),
         (
             source(_H + "mlp.experts.#.gate_proj.weight", "expert_ffn", "hidden"),
             source(_H + "mlp.experts.#.up_proj.weight", "expert_ffn", "hidden"),
         ),
     ),
-    Pair(
-        columns,
+    ParamMapping(
+        row_parallel,
         (_D + "mlp.experts.local_experts.#.linear_fc2.weight", _D + "mlp.experts.linear_fc2.weight#"),
         (source(_H + "mlp.experts.#.down_proj.weight", "hidden", "expert_ffn"),),
     ),
 )
-INPUT_NORM = Pair(
+INPUT_NORM = ParamMapping(
     replicated,
     (_D + "input_layernorm.weight", _D + "self_attention.linear_qkv.layer_norm_weight"),
     (source(_H + "input_layernorm.weight", "hidden"),),
 )
-MLP_NORM = Pair(
+MLP_NORM = ParamMapping(
     replicated,
     (_D + "pre_mlp_layernorm.weight", _D + "mlp.linear_fc1.layer_norm_weight"),
     (source(_H + "post_attention_layernorm.weight", "hidden"),),
 )
-MOE_NORM = Pair(replicated, MLP_NORM.megatron[:1], MLP_NORM.sources)  # a norm of its own under both layer specs
-FINAL_NORM = Pair(replicated, ("decoder.final_layernorm.weight",), (source("model.norm.weight", "hidden"),))
-HEAD = Pair(vocab_rows, ("output_layer.weight",), (source("lm_head.weight", "vocab", "hidden"),))
-TIED_HEAD = Pair(vocab_rows, HEAD.megatron, EMBEDDING.sources)  # a pipeline's last stage has its own copy
+MOE_NORM = ParamMapping(replicated, MLP_NORM.megatron[:1], MLP_NORM.sources)  # a norm of its own under both layer specs
+FINAL_NORM = ParamMapping(replicated, ("decoder.final_layernorm.weight",), (source("model.norm.weight", "hidden"),))
+HEAD = ParamMapping(vocab_parallel, ("output_layer.weight",), (source("lm_head.weight", "vocab", "hidden"),))
+TIED_HEAD = ParamMapping(vocab_parallel, HEAD.megatron, EMBEDDING.sources)  # a pipeline's last stage has its own copy

@@ -11,10 +11,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints_conv.architectures import architecture_of
-from checkpoints_conv.dtypes import BYTES, SAFETENSORS, name_of
+from checkpoints_conv.architectures import find_architecture
+from checkpoints_conv.dtypes import BYTES, SAFETENSORS, dtype_name
 from checkpoints_conv.errors import ModelError
-from checkpoints_conv.output import partial_of
+from checkpoints_conv.output import partial_path
 from checkpoints_conv.reader import INDEX, SINGLE, check_shape, read_hf_config
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def write_hf(
     """
     path = Path(path)
     hf_config = read_hf_config(source_dir)
-    partial, previous = partial_of(path), path.with_name(f".{path.name}.previous")
+    partial, previous = partial_path(path), path.with_name(f".{path.name}.previous")
     if path.exists() and not (path / "config.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
         raise ModelError(f"{path} exists and is not a Hugging Face model directory; choose another path")
     if previous.exists() and not path.exists():
@@ -149,9 +149,11 @@ def write_hf(
     shutil.rmtree(previous, ignore_errors=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    architecture = architecture_of(hf_config)
+    architecture = find_architecture(hf_config)
     shapes, tied = architecture.hf_tensors(hf_config), architecture.sizes(hf_config).tied
-    files = HfFiles(partial, {name: Planned(shape, name_of(dtype)) for name, shape in shapes.items()}, max_shard_bytes)
+    files = HfFiles(
+        partial, {name: Planned(shape, dtype_name(dtype)) for name, shape in shapes.items()}, max_shard_bytes
+    )
     try:
         files.create()
         for name, tensor in tensors:
@@ -159,7 +161,7 @@ def write_hf(
                 files.write(name, tensor)
         files.check_complete()
         copy_companions(source_dir, partial)
-        write_config(partial, hf_config, name_of(dtype))
+        write_config(partial, hf_config, dtype_name(dtype))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -19,10 +19,10 @@ from megatron_policysplit.actor.scoring import Scorer
 from megatron_policysplit.actor.weights import load_weights
 from megatron_policysplit.algorithms.advantages import TokenStatistics
 from megatron_policysplit.algorithms.loss import LossInputs, LossOutputs, policy_loss
-from megatron_policysplit.algorithms.methods import algorithm_of
-from megatron_policysplit.algorithms.signals import SignalSource, TrainSignal, token_weights
+from megatron_policysplit.algorithms.methods import build_algorithm
+from megatron_policysplit.algorithms.signals import SignalBuilder, TrainSignal, token_weights
 from megatron_policysplit.config import Config
-from megatron_policysplit.config.modes import temperatures_of
+from megatron_policysplit.config.modes import temperatures_by_mode
 from megatron_policysplit.distributed.device import (
     head_chunk_tokens,
     training_device,
@@ -54,8 +54,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class PlacedBatch:
     """A rollout batch in place: the plan (leaders only) and this replica's micro-batches per optimizer step.
 
-    train, train_only, score_only, compared: as in `Share`. unscored: response lengths of the rows that are not scored,
-    by row index (leaders only).
+    train, train_only, score_only, compared: as in `ReplicaMicroBatches`. unscored: response lengths of the rows that
+    are not scored, by row index (leaders only).
     """
 
     plan: Plan | None
@@ -89,13 +89,13 @@ class UpdateMetrics:
 
 
 class Actor:
-    """One replica's share of the policy on this rank. Every method is collective over all ranks."""
+    """One replica's part of the policy on this rank. Every method is collective over all ranks."""
 
     def __init__(self, config: Config, hf_config: dict[str, Any], layout: Layout):
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
         self.config, self.hf_config, self.layout = config, hf_config, layout
-        chosen = algorithm_of(config.algorithm)
+        chosen = build_algorithm(config.algorithm)
         self.algorithm = chosen.config
         self.asked = {"prompts": chosen.method.prompt_logprobs, "nucleus": chosen.method.nucleus(chosen.options)}
         self.model = build_model(
@@ -159,33 +159,33 @@ class Actor:
             mine = self._microbatches(rows, plan, temperature)
             if scored is not None:
                 unscored = {i: row.response_length for i, row in enumerate(rows) if not scored[i]}
-        return PlacedBatch(plan, *self.layout.from_leader(mine), unscored)
+        return PlacedBatch(plan, *self.layout.broadcast_from_leader(mine), unscored)
 
-    def score(self, placed: PlacedBatch) -> list[TokenStatistics]:
+    def log_probs(self, placed: PlacedBatch) -> list[TokenStatistics]:
         """Statistics of every row of the batch before the update, on leaders in row order; [] elsewhere.
 
         Those of rows that are not scored, and not compared either, are 0.
         """
         batches = [batch for step in (*placed.train, *placed.score_only, *placed.compared) for batch in step]
-        found = self._gather(self.scorer.score(batches, **self.asked))
+        found = self._gather(self.scorer.log_probs(batches, **self.asked))
         for index, length in placed.unscored.items():
             there = found.get(index) or TokenStatistics(torch.zeros(length), torch.zeros(length))
             found[index] = replace(there, scored=False)
         return [found[index] for index in sorted(found)]
 
-    def score_shaken(self, placed: PlacedBatch, relative: float) -> list[Tensor]:
+    def perturbed_log_probs(self, placed: PlacedBatch, relative: float) -> list[Tensor]:
         """Log-probs [T] of every row, on leaders, with each weight moved by up to `relative` times itself, at random.
 
         Rounding at a unit roundoff of `relative` moves them about as far. The weights are put back from host memory.
         """
         kept = [parameter.detach().to("cpu", copy=True) for parameter in self.model.parameters()]
         try:
-            self._shake(relative)
-            return [row.logprobs for row in self.score(placed)]
+            self._perturb(relative)
+            return [row.logprobs for row in self.log_probs(placed)]
         finally:
             self._set_weights(kept)
 
-    def score_reference(self, placed: PlacedBatch) -> list[Tensor]:
+    def reference_log_probs(self, placed: PlacedBatch) -> list[Tensor]:
         """Log-probs [T] of every row under the initial policy, on leaders; needs algorithm.kl_coef > 0.
 
         Those of rows that are neither trained nor scored are 0.
@@ -194,13 +194,13 @@ class Actor:
         current = [parameter.detach().clone() for parameter in self.model.parameters()]
         self._set_weights(self.reference)
         try:
-            found = {index: row.logprobs for index, row in self._gather(self.scorer.score(batches)).items()}
+            found = {index: row.logprobs for index, row in self._gather(self.scorer.log_probs(batches)).items()}
         finally:
             self._set_weights(current)
         found = {index: torch.zeros(length) for index, length in placed.unscored.items()} | found
         return [found[index] for index in sorted(found)]
 
-    def update(self, placed: PlacedBatch, signals: SignalSource | None) -> UpdateMetrics:
+    def update(self, placed: PlacedBatch, signals: SignalBuilder | None) -> UpdateMetrics:
         """Train on the batch: `optimizer_steps_per_batch` steps. `signals` is read on leaders, None elsewhere.
 
         With algorithm.statistics=step each step but the first begins with scoring its rows again.
@@ -210,7 +210,7 @@ class Actor:
         for number, batches in enumerate(placed.trained):
             now = self._score_step(placed, number) if fresh and number > 0 else None
             inputs = self._loss_inputs(placed, number, signals.at(number, now)) if self.layout.is_leader else None
-            inputs = self.layout.from_leader(inputs)
+            inputs = self.layout.broadcast_from_leader(inputs)
             self.ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
             sums, off_one = self._sum_over_world(self._forward_backward(batches, inputs))
@@ -232,25 +232,25 @@ class Actor:
     def _score_step(self, placed: PlacedBatch, number: int) -> dict[int, TokenStatistics]:
         """Statistics of the rows of one optimizer step by the weights as they are, on leaders; {} elsewhere."""
         batches = [*placed.train[number], *placed.score_only[number]]
-        return self._gather(self.scorer.score(batches, **self.asked))
+        return self._gather(self.scorer.log_probs(batches, **self.asked))
 
     def _microbatches(self, rows: Sequence[Row], plan: Plan, temperature: float | None) -> tuple:
-        temperatures = temperatures_of(self.config)
+        temperatures = temperatures_by_mode(self.config)
         if temperature is not None:
             temperatures = dict.fromkeys(temperatures, temperature)
-        shares = [step[self.layout.data_rank] for step in plan.shares]
+        own_steps = [step[self.layout.data_rank] for step in plan.micro_batches]
         multiple = self.layout.tensor if self.layout.sequence else 1
         wanted = pairings(rows, self.config.log.kl_tokens)
         make = partial(make_microbatch, rows, temperatures=temperatures, pairings=wanted, multiple=multiple)
         return tuple(
-            [[make(indices) for indices in getattr(share, name)] for share in shares]
+            [[make(indices) for indices in getattr(step, name)] for step in own_steps]
             for name in ("train", "train_only", "score_only", "compared")
         )
 
     def _gather(self, mine: dict[int, TokenStatistics]) -> dict[int, TokenStatistics]:
         """Row index -> statistics of all replicas' rows, in row order, on leaders; {} elsewhere."""
         everywhere: dict[int, TokenStatistics] = {}
-        for part in self.layout.gather_leaders(mine):
+        for part in self.layout.all_gather_leaders(mine):
             everywhere.update(part)
         return {index: everywhere[index] for index in sorted(everywhere)}
 
@@ -324,7 +324,7 @@ class Actor:
         return sums.tolist(), float(largest)
 
     @torch.no_grad()
-    def _shake(self, relative: float) -> None:
+    def _perturb(self, relative: float) -> None:
         for number, parameter in enumerate(self.model.parameters()):
             draw = torch.Generator(parameter.device).manual_seed(number)
             noise = torch.rand(parameter.shape, generator=draw, device=parameter.device)

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from checkpoints_conv import model_keys
 from checkpoints_conv.metadata import check_metadata
 from megatron_policysplit.actor.actor import Actor
-from megatron_policysplit.actor.checkpoint_files import check_model, complete, path_of, read_trainer_json
-from megatron_policysplit.actor.checkpoint_optimizer import groups_of, regrouped
+from megatron_policysplit.actor.checkpoint_files import check_model, checkpoint_path, complete, read_trainer_json
+from megatron_policysplit.actor.checkpoint_optimizer import param_groups_by_optimizer, regrouped
 from megatron_policysplit.distributed.device import restore_rng_states, rng_states
 from megatron_policysplit.distributed.layout import Layout
 
@@ -56,7 +56,7 @@ def save(actor: Actor, state: TrainerState, directory: Path, keep: int) -> Path:
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
     layout = actor.layout
-    final = path_of(directory, state.step)
+    final = checkpoint_path(directory, state.step)
     partial = final.with_name(final.name + ".partial")
     if layout.rank == 0:
         for left in directory.glob("*.partial"):
@@ -94,7 +94,7 @@ def load(actor: Actor, path: Path) -> TrainerState:
     check_model(meta["model"], actor.hf_config, path)
     check_metadata(path / ".metadata")
     own = _sharded_state(actor, is_loading=True)
-    groups = groups_of(own["optimizer"])
+    groups = param_groups_by_optimizer(own["optimizer"])
     loaded = dist_checkpointing.load(own, str(path))
     actor.model.load_state_dict(loaded["model"])
     state = TrainerState(**meta["state"])

@@ -13,7 +13,7 @@ from megatron_policysplit.errors import CheckpointError
 NAME = re.compile(r"step_(\d{6,})")
 
 
-def path_of(directory: Path, step: int) -> Path:
+def checkpoint_path(directory: Path, step: int) -> Path:
     return directory / f"step_{step:06d}"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 Groups = dict[int | None, list[dict[str, Any]]]
 
 
-def groups_of(state: Mapping[Any, Any]) -> Groups:
+def param_groups_by_optimizer(state: Mapping[Any, Any]) -> Groups:
     """The parameter groups of each optimizer by its place (None if it is the only one).
 
     state: of the optimizers, as `sharded_state_dict` gives it and before anything is loaded into it.
@@ -25,7 +25,7 @@ def groups_of(state: Mapping[Any, Any]) -> Groups:
 
 
 def regrouped(loaded: dict[Any, Any], groups: Groups) -> dict[Any, Any]:
-    """What was loaded, as the optimizers with `groups` (of `groups_of`) take it.
+    """What was loaded, as the optimizers with `groups` (of `param_groups_by_optimizer`) take it.
 
     Where there are more or fewer optimizers than those that saved, the first of these gives the step count; the
     settings are the present ones.

@@ -20,7 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
-from checkpoints_conv import architecture_of
+from checkpoints_conv import find_architecture
 from checkpoints_conv.rope import Llama3Rope
 from megatron_policysplit.actor.megatron_on_cpu import model_options
 from megatron_policysplit.config.model_layout import check_layout
@@ -124,7 +124,7 @@ def build_model(
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
     expert = parallel_state.get_expert_model_parallel_world_size()
     check_layout(hf_config, tensor, pipeline, expert, sequence=sequence)
-    arguments = architecture_of(hf_config).megatron_arguments(hf_config)
+    arguments = find_architecture(hf_config).megatron_arguments(hf_config)
     if pre_process is None:
         pre_process = parallel_state.is_pipeline_first_stage()
     if post_process is None:

@@ -41,7 +41,7 @@ class Scorer:
         self.ddp, self.model, self.head, self.layout = ddp, model, head, layout
 
     @torch.no_grad()
-    def score(
+    def log_probs(
         self, batches: Sequence[MicroBatch], *, prompts: bool = False, nucleus: float | None = None
     ) -> dict[int, TokenStatistics]:
         """Row index -> statistics (CPU) on the last pipeline stage; {} on other stages.

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from checkpoints_conv import SafetensorsReader, architecture_of, read_hf_config
+from checkpoints_conv import SafetensorsReader, find_architecture, read_hf_config
 from checkpoints_conv.architectures import in_hf_order
-from checkpoints_conv.mapping import Pair, Sizes
+from checkpoints_conv.mapping import ParamMapping, Sizes
 from checkpoints_conv.reader import check_shape
 from megatron_policysplit.distributed.agree import Agreed, PeerFailed
 from megatron_policysplit.distributed.device import training_device
@@ -43,7 +43,7 @@ def load_weights(model: nn.Module, hf_path: str | Path) -> None:
     Raises ModelError naming the tensor if one is missing or its shape does not follow from config.json.
     """
     hf_config = read_hf_config(hf_path)
-    architecture = architecture_of(hf_config)
+    architecture = find_architecture(hf_config)
     sizes = architecture.sizes(hf_config)
     table = architecture.by_megatron_name(hf_config)
     rank, tensor = _tensor_rank(), _tensor_size()
@@ -108,13 +108,13 @@ def export_weights(
     """
     if destination not in get_args(Destination):
         raise ValueError(f"destination={destination!r} is not one of {get_args(Destination)}")
-    sizes = architecture_of(hf_config).sizes(hf_config)
+    sizes = find_architecture(hf_config).sizes(hf_config)
     parameters = global_parameters(model, sizes)
     example = next(iter(parameters.values()))
     own_stage = parallel_state.get_pipeline_model_parallel_rank()
     by_stage = destination == "stage_leader"
     last_stage = parallel_state.get_pipeline_model_parallel_world_size() - 1
-    for bucket in _plan_of(model, hf_config):
+    for bucket in _cached_plan(model, hf_config):
         own, error = None, None
         here, wanted = bucket.stage == own_stage, destination != "nowhere"
         if here and (wanted if bucket.owner is None else bucket.owner == _expert_rank()):
@@ -174,7 +174,7 @@ class Exported:
 
 def exported_tensors(hf_config: Mapping[str, Any], pipeline: int) -> list[Exported]:
     """What `export_weights` gives, in its order, over all stages; the same on every rank."""
-    sizes = architecture_of(hf_config).sizes(hf_config)
+    sizes = find_architecture(hf_config).sizes(hf_config)
     return [
         Exported(src.name, src.shape(sizes), bucket.stage)
         for bucket in export_plan(hf_config, 1, pipeline)
@@ -191,7 +191,7 @@ class Bucket:
 
     stage: int
     owner: int | None
-    pairs: tuple[Pair, ...]
+    pairs: tuple[ParamMapping, ...]
     shapes: tuple[tuple[int, ...], ...]
 
     @cached_property
@@ -205,7 +205,7 @@ def export_plan(hf_config: Mapping[str, Any], tensor: int, pipeline: int, expert
 
     The order of the tensors does not depend on the layout.
     """
-    architecture = architecture_of(hf_config)
+    architecture = find_architecture(hf_config)
     sizes = architecture.sizes(hf_config)
     parts = architecture.pairs(hf_config)
     plan = []
@@ -219,7 +219,7 @@ def export_plan(hf_config: Mapping[str, Any], tensor: int, pipeline: int, expert
     return plan
 
 
-def _plan_of(model: nn.Module, hf_config: Mapping[str, Any]) -> list[Bucket]:
+def _cached_plan(model: nn.Module, hf_config: Mapping[str, Any]) -> list[Bucket]:
     """`export_plan` at this rank's layout, made at the model's first export: of many experts it takes a while."""
     if model not in _plans:
         stages = parallel_state.get_pipeline_model_parallel_world_size()
@@ -227,26 +227,28 @@ def _plan_of(model: nn.Module, hf_config: Mapping[str, Any]) -> list[Bucket]:
     return _plans[model]
 
 
-def _by_owner(pairs: Sequence[Pair], sizes: Sizes, expert: int) -> Iterator[tuple[int | None, list[Pair]]]:
+def _by_owner(
+    pairs: Sequence[ParamMapping], sizes: Sizes, expert: int
+) -> Iterator[tuple[int | None, list[ParamMapping]]]:
     """Consecutive rows of one expert-parallel rank, at most EXPERT_BUCKET_ELEMENTS of them; others all together."""
 
-    def owner_of(pair: Pair) -> int | None:
+    def owner(pair: ParamMapping) -> int | None:
         return None if pair.expert is None else pair.expert // (sizes.experts // expert)
 
-    for owner, rows in groupby(pairs, key=owner_of):
-        if owner is None:
+    for rank, rows in groupby(pairs, key=owner):
+        if rank is None:
             yield None, list(rows)
             continue
-        held: list[Pair] = []
+        held: list[ParamMapping] = []
         elements = 0
         for pair in rows:
             more = prod(pair.local_shape(sizes, 1))
             if held and elements + more > EXPERT_BUCKET_ELEMENTS:
-                yield owner, held
+                yield rank, held
                 held, elements = [], 0
             held.append(pair)
             elements += more
-        yield owner, held
+        yield rank, held
 
 
 def _read(bucket: Bucket, parameters: dict[str, nn.Parameter], read: Read) -> Tensor:

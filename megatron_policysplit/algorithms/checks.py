@@ -12,9 +12,9 @@ def check_method(config: Config) -> None:
     replayed, engine = config.rollout.engine == "replay", config.algorithm.old_logprobs == "engine"
     if not config.algorithm.options and not replayed and not engine:
         return
-    from megatron_policysplit.algorithms.methods import algorithm_of
+    from megatron_policysplit.algorithms.methods import build_algorithm
 
-    algorithm = algorithm_of(config.algorithm)
+    algorithm = build_algorithm(config.algorithm)
     algorithm.method.check(algorithm.options, [mode.value for mode in modes_of(config.modes)])
     if engine and not algorithm.method.engine_logprobs(algorithm.options):
         raise ConfigError(

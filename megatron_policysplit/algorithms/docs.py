@@ -8,16 +8,17 @@ import sys
 from megatron_policysplit.algorithms import methods
 from megatron_policysplit.algorithms.methods import DEFAULTS, METHOD_NAMES, method_named
 from megatron_policysplit.config.docs import row
-from megatron_policysplit.config.keys import keys_of, show
+from megatron_policysplit.config.keys import list_keys, show
 
 _HEAD = """\
 # Methods
 
 <!-- Written by `python -m megatron_policysplit.algorithms.docs`; a test compares it with the code. -->
 
-`algorithm.name` chooses the method. Each is one file in `megatron_policysplit/algorithms/methods/` and a pure function of rewards,
-log-probs and entropies, which a notebook can call; [new_method.md](new_method.md) adds one. Its own keys stand under
-`algorithm.options.NAME`, with the defaults of its paper:
+`algorithm.name` chooses the method. Each is one file in `megatron_policysplit/algorithms/methods/`
+and a pure function of rewards, log-probs and entropies, which a notebook can call;
+[new_method.md](new_method.md) adds one. Its own keys stand under `algorithm.options.NAME`, with
+the defaults of its paper:
 
     policysplit train run.yaml algorithm.name=asym_grpo algorithm.options.asym_grpo.beta_pos=0.8
 
@@ -47,7 +48,7 @@ def render() -> str:
     for name in METHOD_NAMES:
         method = method_named(name)
         parts.append(f"\n## {name}\n\n{sys.modules[f'{methods.__name__}.{name}'].__doc__.strip()}\n")
-        keys = keys_of(method.options, f"algorithm.options.{name}.")
+        keys = list_keys(method.options, f"algorithm.options.{name}.")
         if keys:
             parts.append("\n| key | default | allowed | meaning |\n|---|---|---|---|\n")
             parts += [row(key) for key in keys]

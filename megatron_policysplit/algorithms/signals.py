@@ -57,7 +57,7 @@ def trained_mask(row: Row, overlong: str) -> Tensor:
     return torch.tensor(row.rollout.loss_mask, dtype=torch.bool)
 
 
-def rewards_of(rows: Sequence[Row], algorithm: Algorithm, config: Config) -> Tensor:
+def total_rewards(rows: Sequence[Row], algorithm: Algorithm, config: Config) -> Tensor:
     """[R] fp32: what the responses were graded, and what the method adds for their lengths."""
     graded = torch.tensor([row.rollout.reward for row in rows], dtype=torch.float32)
     return graded + length_rewards(rows, algorithm, config)
@@ -82,7 +82,7 @@ def live_rows(rows: Sequence[Row], algorithm: Algorithm, config: Config) -> list
     if not rows or config.algorithm.kl_coef > 0 or config.algorithm.entropy_coef > 0:
         return trained
     ordinary = [row for row in rows if not row.auxiliary]
-    rewards = rewards_of(ordinary, algorithm, config)
+    rewards = total_rewards(ordinary, algorithm, config)
     alive = algorithm.method.live(rewards, group_numbers(ordinary), algorithm.options)
     dead = {row.key for row, value in zip(ordinary, alive.tolist(), strict=True) if not value}
     return [keeps and row.key not in dead for keeps, row in zip(trained, rows, strict=True)]
@@ -114,7 +114,7 @@ def with_engine_logprobs(row: Row, actor: TokenStatistics) -> TokenStatistics:
     return replace(actor, logprobs=torch.tensor(row.rollout.engine_logprobs, dtype=torch.float32))
 
 
-class SignalSource:
+class SignalBuilder:
     """What each row of a batch is trained with, one optimizer step after the other (on leaders, which hold the rows).
 
     `state` is the method's; it moves on with every step. old: statistics before the batch's first step, whose log-probs
@@ -150,11 +150,11 @@ class SignalSource:
         statistics = [(now or {}).get(index, old) for index, old in enumerate(self.old)]
         batch = self._batch(step, statistics)
         if now is not None:
-            batch = replace(batch, mask=batch.mask & self._tokens_of(batch, self.plan.steps[step]))
+            batch = replace(batch, mask=batch.mask & self._token_mask(batch, self.plan.steps[step]))
         if self.config.algorithm.scope == "global":
             made = self._signals(batch)
         else:
-            parts = [share.train + share.train_only for share in self.plan.shares[step]]
+            parts = [replica.train + replica.train_only for replica in self.plan.micro_batches[step]]
             made = self._by_part(batch, [indices for part in parts for indices in part if indices])
         self.state, self._last = self.algorithm.method.next_state(self.state, batch, self.algorithm.options), made
         lengths = batch.offsets.diff().tolist()
@@ -180,7 +180,7 @@ class SignalSource:
         loss = self.algorithm.config
         return replace(
             make_batch(self.rows, statistics, self._masks),
-            rewards=rewards_of(self.rows, self.algorithm, self.config),
+            rewards=total_rewards(self.rows, self.algorithm, self.config),
             old_logprobs=torch.cat([old.logprobs for old in self.old]),
             clip_low=loss.clip_low,
             clip_high=loss.clip_high,
@@ -194,7 +194,7 @@ class SignalSource:
         """Signals of each part (row indices) from statistics over its tokens alone; 0 for tokens of no part."""
         together: dict[str, Tensor] = {}
         for number, part in enumerate(parts):
-            mine = self._tokens_of(batch, part)
+            mine = self._token_mask(batch, part)
             made = self._signals(replace(batch, mask=batch.mask & mine, seed=batch.seed * 65_537 + number))
             for field in fields(made):
                 value = getattr(made, field.name)
@@ -224,7 +224,7 @@ class SignalSource:
         return result
 
     @staticmethod
-    def _tokens_of(batch: AdvantageBatch, rows: Sequence[int]) -> Tensor:
+    def _token_mask(batch: AdvantageBatch, rows: Sequence[int]) -> Tensor:
         """[T] bool: tokens of these rows."""
         chosen = torch.zeros(len(batch.rewards), dtype=torch.bool)
         chosen[list(rows)] = True

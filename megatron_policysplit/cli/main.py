@@ -290,7 +290,7 @@ def evaluate(
 
     from megatron_policysplit.data.questions import load_questions
     from megatron_policysplit.evaluation.responder import Responder, prompts_asked_for
-    from megatron_policysplit.evaluation.scores import score, scores_table
+    from megatron_policysplit.evaluation.scores import scores_by_mode, scores_table
     from megatron_policysplit.evaluation.verdicts import OfflineJudge
     from megatron_policysplit.rewards import RewardPool
     from megatron_policysplit.rollout.engine import Sampling
@@ -308,7 +308,7 @@ def evaluate(
             responses = responder.respond(chosen, modes, samples, sampling, seed, lambda: progress.advance(task))
         by_id = {question.id: question for question in chosen}
         graded = pool.grade([(response.text, by_id[response.question]) for response in responses])
-    scores = score(responses, graded)
+    scores = scores_by_mode(responses, graded)
     if judging is not None:
         scores = judging.judge(scores, responses, chosen)
     Console().print(scores_table(scores, samples))

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from megatron_policysplit.config.keys import show
 from megatron_policysplit.config.load import check_values
-from megatron_policysplit.config.modes import sampling_of, shared_out
+from megatron_policysplit.config.modes import sampling_by_mode, shared_out
 from megatron_policysplit.config.schema import Config, JudgeConfig, SamplingConfig
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.rows import MODES
@@ -139,7 +139,7 @@ def check_config(config: Config) -> list[str]:
     """
     check_values(config)
     rollout, train, modes, algorithm = config.rollout, config.train, config.modes, config.algorithm
-    samples, sampling = rollout.samples_per_question, sampling_of(config)
+    samples, sampling = rollout.samples_per_question, sampling_by_mode(config)
     if algorithm.name == "policy_split":
         shared_out(samples, {mode: plan.share for mode, plan in sampling.items()})
     responses = config.data.batch_questions * samples

@@ -78,7 +78,7 @@ def show(value: Any) -> str:
     return str(value)
 
 
-def keys_of(cls: type, prefix: str = "") -> list[Key]:
+def list_keys(cls: type, prefix: str = "") -> list[Key]:
     """The keys of a dataclass whose fields are made with `config.key`."""
     return list(walk(cls, prefix))
 
@@ -91,7 +91,7 @@ def read_keys(cls: type, given: Mapping[str, Any], prefix: str, owner: str) -> A
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    known = {key.name: key for key in keys_of(cls, prefix)}
+    known = {key.name: key for key in list_keys(cls, prefix)}
     read = OmegaConf.structured(cls)
     OmegaConf.set_readonly(read, False)
     for part, value in given.items():

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_policysplit.config.keys import Key, keys_of, read_keys, show
+from megatron_policysplit.config.keys import Key, list_keys, read_keys, show
 from megatron_policysplit.config.schema import MISSING, Config
 from megatron_policysplit.errors import ConfigError
 
@@ -35,7 +35,7 @@ _FREE_KEYS = {
 }
 
 
-KEYS: dict[str, Key] = {key.name: key for key in keys_of(Config)}
+KEYS: dict[str, Key] = {key.name: key for key in list_keys(Config)}
 GROUPS = {name.rsplit(".", depth)[0] for name in KEYS for depth in range(1, name.count(".") + 1)}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from math import gcd
 from typing import Any
 
-from checkpoints_conv.architectures import architecture_of
+from checkpoints_conv.architectures import find_architecture
 from megatron_policysplit.errors import ConfigError
 
 
@@ -17,7 +17,7 @@ def check_layout(
 
     sequence: whether tensor-parallel ranks split the tokens, which a mixture of experts needs of them.
     """
-    architecture = architecture_of(hf_config)
+    architecture = find_architecture(hf_config)
     sizes = architecture.sizes(hf_config)
     inner = {"moe_intermediate_size": sizes.expert_ffn} if architecture.moe else {"intermediate_size": sizes.ffn}
     parts = {

@@ -55,15 +55,15 @@ def modes_of(config: ModesConfig) -> tuple[Mode, ...]:
     return (*MODES, *other_modes(config))
 
 
-def sampling_of(config: Config) -> dict[Mode, SamplingConfig]:
+def sampling_by_mode(config: Config) -> dict[Mode, SamplingConfig]:
     """How each mode samples."""
     rollout = config.rollout
     return {Mode.NORMAL: rollout.normal, Mode.HIGH_ENTROPY: rollout.high_entropy, **other_modes(config.modes)}
 
 
-def temperatures_of(config: Config) -> dict[Mode, float]:
+def temperatures_by_mode(config: Config) -> dict[Mode, float]:
     """At which each mode samples, and at which its log-probs are taken."""
-    return {mode: sampling.temperature for mode, sampling in sampling_of(config).items()}
+    return {mode: sampling.temperature for mode, sampling in sampling_by_mode(config).items()}
 
 
 def temperature_key(mode: Mode) -> str:

@@ -183,7 +183,9 @@ class RewardConfig:
     timeout_seconds: float = key(10.0, "Time limit for one response; past it the reward is 0.", above=0.0)
 
 
-METHOD_NAMES = tuple(sorted(file.stem for file in (Path(__file__).parents[1] / "algorithms" / "methods").glob("[a-z]*.py")))
+METHOD_NAMES = tuple(
+    sorted(file.stem for file in (Path(__file__).parents[1] / "algorithms" / "methods").glob("[a-z]*.py"))
+)
 
 
 @dataclass

@@ -177,7 +177,7 @@ class PromptBuilder:
             if self._apply([_system(kept + prompt), user]) != before + kept + prompt + after:
                 raise ModelError(
                     f"the chat template of {self._where} does not render the {mode.value} prompt verbatim; "
-                    f"change {_key_of(mode)} or the model's chat_template.jinja"
+                    f"change {_prompt_key(mode)} or the model's chat_template.jinja"
                 )
         return turn
 
@@ -213,7 +213,7 @@ def read_prompts(config: ModesConfig) -> dict[Mode, str]:
     """The system prompts of the modes that have one, checked. Raises ConfigError."""
     prompts = {Mode.HIGH_ENTROPY: read_prompt(config)}
     for mode, given in other_modes(config).items():
-        key = _key_of(mode)
+        key = _prompt_key(mode)
         if (given.prompt is None) == (given.prompt_file is None):
             raise ConfigError(f"modes.others.{mode.value} needs a prompt or a prompt_file, and not both")
         text = given.prompt
@@ -228,7 +228,7 @@ def read_prompts(config: ModesConfig) -> dict[Mode, str]:
     return prompts
 
 
-def _key_of(mode: Mode) -> str:
+def _prompt_key(mode: Mode) -> str:
     return "modes.high_entropy_prompt" if mode == Mode.HIGH_ENTROPY else f"modes.others.{mode.value}.prompt"
 
 

@@ -117,9 +117,9 @@ class QuestionStream:
                 f"the data cursor of the checkpoint is damaged: epoch {state['epoch']}, position {state['position']}"
             )
         self._epoch, self._position = state["epoch"], state["position"]
-        self._order = self._order_of(self._epoch)
+        self._order = self._epoch_order(self._epoch)
 
-    def _order_of(self, epoch: int) -> list[int]:
+    def _epoch_order(self, epoch: int) -> list[int]:
         """The order of an epoch from (seed, epoch, batch size) alone, as `next_batch` makes it.
 
         Its start depends on the last questions of the epoch before (see `_defer`), and so on back to the first.

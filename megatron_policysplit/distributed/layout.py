@@ -65,25 +65,25 @@ class Layout:
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline - 1
 
-    def from_leader(self, value: Any) -> Any:
+    def broadcast_from_leader(self, value: Any) -> Any:
         """The leader's `value` on every rank of the replica (a broadcast; collective over the replica)."""
         return _broadcast(value, self.leader, self.replica)
 
-    def from_chief(self, value: Any) -> Any:
+    def broadcast_from_chief(self, value: Any) -> Any:
         """The chief's `value` on every rank (a broadcast; collective over the world)."""
         return _broadcast(value, self.chief, self.world)
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait for all ranks, however long one was busy writing (a barrier over the world)."""
         dist.barrier(group=self.world)
 
-    def largest(self, value: float) -> float:
+    def all_reduce_max(self, value: float) -> float:
         """The largest `value` of all ranks (one all-reduce over the world)."""
         box = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.world)
         return box.item()
 
-    def gather_leaders(self, value: Any) -> list[Any]:
+    def all_gather_leaders(self, value: Any) -> list[Any]:
         """Every leader's `value` in replica order, on leaders (an all-gather over leaders); [] elsewhere."""
         if self.leaders is None:
             return []

@@ -58,7 +58,7 @@ class Verdict:
     error: str | None = None
 
 
-class Judge:
+class JudgeClient:
     """The client. It holds no connection between calls, so that each call may run on an event loop of its own.
 
     api_key is sent, never shown. Raises ConfigError for a prompt that cannot be used.

@@ -48,10 +48,10 @@ class ModeScores:
     judge: dict[str, float | int] = field(default_factory=dict)
 
 
-def score(responses: Sequence[Response], graded: Sequence[Graded]) -> dict[str, ModeScores]:
+def scores_by_mode(responses: Sequence[Response], graded: Sequence[Graded]) -> dict[str, ModeScores]:
     """Mode -> scores. graded[i] belongs to responses[i]; every question has equally many responses."""
     scores = {}
-    for mode in _modes_of(responses):
+    for mode in _modes_in_order(responses):
         pairs = [(response, grade) for response, grade in zip(responses, graded, strict=True) if response.mode == mode]
         answers: dict[int, list[tuple[str, bool]]] = {}
         for response, grade in pairs:
@@ -76,7 +76,7 @@ def score(responses: Sequence[Response], graded: Sequence[Graded]) -> dict[str, 
 def variety_lines(responses: Sequence[Response]) -> list[str]:
     """`MODE: measure value, ...` for every mode with enough responses to compare."""
     lines = []
-    for mode in _modes_of(responses):
+    for mode in _modes_in_order(responses):
         texts = [response.text for response in responses if response.mode == mode]
         found = variety_measures([texts]) if len(texts) > 1 else {}
         if found:
@@ -117,6 +117,6 @@ def _cell(value: float | int | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
-def _modes_of(responses: Sequence[Response]) -> list[Mode]:
+def _modes_in_order(responses: Sequence[Response]) -> list[Mode]:
     """In the order in which they were asked for; of the first question, where all are."""
     return list(dict.fromkeys(response.mode for response in responses))

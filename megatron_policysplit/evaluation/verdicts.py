@@ -13,7 +13,7 @@ from megatron_policysplit.config.checks import check_judge_keys
 from megatron_policysplit.config.load import load_config
 from megatron_policysplit.data.questions import Question
 from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.evaluation.judge_client import Judge, Verdict, judge_measures
+from megatron_policysplit.evaluation.judge_client import JudgeClient, Verdict, judge_measures
 from megatron_policysplit.evaluation.judge_prompt import judge_api_key
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Key = tuple[str, int, int]  # mode or name of eval.prompts, question, sample
 
 
-class Judging:
+class EvaluationJudge:
     """eval.judge of a run. Every method is collective over all ranks; the chief alone sends requests.
 
     Building it tries the judge out: JudgeError on every rank if it cannot be used, StopRequested after a signal.
@@ -34,8 +34,8 @@ class Judging:
 
     def __init__(self, config: Config, layout: Layout, control: Control, log: Callable[[str], None]):
         self._settings, self._layout, self._control, self._log = config.eval.judge, layout, control, log
-        self._judge: Judge | None = None
-        layout.meet()
+        self._judge: JudgeClient | None = None
+        layout.barrier()
         trial = control.attend(self._open() if layout.is_chief else None)
         if trial is not None and trial.score is None:
             log(_no_score(self._settings, trial))
@@ -57,14 +57,14 @@ class Judging:
                 (name, rollout) for name, some in answers.items() for rollout in _first(self._settings, some, questions)
             ]
             pairs = _pairs([(r.question, text(r)) for _, r in chosen], questions)
-        self._layout.meet()  # the control group's short time-out begins when the last rank is here
+        self._layout.barrier()  # the control group's short time-out begins when the last rank is here
         found = self._control.attend(self._judge.judge(pairs) if self._judge is not None else None) or []
         if (said := failures(found)) is not None:
             self._log(said)
         return {(name, r.question, r.sample): verdict for (name, r), verdict in zip(chosen, found, strict=True)}
 
     async def _open(self) -> Verdict:
-        self._judge = Judge(self._settings, judge_api_key(self._settings))
+        self._judge = JudgeClient(self._settings, judge_api_key(self._settings))
         return await self._judge.check()
 
 
@@ -80,7 +80,7 @@ class OfflineJudge:
         if self.settings.url is None:
             raise ConfigError("--judge needs the address of a server; give --judge url=http://host:port/v1, too")
         check_judge_keys(self.settings)
-        self._judge = Judge(self.settings, judge_api_key(self.settings))
+        self._judge = JudgeClient(self.settings, judge_api_key(self.settings))
         trial = asyncio.run(self._judge.check())
         if trial.score is None:
             _warn(_no_score(self.settings, trial))

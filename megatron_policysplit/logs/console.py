@@ -115,7 +115,7 @@ def modes_table(metrics: Metrics, evals: Metrics) -> list[Table]:
     """Rows: every metric that a mode has, training first; columns: the modes. Empty without metrics."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
-    modes = modes_of(metrics)
+    modes = modes_in_metrics(metrics)
     for mode in modes:
         table.add_column(label(mode), justify="right")
     for prefix, values in (("", metrics), ("eval ", evals)):
@@ -129,7 +129,7 @@ def modes_table(metrics: Metrics, evals: Metrics) -> list[Table]:
 
 def group_lines(metrics: Metrics, evals: Metrics) -> list[Text]:
     """One line for every group that is not a mode: `kl`, `actor`, `time`, ... and groups of a user's own."""
-    modes = modes_of(metrics)
+    modes = modes_in_metrics(metrics)
     groups = {group: values for source in (evals, metrics) for group, values in grouped(source).items()}
     return [
         Text(
@@ -153,7 +153,7 @@ def plain_line(metrics: Metrics, shown: dict[str, tuple[str, ...]] = PLAIN) -> s
     return line
 
 
-def modes_of(metrics: Metrics) -> list[str]:
+def modes_in_metrics(metrics: Metrics) -> list[str]:
     """The two modes, whether there are metrics of them or not, and the others that sampled."""
     others = [group for group, values in grouped(metrics).items() if is_mode(values)]
     return list(dict.fromkeys([*(mode.value for mode in MODES), *others]))

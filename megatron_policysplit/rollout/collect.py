@@ -10,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from megatron_policysplit.config import Config
-from megatron_policysplit.config.modes import sampling_of
+from megatron_policysplit.config.modes import sampling_by_mode
 from megatron_policysplit.errors import TrainingError
 from megatron_policysplit.rollout.engine import Engine, Request, Sampling
 from megatron_policysplit.rollout.seeds import sample_seed
@@ -69,7 +69,7 @@ def build_requests(
     prompts: question -> mode -> prompt token ids. samples_per_mode: of the modes that sample. purpose: "train" or
     "evaluation", which never share a seed.
     """
-    plans, run_seed, longest = sampling_of(config), config.run.seed, config.rollout.max_response_tokens
+    plans, run_seed, longest = sampling_by_mode(config), config.run.seed, config.rollout.max_response_tokens
     requests = []
     for position, question in enumerate(questions):
         for mode, count in samples_per_mode.items():

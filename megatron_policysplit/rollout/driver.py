@@ -118,9 +118,9 @@ class Driver:
         """
         if batch.rollouts is None:
             with phases.measure("wait"):
-                self.layout.meet()  # the control group's short time-out begins when the last rank is here
+                self.layout.barrier()  # the control group's short time-out begins when the last rank is here
                 rollouts = self.control.attend(batch.work, self.service) or []
-                everywhere = self.layout.gather_leaders(rollouts)
+                everywhere = self.layout.all_gather_leaders(rollouts)
             batch.rollouts = sorted((r for part in everywhere for r in part), key=lambda rollout: rollout.key)
         phases.add(batch.phases)
         return batch.rollouts

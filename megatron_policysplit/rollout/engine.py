@@ -42,7 +42,7 @@ class Engine(Protocol):
     def submit(self, requests: Sequence[Request]) -> AsyncIterator[Rollout]:
         """Finished rollouts in any order; exactly one for every sample of every request, or an error."""
 
-    async def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+    async def log_probs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         """Log-probs (nats, temperature 1) of every response token of (prompt ids, response ids), nothing sampled."""
 
     def metrics(self) -> dict[str, float]:

@@ -249,7 +249,7 @@ class LocalEngine:
             f"the logits of the local engine's model (weight version {self._version}) are not finite; {remedy}"
         )
 
-    async def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+    async def log_probs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         """Log-probs of the response tokens of (prompt ids, response ids) at temperature 1, nats.
 
         Waits until the model is free. Raises EnginePaused after `pause`, TrainingError as `submit` does.

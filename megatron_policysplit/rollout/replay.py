@@ -61,7 +61,7 @@ class ReplayEngine:
         """It counts nothing of its own."""
         return {}
 
-    async def score(self, sequences: Sequence) -> list[list[float]]:
+    async def log_probs(self, sequences: Sequence) -> list[list[float]]:
         raise EngineError("rollout.engine=replay has no model to score with; set agreement.every=0")
 
     async def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:  # noqa: F821

@@ -136,7 +136,7 @@ class SglangEngine:
         finally:
             await _stop(tasks)
 
-    async def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+    async def log_probs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         """Log-probs (nats, temperature 1) of the response tokens of (prompt ids, response ids), nothing sampled.
 
         Prompt and response together must be 7 tokens shorter than the server's context.

@@ -9,7 +9,7 @@ from megatron_policysplit.rows.types import (
     RowKey,
     SecondRollout,
     modes_in,
-    share,
+    share_rollouts,
 )
 
-__all__ = ["MODES", "RIGHT", "Mode", "Rollout", "Row", "RowKey", "SecondRollout", "modes_in", "share"]
+__all__ = ["MODES", "RIGHT", "Mode", "Rollout", "Row", "RowKey", "SecondRollout", "modes_in", "share_rollouts"]

@@ -16,7 +16,7 @@ from megatron_policysplit.rows.types import Row
 
 
 @dataclass
-class Share:
+class ReplicaMicroBatches:
     """Micro-batches (lists of row indices) of one replica in one optimizer step.
 
     train: rows that are scored and trained, in the same micro-batches both times. train_only: trained, not scored.
@@ -33,10 +33,10 @@ class Share:
 
 @dataclass
 class Plan:
-    """steps[k] holds the row indices of optimizer step k; shares[k][d] what replica d does of it."""
+    """steps[k] holds the row indices of optimizer step k; micro_batches[k][d] what replica d does of it."""
 
     steps: list[list[int]]
-    shares: list[list[Share]]
+    micro_batches: list[list[ReplicaMicroBatches]]
 
 
 def make_plan(
@@ -65,12 +65,12 @@ def make_plan(
     order = list(range(len(members)))
     random.Random(seed).shuffle(order)
 
-    steps, shares = [], []
+    steps, micro_batches = [], []
     for step in range(optimizer_steps):
         chosen = order[len(order) * step // optimizer_steps : len(order) * (step + 1) // optimizer_steps]
         groups = [members[i] for i in sorted(chosen)]
         steps.append(sorted(index for group in groups for index in group))
-        per_replica = [Share() for _ in range(replicas)]
+        per_replica = [ReplicaMicroBatches() for _ in range(replicas)]
         chosen_rows = {
             "train": [alive and there for alive, there in zip(live, here, strict=True)],
             "train_only": [alive and not there for alive, there in zip(live, here, strict=True)],
@@ -79,12 +79,12 @@ def make_plan(
         }
         for name, wanted in chosen_rows.items():
             kept = [kept for group in groups if (kept := [index for index in group if wanted[index]])]
-            for share, part in zip(per_replica, _balance(kept, rows, replicas), strict=True):
-                setattr(share, name, _cut(part, rows, max_tokens))
+            for replica, part in zip(per_replica, _balance(kept, rows, replicas), strict=True):
+                setattr(replica, name, _cut(part, rows, max_tokens))
             for first in range(0, replicas, expert):
-                _even_out([getattr(share, name) for share in per_replica[first : first + expert]])
-        shares.append(per_replica)
-    return Plan(steps, shares)
+                _even_out([getattr(replica, name) for replica in per_replica[first : first + expert]])
+        micro_batches.append(per_replica)
+    return Plan(steps, micro_batches)
 
 
 def _balance(groups: list[list[int]], rows: Sequence[Row], replicas: int) -> list[list[list[int]]]:

@@ -133,7 +133,7 @@ class Row:
         return self.mode == self.rollout.mode and not self.auxiliary
 
 
-def share(
+def share_rollouts(
     rollouts: Iterable[Rollout],
     prompts: Mapping[int, Mapping[Mode, Sequence[int]]],
     training_modes: Sequence[Mode] = MODES,

@@ -114,7 +114,7 @@ def open_fleet(fleet: Fleet, layout: Layout, control: Control, resources: ExitSt
     Raises EngineError on every rank if a server cannot start or is not the one that is needed; StopRequested.
     """
     resources.callback(fleet.close)
-    layout.meet()
+    layout.barrier()
     control.attend(fleet.open() if fleet.members or fleet.router else None)
     front = fleet.router or next(iter(fleet.members), None)
     fronts: list[str | None] = [None] * dist.get_world_size()

@@ -101,7 +101,7 @@ class Colocation:
         self.offload.offload_optimizer()
         self.offload.offload_gradients()
         self.offload.offload_parameters()
-        self.layout.meet()
+        self.layout.barrier()
         self._free_without_engines = self.offload.free_bytes()
         self._engines_turn = True
 

@@ -15,7 +15,7 @@ from megatron_policysplit.actor.actor import Actor
 from megatron_policysplit.actor.checkpoint import TrainerState
 from megatron_policysplit.actor.checkpoint_files import complete
 from megatron_policysplit.actor.offload import Offload
-from megatron_policysplit.algorithms.methods import algorithm_of
+from megatron_policysplit.algorithms.methods import build_algorithm
 from megatron_policysplit.config import Config
 from megatron_policysplit.config.load import to_dict
 from megatron_policysplit.data.prompts import PromptBuilder, read_eval_prompts
@@ -27,7 +27,7 @@ from megatron_policysplit.distributed.device import missing_triton, use_triton
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.distributed.stop_signal import StopSignal
 from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.evaluation.verdicts import Judging
+from megatron_policysplit.evaluation.verdicts import EvaluationJudge
 from megatron_policysplit.logs import Logger
 from megatron_policysplit.rewards import RewardPool
 from megatron_policysplit.rollout.build import engine_in_process, sglang_engine
@@ -73,12 +73,12 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
 
     log = _agreed(layout, lambda: _log(config, layout))
     resources.callback(log.close)
-    judging = Judging(config, layout, control, log.message) if config.eval.judge.url is not None else None
+    judging = EvaluationJudge(config, layout, control, log.message) if config.eval.judge.url is not None else None
 
     hf_config = read_hf_config(config.model.path)
     actor = Actor(config, hf_config, layout)
     found = complete(Path(config.run.dir) / "checkpoints")
-    found = layout.from_chief(found[-1] if found else None)
+    found = layout.broadcast_from_chief(found[-1] if found else None)
     state = checkpoint.load(actor, found) if found else TrainerState()
     _agreed(layout, lambda: log.start(state.step))
     if found:
@@ -88,7 +88,7 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
     elif use_triton() and actor.asked["nucleus"] is not None:
         log.message(f"the LM head is computed in plain torch: algorithm.name={config.algorithm.name} needs its logits")
 
-    state.date = layout.from_chief(state.date or datetime.date.today().isoformat())
+    state.date = layout.broadcast_from_chief(state.date or datetime.date.today().isoformat())
     fleet, url = None, None
     if config.rollout.engine == "sglang":
         fleet, url = _fleet(config, layout, control, actor, log, resources)
@@ -122,7 +122,7 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
         layout=layout,
         control=control,
         actor=actor,
-        algorithm=algorithm_of(config.algorithm),
+        algorithm=build_algorithm(config.algorithm),
         driver=Driver(config, layout, control, leader, fleet),
         leader=leader,
         log=log,
@@ -193,7 +193,7 @@ def _questions(
         lengths = {id: {mode: len(ids) for mode, ids in modes.items()} for id, modes in prompts.items()}
         return [q.id for q in drop_overlong(questions, lengths, config.data.max_prompt_tokens)[0]]
 
-    kept = layout.from_chief(_agreed(layout, build_and_drop))
+    kept = layout.broadcast_from_chief(_agreed(layout, build_and_drop))
     if len(kept) < config.data.batch_questions and path == config.data.path:
         raise ConfigError(
             f"data.batch_questions={config.data.batch_questions} is more than the {len(kept)} questions of {path} "

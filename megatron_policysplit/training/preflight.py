@@ -97,14 +97,14 @@ def preflight(config: Config) -> Preflight:
 
 
 def _check_model(config: Config) -> tuple[str, int]:
-    from checkpoints_conv import architecture_of, check_safetensors, read_hf_config
+    from checkpoints_conv import check_safetensors, find_architecture, read_hf_config
     from megatron_policysplit.config.model_layout import check_layout
     from megatron_policysplit.data.prompts import read_eval_prompts, read_prompts
     from megatron_policysplit.data.tokenizer import has_chat_template
 
     path = config.model.path
     hf_config = read_hf_config(path)
-    architecture = architecture_of(hf_config)
+    architecture = find_architecture(hf_config)
     parallel = config.parallel
     check_layout(hf_config, parallel.tensor, parallel.pipeline, parallel.expert, sequence=parallel.sequence)
     tensors = check_safetensors(path)

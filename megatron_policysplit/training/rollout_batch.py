@@ -11,7 +11,7 @@ from megatron_policysplit.rows import RIGHT, Rollout, SecondRollout
 from megatron_policysplit.training.run import Run
 
 
-class Asked:
+class PendingBatch:
     """A batch under way. Collective over all ranks; every rank draws the same questions, leaders hold the responses.
 
     unused: responses of a second rollout that are not trained, on leaders, once finished.
@@ -99,7 +99,7 @@ class Asked:
             for rollout in (rollout for rollout in rollouts if not rollout.auxiliary):
                 rewards.setdefault(rollout.question, []).append(rollout.reward)
         asked = [question.id for question in self.questions if question.id in rewards]
-        return self.run.layout.from_chief([id for id in asked if self.selection.keeps(rewards[id])])
+        return self.run.layout.broadcast_from_chief([id for id in asked if self.selection.keeps(rewards[id])])
 
     def _select(self, rollouts: list[Rollout], kept: Sequence[int]) -> list[Rollout]:
         """Those of the first questions kept; of the first round's, whatever their rewards, if there is none."""

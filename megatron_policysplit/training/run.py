@@ -16,13 +16,13 @@ from megatron_policysplit.actor.checkpoint import TrainerState
 from megatron_policysplit.actor.weights import consume_weights
 from megatron_policysplit.algorithms.methods import Algorithm
 from megatron_policysplit.algorithms.modes import samples_per_mode, training_modes
-from megatron_policysplit.algorithms.signals import SignalSource
+from megatron_policysplit.algorithms.signals import SignalBuilder
 from megatron_policysplit.config import Config
 from megatron_policysplit.data.questions import Question, QuestionStream
 from megatron_policysplit.distributed.control import Control
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.distributed.stop_signal import StopRequested
-from megatron_policysplit.evaluation.verdicts import Judging
+from megatron_policysplit.evaluation.verdicts import EvaluationJudge
 from megatron_policysplit.rollout.driver import Driver, Leader
 from megatron_policysplit.rows import Mode, Rollout
 from megatron_policysplit.serving.colocation import Colocation
@@ -57,7 +57,7 @@ class Run:
     eval_prompts: Prompts
     state: TrainerState
     other_prompts: Mapping[str, Prompts] = field(default_factory=dict)
-    judging: Judging | None = None
+    judging: EvaluationJudge | None = None
     fleet: Fleet | None = None
     colocation: Colocation | None = None
     served: int = -1
@@ -79,12 +79,12 @@ class Run:
     def training_modes(self) -> Sequence[Mode]:
         return training_modes(self.config, self.algorithm.method)
 
-    def signals(self, rows, old, plan, reference) -> SignalSource | None:
+    def signals(self, rows, old, plan, reference) -> SignalBuilder | None:
         """What to train the current batch with (leaders only; None elsewhere)."""
         if self.leader is None:
             return None
         state, seed = self.state.method or None, self.config.run.seed * 1_000_003 + self.state.step
-        return SignalSource(rows, old, plan, self.algorithm, self.config, state=state, reference=reference, seed=seed)
+        return SignalBuilder(rows, old, plan, self.algorithm, self.config, state=state, reference=reference, seed=seed)
 
     def text(self, rollout: Rollout) -> str:
         """A response as text (leaders only)."""
@@ -137,11 +137,11 @@ class Run:
         if self.colocation is not None and self.colocation.engines_turn:
             self.colocation.to_training()
 
-    def score_by_engine(self, sequences: Sequence) -> list[list[float]]:
+    def engine_log_probs(self, sequences: Sequence) -> list[list[float]]:
         """`Engine.score` on leaders, [] on other ranks (collective over all ranks)."""
         with self.engines_awake():
-            self.layout.meet()
-            work = self.leader.engine.score(sequences) if self.leader is not None else None
+            self.layout.barrier()
+            work = self.leader.engine.log_probs(sequences) if self.leader is not None else None
             return self.control.attend(work, self.fleet) or []
 
     def tell_version(self, version: int) -> None:

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Sequence
 
 from megatron_policysplit.actor import checkpoint
-from megatron_policysplit.actor.checkpoint_files import path_of
+from megatron_policysplit.actor.checkpoint_files import checkpoint_path
 from megatron_policysplit.algorithms.signals import live_rows, scored_rows
 from megatron_policysplit.config import Config
 from megatron_policysplit.config.modes import modes_of
@@ -16,13 +16,13 @@ from megatron_policysplit.errors import DONE, STOPPED, TrainingError
 from megatron_policysplit.evaluation.verdicts import judge_metrics, with_verdicts
 from megatron_policysplit.logs.timing import Phases
 from megatron_policysplit.rollout.staleness import check_staleness, staleness_metrics
-from megatron_policysplit.rows import Mode, Rollout, Row, share
+from megatron_policysplit.rows import Mode, Rollout, Row, share_rollouts
 from megatron_policysplit.training import run as runs
 from megatron_policysplit.training.agreement.diagnosis import Probe
 from megatron_policysplit.training.agreement.gate import AgreementGate
 from megatron_policysplit.training.build import start
 from megatron_policysplit.training.metrics import evaluation_metrics, prompt_metrics, training_metrics
-from megatron_policysplit.training.rollout_batch import Asked
+from megatron_policysplit.training.rollout_batch import PendingBatch
 
 
 class Trainer:
@@ -31,9 +31,9 @@ class Trainer:
     def __init__(self, config: Config, stop: StopSignal):
         self.config = config
         self.run = run = start(config, stop)
-        probe = Probe(run.layout, run.actor, run.score_by_engine, self.resync)
+        probe = Probe(run.layout, run.actor, run.engine_log_probs, self.resync)
         self.gate = AgreementGate(config, probe, run.log)
-        self.ahead: Asked | None = None  # with rollout.overlap, the batch that is generated while one is trained
+        self.ahead: PendingBatch | None = None  # with rollout.overlap, the batch that is generated while one is trained
 
     def train(self) -> int:
         """Train to `train.steps`; returns DONE, or STOPPED after a signal (state saved)."""
@@ -75,7 +75,7 @@ class Trainer:
             if config.rollout.overlap and batch + 1 < config.train.steps:
                 self.sync(phases)
                 self.ahead = self.ask(batch + 1)
-            rows = share(rollouts, run.prompts, run.training_modes)
+            rows = share_rollouts(rollouts, run.prompts, run.training_modes)
             live = live_rows(rows, run.algorithm, config)
             scored = scored_rows(rows, live, run.algorithm, config)
             due = self.gate.due(batch)
@@ -83,15 +83,15 @@ class Trainer:
             with phases.measure("score"):
                 seed = config.run.seed * 1_000_003 + batch
                 placed = run.actor.place(rows, live, seed, scored=scored, compared=compared)
-                old = run.actor.score(placed)
-                reference = run.actor.score_reference(placed) if config.algorithm.kl_coef > 0 else None
+                old = run.actor.log_probs(placed)
+                reference = run.actor.reference_log_probs(placed) if config.algorithm.kl_coef > 0 else None
             agreement = self.gate.check(batch, rows, old, batch_version, run.served)
-            run.layout.meet()  # replicas score for different times, and the control group does not wait long
+            run.layout.barrier()  # replicas score for different times, and the control group does not wait long
             run.control.check()  # a stop signal need not wait for the longest phase
             with phases.measure("update"):
                 signals = run.signals(rows, old, placed.plan, reference)
                 update = run.actor.update(placed, signals)
-            run.state.method = run.layout.from_chief(signals and signals.state)
+            run.state.method = run.layout.broadcast_from_chief(signals and signals.state)
             run.state.step += 1
             run.state.stream = asked.cursor
             run.state.optimizer_steps = run.actor.optimizer.steps_taken
@@ -100,7 +100,7 @@ class Trainer:
                 self.sync(phases)
         run.state.bad_steps += update.bad_steps
         run.state.bad_steps_in_a_row = run.state.bad_steps_in_a_row + 1 if update.bad_steps else 0
-        memory = run.layout.largest(peak_memory_bytes())
+        memory = run.layout.all_reduce_max(peak_memory_bytes())
         if run.layout.is_chief:
             metrics = training_metrics(rows, old, live) | update.named() | _speed(rows, live, scored, asked, phases)
             metrics |= agreement | staleness_metrics(rollouts, batch_version) | signals.metrics()
@@ -123,9 +123,9 @@ class Trainer:
         if state.step > 0 and (at_end or _due(state.step, config.checkpoint.every)):
             self.save()
 
-    def ask(self, batch: int) -> Asked:
+    def ask(self, batch: int) -> PendingBatch:
         """Start to generate the next batch of questions."""
-        return Asked(self.run, batch)
+        return PendingBatch(self.run, batch)
 
     def sync(self, phases: Phases | None = None) -> None:
         """Give the engines the actor's weights, unless they have them."""
@@ -169,7 +169,7 @@ class Trainer:
             metrics |= judge_metrics(verdicts)
             run.log.evaluation(run.state.step, metrics)
             run.log.eval_rollouts(run.state.step, with_verdicts(run.eval_records(rollouts), verdicts))
-        accuracy = run.layout.from_chief(metrics and metrics["eval/normal/accuracy"])
+        accuracy = run.layout.broadcast_from_chief(metrics and metrics["eval/normal/accuracy"])
         if accuracy > run.state.best:
             run.state.best = accuracy
             if self.config.checkpoint.hugging_face and run.state.step > 0:
@@ -187,14 +187,14 @@ class Trainer:
                 purpose="evaluation",
                 phases=Phases(),
             )
-        rows = share(rollouts, prompts, modes)
-        return rollouts, rows, run.actor.score(run.actor.place(rows, [False] * len(rows), seed=0))
+        rows = share_rollouts(rollouts, prompts, modes)
+        return rollouts, rows, run.actor.log_probs(run.actor.place(rows, [False] * len(rows), seed=0))
 
     def save(self) -> None:
         """Save a checkpoint of the state after the last trained batch, unless it is there already."""
         run, phases = self.run, Phases()
         run.wake_actor()
-        if run.layout.from_chief(path_of(run.checkpoints, run.state.step).exists()):
+        if run.layout.broadcast_from_chief(checkpoint_path(run.checkpoints, run.state.step).exists()):
             return
         with phases.measure("checkpoint"):
             path = checkpoint.save(run.actor, run.state, run.checkpoints, self.config.checkpoint.keep)
@@ -224,7 +224,7 @@ def _seconds(phases: Phases) -> dict[str, float]:
     return {f"time/{name}_s": seconds for name, seconds in phases.seconds.items()}
 
 
-def _speed(rows, live, scored, asked: Asked, phases: Phases) -> dict[str, float]:
+def _speed(rows, live, scored, asked: PendingBatch, phases: Phases) -> dict[str, float]:
     """Seconds per phase; tokens per second of generation (responses), score (rows scored), update (rows trained)."""
     tokens = {
         "generate": asked.generated_tokens,

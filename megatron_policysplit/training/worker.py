@@ -74,7 +74,7 @@ def _report(text: str) -> None:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         print(text, file=sys.stderr, flush=True)
         return
-    store, said = dist.distributed_c10d._get_default_store(), f"policysplit/said/{hash_of(text)}"
+    store, said = dist.distributed_c10d._get_default_store(), f"policysplit/said/{text_hash(text)}"
     try:
         first = store.add(said, 1) == 1
     except RuntimeError:  # the rank that hosts the store is gone; saying it twice beats not saying it
@@ -86,7 +86,7 @@ def _report(text: str) -> None:
         time.sleep(0.05)
 
 
-def hash_of(text: str) -> str:
+def text_hash(text: str) -> str:
     import hashlib
 
     return hashlib.sha256(text.encode()).hexdigest()[:16]

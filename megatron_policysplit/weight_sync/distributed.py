@@ -87,7 +87,9 @@ class DistributedTransport:
         self._joined: Offer | None = None  # the engines in the current groups, on every rank
         self._names: list[str] = []
         self._made = self._begun = 0
-        self._run = layout.from_chief(secrets.token_hex(4))  # an engine may still know the groups of another run
+        self._run = layout.broadcast_from_chief(
+            secrets.token_hex(4)
+        )  # an engine may still know the groups of another run
         self._group: SenderGroup | None = None
         self._left: list[SenderGroup] = []
 
@@ -262,7 +264,7 @@ class DistributedTransport:
             try:
                 await session.within(self.limit, member, "a weight update", call(member, step))
             except EngineError as error:
-                reasons[member.index] = session.failure_of(error)
+                reasons[member.index] = session.as_failure(error)
                 if abort.reason() is None:
                     origin.append(member)
                     abort.set(str(error))

@@ -111,7 +111,7 @@ async def _attempt(member: Member, step: Step) -> Failure | None:
     try:
         await step(member)
     except EngineError as error:
-        return failure_of(error)
+        return as_failure(error)
     return None
 
 
@@ -124,7 +124,7 @@ def explained(failures: Failures) -> Failures:
     }
 
 
-def failure_of(error: EngineError) -> Failure:
+def as_failure(error: EngineError) -> Failure:
     return Failure(str(error), silent=isinstance(error, EngineUnreachable))
 
 

@@ -135,7 +135,7 @@ class WeightSync:
             await transport.load(member, version)
             await session.close_session(member, version, ends=False, limit=self.limit, after_load=self._after_load)
         except EngineError as error:
-            await self._leave_paused(member, session.failure_of(error))
+            await self._leave_paused(member, session.as_failure(error))
             raise
         _serve(member, version)
 

@@ -202,7 +202,7 @@ def check_reach(config: Config, addresses: Sequence[str]) -> None:
     python = config.rollout.server.python
     if python is None or python == sys.executable:
         return
-    theirs = _torch_of(python)
+    theirs = _torch_version(python)
     if _release(theirs) != _release(ours):
         raise ConfigError(
             f"weight_sync.transport=tensor shares memory between equal versions of torch only; rollout.server.python="
@@ -210,7 +210,7 @@ def check_reach(config: Config, addresses: Sequence[str]) -> None:
         )
 
 
-def _torch_of(python: str) -> str:
+def _torch_version(python: str) -> str:
     question = "from importlib.metadata import version; print(version('torch'))"
     try:
         done = subprocess.run([python, "-c", question], capture_output=True, text=True, timeout=60)

@@ -118,7 +118,7 @@ def test_scores_of_given_responses(server, reference):
 
     async def run():
         async with connected(server.address) as engine:
-            return await engine.score(sequences)
+            return await engine.log_probs(sequences)
 
     for (prompt, response), scores in zip(sequences, asyncio.run(run()), strict=True):
         assert scores == pytest.approx(reference.logprobs(0, prompt, response), abs=TOLERANCE)

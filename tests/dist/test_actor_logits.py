@@ -158,9 +158,9 @@ def assert_equals_files(exported, case):
 
 def assert_marked_for_gradient_norm(model, hf_config, tensor):
     """Megatron's gradient norm counts a parameter on all TP ranks only if it is marked as sharded."""
-    from checkpoints_conv import architecture_of
+    from checkpoints_conv import find_architecture
 
-    architecture = architecture_of(hf_config)
+    architecture = find_architecture(hf_config)
     sizes = architecture.sizes(hf_config)
     for name, parameter in model.named_parameters():
         pair = architecture.by_megatron_name(hf_config)[name]

@@ -10,9 +10,9 @@ import torch
 
 from megatron_policysplit.training.agreement.gate import AgreementGate
 from megatron_policysplit.training.agreement.diagnosis import Probe
-from megatron_policysplit.config import (Config, RunConfig)
+from megatron_policysplit.config import Config, RunConfig
 from megatron_policysplit.errors import TrainingError
-from megatron_policysplit.rows import (MODES, Mode, share)
+from megatron_policysplit.rows import MODES, Mode, share_rollouts
 from megatron_policysplit.training.build import SilentLog
 from tests.support.dist import run_distributed
 from tests.support.hf_models import make_model
@@ -139,7 +139,7 @@ def run_case(case, path, actor):
         consume_weights(actor.model, actor.hf_config, "leader", take)
 
     def score(sequences):
-        return asyncio.run(engine.score(sequences)) if engine is not None else []
+        return asyncio.run(engine.log_probs(sequences)) if engine is not None else []
 
     async def sample():
         mine = range(layout.data_rank, 6, layout.data)
@@ -147,9 +147,9 @@ def run_case(case, path, actor):
         return [rollout async for rollout in engine.submit(requests)]
 
     sync()
-    parts = layout.gather_leaders(asyncio.run(sample()) if engine is not None else [])
-    rows = share([rollout for part in parts for rollout in part], prompts)
-    old = actor.score(actor.place(rows, [False] * len(rows), seed=0))
+    parts = layout.all_gather_leaders(asyncio.run(sample()) if engine is not None else [])
+    rows = share_rollouts([rollout for part in parts for rollout in part], prompts)
+    old = actor.log_probs(actor.place(rows, [False] * len(rows), seed=0))
     gate = AgreementGate(config, Probe(layout, actor, score, sync), SilentLog())
     version = 6 if case.by_scoring else 5
     try:

@@ -269,7 +269,7 @@ def test_logits_are_those_of_transformers(models, tmp_path):
 
 def check_all_logits(rank, models, damaged):
     """Of every model in float32; and a checkpoint of other weights is told."""
-    from megatron_policysplit.actor.logits import (TOLERANCE, check_logits)
+    from megatron_policysplit.actor.logits import TOLERANCE, check_logits
     from megatron_policysplit.errors import ModelError
 
     for hf, megatron in models:

@@ -118,7 +118,7 @@ def test_step_equals_plain_torch(outcomes, reference, initial, shape, name):
 def test_cases_cover_what_they_should(outcomes, reference, initial):
     """A replica has empty micro-batches, in training and in scoring; experts and routers have learnt something."""
     plans = [results[name].plans for results in outcomes((1, 1, 2, 2)) for name in NAMES]
-    steps = [step for by_batch in plans for plan in by_batch for step in plan.shares]
+    steps = [step for by_batch in plans for plan in by_batch for step in plan.micro_batches]
     for kind in ("train", "score_only"):
         parts = [[getattr(share, kind) for share in step] for step in steps]
         assert all(len({len(part) for part in step}) == 1 for step in parts)
@@ -163,7 +163,7 @@ def load_and_go_on(rank, shape, path, directory, distributed):
     from megatron_policysplit.actor import checkpoint
 
     actor, case = fresh_actor(shape, path, distributed)
-    checkpoint.load(actor, checkpoint.path_of(Path(directory), 1))
+    checkpoint.load(actor, checkpoint.checkpoint_path(Path(directory), 1))
     weights = exported(actor)
     train(actor, case, 1)
     return {"saved": weights, "later": exported(actor)}
@@ -183,4 +183,4 @@ def train(actor, case, batch):
 
     rows = case.rows(batch) if actor.layout.is_leader else []
     placed = actor.place(rows, live_rows(rows, case.algorithm, actor.config), seed=SEED + batch)
-    actor.update(placed, case.signals(rows, actor.score(placed), placed, actor.config))
+    actor.update(placed, case.signals(rows, actor.log_probs(placed), placed, actor.config))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megatron_policysplit.vocab_parallel import (chunk_pass, reduction, weight_gradient)
+from megatron_policysplit.vocab_parallel import chunk_pass, reduction, weight_gradient
 from megatron_policysplit.vocab_parallel.fused_loss import fused_loss
-from megatron_policysplit.vocab_parallel.head import (head_pair_statistics, head_statistics, score)
+from megatron_policysplit.vocab_parallel.head import head_pair_statistics, head_statistics, score
 from tests.support.dist import run_distributed
 from tests.support.head_inputs import CHUNKS, HIDDEN, MANY_PAIRS, TOKENS, inputs, with_states
 from tests.support.vocabulary import (

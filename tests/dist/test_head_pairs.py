@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_policysplit.vocab_parallel import (Pairs, score, chunk_pass)
+from megatron_policysplit.vocab_parallel import Pairs, score, chunk_pass
 from tests.support.head_inputs import CHUNKS, HIDDEN, MANY_PAIRS, TOKENS, inputs, with_states
 from tests.support.vocabulary import SIZES, as_tests, assert_same_bits_everywhere, exact_head, head_of, plain_kl, random
 

@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 
-from megatron_policysplit.distributed.device import (missing_triton, use_triton)
+from megatron_policysplit.distributed.device import missing_triton, use_triton
 from megatron_policysplit.distributed import device
 from tests.support.dist import run_distributed
 from tests.support.e2e import make_workspace

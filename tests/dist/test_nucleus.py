@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_policysplit.vocab_parallel import (score, fused_loss, nucleus)
+from megatron_policysplit.vocab_parallel import score, fused_loss, nucleus
 from megatron_policysplit.vocab_parallel.shard import Head
 from tests.support.vocabulary import (
     SIZES,

@@ -76,8 +76,8 @@ def outcome(actor, case, layout, batch):
 
     rows = case.rows(batch) if layout.is_leader else []
     placed = actor.place(rows, live_rows(rows, case.algorithm, actor.config), seed=SEED + batch)
-    old = actor.score(placed)
-    reference = actor.score_reference(placed) if actor.config.algorithm.kl_coef > 0 else None
+    old = actor.log_probs(placed)
+    reference = actor.reference_log_probs(placed) if actor.config.algorithm.kl_coef > 0 else None
     update = actor.update(placed, case.signals(rows, old, placed, actor.config, reference))
     return [(row.logprobs.tolist(), row.entropy.tolist()) for row in old], update
 

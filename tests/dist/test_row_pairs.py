@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from megatron_policysplit.rows import (Mode, Rollout, Row, RowKey)
+from megatron_policysplit.rows import Mode, Rollout, Row, RowKey
 from tests.reference import plain_step
 from tests.support.dist import run_distributed
 from tests.support.hf_models import make_model
@@ -69,7 +69,7 @@ def run_cuts(rank, layout, path):
 
     def scored(cut, pairs):
         batches = [make_microbatch(batch, indices, TEMPERATURES, pairs) for indices in cut]
-        return actor.scorer.score(batches)
+        return actor.scorer.log_probs(batches)
 
     found = {}
     for name, cut in CUTS.items():

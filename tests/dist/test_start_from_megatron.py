@@ -41,7 +41,7 @@ def actor_of(model, megatron, tensor, pipeline):
     from checkpoints_conv import read_hf_config
     from megatron_policysplit.actor.parallel import initialize
     from megatron_policysplit.actor.actor import Actor
-    from megatron_policysplit.config import (Config, ParallelConfig)
+    from megatron_policysplit.config import Config, ParallelConfig
 
     config = Config()
     config.model.path, config.model.megatron, config.model.dtype = model, megatron, "float32"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_policysplit.rows.plan import make_plan
-from megatron_policysplit.algorithms.signals import (live_rows, scored_rows)
+from megatron_policysplit.algorithms.signals import live_rows, scored_rows
 from tests.reference import plain_step
 from tests.support.dist import run_distributed
 from tests.support.hf_models import make_model
@@ -56,8 +56,8 @@ def run_case(case, path, layout, poison=False):
         # The second batch is compared with the engine, which must change nothing.
         compared = [batch == 1 and row.on_policy and not there for row, there in zip(rows, scored, strict=True)]
         placed = actor.place(rows, live, seed=SEED + batch, scored=scored, compared=compared)
-        old = actor.score(placed)
-        reference = actor.score_reference(placed) if config.algorithm.kl_coef > 0 else None
+        old = actor.log_probs(placed)
+        reference = actor.reference_log_probs(placed) if config.algorithm.kl_coef > 0 else None
         signals = case.signals(rows, old, placed, config, reference)
         if poison:
             outcome.bad_steps.append(poisoned_update(actor, placed, signals, live))
@@ -298,13 +298,13 @@ def test_optimizer_steps_are_the_same_everywhere(outcomes, shape):
 def test_cases_cover_what_they_should(outcomes, reference):
     """Two replicas have unequal work, one of them none, groups are spread over both, and clipping happens."""
     plans = {name: leaders(outcomes, (1, 1, 2), name)[0].plans for name in BY_NAME}
-    counts = {name: [[len(share.train) for share in step] for step in plans[name][0].shares] for name in plans}
+    counts = {name: [[len(share.train) for share in step] for step in plans[name][0].micro_batches] for name in plans}
     assert any(len(set(step)) == 2 and min(step) > 0 for steps in counts.values() for step in steps)
     assert sorted(counts["one_live"][0])[0] == 0 < sorted(counts["one_live"][0])[1]
     assert counts["none_live"] == [[0, 0]]
     rows = BY_NAME["paper_two_steps"].rows(0)
     replicas_of = {}
-    for step in plans["paper_two_steps"][0].shares:
+    for step in plans["paper_two_steps"][0].micro_batches:
         for replica, part in enumerate(step):
             for index in sum(part.train + part.score_only, []):
                 replicas_of.setdefault(rows[index].key.group, set()).add(replica)

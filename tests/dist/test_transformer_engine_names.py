@@ -72,16 +72,16 @@ def inspect(rank, paths, shape, directory):
     layout = start(shape)
     from megatron.core import parallel_state
 
-    from checkpoints_conv import architecture_of
+    from checkpoints_conv import find_architecture
     from megatron_policysplit.actor.megatron_weights import load_megatron_weights
-    from megatron_policysplit.actor.weights import (export_weights, global_parameters)
+    from megatron_policysplit.actor.weights import export_weights, global_parameters
 
     stored = []
     for number, path in enumerate(paths):
         hf_config = read_hf_config(path)
         model = loaded_model(path, torch.float32, transformer_engine=True)
         assert isinstance(model.decoder.layers[0].self_attention.linear_qkv, fake_transformer_engine.LayerNormLinear)
-        named = global_parameters(model, architecture_of(hf_config).sizes(hf_config))
+        named = global_parameters(model, find_architecture(hf_config).sizes(hf_config))
         expert_rank = parallel_state.get_expert_model_parallel_rank()
         assert {name: tuple(parameter.shape) for name, parameter in named.items()} == expected_parameters(
             hf_config, shape, layout.pipeline_rank, expert_rank

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_policysplit.vocab_parallel import (VocabularyShard, pair_statistics, token_statistics)
+from megatron_policysplit.vocab_parallel import VocabularyShard, pair_statistics, token_statistics
 from tests.support.vocabulary import (
     SIZES,
     TOKENS,

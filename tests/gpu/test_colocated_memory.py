@@ -57,7 +57,7 @@ def train(actor, case, batch):
 
     rows = case.rows(batch)
     placed = actor.place(rows, live_rows(rows, case.algorithm, actor.config), seed=SEED + batch)
-    signals = case.signals(rows, actor.score(placed), placed, actor.config)
+    signals = case.signals(rows, actor.log_probs(placed), placed, actor.config)
     update = actor.update(placed, signals)
     assert update.bad_steps == 0
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_policysplit.algorithms.methods import algorithm_of
+from megatron_policysplit.algorithms.methods import build_algorithm
 from megatron_policysplit.algorithms.methods.policy_split import Options
 from megatron_policysplit.config import AlgorithmConfig, TrainConfig
 from megatron_policysplit.rows import Mode, Row, RowKey
@@ -269,7 +269,7 @@ class PlainMethod:
 
     def __init__(self, rows: Sequence[Row], old: Mapping[RowKey, Scored], config: AlgorithmConfig):
         self.rows, self.config = rows, config
-        self.options = algorithm_of(config).options
+        self.options = build_algorithm(config).options
         self.state = {"coef": 0.0} if config.name == "adaptive_entropy" else {}
         self.scored = dict(old)
         self.old, self.prompts = self._tokens(old), {key: scored.prompt for key, scored in old.items()}

@@ -5,7 +5,7 @@ import random
 import torch
 
 from megatron_policysplit.algorithms.advantages import TokenStatistics, make_batch
-from megatron_policysplit.rows import MODES, Mode, Rollout, share
+from megatron_policysplit.rows import MODES, Mode, Rollout, share_rollouts
 
 EOS = 99
 
@@ -68,7 +68,7 @@ def random_batch(seed=0, questions=3, per_mode=2, masked=True, auxiliary=0):
         rollout(question, Mode.NORMAL, per_mode, range(30 + question, 34), reward=1.0, auxiliary=True)
         for question in range(auxiliary)
     ]
-    rows = share(rollouts, prompts(range(questions)))
+    rows = share_rollouts(rollouts, prompts(range(questions)))
     tokens = torch.Generator().manual_seed(seed)
     scored = [
         TokenStatistics(

@@ -100,10 +100,10 @@ def expected_parameters(hf_config, shape, stage, expert_rank, spec=-1):
 
     spec: -1 for Transformer Engine's names, 0 for those of Megatron-Core's own layers.
     """
-    from checkpoints_conv import architecture_of
+    from checkpoints_conv import find_architecture
     from checkpoints_conv.tables import TIED_HEAD
 
-    architecture = architecture_of(hf_config)
+    architecture = find_architecture(hf_config)
     sizes, last = architecture.sizes(hf_config), shape.pipeline - 1
     embedding, *layers, head = architecture.pairs(hf_config)
     rows = list(embedding[1]) if stage == 0 else []
@@ -139,13 +139,13 @@ def stored_by(model):
 
 def expected_tensors(hf_config, tensor, copies):
     """Key -> shape of every tensor that is stored, the vocabulary padded. copies: those for Megatron's own layers."""
-    from checkpoints_conv import architecture_of
-    from checkpoints_conv.stored import parameters_of
+    from checkpoints_conv import find_architecture
+    from checkpoints_conv.stored import list_parameters
 
-    padded = architecture_of(hf_config).sizes(hf_config).padded_vocab(tensor)
+    padded = find_architecture(hf_config).sizes(hf_config).padded_vocab(tensor)
     return {
         p.place.key: (padded, *p.shape[1:]) if p.is_vocabulary else (*p.place.axes, *p.shape)
-        for p in parameters_of(hf_config)
+        for p in list_parameters(hf_config)
         if copies or not p.copy
     }
 
@@ -162,14 +162,14 @@ def capture(rank, path, fake):
 
         fake_transformer_engine.install()
     start()
-    from checkpoints_conv import architecture_of, read_hf_config
+    from checkpoints_conv import find_architecture, read_hf_config
     from megatron_policysplit.actor.weights import global_parameters
 
     hf_config = read_hf_config(path)
     model, converted = (make(path, torch.bfloat16, transformer_engine=True) for make in (loaded_model, nan_model))
     load_as_stock_megatron_does(converted, f"{path}-megatron")
     assert_same_parameters(converted, model)
-    parameters = global_parameters(model, architecture_of(hf_config).sizes(hf_config))
+    parameters = global_parameters(model, find_architecture(hf_config).sizes(hf_config))
     return _listed({name: p.shape for name, p in parameters.items()}, stored_by(model))
 
 

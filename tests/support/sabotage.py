@@ -41,7 +41,7 @@ class Untempered(LocalEngine):
     async def submit(self, requests):
         prompts = {(request.question, request.mode): request.prompt for request in requests}
         async for rollout in super().submit(requests):
-            (scores,) = await self.score([(prompts[rollout.question, rollout.mode], rollout.tokens)])
+            (scores,) = await self.log_probs([(prompts[rollout.question, rollout.mode], rollout.tokens)])
             yield replace(rollout, engine_logprobs=scores)
 
 
@@ -71,8 +71,8 @@ class AddsBos(LocalEngine):
         async for rollout in super().submit([replace(r, prompt=[1, *r.prompt]) for r in requests]):
             yield rollout
 
-    async def score(self, sequences):
-        return await super().score([([1, *prompt], response) for prompt, response in sequences])
+    async def log_probs(self, sequences):
+        return await super().log_probs([([1, *prompt], response) for prompt, response in sequences])
 
 
 class DamagedOnce(LocalEngine):

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_policysplit.algorithms.advantages import Method
-from megatron_policysplit.algorithms.methods import Algorithm, algorithm_of
+from megatron_policysplit.algorithms.methods import Algorithm, build_algorithm
 from megatron_policysplit.algorithms.modes import samples_per_mode, training_modes
-from megatron_policysplit.algorithms.signals import SignalSource
+from megatron_policysplit.algorithms.signals import SignalBuilder
 from megatron_policysplit.config import Config
 from megatron_policysplit.config.modes import modes_of
-from megatron_policysplit.rows import Mode, Rollout, Row, share
+from megatron_policysplit.rows import Mode, Rollout, Row, share_rollouts
 
 VOCAB = 67  # odd, so that tensor parallelism pads it
 MAX_RESPONSE_TOKENS = 12
@@ -37,17 +37,19 @@ class Case:
 
     @property
     def algorithm(self) -> Algorithm:
-        return algorithm_of(self.config("").algorithm)
+        return build_algorithm(self.config("").algorithm)
 
     @property
     def method(self) -> Method:
         return self.algorithm.method
 
-    def signals(self, rows, old, placed, config, reference=None, state=None) -> SignalSource | None:
+    def signals(self, rows, old, placed, config, reference=None, state=None) -> SignalBuilder | None:
         """For `Actor.update`: on leaders, which have a plan."""
         if placed.plan is None:
             return None
-        return SignalSource(rows, old, placed.plan, self.algorithm, config, state=state, reference=reference, seed=SEED)
+        return SignalBuilder(
+            rows, old, placed.plan, self.algorithm, config, state=state, reference=reference, seed=SEED
+        )
 
     def config(self, model_path: str) -> Config:
         config = Config()
@@ -107,7 +109,7 @@ class Case:
         if self.rollouts == "second":
             rollouts += [second(draw, batch, question, length) for question, length in enumerate((7, 3, 1))]
         draw.shuffle(rollouts)  # an engine finishes in any order
-        return share(rollouts, prompts, training_modes(config, method))
+        return share_rollouts(rollouts, prompts, training_modes(config, method))
 
 
 Answer = tuple[float, int, set[int]]  # reward, tokens, masked positions

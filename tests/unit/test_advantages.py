@@ -16,7 +16,7 @@ from megatron_policysplit.algorithms.advantages import (
 )
 from megatron_policysplit.algorithms.methods import method_named
 from megatron_policysplit.algorithms.methods import policy_split as split
-from megatron_policysplit.rows import Mode, share
+from megatron_policysplit.rows import Mode, share_rollouts
 from tests.support.advantage_batches import EOS, partner, prompts, random_batch, rollout
 
 EPS = 1e-6
@@ -56,7 +56,7 @@ def test_both_groups_of_a_question_hold_the_same_rewards_and_give_the_same_advan
 
 def test_grpo_by_hand():
     rewards = [1.0, 0.0, 0.25, 0.0]
-    rows = share(
+    rows = share_rollouts(
         [rollout(0, Mode.NORMAL, s, [1] * (s + 1), r) for s, r in enumerate(rewards)], prompts((0,)), (Mode.NORMAL,)
     )
     scored = [TokenStatistics(torch.zeros(row.response_length), torch.zeros(row.response_length)) for row in rows]
@@ -113,7 +113,7 @@ SURPRISE = {
 
 def hand_case(entropy=None):
     """The case's batch; entropy: like SURPRISE, what the exact entropies are."""
-    rows = share(
+    rows = share_rollouts(
         [rollout(0, Mode.NORMAL, 0, [1, EOS], 1.0), rollout(0, Mode.HIGH_ENTROPY, 0, [2, 3, EOS])], prompts((0,))
     )
     names = [(row.key.training_mode, "o" if row.rollout.mode == Mode.NORMAL else "h") for row in rows]

@@ -9,8 +9,8 @@ import torch
 from megatron_policysplit.algorithms.advantages import TokenStatistics
 from megatron_policysplit.config import Config
 from megatron_policysplit.errors import EngineError, TrainingError
-from megatron_policysplit.rows import MODES, Mode, Rollout, share
-from megatron_policysplit.training.agreement.bounds import Bounds, Difference, bounds_of
+from megatron_policysplit.rows import MODES, Mode, Rollout, share_rollouts
+from megatron_policysplit.training.agreement.bounds import Bounds, Difference, choose_bounds
 from megatron_policysplit.training.agreement.diagnosis import EXCERPT_ROWS, EXCERPT_TOKENS, Probe, excerpt
 from megatron_policysplit.training.agreement.gate import AgreementGate, agreement_metrics, compare, compare_by_scoring
 
@@ -31,7 +31,7 @@ def rollout(question=0, mode=Mode.NORMAL, sample=0, engine=(-1.0, -2.0), version
 
 
 def rows_of(rollouts):
-    return share(rollouts, {r.question: PROMPTS for r in rollouts})
+    return share_rollouts(rollouts, {r.question: PROMPTS for r in rollouts})
 
 
 def scored(rows, shift):
@@ -108,12 +108,12 @@ def test_only_samples_of_the_weights_in_question_count_behind_their_own_prompt()
 def test_bounds_follow_the_precisions_and_a_low_temperature(engine, actor_dtype, server_dtype, expected):
     config = Config()
     config.rollout.engine, config.model.dtype, config.rollout.server.dtype = engine, actor_dtype, server_dtype
-    bounds = bounds_of(config)
+    bounds = choose_bounds(config)
     assert bounds.mean == expected and bounds.k3 > bounds.mean**2
-    assert bounds_of(config, 1.7) == bounds
-    assert bounds_of(config, 0.5) == Bounds(2 * bounds.mean, 4 * bounds.k3)
+    assert choose_bounds(config, 1.7) == bounds
+    assert choose_bounds(config, 0.5) == Bounds(2 * bounds.mean, 4 * bounds.k3)
     config.agreement.max_difference, config.agreement.max_k3 = 0.2, 0.3
-    assert bounds_of(config, 0.5) == Bounds(0.2, 0.3)
+    assert choose_bounds(config, 0.5) == Bounds(0.2, 0.3)
 
 
 def test_a_difference_that_is_not_a_number_is_past_every_bound():
@@ -144,10 +144,10 @@ class OneRank:
 
     is_chief = is_leader = True
 
-    def from_chief(self, value):
+    def broadcast_from_chief(self, value):
         return value
 
-    def gather_leaders(self, value):
+    def all_gather_leaders(self, value):
         return [value]
 
 
@@ -224,7 +224,9 @@ def test_breaches_warn_are_compared_again_at_once_and_end_the_run_when_they_go_o
 
 def test_only_the_responses_that_disagree_are_looked_at(monkeypatch):
     found = []
-    monkeypatch.setattr("megatron_policysplit.training.agreement.gate.diagnose", lambda breach, *args: found.append(breach) or "")
+    monkeypatch.setattr(
+        "megatron_policysplit.training.agreement.gate.diagnose", lambda breach, *args: found.append(breach) or ""
+    )
     gate, _ = gate_of(config_with(every=1, breaches=1))
     rows, old = batch(lambda row: 0.5 if row.on_policy and row.rollout.sample == 1 else 0.0, version=0)
     with pytest.raises(TrainingError):
@@ -249,7 +251,7 @@ class ScoringActor:
         assert temperature == 1.0 and not any(live)
         return rows
 
-    def score(self, rows):
+    def log_probs(self, rows):
         return scored(rows, lambda row: 0.0)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints_conv import architecture_of
+from checkpoints_conv import find_architecture
 from megatron_policysplit.config.model_layout import check_layout
 from megatron_policysplit.errors import ConfigError, ModelError
 
@@ -29,7 +29,7 @@ def test_the_worked_example_is_the_code():
     (block,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     names = {}
     exec(block, names)
-    assert names["MISTRAL"] == architecture_of({"architectures": ["MistralForCausalLM"]})
+    assert names["MISTRAL"] == find_architecture({"architectures": ["MistralForCausalLM"]})
 
 
 WINDOW = "sliding_window=8 is less than max_position_embeddings=32"
@@ -46,13 +46,13 @@ WINDOW = "sliding_window=8 is less than max_position_embeddings=32"
 def test_a_window_is_refused(name, changes):
     windowed = config(architectures=[name], max_position_embeddings=32, **changes)
     with pytest.raises(ModelError, match=WINDOW):
-        architecture_of(windowed).megatron_arguments(windowed)
+        find_architecture(windowed).megatron_arguments(windowed)
 
 
 def test_mistral_has_a_window_unless_its_config_says_otherwise():
     silent = config(architectures=["MistralForCausalLM"], max_position_embeddings=8192)
     with pytest.raises(ModelError, match="sliding_window=4096 is less than max_position_embeddings=8192"):
-        architecture_of(silent).megatron_arguments(silent)
+        find_architecture(silent).megatron_arguments(silent)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_mistral_has_a_window_unless_its_config_says_otherwise():
 )
 def test_a_window_that_hides_nothing_is_accepted(name, changes):
     unused = config(architectures=[name], max_position_embeddings=32, **changes)
-    architecture_of(unused).megatron_arguments(unused)
+    find_architecture(unused).megatron_arguments(unused)
 
 
 def moe_config(**changes):
@@ -76,16 +76,16 @@ def moe_config(**changes):
 
 
 def test_experts_in_megatron_words():
-    arguments = architecture_of(moe_config()).megatron_arguments(moe_config()).transformer
+    arguments = find_architecture(moe_config()).megatron_arguments(moe_config()).transformer
     assert (arguments["num_moe_experts"], arguments["moe_router_topk"]) == (8, 2)
     assert (arguments["moe_ffn_hidden_size"], arguments["ffn_hidden_size"]) == (32, 96)
     assert arguments["moe_router_load_balancing_type"] == "none" and not arguments["moe_router_pre_softmax"]
     plain = moe_config(norm_topk_prob=False)
-    assert architecture_of(plain).megatron_arguments(plain).transformer["moe_router_pre_softmax"]
+    assert find_architecture(plain).megatron_arguments(plain).transformer["moe_router_pre_softmax"]
     renamed = moe_config()
     renamed["num_local_experts"] = renamed.pop("num_experts") // 2  # as transformers 5 writes it
-    assert architecture_of(renamed).megatron_arguments(renamed).transformer["num_moe_experts"] == 4
-    assert "num_moe_experts" not in architecture_of(config()).megatron_arguments(config()).transformer
+    assert find_architecture(renamed).megatron_arguments(renamed).transformer["num_moe_experts"] == 4
+    assert "num_moe_experts" not in find_architecture(config()).megatron_arguments(config()).transformer
 
 
 def test_the_tensors_of_qwen3_30b_a3b():
@@ -116,7 +116,7 @@ def test_the_tensors_of_qwen3_30b_a3b():
         "use_sliding_window": False,
         "vocab_size": 151936,
     }
-    architecture = architecture_of(published)
+    architecture = find_architecture(published)
     shapes = architecture.hf_tensors(published)
     assert len(shapes) == 18867 and sum(map(prod, shapes.values())) == 61_064_245_248 // 2
     assert shapes["model.layers.47.mlp.experts.127.down_proj.weight"] == (2048, 768)
@@ -135,7 +135,7 @@ def test_the_tensors_of_qwen3_30b_a3b():
 )
 def test_experts_that_are_refused(changes, message):
     with pytest.raises(ModelError, match=message):
-        architecture_of(moe_config()).megatron_arguments(moe_config(**changes))
+        find_architecture(moe_config()).megatron_arguments(moe_config(**changes))
 
 
 def test_layouts_of_experts():

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_policysplit.actor.checkpoint import TrainerState
-from megatron_policysplit.algorithms.methods import algorithm_of
+from megatron_policysplit.algorithms.methods import build_algorithm
 from megatron_policysplit.algorithms.modes import samples_per_mode
 from megatron_policysplit.config import Config
 from megatron_policysplit.data.questions import Question, QuestionStream
 from megatron_policysplit.rows import MODES, Rollout, SecondRollout
-from megatron_policysplit.training.rollout_batch import Asked
+from megatron_policysplit.training.rollout_batch import PendingBatch
 
 QUESTIONS, BATCH = 10, 3
 MIXED = (0, 1, 5, 6)
@@ -61,10 +61,10 @@ def run_with(grade, method="dapo", options=None, state=None, told=None, leads=Tr
     config.data.batch_questions, config.rollout.samples_per_question = BATCH, 4
     config.algorithm.name, config.algorithm.options = method, {method: options or {}}
     questions = [Question(number, [], "1", {}) for number in range(QUESTIONS)]
-    algorithm = algorithm_of(config.algorithm)
+    algorithm = build_algorithm(config.algorithm)
     said, messages = [], []
 
-    def from_chief(value):
+    def broadcast_from_chief(value):
         said.append(value if told is None else told[len(said)])
         return said[-1]
 
@@ -77,7 +77,7 @@ def run_with(grade, method="dapo", options=None, state=None, told=None, leads=Tr
         prompts={},
         state=state or TrainerState(),
         driver=Driver(grade, leads),
-        layout=SimpleNamespace(from_chief=from_chief),
+        layout=SimpleNamespace(broadcast_from_chief=broadcast_from_chief),
         log=SimpleNamespace(message=messages.append),
         said=said,
         messages=messages,
@@ -91,7 +91,7 @@ def questions_of(rollouts):
 @pytest.mark.parametrize("method", ["dapo", "policy_split"])
 def test_questions_are_drawn_until_enough_are_mixed(method):
     run = run_with(equal_but_for(MIXED), method, {"dynamic_sampling": True})
-    asked = Asked(run, 0)
+    asked = PendingBatch(run, 0)
     found = asked.finish(None)
     drawn = [question for part in run.driver.asked for question in part]
     mixed = [question for question in drawn if question in MIXED]
@@ -120,10 +120,10 @@ def test_questions_are_drawn_until_enough_are_mixed(method):
 
 def test_a_rank_that_leads_nothing_draws_the_same():
     chief = run_with(equal_but_for(MIXED))
-    first = Asked(chief, 0)
+    first = PendingBatch(chief, 0)
     first.finish(None)
     other = run_with(equal_but_for(MIXED), told=chief.said, leads=False)
-    second = Asked(other, 0)
+    second = PendingBatch(other, 0)
     assert second.finish(None) == [] and other.driver.asked == chief.driver.asked
     assert second.cursor == first.cursor and not [name for name in second.metrics if name.startswith("dynamic")]
 
@@ -131,21 +131,21 @@ def test_a_rank_that_leads_nothing_draws_the_same():
 def test_batches_after_a_stop_are_those_of_a_run_without():
     """With the cursor of the batch trained last; a batch that was begun leaves no trace in it."""
     straight = run_with(equal_but_for(MIXED))
-    first = Asked(straight, 0)
+    first = PendingBatch(straight, 0)
     first.finish(None)
     cursor = first.cursor
-    expected = Asked(straight, 1)
+    expected = PendingBatch(straight, 1)
     found = expected.finish(None)
     resumed = run_with(equal_but_for(MIXED))
     resumed.stream.restore(cursor)
-    again = Asked(resumed, 1)
+    again = PendingBatch(resumed, 1)
     assert again.finish(None) == found and again.cursor == expected.cursor != cursor
 
 
 @pytest.mark.parametrize(("mixed", "rounds"), [((0, 5), 10), ((), 10), (MIXED, 1)])
 def test_when_there_are_not_enough_the_batch_is_what_there_is(mixed, rounds):
     run = run_with(equal_but_for(mixed), options={"max_rounds": rounds})
-    asked = Asked(run, 4)
+    asked = PendingBatch(run, 4)
     found = questions_of(asked.finish(None))
     drawn = [question for part in run.driver.asked for question in part]
     kept = sorted(set(drawn) & set(mixed))
@@ -159,7 +159,7 @@ def test_when_there_are_not_enough_the_batch_is_what_there_is(mixed, rounds):
 def test_without_a_rule_the_first_draw_is_the_batch():
     for method, options in (("grpo", {}), ("dapo", {"dynamic_sampling": False}), ("policy_split", {})):
         run = run_with(equal_but_for(()), method, options)
-        asked = Asked(run, 0)
+        asked = PendingBatch(run, 0)
         assert questions_of(asked.finish(None)) == sorted(run.driver.asked[0])
         assert len(run.driver.asked) == 1 and not run.said and not run.messages
         assert set(asked.metrics) == {"rollout/retried", "rollout/cached_prompt_share"}
@@ -167,7 +167,7 @@ def test_without_a_rule_the_first_draw_is_the_batch():
 
 def test_every_round_is_cancelled():
     run = run_with(equal_but_for(MIXED))
-    asked = Asked(run, 0)
+    asked = PendingBatch(run, 0)
     asked.finish(None)
     asked.cancel()
     assert [batch.cancelled for batch in asked.rounds] == [1] * len(run.driver.asked)
@@ -177,11 +177,11 @@ def test_a_second_rollout_follows_the_state_and_gives_its_right_answers():
     """Every second question's auxiliary samples are right; two are trained at most, of two questions."""
     state = TrainerState(method={"entropy": 0.6})
     run = run_with(lambda question, mode, sample: float(sample < 4 or question % 2), "aepo", state=state)
-    Asked(run, 0)
+    PendingBatch(run, 0)
     assert run.driver.second == [SecondRollout(0.8, questions=1, samples=4, most=1)]
     options = {"questions": 1.0, "alpha": 0.2}
     run = run_with(lambda question, mode, sample: float(question % 2), "aepo", options)
-    asked = Asked(run, 0)
+    asked = PendingBatch(run, 0)
     assert run.driver.second == [SecondRollout(1.2, questions=3, samples=4, most=2)]
     found = asked.finish(None)
     auxiliary = [rollout for rollout in found if rollout.auxiliary]

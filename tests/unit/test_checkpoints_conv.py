@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints_conv import SafetensorsReader, architecture_of, check_safetensors, read_hf_config, write_hf
+from checkpoints_conv import SafetensorsReader, check_safetensors, find_architecture, read_hf_config, write_hf
 from checkpoints_conv.architectures import ARCHITECTURES
-from checkpoints_conv.rope import Llama3Rope, rope_of
+from checkpoints_conv.rope import Llama3Rope, parse_rope
 from megatron_policysplit.config.model_layout import check_layout
 from megatron_policysplit.errors import ConfigError, ModelError
 from tests.support.hf_models import FAMILIES, LLAMA3_ROPE, make_model
@@ -70,7 +70,7 @@ def edit_config(path, **changes):
 def test_tables_name_every_tensor_of_transformers_model(originals, family, tied):
     path = originals[family, tied]
     found = check_safetensors(path)
-    wanted = architecture_of(read_hf_config(path)).hf_tensors(read_hf_config(path))
+    wanted = find_architecture(read_hf_config(path)).hf_tensors(read_hf_config(path))
     assert {name: info.shape for name, info in found.items()} == wanted
 
 
@@ -93,7 +93,7 @@ def test_names_and_layouts_agree_with_mbridge(originals, monkeypatch):
     for family, bridge_class in bridges.items():
         path = originals[family, False]
         hf_config = read_hf_config(path)
-        architecture = architecture_of(hf_config)
+        architecture = find_architecture(hf_config)
         sizes = architecture.sizes(hf_config)
         bridge = bridge_class.__new__(bridge_class)
         bridge.hf_config, bridge.make_vocab_size_divisible_by = AutoConfig.from_pretrained(path), None
@@ -138,14 +138,14 @@ def test_ranks_share_every_element_once(architecture, vocab):
 
 
 def test_config_in_megatron_words():
-    arguments = architecture_of(config()).megatron_arguments(config(rms_norm_eps=1e-5, rope_theta=5e5))
+    arguments = find_architecture(config()).megatron_arguments(config(rms_norm_eps=1e-5, rope_theta=5e5))
     assert arguments.transformer["kv_channels"] == 16 and arguments.transformer["num_query_groups"] == 2
     assert arguments.transformer["layernorm_epsilon"] == 1e-5
     assert not arguments.transformer["add_qkv_bias"] and not arguments.transformer["qk_layernorm"]
     assert arguments.gpt["rotary_base"] == 5e5 and arguments.llama3_rope is None
     qwen3 = config(architectures=["Qwen3ForCausalLM"])
-    assert architecture_of(qwen3).megatron_arguments(qwen3).transformer["kv_channels"] == 128  # transformers' default
-    assert architecture_of(qwen3).megatron_arguments(qwen3).transformer["qk_layernorm"]
+    assert find_architecture(qwen3).megatron_arguments(qwen3).transformer["kv_channels"] == 128  # transformers' default
+    assert find_architecture(qwen3).megatron_arguments(qwen3).transformer["qk_layernorm"]
 
 
 def test_defaults_are_those_of_transformers():
@@ -157,17 +157,17 @@ def test_defaults_are_those_of_transformers():
         for key, value in architecture.defaults.items():
             assert getattr(theirs, key) == value, (architecture.name, key)
         assert theirs.rms_norm_eps == 1e-6 and theirs.tie_word_embeddings is False
-        assert theirs.rope_parameters["rope_theta"] == rope_of({}).base
+        assert theirs.rope_parameters["rope_theta"] == parse_rope({}).base
 
 
 def test_old_and_new_rope_keys_mean_the_same():
     scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
-    new = rope_of({"rope_parameters": LLAMA3_ROPE})
-    assert rope_of({"rope_theta": 500.0, "rope_scaling": scaling}) == new
+    new = parse_rope({"rope_parameters": LLAMA3_ROPE})
+    assert parse_rope({"rope_theta": 500.0, "rope_scaling": scaling}) == new
     assert new.llama3 == Llama3Rope(4.0, 1.0, 4.0, 32) and new.base == 500.0
     old_type = {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2}}
-    assert rope_of(old_type).linear_factor == 2.0
-    assert rope_of({"rope_theta": 7.0, "rope_scaling": None}).base == 7.0
+    assert parse_rope(old_type).linear_factor == 2.0
+    assert parse_rope({"rope_theta": 7.0, "rope_scaling": None}).base == 7.0
 
 
 @pytest.mark.parametrize(
@@ -190,13 +190,13 @@ def test_old_and_new_rope_keys_mean_the_same():
 )
 def test_what_megatron_cannot_express_is_refused(changes, message):
     with pytest.raises(ModelError, match=message):
-        architecture_of(config()).megatron_arguments(config(**changes))
+        find_architecture(config()).megatron_arguments(config(**changes))
 
 
 def test_an_unknown_architecture_lists_the_known_ones():
     with pytest.raises(ModelError, match="'GemmaForCausalLM' is not supported.*LlamaForCausalLM, MistralForCausalLM"):
-        architecture_of(config(architectures=["GemmaForCausalLM"]))
-    assert architecture_of({"model_type": "qwen2"}).name == "Qwen2ForCausalLM"
+        find_architecture(config(architectures=["GemmaForCausalLM"]))
+    assert find_architecture({"model_type": "qwen2"}).name == "Qwen2ForCausalLM"
 
 
 def test_layouts_that_do_not_divide_the_model():

@@ -171,7 +171,7 @@ def run_rank(rank, world, tensor, scenarios):
                     load(colocation, member)
                     vars(member.client).update(troubles.get(member.index, {}) if cycle else {})
                 vars(actor).update(troubles.get(f"rank {rank}", {}) if cycle else {})
-                colocation.layout.meet()  # generation ends
+                colocation.layout.barrier()  # generation ends
                 colocation.to_training()
         except EngineError as error:
             ending = str(error)

@@ -65,7 +65,7 @@ def make_driver(rank: int, script: dict):
     return Driver(config, layout, Control(control, StopSignal().install(), heartbeat_seconds=0.2), leader)
 
 
-class Asked:
+class PendingBatch:
     """A service that wants nothing and counts how often it was asked."""
 
     count = 0
@@ -124,7 +124,7 @@ def halves(driver, engine) -> dict:
     """`begin` and `finish` apart: finished twice, under way beside another batch, cancelled, finished after that."""
     from megatron_policysplit.logs.timing import Phases
 
-    driver.service = Asked()
+    driver.service = PendingBatch()
     batch, first, second = begin(driver, 2), Phases(), Phases()
     beside = generate(driver, 0, "evaluation")
     once = driver.finish(batch, first)

@@ -7,11 +7,11 @@ import torch
 
 from megatron_policysplit.algorithms.advantages import TokenStatistics
 from megatron_policysplit.algorithms.checks import check_method
-from megatron_policysplit.algorithms.methods import algorithm_of
-from megatron_policysplit.algorithms.signals import SignalSource, live_rows, scored_rows
+from megatron_policysplit.algorithms.methods import build_algorithm
+from megatron_policysplit.algorithms.signals import SignalBuilder, live_rows, scored_rows
 from megatron_policysplit.config import METHOD_NAMES, Config
 from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.rows import Mode, Rollout, share
+from megatron_policysplit.rows import Mode, Rollout, share_rollouts
 from megatron_policysplit.rows.kl_pairs import measured_rollouts, pairings
 from megatron_policysplit.rows.plan import make_plan
 from megatron_policysplit.training.metrics import training_metrics
@@ -31,7 +31,7 @@ def rows_of(method, *rewards):
     chosen = algorithm(method)
     modes = chosen.method.sampling_modes
     rollouts = [rollout(q, modes[i % len(modes)], i, r) for q, group in enumerate(rewards) for i, r in enumerate(group)]
-    return share(rollouts, PROMPTS, chosen.method.training_modes)
+    return share_rollouts(rollouts, PROMPTS, chosen.method.training_modes)
 
 
 def config(method="grpo", old="engine", kl_tokens="none", **options):
@@ -42,7 +42,7 @@ def config(method="grpo", old="engine", kl_tokens="none", **options):
 
 
 def algorithm(method, **options):
-    return algorithm_of(config(method, **options).algorithm)
+    return build_algorithm(config(method, **options).algorithm)
 
 
 def actor_statistics(rows):
@@ -51,13 +51,13 @@ def actor_statistics(rows):
 
 
 def signals(rows, old, given):
-    chosen = algorithm_of(given.algorithm)
+    chosen = build_algorithm(given.algorithm)
     plan = make_plan(rows, [True] * len(rows), replicas=1, optimizer_steps=1, max_tokens=1000, seed=0)
-    return SignalSource(rows, old, plan, chosen, given).at(0)
+    return SignalBuilder(rows, old, plan, chosen, given).at(0)
 
 
 def spared(rows, given):
-    chosen = algorithm_of(given.algorithm)
+    chosen = build_algorithm(given.algorithm)
     scored = scored_rows(rows, live_rows(rows, chosen, given), chosen, given)
     return {row.key for row, there in zip(rows, scored, strict=True) if not there}
 
@@ -85,7 +85,10 @@ def test_the_engines_logprobs_stand_behind_the_sampling_prompt_alone():
 
 def test_an_auxiliary_response_keeps_the_actors():
     """The engine's are those of another temperature."""
-    rows = [*rows_of("grpo", MIXED), *share([rollout(0, Mode.NORMAL, 4, 1.0, auxiliary=True)], PROMPTS, [Mode.NORMAL])]
+    rows = [
+        *rows_of("grpo", MIXED),
+        *share_rollouts([rollout(0, Mode.NORMAL, 4, 1.0, auxiliary=True)], PROMPTS, [Mode.NORMAL]),
+    ]
     old = actor_statistics(rows)
     found = signals(rows, old, config("grpo"))
     assert torch.equal(found[-1].old_logprobs, old[-1].logprobs)

@@ -8,8 +8,8 @@ import torch
 
 from megatron_policysplit.algorithms.advantages import TokenStatistics, zscore
 from megatron_policysplit.algorithms.loss import LossInputs, policy_loss
-from megatron_policysplit.algorithms.methods import algorithm_of
-from megatron_policysplit.algorithms.signals import SignalSource
+from megatron_policysplit.algorithms.methods import build_algorithm
+from megatron_policysplit.algorithms.signals import SignalBuilder
 from megatron_policysplit.config import AlgorithmConfig, Config
 from megatron_policysplit.rows.plan import make_plan
 from tests.support.advantage_batches import random_batch
@@ -18,7 +18,7 @@ VOCAB = 13
 
 
 def algorithm(name, given=None):
-    return algorithm_of(AlgorithmConfig(name=name, options={name: given or {}}))
+    return build_algorithm(AlgorithmConfig(name=name, options={name: given or {}}))
 
 
 def entropies(logits):
@@ -170,7 +170,7 @@ def after(chosen, measured, state=None):
     plan = make_plan(rows, [True] * len(rows), replicas=1, optimizer_steps=1, max_tokens=1000, seed=0)
     made = None
     for entropy in measured:
-        made = SignalSource(rows, scored(rows, entropy), plan, chosen, Config(), state=state)
+        made = SignalBuilder(rows, scored(rows, entropy), plan, chosen, Config(), state=state)
         signals, state = made.at(0), made.state
     return state, signals, made
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_policysplit.algorithms.advantages import TokenStatistics
-from megatron_policysplit.algorithms.methods import algorithm_of, policy_split
-from megatron_policysplit.algorithms.signals import SignalSource
+from megatron_policysplit.algorithms.methods import build_algorithm, policy_split
+from megatron_policysplit.algorithms.signals import SignalBuilder
 from megatron_policysplit.config import AlgorithmConfig, Config
 from megatron_policysplit.rows.plan import make_plan
 from tests.support.advantage_batches import random_batch
@@ -21,7 +21,7 @@ PLAIN = {
 
 def algorithm(schedule):
     given = {"eta": 0.4, "eta_end": 0.1, "eta_steps": 4, "eta_schedule": schedule}
-    return algorithm_of(AlgorithmConfig(name="policy_split", options={"policy_split": given}))
+    return build_algorithm(AlgorithmConfig(name="policy_split", options={"policy_split": given}))
 
 
 def source(chosen, state=None):
@@ -30,7 +30,7 @@ def source(chosen, state=None):
     lengths = batch.offsets.diff().tolist()
     old = [TokenStatistics(*s) for s in zip(batch.logprobs.split(lengths), batch.entropy.split(lengths), strict=True)]
     plan = make_plan(rows, [True] * len(rows), replicas=1, optimizer_steps=2, max_tokens=1000, seed=0)
-    return SignalSource(rows, old, plan, chosen, Config(), state=state), batch
+    return SignalBuilder(rows, old, plan, chosen, Config(), state=state), batch
 
 
 @pytest.mark.parametrize("schedule", PLAIN)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_policysplit.algorithms.methods import algorithm_of
+from megatron_policysplit.algorithms.methods import build_algorithm
 from megatron_policysplit.config.checks import check_config
 from megatron_policysplit.config.load import load_config, world_size
 from megatron_policysplit.study.config import load_study
@@ -42,7 +42,7 @@ def test_qwen3_8b_has_the_papers_hyper_parameters():
     """Tables 8 and 9 and section 4.1 of arXiv 2604.11510."""
     config = load_config(str(EXAMPLES / "qwen3_8b" / "config.yaml"), [])
     algorithm, train, rollout = config.algorithm, config.train, config.rollout
-    options = algorithm_of(algorithm).options
+    options = build_algorithm(algorithm).options
     assert (algorithm.name, options.variant) == ("policy_split", "paper")
     assert (options.alpha, options.eta, options.eta_normal, options.kappa) == (0.5, 0.03, 0.0, 2.0)
     assert (algorithm.clip_low, algorithm.clip_high, algorithm.kl_coef) == (0.2, 0.2, 0.0)

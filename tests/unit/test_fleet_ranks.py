@@ -94,7 +94,7 @@ def two_at_once(rank: int, layout) -> dict:
     if rank != CHIEF:
         rig.servers[rank].kill()
         rig.control.run(until(lambda: rig.members[0].state is State.WAITING))
-    layout.meet()
+    layout.barrier()
     rig.attend(None if rank == CHIEF else taken(rig, rank))
     return left(rig)
 

@@ -11,7 +11,7 @@ from megatron_policysplit.config import JudgeConfig
 from megatron_policysplit.errors import ConfigError, JudgeError
 from megatron_policysplit.evaluation.judge_client import (
     GIVE_UP_AFTER,
-    Judge,
+    JudgeClient,
     Verdict,
     fill,
     judge_measures,
@@ -37,7 +37,7 @@ def make(server):
 
     def build(key=KEY, backoff_seconds=0.001, **keys):
         settings = {"url": server.url, "model": MODEL, "api_key_variable": "JUDGE_KEY", "timeout_seconds": 30.0}
-        return Judge(JudgeConfig(**(settings | keys)), key, backoff_seconds=backoff_seconds)
+        return JudgeClient(JudgeConfig(**(settings | keys)), key, backoff_seconds=backoff_seconds)
 
     return build
 
@@ -229,7 +229,7 @@ def test_measures_without_any_score():
 def test_prompts_that_cannot_be_used(tmp_path):
     def refused(**keys):
         with pytest.raises(ConfigError) as error:
-            Judge(JudgeConfig(url="http://host", model="m", **keys))
+            JudgeClient(JudgeConfig(url="http://host", model="m", **keys))
         return str(error.value)
 
     assert refused(

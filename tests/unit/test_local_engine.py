@@ -328,7 +328,7 @@ SEQUENCES = [([1, 2, 9], [4, 5, 6, 7]), ([8] * 17 + [1], [3]), ([30], [31, 3, 17
 def test_scores_are_those_of_a_plain_forward_pass(tmp_path, family, tied, logits, monkeypatch):
     monkeypatch.setattr("megatron_policysplit.rollout.teacher_forcing.LOGIT_ELEMENTS", logits)
     model = build(family, tmp_path, tied)
-    scores = asyncio.run(LocalEngine(str(tmp_path), STOPS).score(SEQUENCES))
+    scores = asyncio.run(LocalEngine(str(tmp_path), STOPS).log_probs(SEQUENCES))
     for (prompt, tokens), found in zip(SEQUENCES, scores, strict=True):
         expected = forward(model, prompt, tokens, 1.0).gather(1, torch.tensor(tokens)[:, None])[:, 0]
         assert len(found) == len(tokens)
@@ -341,35 +341,35 @@ def test_scores_of_samples_are_their_logprobs_and_follow_the_weights(qwen3, tmp_
     prompts = {ask.question: ask.prompt for ask in asks}
     rollouts = list(run(engine, asks).values())
     sequences = [(prompts[rollout.question], rollout.tokens) for rollout in rollouts]
-    for rollout, scores in zip(rollouts, asyncio.run(engine.score(sequences)), strict=True):
+    for rollout, scores in zip(rollouts, asyncio.run(engine.log_probs(sequences)), strict=True):
         np.testing.assert_allclose(scores, rollout.engine_logprobs, atol=1e-5)
     new = build("qwen3", tmp_path, seed=1)
     asyncio.run(engine.load(new.named_parameters(), 7))
-    ((score, *_), *_) = asyncio.run(engine.score(sequences))
+    ((score, *_), *_) = asyncio.run(engine.log_probs(sequences))
     assert score == pytest.approx(float(forward(new, *sequences[0], 1.0)[0, sequences[0][1][0]]), abs=1e-5)
 
 
 def test_scores_are_refused_where_they_would_mean_nothing(qwen3):
     path, model = qwen3
     engine = LocalEngine(path, STOPS)
-    assert asyncio.run(engine.score([])) == []
+    assert asyncio.run(engine.log_probs([])) == []
     for empty in (([], [1]), ([1], [])):
         with pytest.raises(ValueError, match="sequence 1 has"):
-            asyncio.run(engine.score([([1], [2]), empty]))
+            asyncio.run(engine.log_probs([([1], [2]), empty]))
 
     async def scenario():
         await engine.pause()
         with pytest.raises(EnginePaused):
-            await engine.score([([1], [2])])
+            await engine.log_probs([([1], [2])])
         await engine.resume()
         await engine.release()
         with pytest.raises(TrainingError, match="have been released"):
-            await engine.score([([1], [2])])
+            await engine.log_probs([([1], [2])])
         tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
         tensors["model.norm.weight"].fill_(float("nan"))
         await engine.load(tensors.items(), 3)
         with pytest.raises(TrainingError, match="weight version 3.* not finite"):
-            await engine.score([([1], [2])])
+            await engine.log_probs([([1], [2])])
 
     asyncio.run(scenario())
 

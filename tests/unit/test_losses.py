@@ -15,7 +15,7 @@ from megatron_policysplit.algorithms.loss import (
     policy_loss,
     token_weight,
 )
-from megatron_policysplit.algorithms.methods import algorithm_of
+from megatron_policysplit.algorithms.methods import build_algorithm
 from megatron_policysplit.config import AlgorithmConfig
 
 NAN = float("nan")
@@ -23,7 +23,7 @@ NAN = float("nan")
 
 def filled(**settings):
     """With the method's defaults in place of nulls."""
-    return algorithm_of(AlgorithmConfig(name="grpo", **settings)).config
+    return build_algorithm(AlgorithmConfig(name="grpo", **settings)).config
 
 
 def inputs(ratios, advantages, weights=None, **settings):

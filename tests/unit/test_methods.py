@@ -13,7 +13,7 @@ import torch
 from megatron_policysplit.algorithms import docs as method_docs
 from megatron_policysplit.algorithms import methods
 from megatron_policysplit.algorithms.advantages import zscore
-from megatron_policysplit.algorithms.methods import algorithm_of
+from megatron_policysplit.algorithms.methods import build_algorithm
 from megatron_policysplit.config import METHOD_NAMES, AlgorithmConfig
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.rows import SecondRollout
@@ -55,7 +55,7 @@ AUXILIARY = {"aepo": 2, "scope": 2}
 
 
 def algorithm(name, given=None):
-    return algorithm_of(AlgorithmConfig(name=name, options={name: given or {}}))
+    return build_algorithm(AlgorithmConfig(name=name, options={name: given or {}}))
 
 
 def moved(batch, seed=0):
@@ -287,7 +287,7 @@ def test_options_are_checked():
         ({"grpo": 1}, "algorithm.options.grpo=1 is not a mapping"),
     ]:
         with pytest.raises(ConfigError) as error:
-            algorithm_of(AlgorithmConfig(name="grpo", options=options))
+            build_algorithm(AlgorithmConfig(name="grpo", options=options))
         assert told in str(error.value)
 
 
@@ -295,7 +295,7 @@ def test_nulls_are_filled_by_the_method_and_given_values_stay():
     assert algorithm("dr_grpo").config.loss_aggregation == "sequence_mean_token_sum_norm"
     assert (algorithm("grpo").config.clip_low, algorithm("grpo").config.loss_aggregation) == (0.2, "token_mean")
     assert algorithm("clip_cov").config.clip_high == 1.0
-    assert algorithm_of(AlgorithmConfig(name="clip_cov", clip_high=0.3)).config.clip_high == 0.3
+    assert build_algorithm(AlgorithmConfig(name="clip_cov", clip_high=0.3)).config.clip_high == 0.3
 
 
 def test_the_order_of_rows_does_not_matter():
@@ -343,7 +343,7 @@ def test_the_method_of_the_documentation_works(monkeypatch):
     exec(page.split("```python\n")[1].split("```")[0], module.__dict__)
     monkeypatch.setattr(methods, "METHOD_NAMES", (*METHOD_NAMES, "documented"))
     given = AlgorithmConfig(name="documented", options={"documented": {"coef": 0.25}})
-    chosen = algorithm_of(given)
+    chosen = build_algorithm(given)
     assert (chosen.config.clip_high, chosen.method.begin(chosen.options)) == (0.28, {"coef": 0.25})
     rows, batch = random_batch()
     found = chosen.method.signals(batch, chosen.options, {"coef": 0.25}).advantages

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_policysplit.algorithms.advantages import TokenStatistics
-from megatron_policysplit.rows import MODES, Mode, Rollout, share
+from megatron_policysplit.rows import MODES, Mode, Rollout, share_rollouts
 from megatron_policysplit.training.metrics import evaluation_metrics, mode_metrics, training_metrics
 from tests.support.advantage_batches import other
 
@@ -38,7 +38,7 @@ OFF_POLICY = (50.0, 60.0, -70.0)  # rows under the other prompt: must appear in 
 
 
 def scored(with_kl=True):
-    rows = share(ROLLOUTS, PROMPTS)
+    rows = share_rollouts(ROLLOUTS, PROMPTS)
     statistics = []
     for row in rows:
         name = (row.key.training_mode, row.key.question, row.key.sampling_mode, row.key.sample)
@@ -127,7 +127,7 @@ def test_training_metrics():
 
 def test_training_metrics_of_grpo_speak_of_the_normal_mode_alone():
     rollouts = [r for r in ROLLOUTS if r.mode == NORMAL]
-    rows = share(rollouts, PROMPTS, (NORMAL,))
+    rows = share_rollouts(rollouts, PROMPTS, (NORMAL,))
     statistics = [TokenStatistics(torch.zeros(r.response_length), torch.ones(r.response_length)) for r in rows]
     found = training_metrics(rows, statistics, [True] * len(rows))
     assert found["normal/entropy_nats"] == 1.0
@@ -147,7 +147,7 @@ def test_evaluation_metrics():
         for sample, (text, reward) in enumerate(answers):
             rollouts.append(rollout(question, mode, sample, reward, 2))
             text_of[rollouts[-1].key] = text
-    rows = share(rollouts, PROMPTS)
+    rows = share_rollouts(rollouts, PROMPTS)
     entropy = {NORMAL: 0.5, HIGH: 2.0}
     statistics = [
         TokenStatistics(torch.full((2,), -1.0), torch.full((2,), entropy[row.mode] if row.on_policy else 50.0))
@@ -178,7 +178,7 @@ def test_a_second_rollout_is_counted_as_rows_and_nowhere_else():
     second = rollout(0, NORMAL, 2, 1.0, 5, error="timed out")
     second.auxiliary = True
     rows, statistics = scored()
-    more = share([*ROLLOUTS, second], PROMPTS)
+    more = share_rollouts([*ROLLOUTS, second], PROMPTS)
     by_key = {row.key: s for row, s in zip(rows, statistics, strict=True)}
     *away, kl = (torch.full((5,), value) for value in (-70.0, 50.0, 60.0))
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from megatron_policysplit.algorithms.advantages import TokenStatistics, make_batch
-from megatron_policysplit.algorithms.methods import algorithm_of, method_named, policy_split
+from megatron_policysplit.algorithms.methods import build_algorithm, method_named, policy_split
 from megatron_policysplit.algorithms.methods.policy_split import Options
 from megatron_policysplit.algorithms.modes import samples_per_mode, training_modes
 from megatron_policysplit.config.checks import check_config
 from megatron_policysplit.config.load import load_config
-from megatron_policysplit.config.modes import modes_of, temperatures_of
+from megatron_policysplit.config.modes import modes_of, temperatures_by_mode
 from megatron_policysplit.data.prompts import read_eval_prompts, read_prompts
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.rollout.collect import build_requests
 from megatron_policysplit.rollout.seeds import sample_seed
-from megatron_policysplit.rows import MODES, Mode, modes_in, share
+from megatron_policysplit.rows import MODES, Mode, modes_in, share_rollouts
 from tests.support.advantage_batches import EOS, random_batch, rollout
 
 CAREFUL, BOLD = Mode("careful"), Mode("bold")
@@ -65,7 +65,7 @@ def test_requests_follow_each_modes_own_sampling():
         (CAREFUL, [2], 0.7, -1, 4),
         (BOLD, [3], 1.0, 9, 2),
     ]
-    assert temperatures_of(asked) == dict(zip(FOUR, (0.5, 1.0, 0.7, 1.0), strict=True))
+    assert temperatures_by_mode(asked) == dict(zip(FOUR, (0.5, 1.0, 0.7, 1.0), strict=True))
     seeds = [seed for request in requests for seed in request.seeds]
     assert len(set(seeds)) == 10 and {sample_seed(0, 0, 3, mode, 0) >> 61 & 1 for mode in FOUR[1:]} == {1}
 
@@ -134,7 +134,7 @@ def batch_of(modes, seed=0):
         for index, mode in enumerate(modes)
     ]
     prompts = {question: {mode: [index, 7] for index, mode in enumerate(modes)} for question in range(2)}
-    rows = share(rollouts, prompts, modes)
+    rows = share_rollouts(rollouts, prompts, modes)
     scored = [
         TokenStatistics(
             -torch.rand(row.response_length, generator=draw), torch.rand(row.response_length, generator=draw)
@@ -227,7 +227,7 @@ def test_bad_advantages_of_modes_are_named(modes, wrong):
 def test_a_mode_on_asym_grpo_keeps_the_rows_that_only_it_trains():
     """A reward that is its group's mean has no advantage by GRPO; asym_grpo gives it one."""
     rewards, group = torch.tensor([0.0, 0.5, 1.0]), torch.zeros(3, dtype=torch.int64)
-    split = algorithm_of(config("algorithm.name=policy_split").algorithm)
+    split = build_algorithm(config("algorithm.name=policy_split").algorithm)
     assert split.method.live(rewards, group, split.options).tolist() == [True, False, True]
     mixed = Options(modes={"high_entropy": {"correctness": "asym_grpo"}})
     assert split.method.live(rewards, group, mixed).tolist() == [True, True, True]

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_policysplit.evaluation.responder import Response
-from megatron_policysplit.evaluation.scores import score, variety_lines
+from megatron_policysplit.evaluation.scores import scores_by_mode, variety_lines
 from megatron_policysplit.rewards import Graded
 from megatron_policysplit.rows import Mode
 
@@ -22,13 +22,13 @@ def test_scores_by_hand():
         response(0, 0, "z", mode=Mode.HIGH_ENTROPY, surprisals=(0.5, 0.5)),
     ]
     graded = [Graded(1.0), Graded(0.9), Graded(0.51), Graded(0.5), Graded(0.0, "it raised"), Graded(-1.0), Graded(1.0)]
-    scores = score(responses, graded)
+    scores = scores_by_mode(responses, graded)
     normal, high_entropy = scores["normal"], scores["high_entropy"]
     assert (normal.accuracy, normal.best_of_k, normal.unique_correct) == (3 / 6, 1 / 2, 2 / 2)
     assert (normal.mean_surprisal_nats, normal.mean_tokens) == (14 / 8, 8 / 6)
     assert (normal.truncated, normal.grading_errors) == (1 / 6, 1)
     assert (high_entropy.accuracy, high_entropy.unique_correct, high_entropy.mean_surprisal_nats) == (1, 1, 0.5)
-    assert list(score(responses[:6], graded[:6])) == ["normal"]
+    assert list(scores_by_mode(responses[:6], graded[:6])) == ["normal"]
     assert (normal.pass_at, high_entropy.pass_at) == ({1: 0.5, 2: 0.5}, {1: 1.0})  # 3 right of 3, 0 of 3
     assert normal.variety == {"distinct_1": 2 / 3, "self_bleu_diversity": pytest.approx(1 / 3)}
     lines = variety_lines([r for r in responses if r.question == 0])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_policysplit.rows import MODES, Mode, Rollout, Row, RowKey, share
+from megatron_policysplit.rows import MODES, Mode, Rollout, Row, RowKey, share_rollouts
 from megatron_policysplit.rows.kl_pairs import Pairing, pairings
 from tests.support.advantage_batches import partner
 
@@ -14,7 +14,7 @@ def rollout(question, sample, mode=Mode.NORMAL, auxiliary=False):
 def two_modes():
     rollouts = [rollout(question, sample, mode) for question in (0, 1) for sample in (0, 1) for mode in MODES]
     prompts = {question: {Mode.NORMAL: [1], Mode.HIGH_ENTROPY: [2, 1]} for question in (0, 1)}
-    return share([*rollouts, rollout(0, 2, auxiliary=True)], prompts)
+    return share_rollouts([*rollouts, rollout(0, 2, auxiliary=True)], prompts)
 
 
 def by_rollout(rows, found):

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from megatron_policysplit.rows import MODES, Mode, Rollout
-from megatron_policysplit.rows import share as share_rows
+from megatron_policysplit.rows import share_rollouts as share_rows
 from megatron_policysplit.rows.plan import make_plan
 from tests.support.advantage_batches import partner
 
@@ -48,8 +48,8 @@ settings = pytest.mark.parametrize(
 def test_every_row_exactly_once(replicas, optimizer_steps, max_tokens):
     made = plan(replicas=replicas, optimizer_steps=optimizer_steps, max_tokens=max_tokens)
     assert sorted(flat(made.steps)) == list(range(len(ROWS)))
-    assert len(made.steps) == len(made.shares) == optimizer_steps
-    for step, shares in zip(made.steps, made.shares, strict=True):
+    assert len(made.steps) == len(made.micro_batches) == optimizer_steps
+    for step, shares in zip(made.steps, made.micro_batches, strict=True):
         assert len(shares) == replicas
         placed = [index for share in shares for index in flat(share.train) + flat(share.score_only)]
         assert sorted(placed) == step
@@ -58,7 +58,7 @@ def test_every_row_exactly_once(replicas, optimizer_steps, max_tokens):
 @settings
 def test_live_rows_are_trained_and_dead_rows_only_scored(replicas, optimizer_steps, max_tokens):
     made = plan(replicas=replicas, optimizer_steps=optimizer_steps, max_tokens=max_tokens)
-    for share in sum(made.shares, []):
+    for share in sum(made.micro_batches, []):
         assert all(LIVE[index] for index in flat(share.train))
         assert not any(LIVE[index] for index in flat(share.score_only))
 
@@ -67,7 +67,7 @@ def test_live_rows_are_trained_and_dead_rows_only_scored(replicas, optimizer_ste
 def test_partners_share_replica_and_step_and_stand_together(replicas, optimizer_steps, max_tokens):
     made = plan(replicas=replicas, optimizer_steps=optimizer_steps, max_tokens=max_tokens)
     place = {}
-    for number, shares in enumerate(made.shares):
+    for number, shares in enumerate(made.micro_batches):
         for replica, share in enumerate(shares):
             for name in ("train", "score_only"):
                 for position, index in enumerate(flat(getattr(share, name))):
@@ -100,7 +100,7 @@ def test_optimizer_steps_are_even_and_shuffled():
 def test_micro_batches_keep_their_bound(max_tokens, seed):
     rows = make_rows(seed=seed)
     made = plan(rows, ALL, replicas=2, max_tokens=max_tokens)
-    for share in sum(made.shares, []):
+    for share in sum(made.micro_batches, []):
         for batch in share.train + share.score_only:
             padded = len(batch) * max(rows[index].length for index in batch)
             assert batch and (padded <= max_tokens or len(batch) == 1)
@@ -136,7 +136,7 @@ def test_replicas_that_share_experts_get_equal_numbers_of_micro_batches():
     for live in (LIVE, one, [False] * len(ROWS)):
         made = plan(live=live, replicas=6, expert=3, optimizer_steps=2, max_tokens=60)
         apart = plan(live=live, replicas=6, optimizer_steps=2, max_tokens=60)
-        for shares, others in zip(made.shares, apart.shares, strict=True):
+        for shares, others in zip(made.micro_batches, apart.shares, strict=True):
             for kind in ("train", "score_only"):
                 ours, theirs = ([getattr(share, kind) for share in step] for step in (shares, others))
                 for first in (0, 3):
@@ -149,10 +149,10 @@ def test_replicas_that_share_experts_get_equal_numbers_of_micro_batches():
 
 def test_no_live_rows_and_no_rows():
     nothing = plan(live=[False] * len(ROWS), replicas=2, optimizer_steps=2)
-    assert all(share.train == [] for share in sum(nothing.shares, []))
+    assert all(share.train == [] for share in sum(nothing.micro_batches, []))
     empty = plan([], [], replicas=2, optimizer_steps=2)
     assert empty.steps == [[], []]
-    assert all(share.train == share.score_only == [] for share in sum(empty.shares, []))
+    assert all(share.train == share.score_only == [] for share in sum(empty.micro_batches, []))
 
 
 def test_deterministic():

@@ -120,7 +120,7 @@ def test_inputs_are_measured_under_both_system_prompts(chat, fp8, questions):
     modules = [name.removesuffix(".input_scale") for name in found if name.endswith(".input_scale")]
     measured = [input_maximum(chat, prompts, modules) for prompts in (normal, entropy)]
     for module in modules:
-        largest = max(of_mode[module] for of_mode in measured)
+        largest = max(mode_options[module] for mode_options in measured)
         assert found[f"{module}.input_scale"].item() == pytest.approx(largest / LARGEST, rel=1e-5)
     assert any(measured[0][module] < 0.999 * measured[1][module] for module in modules)  # one alone would not do
     assert any(measured[1][module] < 0.999 * measured[0][module] for module in modules)

@@ -5,14 +5,14 @@ import random
 import pytest
 
 from megatron_policysplit.algorithms.methods import method_named
-from megatron_policysplit.rows import MODES, Mode, Rollout, share
+from megatron_policysplit.rows import MODES, Mode, Rollout, share_rollouts
 from tests.support.advantage_batches import EOS, partner, prompts, rollout
 
 
 def test_share_gives_every_response_under_both_prompts_token_for_token():
     rollouts = [rollout(q, mode, s, [q, s, EOS]) for q in (0, 1) for mode in MODES for s in (0, 1)]
     given = prompts((0, 1))
-    rows = share(rollouts, given)
+    rows = share_rollouts(rollouts, given)
     assert len(rows) == 2 * len(rollouts) == len({row.key for row in rows})
     by_key = {row.key: row for row in rows}
     for row in rows:
@@ -30,14 +30,14 @@ def test_share_does_not_depend_on_the_order_of_arrival():
     shuffled = rollouts[:]
     random.Random(3).shuffle(shuffled)
     assert shuffled != rollouts
-    assert [row.key for row in share(shuffled, prompts((0, 1)))] == [
-        row.key for row in share(rollouts, prompts((0, 1)))
+    assert [row.key for row in share_rollouts(shuffled, prompts((0, 1)))] == [
+        row.key for row in share_rollouts(rollouts, prompts((0, 1)))
     ]
 
 
 def test_share_for_grpo_gives_the_normal_rows_alone():
     method = method_named("grpo")
-    rows = share([rollout(0, Mode.NORMAL, 0, [1, EOS])], prompts((0,)), method.training_modes)
+    rows = share_rollouts([rollout(0, Mode.NORMAL, 0, [1, EOS])], prompts((0,)), method.training_modes)
     assert [row.mode for row in rows] == [Mode.NORMAL]
 
 

@@ -219,8 +219,13 @@ def test_scores_are_of_the_response_tokens():
 
     async def scenario(server, engine):
         server.script = [edited(last_id_is_called_zero), edited(other_tokens), status(503)]
-        first = await engine.score([([1, 2], [4, VOCAB - 1])])
-        return first, await engine.score([([1, 2, 3], [4]), ([1], [7, 8, 9])]), server.seen, await engine.score([])
+        first = await engine.log_probs([([1, 2], [4, VOCAB - 1])])
+        return (
+            first,
+            await engine.log_probs([([1, 2, 3], [4]), ([1], [7, 8, 9])]),
+            server.seen,
+            await engine.log_probs([]),
+        )
 
     first, scores, seen, nothing = run(scenario, concurrency=1)
     assert first == [pytest.approx([-0.4, -0.1 * (VOCAB - 1)])] and nothing == []

@@ -285,7 +285,7 @@ def test_nothing_is_sent_that_a_server_would_die_of():
             with pytest.raises(EngineError, match=f"prompt of question 0 .*{words}"):
                 await gather(engine, [request(prompt=prompt)])
         with pytest.raises(EngineError, match="response of sequence 1 has ids outside"):
-            await engine.score([([1], [2]), ([1], [VOCAB])])
+            await engine.log_probs([([1], [2]), ([1], [VOCAB])])
         return server.seen
 
     assert run(scenario) == []
@@ -307,7 +307,7 @@ def test_scores_end_with_the_first_error():
     async def scenario(server, engine):
         server.script = [status(400, "Input length (9 tokens) exceeds the maximum")]
         with pytest.raises(EngineError, match="context-length"):
-            await engine.score([([1, 2], [4])] * 5)
+            await engine.log_probs([([1, 2], [4])] * 5)
 
     run(scenario)
 

@@ -1,6 +1,6 @@
 """What the trainer does when: with generation beside training and without, around evaluations, stops and checkpoints.
 
-The run is a real `Run` (its `load_engines`, `engines_awake` and `score_by_engine` are under test) of parts that only
+The run is a real `Run` (its `load_engines`, `engines_awake` and `engine_log_probs` are under test) of parts that only
 remember what was asked of them.
 """
 
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_policysplit.actor.checkpoint import TrainerState
-from megatron_policysplit.algorithms.methods import algorithm_of
+from megatron_policysplit.algorithms.methods import build_algorithm
 from megatron_policysplit.config import Config
 from megatron_policysplit.distributed.stop_signal import StopRequested
 from megatron_policysplit.errors import DONE, STOPPED, EngineError, EngineLost
@@ -18,7 +18,7 @@ from megatron_policysplit.training import trainer as trainers
 from megatron_policysplit.training.build import SilentLog
 from megatron_policysplit.training.run import Run
 
-FAR = {"live_rows": [], "share": [], "check_staleness": None}
+FAR = {"live_rows": [], "share_rollouts": [], "check_staleness": None}
 
 
 class Stream:
@@ -83,7 +83,7 @@ class Parts:
     def place(self, rows, live, seed, scored=None, compared=None):
         return SimpleNamespace(plan=None)
 
-    def score(self, placed):
+    def log_probs(self, placed):
         self.log.append("score")
         return []
 
@@ -122,7 +122,7 @@ LAYOUT = SimpleNamespace(
     is_chief=False,
     meet=lambda: None,
     largest=lambda value: value,
-    from_chief=lambda value: 0.0 if value is None else value,
+    broadcast_from_chief=lambda value: 0.0 if value is None else value,
 )
 
 
@@ -144,7 +144,7 @@ def build(tmp_path, monkeypatch):
             layout=LAYOUT,
             control=parts,
             actor=parts,
-            algorithm=algorithm_of(config.algorithm),
+            algorithm=build_algorithm(config.algorithm),
             driver=parts,
             leader=SimpleNamespace(engine=parts),
             log=SilentLog(),
@@ -331,14 +331,14 @@ def only(run, **changes):
 def test_an_engine_is_asked_for_scores_in_its_turn(build):
     trainer, parts = build(colocated=True)
     run = trainer.run
-    parts.score = lambda sequences: [[-0.5] for _ in sequences]
-    assert run.score_by_engine(["a", "b"]) == [[-0.5], [-0.5]]
+    parts.log_probs = lambda sequences: [[-0.5] for _ in sequences]
+    assert run.engine_log_probs(["a", "b"]) == [[-0.5], [-0.5]]
     assert told(parts) == "to generation, sync 0, to training"
     parts.log.clear()
     with only(run, colocation=None):
-        assert run.score_by_engine(["a"]) == [[-0.5]]
+        assert run.engine_log_probs(["a"]) == [[-0.5]]
         with only(run, leader=None):
-            assert run.score_by_engine(["a"]) == []
+            assert run.engine_log_probs(["a"]) == []
     assert parts.log == []
 
 

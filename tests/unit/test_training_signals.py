@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megatron_policysplit.algorithms.advantages import TokenStatistics, make_batch
-from megatron_policysplit.algorithms.methods import algorithm_of, method_named, policy_split
-from megatron_policysplit.algorithms.signals import SignalSource, live_rows, scored_rows, token_weights, trained_mask
+from megatron_policysplit.algorithms.methods import build_algorithm, method_named, policy_split
+from megatron_policysplit.algorithms.signals import SignalBuilder, live_rows, scored_rows, token_weights, trained_mask
 from megatron_policysplit.config import Config
-from megatron_policysplit.rows import MODES, Mode, Rollout, share
+from megatron_policysplit.rows import MODES, Mode, Rollout, share_rollouts
 from megatron_policysplit.rows.plan import make_plan
 
 PROMPTS = {q: {Mode.NORMAL: [1, 2], Mode.HIGH_ENTROPY: [3, 4, 1, 2]} for q in range(3)}
@@ -43,13 +43,13 @@ def config(**settings):
 
 def algorithm(settings, method="policy_split"):
     settings.algorithm.name = method
-    return algorithm_of(settings.algorithm)
+    return build_algorithm(settings.algorithm)
 
 
 def train_signals(rows, old, settings, method="policy_split", reference=None):
     live = [True] * len(rows)
     plan = make_plan(rows, live, replicas=1, optimizer_steps=1, max_tokens=1000, seed=0)
-    return SignalSource(rows, old, plan, algorithm(settings, method), settings, reference=reference).at(0)
+    return SignalBuilder(rows, old, plan, algorithm(settings, method), settings, reference=reference).at(0)
 
 
 def batch(method, *answers):
@@ -60,7 +60,7 @@ def batch(method, *answers):
         for question, group in enumerate(answers)
         for index, answer in enumerate(group)
     ]
-    return share(rollouts, PROMPTS, method_named(method).training_modes)
+    return share_rollouts(rollouts, PROMPTS, method_named(method).training_modes)
 
 
 def live(rows, method="policy_split", **settings):
@@ -95,7 +95,7 @@ def score(rows, seed=0):
     ],
 )
 def test_trained_mask(finish, overlong, expected):
-    row = share([rollout(0, Mode.NORMAL, 0, 1.0, mask=(1, 0, 1), finish=finish)], PROMPTS)[0]
+    row = share_rollouts([rollout(0, Mode.NORMAL, 0, 1.0, mask=(1, 0, 1), finish=finish)], PROMPTS)[0]
     mask = trained_mask(row, overlong)
     assert mask.dtype == torch.bool and mask.tolist() == expected
 
@@ -248,7 +248,7 @@ def test_auxiliary_rows_have_no_importance_weight():
     old = [TokenStatistics(torch.full((row.response_length,), -0.5), torch.ones(row.response_length)) for row in rows]
     plan = make_plan(rows, [True] * 3, replicas=1, optimizer_steps=1, max_tokens=1000, seed=0)
     settings = config(algorithm__importance_cap=10.0)
-    signals = SignalSource(rows, old, plan, algorithm(settings, "aepo"), settings)
+    signals = SignalBuilder(rows, old, plan, algorithm(settings, "aepo"), settings)
     importance = [signal.importance.tolist() for signal in signals.at(0)]
     assert importance == [pytest.approx([math.exp(0.5)] * 3)] * 2 + [[1.0] * 4]
     found = signals.metrics()
@@ -280,7 +280,7 @@ def test_rows_apart_weigh_by_the_number_of_the_others():
 
 def source(rows, old, settings, method, *, steps=1, max_tokens=1000, replicas=1):
     plan = make_plan(rows, [True] * len(rows), replicas=replicas, optimizer_steps=steps, max_tokens=max_tokens, seed=0)
-    return SignalSource(rows, old, plan, algorithm(settings, method), settings), plan
+    return SignalBuilder(rows, old, plan, algorithm(settings, method), settings), plan
 
 
 def test_a_state_moves_on_with_every_optimizer_step():
@@ -289,7 +289,7 @@ def test_a_state_moves_on_with_every_optimizer_step():
     signals, _ = source(rows, score(rows), settings, "adaptive_entropy", steps=3)
     assert [signals.at(step)[0].entropy_coef[0].item() for step in range(3)] == [0.0, 0.25, 0.5]
     assert signals.state == {"coef": 0.75} and signals.metrics()["method/coef"] == 0.75
-    later = SignalSource(rows, score(rows), signals.plan, signals.algorithm, settings, state=signals.state)
+    later = SignalBuilder(rows, score(rows), signals.plan, signals.algorithm, settings, state=signals.state)
     assert later.at(0)[0].entropy_coef[0].item() == 0.75
 
 
@@ -317,7 +317,7 @@ def test_quantiles_are_over_all_tokens_or_those_of_a_micro_batch(replicas):
     settings = config(algorithm__options=given, algorithm__scope="micro")
     micro, plan = source(rows, old, settings, "forking_tokens", max_tokens=10, replicas=replicas)
     kept = kept_entropies(rows, micro.at(0), old)
-    parts = [part for share in plan.shares[0] for part in share.train]
+    parts = [part for share in plan.micro_batches[0] for part in share.train]
     assert len(parts) >= 3
     for part in parts:
         mine = [h for index in part for h in old[index].entropy.tolist()]

@@ -15,7 +15,7 @@ from megatron_policysplit.config import METHOD_NAMES, AlgorithmConfig
 from megatron_policysplit.config.load import read_options
 from megatron_policysplit.errors import ConfigError
 
-__all__ = ["METHOD_NAMES", "Algorithm", "algorithm_of", "method_named"]
+__all__ = ["METHOD_NAMES", "Algorithm", "build_algorithm", "method_named"]
 
 DEFAULTS = {"clip_low": 0.2, "clip_high": 0.2, "loss_aggregation": "token_mean"}
 
@@ -34,7 +34,7 @@ def method_named(name: str) -> Method:
     return import_module(f"{__name__}.{name}").METHOD
 
 
-def algorithm_of(config: AlgorithmConfig) -> Algorithm:
+def build_algorithm(config: AlgorithmConfig) -> Algorithm:
     """What `config` chooses. Raises ConfigError for options that a method does not have, or of a wrong kind.
 
     Options of other methods are checked too: they wait for algorithm.name to change.

@@ -145,11 +145,11 @@ def advantages(batch: AdvantageBatch, options: Options) -> Tensor:
 
 def options_in(mode: str, options: Options) -> Options:
     """The options with `eta` that of the mode, and the others as `modes` has them."""
-    given = {name: value for name, value in vars(of_mode(mode, options)).items() if value is not None}
+    given = {name: value for name, value in vars(mode_options(mode, options)).items() if value is not None}
     return replace(options, **({"eta": options.eta_normal} if mode == Mode.NORMAL.value else {}) | given)
 
 
-def of_mode(mode: str, options: Options) -> ModeOptions:
+def mode_options(mode: str, options: Options) -> ModeOptions:
     """What `modes` says of a mode. Raises ConfigError for a key or a value that it cannot have."""
     if mode not in options.modes:
         return ModeOptions()
@@ -164,7 +164,7 @@ def check(options: Options, modes: Sequence[str]) -> None:
             raise ConfigError(f"{name}: the modes of this run are {', '.join(modes)}; name the mode in modes.others")
         if not isinstance(given, dict):
             raise ConfigError(f"{name}={given} is not a mapping of keys to values, such as {{eta: 0.1}}")
-        of_mode(mode, options)
+        mode_options(mode, options)
 
 
 def correctness(batch: AdvantageBatch, options: Options) -> Tensor:

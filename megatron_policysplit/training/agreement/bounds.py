@@ -68,7 +68,7 @@ class Bounds:
 FLOAT32, BFLOAT16 = Bounds(mean=1e-3, k3=1e-5), Bounds(mean=0.08, k3=0.03)
 
 
-def bounds_of(config: Config, temperature: float = 1.0) -> Bounds:
+def choose_bounds(config: Config, temperature: float = 1.0) -> Bounds:
     """The bounds of log-probs at a temperature: the configuration's, else those for the two precisions."""
     engine = config.rollout.server.dtype if config.rollout.engine == "sglang" else None
     default = FLOAT32 if {config.model.dtype, engine or config.model.dtype} == {"float32"} else BFLOAT16

@@ -27,7 +27,7 @@ from megatron_policysplit.config import Config
 from megatron_policysplit.config.modes import temperature_key
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.rows import Mode, Row, modes_in
-from megatron_policysplit.training.agreement.bounds import Bounds, Difference, bounds_of
+from megatron_policysplit.training.agreement.bounds import Bounds, Difference, choose_bounds
 
 EXCERPT_ROWS, EXCERPT_TOKENS = 32, 512  # responses scored again, and of each its first tokens
 RESTORED = 0.5  # a guess explains a difference if it brings it below the bound and to this share of what it was
@@ -68,31 +68,31 @@ class Probe:
     """Asks engine and actor about rows. Every method is collective over all ranks; rows are read on leaders, which
     get one tensor [T] of log-probs (nats) a row; other ranks get [].
 
-    score_by_engine: `score` of every leader's engine; [] on other ranks. resync: gives the engines the actor's
+    engine_log_probs: `score` of every leader's engine; [] on other ranks. resync: gives the engines the actor's
     weights whatever they hold. Both are collective and raise on every rank alike.
     """
 
     layout: Layout
     actor: megatron_policysplit.actor.step.Actor  # noqa: F821
-    score_by_engine: Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], list[list[float]]]
+    engine_log_probs: Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], list[list[float]]]
     resync: Callable[[], None]
 
     def by_engine(self, rows: Sequence[Row], actor: Sequence[Tensor]) -> list[Tensor]:
         """Teacher-forced at temperature 1; of several leaders' own engines, the scores farthest from `actor`'s."""
-        mine = self.score_by_engine([(row.prompt, row.rollout.tokens) for row in rows])
-        everyone = self.layout.gather_leaders([torch.tensor(scores, dtype=torch.float64) for scores in mine])
+        mine = self.engine_log_probs([(row.prompt, row.rollout.tokens) for row in rows])
+        everyone = self.layout.all_gather_leaders([torch.tensor(scores, dtype=torch.float64) for scores in mine])
         return max(everyone, key=lambda scores: Difference.of(actor, scores).rank, default=[])
 
     def by_actor(self, rows: Sequence[Row], temperature: float) -> list[Tensor]:
-        return [row.logprobs for row in self.actor.score(self._place(rows, temperature))]
+        return [row.logprobs for row in self.actor.log_probs(self._place(rows, temperature))]
 
-    def by_shaken_actor(self, rows: Sequence[Row]) -> list[Tensor]:
+    def by_perturbed_actor(self, rows: Sequence[Row]) -> list[Tensor]:
         """At temperature 1, each weight moved at random by up to bfloat16's unit roundoff."""
-        return self.actor.score_shaken(self._place(rows, 1.0), ROUNDOFF)
+        return self.actor.perturbed_log_probs(self._place(rows, 1.0), ROUNDOFF)
 
     def gap(self, actor: Sequence[Tensor], engine: Sequence[Tensor]) -> Difference:
         """The chief's, on every rank."""
-        return self.layout.from_chief(Difference.of(actor, engine) if self.layout.is_chief else None)
+        return self.layout.broadcast_from_chief(Difference.of(actor, engine) if self.layout.is_chief else None)
 
     def _place(self, rows: Sequence[Row], temperature: float):
         return self.actor.place(rows, [False] * len(rows), seed=0, temperature=temperature)
@@ -129,7 +129,7 @@ def diagnose(
             return _of_sampling(guesses, breach, temperatures)
     elif breach.bounds.hold(now):
         return "weights: asked again the engine agrees, so it held other weights a moment ago"
-    return _of_scores(_Guesses(probe, bounds_of(config), rows, batch, 1.0, engine), actor, config)
+    return _of_scores(_Guesses(probe, choose_bounds(config), rows, batch, 1.0, engine), actor, config)
 
 
 class _Guesses:
@@ -149,7 +149,7 @@ class _Guesses:
     def prompt(self) -> str | None:
         """What was done to the prompts, if the actor agrees once it is done to its own."""
         changed = _changed_prompts(self.rows, self.batch, self.probe.actor.hf_config.get("bos_token_id"))
-        for change in self.probe.layout.from_chief(list(changed)):
+        for change in self.probe.layout.broadcast_from_chief(list(changed)):
             scores = self.probe.by_actor(changed.get(change, []), self.temperature)
             if self.restored(self.probe.gap(scores, self.engine)):
                 return change
@@ -230,7 +230,7 @@ def _of_scores(guesses: _Guesses, actor: Sequence[Tensor], config: Config) -> st
     change = guesses.prompt()
     if change is not None:
         return f"template: {change}, also when it only scores; {COMPARE_PROMPTS}"
-    rounding = probe.gap(probe.by_shaken_actor(guesses.rows), actor).mean
+    rounding = probe.gap(probe.by_perturbed_actor(guesses.rows), actor).mean
     size = (
         f"at temperature 1 its scores are {after.mean:.3g} nats from the actor's, where rounding the weights to "
         f"bfloat16 makes {rounding:.2g}"

@@ -14,10 +14,10 @@ from typing import Any
 
 from megatron_policysplit.algorithms.advantages import TokenStatistics
 from megatron_policysplit.config import Config
-from megatron_policysplit.config.modes import temperatures_of
+from megatron_policysplit.config.modes import temperatures_by_mode
 from megatron_policysplit.errors import TrainingError, UserError
 from megatron_policysplit.rows import Mode, Row, modes_in
-from megatron_policysplit.training.agreement.bounds import Difference, bounds_of
+from megatron_policysplit.training.agreement.bounds import Difference, choose_bounds
 from megatron_policysplit.training.agreement.diagnosis import Breach, Probe, diagnose, excerpt, sampled_logprobs
 
 Differences = Mapping[Mode, Difference]
@@ -73,7 +73,7 @@ class AgreementGate:
 
     def __init__(self, config: Config, probe: Probe, log: Any):
         self.config, self.probe, self.log = config, probe, log
-        self.temperatures = temperatures_of(config)
+        self.temperatures = temperatures_by_mode(config)
         self.compared = False
         self.breaches = 0
 
@@ -95,14 +95,14 @@ class AgreementGate:
         if not self.due(step):
             return {}
         layout = self.probe.layout
-        differences = layout.from_chief(compare(rows, old, version) if layout.is_chief else None)
+        differences = layout.broadcast_from_chief(compare(rows, old, version) if layout.is_chief else None)
         sampled = bool(differences)
         if not sampled:
             if served != version:  # nothing to compare with before the next sync
                 return {}
-            differences = layout.from_chief(compare_by_scoring(rows, self.probe))
+            differences = layout.broadcast_from_chief(compare_by_scoring(rows, self.probe))
         self.compared = True
-        bounds = {mode: bounds_of(self.config, self.temperatures[mode] if sampled else 1.0) for mode in differences}
+        bounds = {mode: choose_bounds(self.config, self.temperatures[mode] if sampled else 1.0) for mode in differences}
         past = [mode for mode, difference in differences.items() if not bounds[mode].hold(difference)]
         self.breaches = self.breaches + 1 if past else 0
         if past:
@@ -117,7 +117,7 @@ class AgreementGate:
                 for row, s in own
                 if not sampled or not bounds[mode].hold(Difference.of([s.logprobs], sampled_logprobs([row])))
             ]
-            counts = layout.from_chief((len(worst), len(own)))
+            counts = layout.broadcast_from_chief((len(worst), len(own)))
             self._warn_or_end(Breach(mode, differences[mode], bounds[mode], sampled, worst, *counts), step, rows)
         return agreement_metrics(differences) | {"agreement/breaches": float(self.breaches)}
 
