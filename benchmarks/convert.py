@@ -1,13 +1,16 @@
-"""How long conversion takes beside a plain copy of the same bytes and beside mbridge, and what memory each needs.
+"""How long conversion takes beside a plain copy of the same bytes and beside mbridge, and what
+memory each needs.
 
     python -m benchmarks.convert [--size-gb 3] [--repeats 3] [--directory DIR] [--output FILE.json]
 
-A made-up bf16 model of Qwen3's shape (hidden size 2048, tied head; more layers for more bytes) is converted to
-Megatron-Core and back, each time in a process of its own, in turns with `cp` and with mbridge on the same files. Every
-time counts from after the imports until what was written is on the disk (fsync). Files are dropped from the system's
-cache before they are read, as far as it will. mbridge converts through a model: its way to Megatron-Core is to build
-one, load it, and save it with dist_checkpointing; back is to build one, load the checkpoint, and save its weights.
-Memory is the peak of the process's anonymous memory above what it had after the imports. The last line is JSON.
+A made-up bf16 model of Qwen3's shape (hidden size 2048, tied head; more layers for more bytes) is
+converted to Megatron-Core and back, each time in a process of its own, in turns with `cp` and with
+mbridge on the same files. Every time counts from after the imports until what was written is on the
+disk (fsync). Files are dropped from the system's cache before they are read, as far as it will.
+mbridge converts through a model: its way to Megatron-Core is to build one, load it, and save it
+with dist_checkpointing; back is to build one, load the checkpoint, and save its weights. Memory is
+the peak of the process's anonymous memory above what it had after the imports. The last line is
+JSON.
 """
 
 from __future__ import annotations
@@ -55,10 +58,14 @@ def main() -> None:
         seconds, memory = found["seconds"], found.get("peak_anonymous_bytes")
         peak = "" if memory is None else f", {memory / 1e6:.0f} MB of memory"
         span = f"({seconds['lowest']:.2f} to {seconds['highest']:.2f})"
-        print(f"{name:24s} {seconds['median']:.2f} s {span}, {found['bytes_per_second'] / 1e6:.0f} MB/s{peak}")
+        print(
+            f"{name:24s} {seconds['median']:.2f} s {span}, {found['bytes_per_second'] / 1e6:.0f} "
+            f"MB/s{peak}"
+        )
     limit = 2 * result["largest_tensor_bytes"] + 200e6
     print(
-        f"largest tensor {result['largest_tensor_bytes'] / 1e6:.0f} MB; twice that and 200 MB is {limit / 1e6:.0f} MB"
+        f"largest tensor {result['largest_tensor_bytes'] / 1e6:.0f} MB; twice that and 200 MB is "
+        f"{limit / 1e6:.0f} MB"
     )
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -70,7 +77,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--size-gb", type=float, default=3.0, help="bytes of the model, in 10^9")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--directory", type=Path, help="on the disk to be measured; default: the system's for temporary"
+        "--directory",
+        type=Path,
+        help="on the disk to be measured; default: the system's for temporary",
     )
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
@@ -84,13 +93,18 @@ def make_model(path: Path, size_gb: float) -> dict[str, int]:
     from checkpoints_conv.writer import HfFiles, Planned, write_config
 
     wanted = size_gb * 1e9
-    config = {**CONFIG, "vocab_size": max(256, int(VOCABULARY * min(1.0, wanted / FULL_SIZE_BYTES)))}
+    config = {
+        **CONFIG,
+        "vocab_size": max(256, int(VOCABULARY * min(1.0, wanted / FULL_SIZE_BYTES))),
+    }
     one = sum(_nbytes({**config, "num_hidden_layers": 1}).values())
     layer = sum(_nbytes({**config, "num_hidden_layers": 2}).values()) - one
     config["num_hidden_layers"] = 1 + max(0, round((wanted - one) / layer))
     path.mkdir()
     shapes = find_architecture(config).hf_tensors(config)
-    files = HfFiles(path, {name: Planned(shape, "bfloat16") for name, shape in shapes.items()}, 2 * 10**9)
+    files = HfFiles(
+        path, {name: Planned(shape, "bfloat16") for name, shape in shapes.items()}, 2 * 10**9
+    )
     files.create()
     for name, shape in shapes.items():
         files.write(name, torch.randn(shape, dtype=torch.bfloat16))
@@ -104,7 +118,10 @@ def make_model(path: Path, size_gb: float) -> dict[str, int]:
 def _nbytes(config: dict) -> dict[str, int]:
     from checkpoints_conv.architectures import find_architecture
 
-    return {name: 2 * prod(shape) for name, shape in find_architecture(config).hf_tensors(config).items()}
+    return {
+        name: 2 * prod(shape)
+        for name, shape in find_architecture(config).hf_tensors(config).items()
+    }
 
 
 def _measure(directory: Path, size_gb: float, repeats: int) -> dict:
@@ -136,7 +153,9 @@ def _measure(directory: Path, size_gb: float, repeats: int) -> dict:
         "repeats": repeats,
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "versions": {name: version(name) for name in ("torch", "megatron-core", "mbridge", "safetensors")},
+        "versions": {
+            name: version(name) for name in ("torch", "megatron-core", "mbridge", "safetensors")
+        },
         "timings": {
             name: {
                 "seconds": {"median": statistics.median(s), "lowest": min(s), "highest": max(s)},
@@ -189,16 +208,22 @@ def mbridge_to_hugging_face(start: Callable, source: Path, target: Path, hf: Pat
 
     start()
     model = build()
-    model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(source))["model"])
-    bridge.safetensor_io = bridge._get_safetensor_io(str(hf))  # it writes the files that it would have read
+    model.load_state_dict(
+        dist_checkpointing.load({"model": model.sharded_state_dict()}, str(source))["model"]
+    )
+    bridge.safetensor_io = bridge._get_safetensor_io(
+        str(hf)
+    )  # it writes the files that it would have read
     bridge.save_weights([model], str(target))
     _sync(target)
 
 
 def _mbridge(hf: Path):
-    """mbridge and a function that builds a model, of Megatron-Core's own layers where there is no GPU.
+    """mbridge and a function that builds a model, of Megatron-Core's own layers where there is no
+    GPU.
 
-    mbridge knows Transformer Engine's names only, so the names of those layers are given to it as such.
+    mbridge knows Transformer Engine's names only, so the names of those layers are given to it as
+    such.
     """
     import torch
     from mbridge import AutoBridge
@@ -228,7 +253,9 @@ def _in_process(way: Callable, *paths: Path) -> tuple[float, int]:
     process.start()
     process.join()
     if process.exitcode != 0:
-        raise SystemExit(f"{way.__name__} ended with exit code {process.exitcode}; its messages are above")
+        raise SystemExit(
+            f"{way.__name__} ended with exit code {process.exitcode}; its messages are above"
+        )
     return answers.get()
 
 
@@ -262,7 +289,9 @@ def _anonymous_bytes() -> int:
 
 def _copy(source: Path, target: Path) -> float:
     began = time.perf_counter()
-    subprocess.run(["cp", "-r", "--reflink=never", "--sparse=never", str(source), str(target)], check=True)
+    subprocess.run(
+        ["cp", "-r", "--reflink=never", "--sparse=never", str(source), str(target)], check=True
+    )
     _sync(target)
     return time.perf_counter() - began
 
@@ -275,7 +304,9 @@ def _sync(directory: Path) -> None:
 
 
 def _forget(directory: Path) -> None:
-    """Have the system drop the files from its cache, as far as it will, so that they are read from the disk."""
+    """Have the system drop the files from its cache, as far as it will, so that they are read from
+    the disk.
+    """
     _sync(directory)
     for file in directory.rglob("*"):
         if file.is_file():

@@ -1,15 +1,18 @@
-"""The LM head with and without its logits: seconds and memory, side by side, on the CPU with tensor parallelism 2.
+"""The LM head with and without its logits: seconds and memory, side by side, on the CPU with tensor
+parallelism 2.
 
-    python -m benchmarks.head [--tokens 1024 4096 16384] [--hidden 1024 4096] [--vocabulary 151936] [--results FILE]
+    python -m benchmarks.head [--tokens 1024 4096 16384] [--hidden 1024 4096] [--vocabulary 151936]
+    [--results FILE]
 
-Two ranks (gloo), fp32, one thread each. `chunked` is what the actor does: `vocab_parallel.score` (forward) and
-`vocab_parallel.fused_loss` (forward and backward), 256 tokens at a time. `materialising` is what is common elsewhere:
-fp32 logits of all tokens; maximum, sum, target and entropy reduced one after the other; softmax beside the logits, and
-kept for backward, which works in place. The log-probs' mean and the gradients' norms are checked to be the same. Every
-case runs in processes of its own. Memory is a rank's peak beyond what it held before and the gradients of weights and
-hidden states that exist at the time: `fused_loss` makes them in its forward pass. Where the materialising method does
-not fit into half of the machine's memory its bytes are computed: two fp32 tensors of all logits. Prints a Markdown
-table; the last line is JSON with every case.
+Two ranks (gloo), fp32, one thread each. `chunked` is what the actor does: `vocab_parallel.score`
+(forward) and `vocab_parallel.fused_loss` (forward and backward), 256 tokens at a time.
+`materialising` is what is common elsewhere: fp32 logits of all tokens; maximum, sum, target and
+entropy reduced one after the other; softmax beside the logits, and kept for backward, which works
+in place. The log-probs' mean and the gradients' norms are checked to be the same. Every case runs
+in processes of its own. Memory is a rank's peak beyond what it held before and the gradients of
+weights and hidden states that exist at the time: `fused_loss` makes them in its forward pass. Where
+the materialising method does not fit into half of the machine's memory its bytes are computed: two
+fp32 tensors of all logits. Prints a Markdown table; the last line is JSON with every case.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ RANKS, CHUNK, MIB = 2, 256, 2**20
 
 
 class Materialised(torch.autograd.Function):
-    """Log-prob and entropy of logits [T, V / TP] as one finds them: four all-reduces, softmax and logits kept."""
+    """Log-prob and entropy of logits [T, V / TP] as one finds them: four all-reduces, softmax and
+    logits kept.
+    """
 
     @staticmethod
     def forward(ctx, logits, targets, shard):
@@ -106,7 +111,9 @@ MAKES_GRADIENTS_IN_FORWARD = {"chunked": True, "materialising": False}
 
 def resident(name: str) -> int:
     """VmRSS or VmHWM of this process, bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -114,13 +121,23 @@ def peak_begins_anew() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(rank: int, method: str, tokens: int, hidden_size: int, vocabulary: int, backward: bool, repeats: int):
+def measure(
+    rank: int,
+    method: str,
+    tokens: int,
+    hidden_size: int,
+    vocabulary: int,
+    backward: bool,
+    repeats: int,
+):
     """(seconds of each repetition, peak bytes, checksums) of one rank."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     columns = -(-vocabulary // RANKS)
     shard = VocabularyShard.of(vocabulary, columns, rank, dist.group.WORLD)
-    weight = torch.randn(columns, hidden_size, generator=torch.Generator().manual_seed(rank)).div_(hidden_size**0.5)
+    weight = torch.randn(columns, hidden_size, generator=torch.Generator().manual_seed(rank)).div_(
+        hidden_size**0.5
+    )
     generator = torch.Generator().manual_seed(9)
     hidden = torch.randn(tokens, hidden_size, generator=generator)
     targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
@@ -128,7 +145,9 @@ def measure(rank: int, method: str, tokens: int, hidden_size: int, vocabulary: i
     old = torch.full((tokens,), -math.log(vocabulary) - 0.5)
     weight.requires_grad_(backward)
     hidden.requires_grad_(backward)
-    small = hidden.detach()[:8].clone().requires_grad_(backward)  # threads and libraries start before the clock does
+    small = (
+        hidden.detach()[:8].clone().requires_grad_(backward)
+    )  # threads and libraries start before the clock does
     _, loss = METHODS[method](small, weight, shard, targets[:8], old[:8], advantages[:8], backward)
     if backward:
         loss.backward()
@@ -141,7 +160,9 @@ def measure(rank: int, method: str, tokens: int, hidden_size: int, vocabulary: i
         peak_begins_anew()
         began = time.perf_counter()
         logprobs, loss = METHODS[method](hidden, weight, shard, targets, old, advantages, backward)
-        peak = max(peak, resident("VmHWM") - before - gradients * MAKES_GRADIENTS_IN_FORWARD[method])
+        peak = max(
+            peak, resident("VmHWM") - before - gradients * MAKES_GRADIENTS_IN_FORWARD[method]
+        )
         if backward:
             peak_begins_anew()
             loss.backward()
@@ -160,11 +181,15 @@ def rank_main(port: int, rank: int, *arguments):
     return measure(rank, *arguments)
 
 
-def case(method: str, tokens: int, hidden_size: int, vocabulary: int, backward: bool, repeats: int) -> dict:
+def case(
+    method: str, tokens: int, hidden_size: int, vocabulary: int, backward: bool, repeats: int
+) -> dict:
     arguments = (method, tokens, hidden_size, vocabulary, backward, repeats)
     port = free_port()
     with multiprocessing.get_context("spawn").Pool(RANKS) as pool:
-        results = pool.starmap(rank_main, [(port, rank, *arguments) for rank in range(RANKS)], chunksize=1)
+        results = pool.starmap(
+            rank_main, [(port, rank, *arguments) for rank in range(RANKS)], chunksize=1
+        )
     slowest = [max(times) for times in zip(*(seconds for seconds, _, _ in results), strict=True)]
     return {
         "method": method,
@@ -180,7 +205,9 @@ def case(method: str, tokens: int, hidden_size: int, vocabulary: int, backward: 
 
 def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
+    return next(
+        (line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown"
+    )
 
 
 def computed_mib(tokens: int, vocabulary: int) -> float:
@@ -193,15 +220,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--vocabulary", type=int, default=151936)
-    parser.add_argument("--repeats", type=int, default=3, help="for 1024 tokens; fewer for more tokens, at least 1")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="for 1024 tokens; fewer for more tokens, at least 1"
+    )
     parser.add_argument("--results", type=Path, help="write the JSON here too")
     arguments = parser.parse_args()
     if arguments.vocabulary % RANKS:
-        parser.error(f"--vocabulary {arguments.vocabulary} is not a multiple of {RANKS}, which materialising needs")
+        parser.error(
+            f"--vocabulary {arguments.vocabulary} is not a multiple of {RANKS}, which "
+            "materialising needs"
+        )
     import psutil
 
     half_mib, cases = psutil.virtual_memory().total / MIB / 2, []
-    print("| T | H | pass | chunked s | materialising s | ratio | chunked MiB | materialising MiB |")
+    print(
+        "| T | H | pass | chunked s | materialising s | ratio | chunked MiB | materialising MiB |"
+    )
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for hidden_size in arguments.hidden:
         for tokens in arguments.tokens:
@@ -217,17 +251,29 @@ def main() -> None:
                     for one, other in zip(ours["sums"], theirs["sums"], strict=True):
                         assert math.isclose(one, other, rel_tol=1e-4), (ours, theirs)
                     cases.append(theirs)
-                    theirs_seconds, theirs_memory = f"{theirs['seconds']:.2f}", f"{theirs['memory_mib']:.0f}"
+                    theirs_seconds, theirs_memory = (
+                        f"{theirs['seconds']:.2f}",
+                        f"{theirs['memory_mib']:.0f}",
+                    )
                     ratio = f"{theirs['seconds'] / ours['seconds']:.2f}"
                 name = "forward+backward" if backward else "forward"
                 cells = (tokens, hidden_size, name, f"{ours['seconds']:.2f}", theirs_seconds, ratio)
-                print(f"| {' | '.join(map(str, cells))} | {ours['memory_mib']:.0f} | {theirs_memory} |", flush=True)
+                print(
+                    f"| {' | '.join(map(str, cells))} | {ours['memory_mib']:.0f} | {theirs_memory} "
+                    "|",
+                    flush=True,
+                )
     machine = {
         "cpu": cpu_name(),
         "cores": psutil.cpu_count(),
         "torch": torch.__version__,
     }
-    result = {"date": date.today().isoformat(), "machine": machine, "vocabulary": arguments.vocabulary, "cases": cases}
+    result = {
+        "date": date.today().isoformat(),
+        "machine": machine,
+        "vocabulary": arguments.vocabulary,
+        "cases": cases,
+    }
     result |= {"ranks": RANKS, "chunk": CHUNK}
     if arguments.results is not None:
         arguments.results.write_text(json.dumps(result, indent=1) + "\n")

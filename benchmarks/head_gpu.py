@@ -1,18 +1,21 @@
-"""What the LM head's Triton kernels cost on a GPU, beside logits held in fp32 and beside verl's fused kernel.
+"""What the LM head's Triton kernels cost on a GPU, beside logits held in fp32 and beside verl's
+fused kernel.
 
-    python -m benchmarks.head_gpu [--tokens 1024 4096 16384] [--hidden 1024 4096] [--output FILE.json]
+    python -m benchmarks.head_gpu [--tokens 1024 4096 16384] [--hidden 1024 4096] [--output
+    FILE.json]
 
-Hidden states [T, H] and weight [V, H] in bf16 to log-prob and entropy per token, forward only (scoring) and with the
-gradients of hidden states and weight (training; both outputs are in the loss). "triton" is what the actor calls,
-`score` and `fused_loss`: for each chunk of tokens statistics without logits, the gradient of its logits and two matrix
-products; the weight's gradient is summed in fp32. "materialised" rounds
-logits to bf16, as an LM head does, holds them in fp32 and leaves the rest to autograd. "verl" is the kernel
-`verl.utils.kernel.linear_cross_entropy`, where verl is installed.
+Hidden states [T, H] and weight [V, H] in bf16 to log-prob and entropy per token, forward only
+(scoring) and with the gradients of hidden states and weight (training; both outputs are in the
+loss). "triton" is what the actor calls, `score` and `fused_loss`: for each chunk of tokens
+statistics without logits, the gradient of its logits and two matrix products; the weight's gradient
+is summed in fp32. "materialised" rounds logits to bf16, as an LM head does, holds them in fp32 and
+leaves the rest to autograd. "verl" is the kernel `verl.utils.kernel.linear_cross_entropy`, where
+verl is installed.
 
-Methods take turns, after a warm-up in which blocks are tuned. Seconds are a median, by CUDA events. Memory is the peak
-above the inputs; gradients that are returned are part of it and listed apart. `difference` is the largest of a
-method's log-probs and entropies, in nats, from the materialised ones, or from ours where those do not fit in memory.
-The last line printed is JSON.
+Methods take turns, after a warm-up in which blocks are tuned. Seconds are a median, by CUDA events.
+Memory is the peak above the inputs; gradients that are returned are part of it and listed apart.
+`difference` is the largest of a method's log-probs and entropies, in nats, from the materialised
+ones, or from ours where those do not fit in memory. The last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Inputs:
-    """hidden [T, H], weight [V, H] bf16; targets [T] int64; upstream gradients [T] fp32 of log-prob and entropy."""
+    """hidden [T, H], weight [V, H] bf16; targets [T] int64; upstream gradients [T] fp32 of log-prob
+    and entropy.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -62,21 +67,29 @@ class Inputs:
         return self.hidden.nbytes + self.weight.nbytes
 
 
-# Inputs and whether to compute gradients -> (log-prob [T], entropy [T]) or with (d hidden [T, H], d weight [V, H]).
+# Inputs and whether to compute gradients -> (log-prob [T], entropy [T]) or with (d hidden [T, H], d
+# weight [V, H]).
 Method = Callable[[Inputs, bool], tuple[Tensor, ...]]
 
 
 def triton_head(inputs: Inputs, backward: bool) -> tuple[Tensor, ...]:
-    head = Head(inputs.weight, VocabularyShard(0, len(inputs.weight), None), inputs.chunk, triton=True)
+    head = Head(
+        inputs.weight, VocabularyShard(0, len(inputs.weight), None), inputs.chunk, triton=True
+    )
     temperature = torch.ones_like(inputs.grad_logprobs)
     if not backward:
         return score(head, inputs.hidden, inputs.targets, temperature)[:2]
-    hidden, weight = inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_()
+    hidden, weight = (
+        inputs.hidden.detach().requires_grad_(),
+        inputs.weight.detach().requires_grad_(),
+    )
 
     def token_loss(span: slice, logprobs: Tensor, entropy: Tensor) -> Tensor:
         return (logprobs * inputs.grad_logprobs[span] + entropy * inputs.grad_entropy[span]).sum()
 
-    result = fused_loss(replace(head, weight=weight), hidden, inputs.targets, temperature, token_loss)
+    result = fused_loss(
+        replace(head, weight=weight), hidden, inputs.targets, temperature, token_loss
+    )
     return result.logprobs, result.entropy, *torch.autograd.grad(result.loss, (hidden, weight))
 
 
@@ -92,7 +105,8 @@ def _full_softmax(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
 def find_verl() -> Method | None:
     """verl's kernel as a method, None where verl is not installed.
 
-    Its arguments are bound by name, for versions of verl order them differently and autograd takes none by name.
+    Its arguments are bound by name, for versions of verl order them differently and autograd takes
+    none by name.
     """
     try:
         from verl.utils.kernel.linear_cross_entropy import LinearCrossEntropy
@@ -101,7 +115,10 @@ def find_verl() -> Method | None:
     names = list(inspect.signature(LinearCrossEntropy.forward).parameters)[1:]
     fixed = {"reduction": "none", "temperature": 1.0, "dist_process_group": None}
     if unknown := set(names) - {"hidden", "weight", "labels"} - set(fixed):
-        raise SystemExit(f"this version of verl's kernel takes {sorted(unknown)}, which the benchmark does not know")
+        raise SystemExit(
+            f"this version of verl's kernel takes {sorted(unknown)}, which the benchmark does not "
+            "know"
+        )
 
     def kernel(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         values = {"hidden": hidden, "weight": weight, "labels": targets} | fixed
@@ -114,13 +131,20 @@ def _by_autograd(function, inputs: Inputs, backward: bool) -> tuple[Tensor, ...]
     if not backward:
         with torch.no_grad():
             return function(inputs.hidden, inputs.weight, inputs.targets)
-    hidden, weight = inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_()
+    hidden, weight = (
+        inputs.hidden.detach().requires_grad_(),
+        inputs.weight.detach().requires_grad_(),
+    )
     outputs = function(hidden, weight, inputs.targets)
-    grads = torch.autograd.grad(outputs, (hidden, weight), (inputs.grad_logprobs, inputs.grad_entropy))
+    grads = torch.autograd.grad(
+        outputs, (hidden, weight), (inputs.grad_logprobs, inputs.grad_entropy)
+    )
     return *(output.detach() for output in outputs), *grads
 
 
-def measure(inputs: Inputs, methods: dict[str, Method | None], backward: bool, repeats: int) -> list[dict]:
+def measure(
+    inputs: Inputs, methods: dict[str, Method | None], backward: bool, repeats: int
+) -> list[dict]:
     """A row per method; those that do not run here say why instead of figures."""
     rows = {name: {"method": name} for name in methods}
     outputs: dict[str, Tensor] = {}
@@ -144,7 +168,10 @@ def measure(inputs: Inputs, methods: dict[str, Method | None], backward: bool, r
     reference = outputs.get("materialised", outputs["triton"])
     for name in outputs:
         rows[name]["seconds"] = statistics.median(seconds[name])
-        rows[name]["lowest_seconds"], rows[name]["highest_seconds"] = min(seconds[name]), max(seconds[name])
+        rows[name]["lowest_seconds"], rows[name]["highest_seconds"] = (
+            min(seconds[name]),
+            max(seconds[name]),
+        )
         rows[name]["difference"] = (outputs[name] - reference).abs().max().item()
     ours = rows["triton"]
     for name in outputs:
@@ -154,7 +181,9 @@ def measure(inputs: Inputs, methods: dict[str, Method | None], backward: bool, r
 
 
 def _peak(method: Method, inputs: Inputs, backward: bool) -> tuple[Tensor, int]:
-    """Log-probs and entropies [2, T] of one call, on the host, and the bytes it had allocated at its peak."""
+    """Log-probs and entropies [2, T] of one call, on the host, and the bytes it had allocated at
+    its peak.
+    """
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -177,7 +206,10 @@ def _seconds(method: Method, inputs: Inputs, backward: bool) -> float:
 def main() -> None:
     arguments = _arguments()
     if not torch.cuda.is_available():
-        raise SystemExit(f"benchmarks.head_gpu needs a CUDA device, and PyTorch {torch.__version__} sees none here")
+        raise SystemExit(
+            f"benchmarks.head_gpu needs a CUDA device, and PyTorch {torch.__version__} sees none "
+            "here"
+        )
     methods = {"triton": triton_head, "materialised": materialised, "verl": find_verl()}
     cases = []
     for features in arguments.hidden:
@@ -212,16 +244,21 @@ def _figures(row: dict) -> str:
         return row["failed"]
     return (
         f"{row['seconds'] * 1e3:9.2f} ms ({row['times_our_seconds']:.2f} x ours), "
-        f"{row['peak_bytes'] / 1e6:9.1f} MB ({row['times_our_bytes']:.2f} x ours), differs {row['difference']:.1e} nats"
+        f"{row['peak_bytes'] / 1e6:9.1f} MB ({row['times_our_bytes']:.2f} x ours), differs "
+        f"{row['difference']:.1e} nats"
     )
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384])
-    parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 4096], help="features of a hidden state")
+    parser.add_argument(
+        "--hidden", type=int, nargs="+", default=[1024, 4096], help="features of a hidden state"
+    )
     parser.add_argument("--vocab", type=int, default=151_936)
-    parser.add_argument("--chunk", type=int, default=1024, help="tokens that are computed at a time")
+    parser.add_argument(
+        "--chunk", type=int, default=1024, help="tokens that are computed at a time"
+    )
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--output", type=Path)
     return parser.parse_args()

@@ -1,10 +1,13 @@
-"""What the exact KL between two prompts costs in a score pass, on the CPU: seconds with and without it, in turn.
+"""What the exact KL between two prompts costs in a score pass, on the CPU: seconds with and without
+it, in turn.
 
-    python -m benchmarks.head_pairs [--vocabulary 32] [--hidden 64] [--responses 128] [--length 7] [--repeats 20]
+    python -m benchmarks.head_pairs [--vocabulary 32] [--hidden 64] [--responses 128] [--length 7]
+    [--repeats 20]
 
-Every response has two rows, which stand next to each other as the actor's do, and every token is one of a pair. One
-process, one thread, fp32, 256 tokens at a time. `half` scores as many tokens as one row of each response has, without
-KL: what a method with one prompt pays. Prints JSON: medians in seconds, and the share of pairs that meet in a chunk.
+Every response has two rows, which stand next to each other as the actor's do, and every token is
+one of a pair. One process, one thread, fp32, 256 tokens at a time. `half` scores as many tokens as
+one row of each response has, without KL: what a method with one prompt pays. Prints JSON: medians
+in seconds, and the share of pairs that meet in a chunk.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from megatron_policysplit.vocab_parallel import Head, Pairs, VocabularyShard, sc
 CHUNK = 256
 
 
-def seconds(vocabulary: int, hidden_size: int, responses: int, length: int, repeats: int) -> dict[str, float]:
+def seconds(
+    vocabulary: int, hidden_size: int, responses: int, length: int, repeats: int
+) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     tokens = 2 * responses * length
     hidden = torch.randn(tokens, hidden_size, generator=generator)
@@ -44,17 +49,29 @@ def seconds(vocabulary: int, hidden_size: int, responses: int, length: int, repe
             if repeat:
                 found[name].append(time.perf_counter() - began)
     meet = (pairs.first // CHUNK == pairs.second // CHUNK).double().mean().item()
-    return {name: statistics.median(values) for name, values in found.items()} | {"meet_in_a_chunk": meet}
+    return {name: statistics.median(values) for name, values in found.items()} | {
+        "meet_in_a_chunk": meet
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("vocabulary", 32), ("hidden", 64), ("responses", 128), ("length", 7), ("repeats", 20)):
+    for name, default in (
+        ("vocabulary", 32),
+        ("hidden", 64),
+        ("responses", 128),
+        ("length", 7),
+        ("repeats", 20),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = seconds(
-        arguments.vocabulary, arguments.hidden, arguments.responses, arguments.length, max(1, arguments.repeats)
+        arguments.vocabulary,
+        arguments.hidden,
+        arguments.responses,
+        arguments.length,
+        max(1, arguments.repeats),
     )
     print(json.dumps(vars(arguments) | found))
 

@@ -1,13 +1,16 @@
-"""Does it matter which engine samples? The quickstart with the local engine and with a real SGLang server.
+"""Does it matter which engine samples? The quickstart with the local engine and with a real SGLang
+server.
 
-    python -m benchmarks.quickstart_sglang [--out runs/quickstart_engines] [--seeds 5] [--results FILE]
+    python -m benchmarks.quickstart_sglang [--out runs/quickstart_engines] [--seeds 5] [--results
+    FILE]
 
-For every seed all runs start from the same warmed-up model. `local` and `sglang` differ in `rollout.engine` alone, but
-that means other draws, and what is learnt depends on them: `local_redrawn` is the local engine again with four other
-`run.seed`s, and says how much. Every final model answers every question in 8 batches of 8 samples
-(examples/quickstart/study.py). `replayed` trains once more, from the responses that the SGLang run recorded, without a
-server: it must end where that run ended, bit for bit. Also the largest agreement difference of engine and actor. A
-finished seed is not run again. Prints a Markdown table; the last line is JSON.
+For every seed all runs start from the same warmed-up model. `local` and `sglang` differ in
+`rollout.engine` alone, but that means other draws, and what is learnt depends on them:
+`local_redrawn` is the local engine again with four other `run.seed`s, and says how much. Every
+final model answers every question in 8 batches of 8 samples (examples/quickstart/study.py).
+`replayed` trains once more, from the responses that the SGLang run recorded, without a server: it
+must end where that run ended, bit for bit. Also the largest agreement difference of engine and
+actor. A finished seed is not run again. Prints a Markdown table; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ NAMES = ("accuracy", "unique_correct", "entropy_nats", "kl_nats")
 
 
 def run_seed(out: Path, seed: int, overrides: list[str]) -> dict:
-    """Run -> mode -> scores, seconds of the run, and the largest mean |engine - actor| log-prob difference."""
+    """Run -> mode -> scores, seconds of the run, and the largest mean |engine - actor| log-prob
+    difference.
+    """
     from megatron_policysplit.rows import MODES
 
     clear(out)
@@ -37,12 +42,23 @@ def run_seed(out: Path, seed: int, overrides: list[str]) -> dict:
 
     def one(name: str, config: Path, draw: int = 0) -> dict:
         began = time.perf_counter()
-        settings = ["algorithm.name=policy_split", f"run.seed={seed + draw}", "agreement.every=1", *overrides]
+        settings = [
+            "algorithm.name=policy_split",
+            f"run.seed={seed + draw}",
+            "agreement.every=1",
+            *overrides,
+        ]
         run = train(out, name, settings, config)
         seconds = time.perf_counter() - began
-        differences = [r["agreement/difference"] for r in records(run) if "agreement/difference" in r]
+        differences = [
+            r["agreement/difference"] for r in records(run) if "agreement/difference" in r
+        ]
         scores = answer(run / "hf", out / "questions.jsonl", 1.0, MODES)
-        return scores | {"seconds": round(seconds, 1), "compared": len(differences), "difference": max(differences)}
+        return scores | {
+            "seconds": round(seconds, 1),
+            "compared": len(differences),
+            "difference": max(differences),
+        }
 
     result = {"local": one("local", CONFIG), "sglang": one("sglang", SGLANG_CONFIG)}
     result["sglang"]["replayed_bit_for_bit"] = replays(out, seed, overrides)
@@ -55,13 +71,24 @@ def records(run: Path) -> list[dict]:
 
 
 def replays(out: Path, seed: int, overrides: list[str]) -> bool:
-    """Whether training from the responses of the SGLang run, with no engine, gives the same weights and losses."""
+    """Whether training from the responses of the SGLang run, with no engine, gives the same weights
+    and losses.
+    """
     from safetensors.torch import load_file
 
     sampled = out / "sglang"
-    settings = ["algorithm.name=policy_split", f"run.seed={seed}", "eval.path=null", "rollout.engine=replay"]
-    again = train(out, "replayed", [*settings, f"rollout.replay_dir={sampled / 'rollouts'}", *overrides])
-    losses = [[r["actor/loss"] for r in records(run) if r["kind"] == "train"] for run in (sampled, again)]
+    settings = [
+        "algorithm.name=policy_split",
+        f"run.seed={seed}",
+        "eval.path=null",
+        "rollout.engine=replay",
+    ]
+    again = train(
+        out, "replayed", [*settings, f"rollout.replay_dir={sampled / 'rollouts'}", *overrides]
+    )
+    losses = [
+        [r["actor/loss"] for r in records(run) if r["kind"] == "train"] for run in (sampled, again)
+    ]
     first, second = (load_file(run / "hf" / "model.safetensors") for run in (sampled, again))
     return losses[0] == losses[1] and all(first[name].equal(second[name]) for name in first)
 
@@ -109,7 +136,11 @@ def main() -> None:
             seeds[str(seed)] = run_seed(arguments.out / f"seed_{seed}", seed, arguments.overrides)
             file.write_text(json.dumps(seeds, indent=2) + "\n")
     print(table(seeds))
-    result = {"date": date.today().isoformat(), "machine": f"{platform.machine()}, CPU", "seeds": seeds}
+    result = {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, CPU",
+        "seeds": seeds,
+    }
     if arguments.results is not None:
         arguments.results.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))

@@ -1,16 +1,19 @@
-"""What a second mode costs in generation: prefill tokens computed, share found in the prefix cache, tokens per second.
+"""What a second mode costs in generation: prefill tokens computed, share found in the prefix cache,
+tokens per second.
 
     python -m benchmarks.rollout --model runs/smollm2/model --python .venv-sglang/bin/python
     python -m benchmarks.rollout --model runs/smollm2/model --address http://127.0.0.1:30000
 
-Single mode: all samples of a question in the normal mode. Dual mode: half of them in each, the high-entropy half behind
-one system prompt. Every response has the same length (stop tokens are ignored), questions are random token ids, new in
-every repetition, and the prefix cache is emptied before each. Single and dual take turns after one unmeasured round.
+Single mode: all samples of a question in the normal mode. Dual mode: half of them in each, the
+high-entropy half behind one system prompt. Every response has the same length (stop tokens are
+ignored), questions are random token ids, new in every repetition, and the prefix cache is emptied
+before each. Single and dual take turns after one unmeasured round.
 
-Prefill tokens are the server's own figures: what its answers say of each request, and, where it was started with
---enable-metrics, its counter of prefill tokens, which must agree. "at least" is what no engine can go below: every
-prefix once, and the last token of its prompt for each response. Needs a server that nobody else uses: its weight
-version is set to 0 for the run and back after it. The last line of the output is the result as JSON.
+Prefill tokens are the server's own figures: what its answers say of each request, and, where it was
+started with --enable-metrics, its counter of prefill tokens, which must agree. "at least" is what
+no engine can go below: every prefix once, and the last token of its prompt for each response. Needs
+a server that nobody else uses: its weight version is set to 0 for the run and back after it. The
+last line of the output is the result as JSON.
 """
 
 from __future__ import annotations
@@ -34,14 +37,18 @@ from megatron_policysplit.rollout.sglang_http import EngineRefused, SglangClient
 from megatron_policysplit.rows import Mode
 from megatron_policysplit.serving.servers import Server, ServerSpec
 
-COUNTER = re.compile(r'^sglang:realtime_tokens_total\{[^}]*mode="prefill_compute"[^}]*\} (\S+)$', re.MULTILINE)
+COUNTER = re.compile(
+    r'^sglang:realtime_tokens_total\{[^}]*mode="prefill_compute"[^}]*\} (\S+)$', re.MULTILINE
+)
 KINDS = ("single", "dual")
 
 
 @dataclass
 class Measured:
-    """One rollout batch. prefill_tokens: computed, by the answers; counted: by the server's counter, None without.
-    at_least: the fewest that are possible."""
+    """One rollout batch. prefill_tokens: computed, by the answers; counted: by the server's
+    counter, None without.
+    at_least: the fewest that are possible.
+    """
 
     responses: int
     response_tokens: int
@@ -77,12 +84,18 @@ def requests(kind: str, options: argparse.Namespace, vocab_size: int, seed: int)
 
 
 def fewest(batch: Sequence[Request]) -> int:
-    """Prefill tokens of a batch if every prefix is computed once: a node of the prompts' trie is a token computed."""
-    nodes = {tuple(request.prompt[: end + 1]) for request in batch for end in range(len(request.prompt))}
+    """Prefill tokens of a batch if every prefix is computed once: a node of the prompts' trie is a
+    token computed.
+    """
+    nodes = {
+        tuple(request.prompt[: end + 1]) for request in batch for end in range(len(request.prompt))
+    }
     return len(nodes) + sum(len(request.samples) for request in batch)
 
 
-async def measure(kind: str, options: argparse.Namespace, engine: SglangEngine, client: SglangClient, seed: int):
+async def measure(
+    kind: str, options: argparse.Namespace, engine: SglangEngine, client: SglangClient, seed: int
+):
     """One batch of this kind on an empty cache."""
     batch = requests(kind, options, options.vocab_size, seed)
     await client.flush()
@@ -94,7 +107,9 @@ async def measure(kind: str, options: argparse.Namespace, engine: SglangEngine, 
     after, stats = await prefill_counter(client), engine.stats
     lengths = {len(rollout.tokens) for rollout in responses}
     if lengths != {options.response_tokens}:
-        raise SystemExit(f"responses have {sorted(lengths)} tokens instead of {options.response_tokens}")
+        raise SystemExit(
+            f"responses have {sorted(lengths)} tokens instead of {options.response_tokens}"
+        )
     return Measured(
         responses=len(responses),
         response_tokens=len(responses) * options.response_tokens,
@@ -137,7 +152,10 @@ async def address(options: argparse.Namespace) -> AsyncIterator[str]:
                 seed=0,
                 log=Path(directory) / "server.log",
                 start_seconds=900.0,
-                arguments={"enable-metrics": True, **dict(flag.split("=", 1) for flag in options.server_flag)},
+                arguments={
+                    "enable-metrics": True,
+                    **dict(flag.split("=", 1) for flag in options.server_flag),
+                },
             )
         )
         server.start()
@@ -194,9 +212,14 @@ def summary(batches: Sequence[Measured]) -> dict[str, float | int | bool | None]
         "prefill_tokens_per_response": statistics.mean(per_response),
         "prefill_tokens_per_response_min": min(per_response),
         "prefill_tokens_per_response_max": max(per_response),
-        "at_least_per_response": statistics.mean(batch.at_least / batch.responses for batch in batches),
-        "cached_share": 1 - sum(b.prefill_tokens for b in batches) / sum(b.prompt_tokens for b in batches),
-        "counter_agrees": None if None in counted else all(b.counted == b.prefill_tokens for b in batches),
+        "at_least_per_response": statistics.mean(
+            batch.at_least / batch.responses for batch in batches
+        ),
+        "cached_share": 1
+        - sum(b.prefill_tokens for b in batches) / sum(b.prompt_tokens for b in batches),
+        "counter_agrees": None
+        if None in counted
+        else all(b.counted == b.prefill_tokens for b in batches),
         "tokens_per_s_mean": statistics.mean(speeds),
         "tokens_per_s_min": min(speeds),
         "tokens_per_s_max": max(speeds),
@@ -215,29 +238,47 @@ def table(results: dict[str, dict]) -> str:
         ("  server's counter", lambda r: agrees[r["counter_agrees"]]),
         ("cached share of prompt tokens", lambda r: f"{r['cached_share']:.3f}"),
         ("response tokens/s, mean", lambda r: f"{r['tokens_per_s_mean']:.1f}"),
-        ("  lowest to highest", lambda r: f"{r['tokens_per_s_min']:.1f} to {r['tokens_per_s_max']:.1f}"),
+        (
+            "  lowest to highest",
+            lambda r: f"{r['tokens_per_s_min']:.1f} to {r['tokens_per_s_max']:.1f}",
+        ),
         ("  standard deviation", lambda r: f"{r['tokens_per_s_stdev']:.1f}"),
         ("repeated requests", lambda r: f"{r['retries']}"),
     ):
         rows.append((name, *(text(result) for result in results.values())))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="directory of the Hugging Face model that is served")
+    parser.add_argument(
+        "--model", required=True, help="directory of the Hugging Face model that is served"
+    )
     parser.add_argument("--address", help="a server that runs already; without it one is started")
-    parser.add_argument("--python", help="interpreter of the environment that has SGLang, to start a server")
-    parser.add_argument("--port", type=int, default=0, help="of the server that is started; 0 takes a free one")
+    parser.add_argument(
+        "--python", help="interpreter of the environment that has SGLang, to start a server"
+    )
+    parser.add_argument(
+        "--port", type=int, default=0, help="of the server that is started; 0 takes a free one"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--server-flag", action="append", default=[], metavar="NAME=VALUE", help="of the server")
+    parser.add_argument(
+        "--server-flag", action="append", default=[], metavar="NAME=VALUE", help="of the server"
+    )
     parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--samples", type=int, default=8, help="of a question, an even number")
     parser.add_argument("--question-tokens", type=int, default=64)
-    parser.add_argument("--system-tokens", type=int, default=100, help="of the high-entropy mode's system prompt")
+    parser.add_argument(
+        "--system-tokens", type=int, default=100, help="of the high-entropy mode's system prompt"
+    )
     parser.add_argument("--response-tokens", type=int, default=32)
-    parser.add_argument("--concurrency", type=int, default=64, help="questions in a mode that are asked at once")
+    parser.add_argument(
+        "--concurrency", type=int, default=64, help="questions in a mode that are asked at once"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     if not options.address and not options.python:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.study_tables [benchmarks/results/study/report.json]
 
-Every cell is a mean over seeds with its 95% interval, as the study's report has it; where it says so, the lowest to the
-highest seed. `unique` are different right answers among a question's samples.
+Every cell is a mean over seeds with its 95% interval, as the study's report has it; where it says
+so, the lowest to the highest seed. `unique` are different right answers among a question's samples.
 """
 
 from __future__ import annotations
@@ -26,8 +26,19 @@ OVERVIEW = {  # measure -> heading
     "eval/high_entropy/unique_correct": "unique, high-entropy",
 }
 TARGETS = ("aepo_0.25", "aepo_0.5", "aepo_0.75", "scope_0.25", "scope_0.5", "scope_0.75")
-TWO_STEPS = ("grpo_two_steps", "kl_cov", "policy_split_two_steps", "policy_split_two_steps_no_dual_clip")
-SPLIT = ("grpo", "policy_split_eta_0", "policy_split", "policy_split_paper", "policy_split_on_asym_grpo")
+TWO_STEPS = (
+    "grpo_two_steps",
+    "kl_cov",
+    "policy_split_two_steps",
+    "policy_split_two_steps_no_dual_clip",
+)
+SPLIT = (
+    "grpo",
+    "policy_split_eta_0",
+    "policy_split",
+    "policy_split_paper",
+    "policy_split_on_asym_grpo",
+)
 PROMPTS = {
     "normal": "none",
     "high_entropy": "explore widely",
@@ -58,7 +69,11 @@ def interval(found: dict | None, sign: str = "") -> str:
     if found is None:
         return "-"
     mean, low, high = found["mean"], found["low"], found["high"]
-    return f"{mean:{sign}.2f}" if low is None else f"{mean:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
+    return (
+        f"{mean:{sign}.2f}"
+        if low is None
+        else f"{mean:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
+    )
 
 
 def spread(values: list[float]) -> str:
@@ -70,7 +85,10 @@ def overview(report: Report) -> list[str]:
     methods = report["measures"][ACCURACY]
     lines = header(["method", "seeds", *OVERVIEW.values()])
     for method, found in methods.items():
-        cells = [interval(report["measures"][measure].get(method, {}).get("estimate")) for measure in OVERVIEW]
+        cells = [
+            interval(report["measures"][measure].get(method, {}).get("estimate"))
+            for measure in OVERVIEW
+        ]
         lines.append(row([f"`{method}`", str(found["estimate"]["n"]), *cells]))
     return lines
 
@@ -78,7 +96,9 @@ def overview(report: Report) -> list[str]:
 def differences(report: Report) -> list[str]:
     lines = header(["method", *OVERVIEW.values()])
     for method in report["measures"][ACCURACY]:
-        cells = [interval(report["measures"][measure][method]["difference"], "+") for measure in OVERVIEW]
+        cells = [
+            interval(report["measures"][measure][method]["difference"], "+") for measure in OVERVIEW
+        ]
         if method != report["baseline"]:
             lines.append(row([f"`{method}`", *cells]))
     return lines
@@ -98,17 +118,34 @@ def over_training(report: Report, methods) -> list[str]:
     steps = report["curves"][ENTROPY][report["baseline"]]["steps"]
     lines = header(["method", *(f"entropy at {step}" for step in steps), "accuracy at the end"])
     for method in methods:
-        cells = [f"{statistics.fmean(at_step(report, ENTROPY, method, step)):.2f}" for step in steps]
+        cells = [
+            f"{statistics.fmean(at_step(report, ENTROPY, method, step)):.2f}" for step in steps
+        ]
         lines.append(
-            row([f"`{method}`", *cells, spread(list(report["measures"][ACCURACY][method]["values"].values()))])
+            row(
+                [
+                    f"`{method}`",
+                    *cells,
+                    spread(list(report["measures"][ACCURACY][method]["values"].values())),
+                ]
+            )
         )
     return lines
 
 
 def split(report: Report) -> list[str]:
-    """Both modes of GRPO and the variants of Policy Split, and how far the modes are apart at every seed."""
-    measures = [measure for measure in OVERVIEW if "entropy_nats" not in measure and "kl" not in measure]
-    names = [*(OVERVIEW[measure] for measure in measures), "KL", "KL, mean over training", "KL, each seed"]
+    """Both modes of GRPO and the variants of Policy Split, and how far the modes are apart at every
+    seed.
+    """
+    measures = [
+        measure for measure in OVERVIEW if "entropy_nats" not in measure and "kl" not in measure
+    ]
+    names = [
+        *(OVERVIEW[measure] for measure in measures),
+        "KL",
+        "KL, mean over training",
+        "KL, each seed",
+    ]
     lines = header(["method", *names])
     kl = "eval/high_entropy/kl_nats"
     for method in SPLIT:
@@ -124,10 +161,21 @@ def split(report: Report) -> list[str]:
 def targets(report: Report) -> list[str]:
     """Entropy of the last two evaluations against the target in the method's name."""
     last = report["curves"][ENTROPY][report["baseline"]]["steps"][-2:]
-    lines = header(["method", "target", *(f"entropy at {step}" for step in last), "accuracy at the end", "unique"])
+    lines = header(
+        [
+            "method",
+            "target",
+            *(f"entropy at {step}" for step in last),
+            "accuracy at the end",
+            "unique",
+        ]
+    )
     for method in TARGETS:
         cells = [spread(at_step(report, ENTROPY, method, step)) for step in last]
-        ends = [report["measures"][m][method]["estimate"] for m in (ACCURACY, "eval/normal/unique_correct")]
+        ends = [
+            report["measures"][m][method]["estimate"]
+            for m in (ACCURACY, "eval/normal/unique_correct")
+        ]
         lines.append(row([f"`{method}`", method.rpartition("_")[2], *cells, *map(interval, ends)]))
     return lines
 
@@ -137,7 +185,11 @@ def two_steps(report: Report) -> list[str]:
     lines = header(["method", *(f"{OVERVIEW[measure]}, each seed" for measure in measures)])
     for method in TWO_STEPS:
         values = [report["measures"][measure][method]["values"].values() for measure in measures]
-        lines.append(row([f"`{method}`", *(", ".join(f"{value:.2f}" for value in found) for found in values)]))
+        lines.append(
+            row(
+                [f"`{method}`", *(", ".join(f"{value:.2f}" for value in found) for found in values)]
+            )
+        )
     return lines
 
 
@@ -145,22 +197,37 @@ def prompts(report: Report) -> list[str]:
     lines = header(["method", "system prompt", "accuracy", "entropy", "unique"])
     for method in SPLIT[:3]:
         for group, prompt in PROMPTS.items():
-            names = [f"eval/{group}/{leaf}" for leaf in ("accuracy", "entropy_nats", "unique_correct")]
+            names = [
+                f"eval/{group}/{leaf}" for leaf in ("accuracy", "entropy_nats", "unique_correct")
+            ]
             lines.append(
-                row([f"`{method}`", prompt, *(interval(report["measures"][n][method]["estimate"]) for n in names)])
+                row(
+                    [
+                        f"`{method}`",
+                        prompt,
+                        *(interval(report["measures"][n][method]["estimate"]) for n in names),
+                    ]
+                )
             )
     return lines
 
 
 def best_of(report: Report) -> list[str]:
     ks = sorted(
-        int(name.rpartition("_")[2]) for name in report["measures"] if name.startswith("eval/high_entropy/pass_at_")
+        int(name.rpartition("_")[2])
+        for name in report["measures"]
+        if name.startswith("eval/high_entropy/pass_at_")
     )
     lines = header(["method", "mode", *(f"pass@{k}" for k in ks)])
     for method in SPLIT:
         for mode in ("normal", "high_entropy"):
-            found = [report["measures"][f"eval/{mode}/pass_at_{k}"][method]["estimate"]["mean"] for k in ks]
-            lines.append(row([f"`{method}`", mode.replace("_", "-"), *(f"{value:.3f}" for value in found)]))
+            found = [
+                report["measures"][f"eval/{mode}/pass_at_{k}"][method]["estimate"]["mean"]
+                for k in ks
+            ]
+            lines.append(
+                row([f"`{method}`", mode.replace("_", "-"), *(f"{value:.3f}" for value in found)])
+            )
     return lines
 
 

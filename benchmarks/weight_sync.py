@@ -1,11 +1,13 @@
-"""How long a weight sync takes with each transport, beside a plain read of the same bytes from memory and from disk.
+"""How long a weight sync takes with each transport, beside a plain read of the same bytes from
+memory and from disk.
 
-    python -m benchmarks.weight_sync MODEL --python .venv-sglang/bin/python [--repeats 5] [--output FILE.json]
+    python -m benchmarks.weight_sync MODEL --python .venv-sglang/bin/python [--repeats 5] [--output
+    FILE.json]
 
-One trainer rank and one SGLang server on this machine, started here unless --address names one that serves MODEL. A
-push is timed as a whole, from pause to the version read back; the first of each transport, which also makes groups or
-shared memory, is reported apart. What is compared is measured in turns, so that a busy machine slows all alike. The
-last line printed is JSON.
+One trainer rank and one SGLang server on this machine, started here unless --address names one that
+serves MODEL. A push is timed as a whole, from pause to the version read back; the first of each
+transport, which also makes groups or shared memory, is reported apart. What is compared is measured
+in turns, so that a busy machine slows all alike. The last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -49,9 +51,15 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="a Hugging Face directory")
-    parser.add_argument("--address", help="of a server that runs already, such as http://127.0.0.1:30000")
-    parser.add_argument("--python", default=sys.executable, help="interpreter of the environment that has SGLang")
-    parser.add_argument("--port", type=int, default=0, help="of the server that is started; 0 takes a free one")
+    parser.add_argument(
+        "--address", help="of a server that runs already, such as http://127.0.0.1:30000"
+    )
+    parser.add_argument(
+        "--python", default=sys.executable, help="interpreter of the environment that has SGLang"
+    )
+    parser.add_argument(
+        "--port", type=int, default=0, help="of the server that is started; 0 takes a free one"
+    )
     parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=TRANSPORTS)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--bucket-mib", type=int, default=512)
@@ -95,7 +103,9 @@ def _server(config: Config, python: str) -> Iterator[str]:
         server.close()
 
 
-def _measure(config: Config, address: str, transports: list[str], repeats: int, resources: ExitStack) -> dict:
+def _measure(
+    config: Config, address: str, transports: list[str], repeats: int, resources: ExitStack
+) -> dict:
     import torch
 
     from checkpoints_conv import read_hf_config, write_hf
@@ -124,7 +134,10 @@ def _measure(config: Config, address: str, transports: list[str], repeats: int, 
             start += tensor.nbytes
 
     first: dict[str, float] = {}
-    timed: dict[str, Callable[[], None]] = {"read memory": from_memory, "read disk": lambda: _read(files)}
+    timed: dict[str, Callable[[], None]] = {
+        "read memory": from_memory,
+        "read disk": lambda: _read(files),
+    }
     for transport in transports:
         push = _pusher(config, transport, address, layout, control, actor, resources)
         first[transport] = _seconds(push)
@@ -155,7 +168,9 @@ def _measure(config: Config, address: str, transports: list[str], repeats: int, 
     }
 
 
-def _pusher(config, transport, address, layout, control, actor, resources: ExitStack) -> Callable[[], None]:
+def _pusher(
+    config, transport, address, layout, control, actor, resources: ExitStack
+) -> Callable[[], None]:
     """A function that gives the server all weights by `transport`, each time as a new version."""
     import copy
 
@@ -197,7 +212,9 @@ def _read(files: list[Path]) -> None:
 
 
 def _forget(files: list[Path]) -> None:
-    """Have the system drop the files from its cache, as far as it will, so that they are read from the disk."""
+    """Have the system drop the files from its cache, as far as it will, so that they are read from
+    the disk.
+    """
     for file in files:
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())

@@ -1,4 +1,6 @@
-"""The supported architectures: a table of name pairs each, and their config in Megatron-Core's words."""
+"""The supported architectures: a table of name pairs each, and their config in Megatron-Core's
+words.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ from checkpoints_conv.tables import (
 
 @dataclass(frozen=True)
 class MegatronArguments:
-    """transformer: TransformerConfig's keywords. gpt: GPTModel's. llama3_rope: see `rope.Llama3Rope`."""
+    """transformer: TransformerConfig's keywords. gpt: GPTModel's. llama3_rope: see
+    `rope.Llama3Rope`.
+    """
 
     transformer: dict[str, Any]
     gpt: dict[str, Any]
@@ -38,10 +42,12 @@ class MegatronArguments:
 
 @dataclass(frozen=True)
 class Architecture:
-    """name: as in config.json's `architectures`. layer: the table of one layer, in Hugging Face's order.
+    """name: as in config.json's `architectures`. layer: the table of one layer, in Hugging Face's
+    order.
 
-    defaults: what transformers assumes for keys that config.json leaves out. moe: every layer's MLP is a mixture of
-    experts. window: whether `sliding_window` counts: never, always, or if `use_sliding_window` is set.
+    defaults: what transformers assumes for keys that config.json leaves out. moe: every layer's MLP
+    is a mixture of experts. window: whether `sliding_window` counts: never, always, or if
+    `use_sliding_window` is set.
     """
 
     name: str
@@ -54,12 +60,16 @@ class Architecture:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def sizes(self, hf_config: Mapping[str, Any]) -> Sizes:
-        """Dimensions of the model; ModelError names a key that is missing or not a positive integer."""
+        """Dimensions of the model; ModelError names a key that is missing or not a positive
+        integer.
+        """
         heads = self._integer(hf_config, "num_attention_heads")
         hidden = self._integer(hf_config, "hidden_size")
         kv_heads = self._integer(hf_config, "num_key_value_heads", heads)
         if heads % kv_heads:
-            raise ModelError(f"config.json: num_attention_heads={heads} is not a multiple of {kv_heads} KV heads")
+            raise ModelError(
+                f"config.json: num_attention_heads={heads} is not a multiple of {kv_heads} KV heads"
+            )
         experts = {}
         if self.moe:
             # transformers 5 writes the number of experts under its common name.
@@ -96,10 +106,16 @@ class Architecture:
         return bool(value)
 
     def pairs(self, hf_config: Mapping[str, Any]) -> list[tuple[int | None, list[ParamMapping]]]:
-        """The table of the whole model in parts: embedding, each layer (with its number), norm and head."""
+        """The table of the whole model in parts: embedding, each layer (with its number), norm and
+        head.
+        """
         sizes = self.sizes(hf_config)
         layers = [(layer, list(self._rows(layer, sizes.experts))) for layer in range(sizes.layers)]
-        return [(None, [EMBEDDING]), *layers, (None, [FINAL_NORM] if sizes.tied else [FINAL_NORM, HEAD])]
+        return [
+            (None, [EMBEDDING]),
+            *layers,
+            (None, [FINAL_NORM] if sizes.tied else [FINAL_NORM, HEAD]),
+        ]
 
     def _rows(self, layer: int, experts: int) -> Iterator[ParamMapping]:
         """The table of one layer; the rows of an expert stand together, one expert after the other."""
@@ -111,20 +127,31 @@ class Architecture:
             yield from (pair.at(layer, expert) for expert in range(experts) for pair in rows)
 
     def hf_tensors(self, hf_config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor of the model, in transformers' order; a tied head is left out."""
+        """Name -> shape of every tensor of the model, in transformers' order; a tied head is left
+        out.
+        """
         sizes = self.sizes(hf_config)
         sources = [src for _, part in self.pairs(hf_config) for src in in_hf_order(part)]
         return {src.name: src.shape(sizes) for src in sources}
 
     def by_megatron_name(self, hf_config: Mapping[str, Any]) -> dict[str, ParamMapping]:
-        """Megatron parameter name (layers numbered over the whole model; both layer specs) -> its row."""
-        table = {name: pair for _, part in self.pairs(hf_config) for pair in part for name in pair.megatron}
+        """Megatron parameter name (layers numbered over the whole model; both layer specs) -> its
+        row.
+        """
+        table = {
+            name: pair
+            for _, part in self.pairs(hf_config)
+            for pair in part
+            for name in pair.megatron
+        }
         if self.sizes(hf_config).tied:
             table[TIED_HEAD.megatron[0]] = TIED_HEAD
         return table
 
     def megatron_arguments(self, hf_config: Mapping[str, Any]) -> MegatronArguments:
-        """The config in Megatron-Core's words. ModelError names a key that Megatron-Core cannot express."""
+        """The config in Megatron-Core's words. ModelError names a key that Megatron-Core cannot
+        express.
+        """
         sizes = self.sizes(hf_config)
         self._refuse_unsupported(hf_config)
         rope = parse_rope(hf_config)
@@ -156,21 +183,31 @@ class Architecture:
         )
 
     def _moe_arguments(self, hf_config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
-        """The experts and their router: the best `topk` of a softmax over all experts, as transformers has it.
+        """The experts and their router: the best `topk` of a softmax over all experts, as
+        transformers has it.
 
-        With norm_topk_prob their probabilities are divided by their sum, which is a softmax over the chosen alone. The
-        logits are in the model's precision, the softmax in fp32. transformers adds router_aux_loss_coef's loss only to
-        a language-modelling loss of its own, so it has no counterpart here.
+        With norm_topk_prob their probabilities are divided by their sum, which is a softmax over
+        the chosen alone. The logits are in the model's precision, the softmax in fp32. transformers
+        adds router_aux_loss_coef's loss only to a language-modelling loss of its own, so it has no
+        counterpart here.
         """
         topk = self._integer(hf_config, "num_experts_per_tok")
         normalized = self._boolean(hf_config, "norm_topk_prob")
         if topk > sizes.experts:
-            raise ModelError(f"config.json: num_experts_per_tok={topk} is more than the {sizes.experts} experts")
-        if normalized and topk == 1:
-            raise ModelError("config.json: norm_topk_prob=True with num_experts_per_tok=1 gives every expert weight 1")
-        if self._integer(hf_config, "decoder_sparse_step", 1) != 1 or hf_config.get("mlp_only_layers"):
             raise ModelError(
-                "config.json: decoder_sparse_step and mlp_only_layers leave some layers without experts; only models "
+                f"config.json: num_experts_per_tok={topk} is more than the {sizes.experts} experts"
+            )
+        if normalized and topk == 1:
+            raise ModelError(
+                "config.json: norm_topk_prob=True with num_experts_per_tok=1 gives every expert "
+                "weight 1"
+            )
+        if self._integer(hf_config, "decoder_sparse_step", 1) != 1 or hf_config.get(
+            "mlp_only_layers"
+        ):
+            raise ModelError(
+                "config.json: decoder_sparse_step and mlp_only_layers leave some layers without "
+                "experts; only models "
                 "with experts in every layer are supported"
             )
         return {
@@ -191,12 +228,16 @@ class Architecture:
         for key, values in allowed.items():
             value = hf_config.get(key)
             if value is not None and value not in values:
-                raise ModelError(f"config.json: {key}={value!r}; only {key}={values[0]!r} is supported for {self.name}")
+                raise ModelError(
+                    f"config.json: {key}={value!r}; only {key}={values[0]!r} is supported for "
+                    f"{self.name}"
+                )
         quantized = hf_config.get("quantization_config")
         if quantized is not None:
             method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
             raise ModelError(
-                f"config.json has a quantization_config (quant_method={method!r}): quantized weights are for serving "
+                f"config.json has a quantization_config (quant_method={method!r}): quantized "
+                "weights are for serving "
                 "alone; give the directory that they were made from"
             )
         self._refuse_window(hf_config)
@@ -205,12 +246,16 @@ class Architecture:
             raise ModelError(f"config.json: layer_types={kinds!r} is not a list")
         if kinds is not None and any(kind != "full_attention" for kind in kinds):
             other = next(kind for kind in kinds if kind != "full_attention")
-            raise ModelError(f"config.json: layer_types has {other!r}; only 'full_attention' is supported")
+            raise ModelError(
+                f"config.json: layer_types has {other!r}; only 'full_attention' is supported"
+            )
 
     def _refuse_window(self, hf_config: Mapping[str, Any]) -> None:
         """Attention must reach back over all positions in every layer."""
         window = hf_config.get("sliding_window", self.defaults.get("sliding_window"))
-        used = self.window == "always" or (self.window == "if_set" and self._boolean(hf_config, "use_sliding_window"))
+        used = self.window == "always" or (
+            self.window == "if_set" and self._boolean(hf_config, "use_sliding_window")
+        )
         if window is None or not used or hf_config.get("layer_types") is not None:
             return
         if "max_window_layers" in self.defaults:  # the first layers have no window
@@ -221,7 +266,8 @@ class Architecture:
         longest = self._integer(hf_config, "max_position_embeddings")
         if self._integer(hf_config, "sliding_window") < longest:
             raise ModelError(
-                f"config.json: sliding_window={window} is less than max_position_embeddings={longest}; sliding-window "
+                f"config.json: sliding_window={window} is less than "
+                f"max_position_embeddings={longest}; sliding-window "
                 "attention is not supported"
             )
 
@@ -245,7 +291,11 @@ ARCHITECTURES = (
         "mistral",
         (*ATTENTION, *MLP, *_NORMS),
         window="always",
-        defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+        defaults={
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+        },
     ),
     Architecture(
         "Qwen2ForCausalLM",
@@ -284,7 +334,9 @@ ARCHITECTURES = (
 
 
 def in_hf_order(part: list[ParamMapping]) -> list[Source]:
-    """Sources of a part in the order of transformers' state dict: a module's bias follows its weight."""
+    """Sources of a part in the order of transformers' state dict: a module's bias follows its
+    weight.
+    """
     sources = [src for pair in part for src in pair.sources]
     modules = dict.fromkeys(src.name.rpartition(".")[0] for src in sources)
     order = {module: index for index, module in enumerate(modules)}
@@ -297,8 +349,12 @@ def find_architecture(hf_config: Mapping[str, Any]) -> Architecture:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelError(f"config.json: architectures={names!r} is not a list of names")
     for architecture in ARCHITECTURES:
-        if architecture.name in names or (not names and hf_config.get("model_type") == architecture.model_type):
+        if architecture.name in names or (
+            not names and hf_config.get("model_type") == architecture.model_type
+        ):
             return architecture
     supported = ", ".join(architecture.name for architecture in ARCHITECTURES)
     found = ", ".join(names) or hf_config.get("model_type")
-    raise ModelError(f"config.json: architecture {found!r} is not supported; supported are {supported}")
+    raise ModelError(
+        f"config.json: architecture {found!r} is not supported; supported are {supported}"
+    )

@@ -16,10 +16,11 @@ from checkpoints_conv.writer import Planned
 
 
 def describe(path: str | Path, hf: str | Path | None = None) -> dict[str, str]:
-    """Label -> text about a Hugging Face directory or a torch_dist checkpoint. hf: see `MegatronCheckpoint`.
+    """Label -> text about a Hugging Face directory or a torch_dist checkpoint. hf: see
+    `MegatronCheckpoint`.
 
-    Raises ModelError or CheckpointError, as `check_safetensors`, `check_quantized` and `MegatronCheckpoint` do, unless
-    it is whole.
+    Raises ModelError or CheckpointError, as `check_safetensors`, `check_quantized` and
+    `MegatronCheckpoint` do, unless it is whole.
     """
     path = Path(path)
     if not is_megatron(path):
@@ -48,7 +49,9 @@ def _describe_hf(path: Path) -> dict[str, str]:
     else:
         found = check_safetensors(path)
         wanted = find_architecture(hf_config).hf_tensors(hf_config)
-        stored = {name: Planned(shape, SAFETENSORS[found[name].dtype]) for name, shape in wanted.items()}
+        stored = {
+            name: Planned(shape, SAFETENSORS[found[name].dtype]) for name, shape in wanted.items()
+        }
     files = len({info.file for info in read_headers(path).values()})
     return {
         "format": f"Hugging Face safetensors, {_count(files, 'file')}",
@@ -66,7 +69,11 @@ def _model(hf_config: Mapping[str, Any], stored: Mapping[str, Planned]) -> dict[
     return {
         "architecture": architecture.name,
         "layers": f"{sizes.layers}, hidden size {sizes.hidden}, {sizes.heads} heads, {sizes.kv_heads} KV heads",
-        **({"experts": f"{sizes.experts} in each layer, inner width {sizes.expert_ffn}"} if architecture.moe else {}),
+        **(
+            {"experts": f"{sizes.experts} in each layer, inner width {sizes.expert_ffn}"}
+            if architecture.moe
+            else {}
+        ),
         "vocabulary": f"{sizes.vocab}, head {head}",
         "parameters": f"{parameters:,} in {_count(len(stored), 'tensor')}, {nbytes / 1e9:.3f} GB",
         "dtype": ", ".join(sorted({planned.dtype for planned in stored.values()})),

@@ -32,7 +32,9 @@ def widest(names: set[str]) -> str:
 
 
 def check_cast(dtypes: Mapping[str, str], target: str | None, allow_downcast: bool) -> None:
-    """Raise ModelError if a tensor's type (name -> dtype) cannot be cast to `target` without rounding."""
+    """Raise ModelError if a tensor's type (name -> dtype) cannot be cast to `target` without
+    rounding.
+    """
     if target is None or allow_downcast:
         return
     rounded = [name for name, dtype in dtypes.items() if dtype != target and target != "float32"]

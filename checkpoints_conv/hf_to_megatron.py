@@ -1,4 +1,6 @@
-"""A Hugging Face directory becomes a torch_dist checkpoint of Megatron-Core, tensor by tensor, without a model."""
+"""A Hugging Face directory becomes a torch_dist checkpoint of Megatron-Core, tensor by tensor,
+without a model.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +43,10 @@ def hf_to_megatron(
 ) -> None:
     """Write the model of directory `hf` to `out`, which Megatron-Core loads at any TP x PP x EP.
 
-    Collective over `ranks`, which share the writing. One tensor is held at a time. dtype: float32, bfloat16 or
-    float16; None keeps each tensor's own. Raises ModelError for a damaged or unsupported model (see
-    `check_safetensors`), for an `out` that is taken or has no room, and for a dtype that would round unless
-    `allow_downcast`. `out` is complete or not there.
+    Collective over `ranks`, which share the writing. One tensor is held at a time. dtype: float32,
+    bfloat16 or float16; None keeps each tensor's own. Raises ModelError for a damaged or
+    unsupported model (see `check_safetensors`), for an `out` that is taken or has no room, and for
+    a dtype that would round unless `allow_downcast`. `out` is complete or not there.
     """
     hf, out = Path(hf), Path(out)
     found = ranks.together(lambda: check_safetensors(hf))
@@ -65,17 +67,23 @@ def hf_to_megatron(
         ranks.first(lambda: _write_rest(partial, hf, hf_config, dtype))
 
 
-def list_chunks(hf_config: Mapping[str, Any], dtypes: Mapping[str, str], dtype: str | None) -> list[Chunk]:
-    """All that is to be written, in the model's order. dtypes: of the Hugging Face tensors. dtype: None keeps them.
+def list_chunks(
+    hf_config: Mapping[str, Any], dtypes: Mapping[str, str], dtype: str | None
+) -> list[Chunk]:
+    """All that is to be written, in the model's order. dtypes: of the Hugging Face tensors. dtype:
+    None keeps them.
 
-    A parameter whose sources lie in it one after the other is written in as many chunks; a fused QKV in one. All
-    layers (and experts) of a parameter are stored under one key and so in one type, the widest there is among them.
+    A parameter whose sources lie in it one after the other is written in as many chunks; a fused
+    QKV in one. All layers (and experts) of a parameter are stored under one key and so in one type,
+    the widest there is among them.
     """
     sizes = find_architecture(hf_config).sizes(hf_config)
     parameters = list_parameters(hf_config)
     found: dict[str, set[str]] = {}
     for parameter in parameters:
-        found.setdefault(parameter.place.key, set()).update(dtypes[src.name] for src in parameter.pair.sources)
+        found.setdefault(parameter.place.key, set()).update(
+            dtypes[src.name] for src in parameter.pair.sources
+        )
     chunks = []
     for parameter in parameters:
         stored = dtype or widest(found[parameter.place.key])
@@ -104,7 +112,9 @@ def read_chunk(chunk: Chunk, reader: SafetensorsReader) -> torch.Tensor:
     return values
 
 
-def _save(directory: Path, chunks: list[Chunk], extra_states: list[str], reader, advance, ranks: Ranks) -> None:
+def _save(
+    directory: Path, chunks: list[Chunk], extra_states: list[str], reader, advance, ranks: Ranks
+) -> None:
     """Write this rank's chunks and, with all ranks', the metadata (collective)."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
@@ -117,7 +127,12 @@ def _save(directory: Path, chunks: list[Chunk], extra_states: list[str], reader,
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save({}, storage_writer=StreamingWriter(directory, advance), planner=planner, no_dist=ranks.size == 1)
+            dcp.save(
+                {},
+                storage_writer=StreamingWriter(directory, advance),
+                planner=planner,
+                no_dist=ranks.size == 1,
+            )
     except CheckpointException as error:  # every rank has it, with the errors of all
         raise next(iter(error.failures.values()))[0] from error
 

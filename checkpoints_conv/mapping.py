@@ -1,8 +1,8 @@
 """Rules by which Hugging Face tensors make up one tensor-parallel rank's Megatron-Core parameter.
 
-A rule answers with `Piece`s: which block of which Hugging Face tensor lies where in the local parameter.
-The same pieces read a checkpoint (copy source to local) and write one (copy local to source). Nothing
-here needs torch.
+A rule answers with `Piece`s: which block of which Hugging Face tensor lies where in the local
+parameter. The same pieces read a checkpoint (copy source to local) and write one (copy local to
+source). Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Piece:
-    """Block [start, stop) along `dim` of tensor `source`; it begins at `offset` along `dim` of the local one."""
+    """Block [start, stop) along `dim` of tensor `source`; it begins at `offset` along `dim` of the
+    local one.
+    """
 
     source: str
     dim: int
@@ -63,7 +65,9 @@ Rule = Callable[["ParamMapping", Sizes, int, int], list[Piece]]
 
 @dataclass(frozen=True)
 class Source:
-    """A Hugging Face tensor: its name (`*` stands for the layer, `#` for the expert) and its dimensions' names."""
+    """A Hugging Face tensor: its name (`*` stands for the layer, `#` for the expert) and its
+    dimensions' names.
+    """
 
     name: str
     dims: tuple[str, ...]
@@ -80,8 +84,10 @@ def source(name: str, *dims: str) -> Source:
 class ParamMapping:
     """One row of a mapping table.
 
-    megatron: names of the parameter: the local layer spec's and, where it differs, Transformer Engine's.
-    sources: the Hugging Face tensors it holds. rule: how they are laid out over tensor-parallel ranks.
+    megatron: names of the parameter: the local layer spec's and, where it differs, Transformer
+    Engine's.
+    sources: the Hugging Face tensors it holds. rule: how they are laid out over tensor-parallel
+    ranks.
     expert: whose row it is, once that is known; None for a row that no expert owns.
     """
 
@@ -152,7 +158,10 @@ def row_parallel(pair: ParamMapping, sizes: Sizes, rank: int, tensor: int) -> li
 def gate_up(pair: ParamMapping, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
     """Each rank's share of the gate above its share of the up projection."""
     rows = pair.sources[0].shape(sizes)[0] // tensor
-    return [Piece(src.name, 0, rank * rows, (rank + 1) * rows, index * rows) for index, src in enumerate(pair.sources)]
+    return [
+        Piece(src.name, 0, rank * rows, (rank + 1) * rows, index * rows)
+        for index, src in enumerate(pair.sources)
+    ]
 
 
 def qkv(pair: ParamMapping, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
@@ -161,7 +170,9 @@ def qkv(pair: ParamMapping, sizes: Sizes, rank: int, tensor: int) -> list[Piece]
     query_rows = sizes.heads // sizes.kv_heads * sizes.head_dim
     pieces, offset = [], 0
     for group in range(rank * groups, (rank + 1) * groups):
-        for src, rows in zip(pair.sources, (query_rows, sizes.head_dim, sizes.head_dim), strict=True):
+        for src, rows in zip(
+            pair.sources, (query_rows, sizes.head_dim, sizes.head_dim), strict=True
+        ):
             pieces.append(Piece(src.name, 0, group * rows, (group + 1) * rows, offset))
             offset += rows
     return pieces

@@ -1,4 +1,6 @@
-"""Reading torch_dist checkpoints, converted ones and those of training, on one CPU without Megatron or a model."""
+"""Reading torch_dist checkpoints, converted ones and those of training, on one CPU without Megatron
+or a model.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +43,14 @@ OPTIMIZER = ("optimizer.", "chained_")  # Megatron-Core's prefixes of optimizer 
 
 
 class MegatronCheckpoint:
-    """The model in a torch_dist directory. Optimizer state is never read; of pickles only `.metadata`, restricted.
+    """The model in a torch_dist directory. Optimizer state is never read; of pickles only
+    `.metadata`, restricted.
 
-    hf: the Hugging Face directory that belongs to it (config.json, tokenizer); None finds it: `hf/` in a converted
-    checkpoint, model.path of the run's config.yaml for a training checkpoint. Raises CheckpointError if the directory
-    is not complete, cannot be read, or does not hold what the model needs: tensors missing, unknown, of another
-    shape or type, with gaps, or in files that are cut short. No tensor is read for that.
+    hf: the Hugging Face directory that belongs to it (config.json, tokenizer); None finds it: `hf/`
+    in a converted checkpoint, model.path of the run's config.yaml for a training checkpoint. Raises
+    CheckpointError if the directory is not complete, cannot be read, or does not hold what the
+    model needs: tensors missing, unknown, of another shape or type, with gaps, or in files that are
+    cut short. No tensor is read for that.
     """
 
     def __init__(self, path: str | Path, hf: str | Path | None = None):
@@ -55,7 +59,11 @@ class MegatronCheckpoint:
         self._metadata = read_metadata(self.path / ".metadata")
         self.hf = Path(hf) if hf is not None else _companion_directory(self.path)
         self.hf_config = read_hf_config(self.hf)
-        self._stored = {key: value for key, value in self._metadata.state_dict_metadata.items() if _is_tensor(value)}
+        self._stored = {
+            key: value
+            for key, value in self._metadata.state_dict_metadata.items()
+            if _is_tensor(value)
+        }
         self._chunks: dict[str, dict[tuple[int, ...], list]] = {}  # by key and place.index
         self.parameters: list[Parameter] = []
         self.copies: list[Parameter] = []  # of some of them, stored once more
@@ -80,7 +88,12 @@ class MegatronCheckpoint:
 
     def dtype(self, parameter: Parameter) -> str:
         """float32, bfloat16 or float16."""
-        return widest({dtype_name(self._stored[place.key].properties.dtype) for place in self._places(parameter)})
+        return widest(
+            {
+                dtype_name(self._stored[place.key].properties.dtype)
+                for place in self._places(parameter)
+            }
+        )
 
     def nbytes(self, parameter: Parameter) -> int:
         """As stored, without padding."""
@@ -89,18 +102,27 @@ class MegatronCheckpoint:
     def hf_dtypes(self) -> dict[str, str]:
         """Name -> stored dtype of every Hugging Face tensor, in transformers' order."""
         dtypes = {src.name: self.dtype(p) for p in self.parameters for src in p.pair.sources}
-        return {name: dtypes[name] for name in find_architecture(self.hf_config).hf_tensors(self.hf_config)}
+        return {
+            name: dtypes[name]
+            for name in find_architecture(self.hf_config).hf_tensors(self.hf_config)
+        }
 
     def hf_tensors(
         self, parameter: Parameter, dtypes: Mapping[str, str] | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The Hugging Face tensors of one parameter, each in its dtype of `dtypes` (None: as stored)."""
+        """The Hugging Face tensors of one parameter, each in its dtype of `dtypes` (None: as
+        stored).
+        """
         import torch
 
         sizes = find_architecture(self.hf_config).sizes(self.hf_config)
         pieces = parameter.pair.pieces(sizes, 0, 1)
-        dtypes = dtypes or dict.fromkeys((src.name for src in parameter.pair.sources), self.dtype(parameter))
-        if len(pieces) == len(parameter.pair.sources):  # each source lies in one block: read that alone
+        dtypes = dtypes or dict.fromkeys(
+            (src.name for src in parameter.pair.sources), self.dtype(parameter)
+        )
+        if len(pieces) == len(
+            parameter.pair.sources
+        ):  # each source lies in one block: read that alone
             for piece in pieces:
                 shape = list(parameter.shape)
                 shape[piece.dim] = piece.stop - piece.start
@@ -108,7 +130,9 @@ class MegatronCheckpoint:
                 offsets[piece.dim] = piece.offset
                 yield piece.source, self.read(parameter, offsets, shape, dtypes[piece.source])
             return
-        fused = self.read(parameter, [0] * len(parameter.shape), parameter.shape, self.dtype(parameter))
+        fused = self.read(
+            parameter, [0] * len(parameter.shape), parameter.shape, self.dtype(parameter)
+        )
         for src in in_hf_order([parameter.pair]):
             tensor = torch.empty(src.shape(sizes), dtype=torch_dtype(dtypes[src.name]))
             for piece in (piece for piece in pieces if piece.source == src.name):
@@ -118,7 +142,9 @@ class MegatronCheckpoint:
             yield src.name, tensor
 
     def read(self, parameter: Parameter, offsets: Any, shape: Any, dtype: str) -> torch.Tensor:
-        """A block of a parameter, from `offsets` on, cast to `dtype`; only the stored chunks it meets are read."""
+        """A block of a parameter, from `offsets` on, cast to `dtype`; only the stored chunks it
+        meets are read.
+        """
         import torch
 
         target = torch.empty(tuple(shape), dtype=torch_dtype(dtype))
@@ -152,9 +178,13 @@ class MegatronCheckpoint:
                 if not read_into(*span, item.storage_offsets, into.resolve_tensor(item)):
                     reader.read_data(LoadPlan([item]), into)
         except OSError as error:
-            raise CheckpointError(f"tensor {key} in {self.path} cannot be read ({error})") from error
+            raise CheckpointError(
+                f"tensor {key} in {self.path} cannot be read ({error})"
+            ) from error
         except _DAMAGED as error:
-            raise CheckpointError(f"tensor {key} in {self.path} cannot be read: its bytes are damaged") from error
+            raise CheckpointError(
+                f"tensor {key} in {self.path} cannot be read: its bytes are damaged"
+            ) from error
 
     def _chunks_at(self, place: Place) -> list:
         """The chunks of a tensor that hold a place's layer and expert: of many thousands a few."""
@@ -167,23 +197,33 @@ class MegatronCheckpoint:
         return self._chunks[place.key][place.index]
 
     def _places(self, parameter: Parameter) -> tuple[Place, ...]:
-        """Where it is stored, in the first of its forms that is there; if none is, where it should be."""
-        stored = (form for form in parameter.forms if any(place.key in self._stored for place in form))
+        """Where it is stored, in the first of its forms that is there; if none is, where it should
+        be.
+        """
+        stored = (
+            form for form in parameter.forms if any(place.key in self._stored for place in form)
+        )
         return next(stored, parameter.forms[0])
 
     def _is_stored(self, parameter: Parameter) -> bool:
         return any(place.key in self._stored for place in self._places(parameter))
 
     def _check(self) -> None:
-        places = {parameter: self._places(parameter) for parameter in (*self.parameters, *self.copies)}
+        places = {
+            parameter: self._places(parameter) for parameter in (*self.parameters, *self.copies)
+        }
         name = find_architecture(self.hf_config).name
         used = {place.key for form in places.values() for place in form}
         missing = sorted(used - self._stored.keys())
         if missing:
             raise CheckpointError(f"{self.path} lacks {_listed(missing)} that {name} needs")
-        extra = sorted(key for key in self._stored if key not in used and not key.startswith(OPTIMIZER))
+        extra = sorted(
+            key for key in self._stored if key not in used and not key.startswith(OPTIMIZER)
+        )
         if extra:
-            raise CheckpointError(f"{self.path} has {_listed(extra)} that {name} (see {self.hf}) does not know")
+            raise CheckpointError(
+                f"{self.path} has {_listed(extra)} that {name} (see {self.hf}) does not know"
+            )
         for parameter, form in places.items():
             for place in form:
                 self._check_shape(parameter, place)
@@ -208,22 +248,31 @@ class MegatronCheckpoint:
         stored = self._stored[key]
         dtype = dtype_name(stored.properties.dtype)
         if dtype not in BYTES:
-            raise CheckpointError(f"tensor {key} in {self.path} has dtype {dtype}; supported are {', '.join(BYTES)}")
+            raise CheckpointError(
+                f"tensor {key} in {self.path} has dtype {dtype}; supported are {', '.join(BYTES)}"
+            )
         if sum(prod(chunk.sizes) for chunk in stored.chunks) != prod(stored.size):
-            raise CheckpointError(f"tensor {key} in {self.path} has gaps: its chunks do not fill it")
+            raise CheckpointError(
+                f"tensor {key} in {self.path} has gaps: its chunks do not fill it"
+            )
         for chunk in stored.chunks:
             place = self._metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
             if place is None:
-                raise CheckpointError(f"{self.path / '.metadata'} does not say where a part of tensor {key} is")
+                raise CheckpointError(
+                    f"{self.path / '.metadata'} does not say where a part of tensor {key} is"
+                )
             file = self.path / place.relative_path
             if file.parent != self.path:
-                raise CheckpointError(f"{self.path / '.metadata'} names {file}, which is outside the checkpoint")
+                raise CheckpointError(
+                    f"{self.path / '.metadata'} names {file}, which is outside the checkpoint"
+                )
             size = file.stat().st_size if file.is_file() else -1
             if size < 0:
                 raise CheckpointError(f"{file} is missing, but holds a part of tensor {key}")
             if size < place.offset + place.length:
                 raise CheckpointError(
-                    f"{file} is cut short: tensor {key} ends at byte {place.offset + place.length}, the file has {size}"
+                    f"{file} is cut short: tensor {key} ends at byte "
+                    f"{place.offset + place.length}, the file has {size}"
                 )
 
 
@@ -237,7 +286,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); the checkpoint is not complete") from error
+        raise CheckpointError(
+            f"{file} cannot be read ({error}); the checkpoint is not complete"
+        ) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} does not hold a JSON object; the checkpoint is damaged")
     return value
@@ -245,13 +296,19 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _check_kind(path: Path) -> None:
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory; give a checkpoint of Megatron-Core in the torch_dist format")
+        raise CheckpointError(
+            f"{path} is not a directory; give a checkpoint of Megatron-Core in the torch_dist "
+            "format"
+        )
     if is_partial(path):
         raise CheckpointError(f"{path} is the rest of a write that was interrupted; remove it")
     if not is_megatron(path):
         tip = ""
         if (path / "latest_checkpointed_iteration.txt").is_file():
-            raise CheckpointError(f"{path} holds checkpoints of several iterations; give one of its iter_* directories")
+            raise CheckpointError(
+                f"{path} holds checkpoints of several iterations; give one of its iter_* "
+                "directories"
+            )
         if any(path.rglob("*.pt")) or any(path.rglob("*.bin")) or any(path.rglob("*.pth")):
             tip = "; pickled checkpoints (.pt, .pth, .bin) are not read, save it again with --ckpt-format torch_dist"
         raise CheckpointError(f"{path} has no metadata.json of a torch_dist checkpoint{tip}")
@@ -259,7 +316,9 @@ def _check_kind(path: Path) -> None:
         raise CheckpointError(f"{path / 'common.pt'} is missing; the checkpoint is not complete")
     backend = read_json(path / "metadata.json").get("sharded_backend")
     if backend != BACKEND["sharded_backend"]:
-        raise CheckpointError(f"{path / 'metadata.json'}: sharded_backend={backend!r}; only 'torch_dist' is supported")
+        raise CheckpointError(
+            f"{path / 'metadata.json'}: sharded_backend={backend!r}; only 'torch_dist' is supported"
+        )
 
 
 def _companion_directory(path: Path) -> Path:
@@ -268,15 +327,21 @@ def _companion_directory(path: Path) -> Path:
         return path / COMPANIONS
     config = path.absolute().parent.parent / "config.yaml"
     if not (path / "trainer.json").is_file() or not config.is_file():
-        raise CheckpointError(f"{path} has no {COMPANIONS}/config.json and is in no run; name the model with --hf")
+        raise CheckpointError(
+            f"{path} has no {COMPANIONS}/config.json and is in no run; name the model with --hf"
+        )
     import yaml
 
     try:
         model = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["path"]
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{config} has no model.path ({error}); name the model with --hf") from error
+        raise CheckpointError(
+            f"{config} has no model.path ({error}); name the model with --hf"
+        ) from error
     if not Path(model).is_dir():
-        raise CheckpointError(f"{config}: model.path={model} is not a directory here; name the model with --hf")
+        raise CheckpointError(
+            f"{config}: model.path={model} is not a directory here; name the model with --hf"
+        )
     return Path(model)
 
 

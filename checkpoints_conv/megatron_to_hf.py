@@ -1,4 +1,6 @@
-"""A torch_dist checkpoint becomes a complete Hugging Face directory, tensor by tensor, without a model."""
+"""A torch_dist checkpoint becomes a complete Hugging Face directory, tensor by tensor, without a
+model.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,14 @@ def megatron_to_hf(
     progress: Progress = silent,
     ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
 ) -> None:
-    """Write the model in the torch_dist directory `megatron` (optimizer state is not read) to `out`.
+    """Write the model in the torch_dist directory `megatron` (optimizer state is not read) to
+    `out`.
 
-    hf: where config.json, tokenizer and the like come from; see `MegatronCheckpoint`. dtype: float32, bfloat16 or
-    float16; None keeps each tensor's stored one. Collective over `ranks`, which share the work; one parameter is
-    held at a time. Raises CheckpointError or ModelError for a checkpoint that is damaged or of another model, for an
-    `out` that is taken or has no room, and for a dtype that would round unless `allow_downcast`. `out` is complete
-    or not there.
+    hf: where config.json, tokenizer and the like come from; see `MegatronCheckpoint`. dtype:
+    float32, bfloat16 or float16; None keeps each tensor's stored one. Collective over `ranks`,
+    which share the work; one parameter is held at a time. Raises CheckpointError or ModelError for
+    a checkpoint that is damaged or of another model, for an `out` that is taken or has no room, and
+    for a dtype that would round unless `allow_downcast`. `out` is complete or not there.
     """
     out = Path(out)
     checkpoint = ranks.together(lambda: MegatronCheckpoint(megatron, hf))
@@ -56,8 +59,12 @@ def megatron_to_hf(
         ranks.first(files.create)
 
         def write() -> None:
-            with progress(sum(plan[src.name].nbytes for p in mine for src in p.pair.sources)) as advance:
-                tensors = (pair for parameter in mine for pair in checkpoint.hf_tensors(parameter, dtypes))
+            with progress(
+                sum(plan[src.name].nbytes for p in mine for src in p.pair.sources)
+            ) as advance:
+                tensors = (
+                    pair for parameter in mine for pair in checkpoint.hf_tensors(parameter, dtypes)
+                )
                 for name, tensor in read_ahead(tensors):
                     files.write(name, tensor)
                     advance(plan[name].nbytes)

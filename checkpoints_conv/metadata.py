@@ -1,4 +1,6 @@
-"""torch_dist's `.metadata`, a pickle, read by an unpickler that knows the names of its data classes and no others."""
+"""torch_dist's `.metadata`, a pickle, read by an unpickler that knows the names of its data classes
+and no others.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ if TYPE_CHECKING:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Reads torch_dist's `.metadata` and nothing else: only the plain data classes in it may be named."""
+    """Reads torch_dist's `.metadata` and nothing else: only the plain data classes in it may be
+    named.
+    """
 
     ALLOWED = {
         "torch": {"Size", "bfloat16", "float32", "float16", "float64", "int32", "int64", "uint8"},
@@ -28,36 +32,56 @@ class _MetadataUnpickler(pickle.Unpickler):
             "TensorStorageMetadata",
             "_MEM_FORMAT_ENCODING",
         },
-        "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+        "torch.distributed.checkpoint.planner": {
+            "SavePlan",
+            "TensorWriteData",
+            "WriteItem",
+            "WriteItemType",
+        },
         "torch.serialization": {"_get_layout"},
         "pathlib": {"PosixPath"},
     }
 
     def find_class(self, module: str, name: str):
-        # Exact names: pickle walks dotted ones, and a whole module would open everything that it imports.
+        # Exact names: pickle walks dotted ones, and a whole module would open everything that it
+        # imports.
         if name in self.ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What `path` holds; CheckpointError unless it unpickles to it with torch_dist's own data classes alone."""
+    """What `path` holds; CheckpointError unless it unpickles to it with torch_dist's own data
+    classes alone.
+    """
     from torch.distributed.checkpoint.metadata import Metadata
 
     try:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError, LookupError) as error:
-        raise CheckpointError(f"{path} is not torch_dist metadata ({error}); delete the checkpoint") from error
+    except (
+        OSError,
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        ValueError,
+        TypeError,
+        LookupError,
+    ) as error:
+        raise CheckpointError(
+            f"{path} is not torch_dist metadata ({error}); delete the checkpoint"
+        ) from error
     if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{path} is not torch_dist metadata (it is a pickled {type(metadata).__name__})")
+        raise CheckpointError(
+            f"{path} is not torch_dist metadata (it is a pickled {type(metadata).__name__})"
+        )
     return metadata
 
 
 def check_metadata(path: Path) -> None:
     """Raise CheckpointError unless `read_metadata` can read `path`.
 
-    Megatron reads this file with pickle; after this check those bytes can run nothing. (`common.pt` it reads
-    with torch.load, whose default since torch 2.6 is weights_only.)
+    Megatron reads this file with pickle; after this check those bytes can run nothing. (`common.pt`
+    it reads with torch.load, whose default since torch 2.6 is weights_only.)
     """
     read_metadata(path)

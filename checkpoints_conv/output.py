@@ -1,4 +1,6 @@
-"""Directories that are complete or not there: written beside their place, synced to the disk, and renamed."""
+"""Directories that are complete or not there: written beside their place, synced to the disk, and
+renamed.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ SUFFIX = ".partial"
 
 
 def is_partial(path: Path) -> bool:
-    """Whether this is the name of a directory that is still being written, or that a killed writer left."""
+    """Whether this is the name of a directory that is still being written, or that a killed writer
+    left.
+    """
     return path.absolute().name.endswith(SUFFIX)
 
 
@@ -28,30 +32,46 @@ def partial_path(path: Path) -> Path:
 
 
 def check_free(path: Path, nbytes: int) -> None:
-    """Raise ModelError unless `path` is free (or an empty directory) and its disk has room for `nbytes`."""
+    """Raise ModelError unless `path` is free (or an empty directory) and its disk has room for
+    `nbytes`.
+    """
     if is_partial(path):
-        raise ModelError(f"--out {path} ends in {SUFFIX}, as what an interrupted write leaves; choose another name")
+        raise ModelError(
+            f"--out {path} ends in {SUFFIX}, as what an interrupted write leaves; choose another "
+            "name"
+        )
     try:
         if path.is_symlink() or path.resolve() == Path.cwd():  # neither can be renamed to
-            raise ModelError(f"--out {path} is a link or the current directory; name a new directory")
+            raise ModelError(
+                f"--out {path} is a link or the current directory; name a new directory"
+            )
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise ModelError(f"--out {path} exists and is not an empty directory; choose another path or remove it")
+            raise ModelError(
+                f"--out {path} exists and is not an empty directory; choose another path or remove "
+                "it"
+            )
         parent = path.absolute().parent
         while not parent.exists():
             parent = parent.parent
         free = shutil.disk_usage(parent).free
     except (OSError, RuntimeError) as error:  # RuntimeError: links that go round
-        raise ModelError(f"--out {path} cannot be written ({error}); choose another path") from error
+        raise ModelError(
+            f"--out {path} cannot be written ({error}); choose another path"
+        ) from error
     if free < nbytes:
-        raise ModelError(f"no space left for --out {path}: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB free")
+        raise ModelError(
+            f"no space left for --out {path}: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} "
+            "GB free"
+        )
 
 
 @contextmanager
 def written_beside(path: Path, ranks: Ranks) -> Iterator[Path]:
-    """A new directory for all ranks, which becomes `path` if the body ends without an error, and is removed if not.
+    """A new directory for all ranks, which becomes `path` if the body ends without an error, and is
+    removed if not.
 
-    Collective. An OSError of the body or of the renaming is raised as a ModelError naming `path`; so is another
-    process that is writing there.
+    Collective. An OSError of the body or of the renaming is raised as a ModelError naming `path`;
+    so is another process that is writing there.
     """
     partial = partial_path(path)
     lock = made = None
@@ -66,7 +86,9 @@ def written_beside(path: Path, ranks: Ranks) -> Iterator[Path]:
 
     def publish() -> None:
         if not partial.exists() or not os.path.samestat(made, partial.stat()):
-            raise ModelError(f"--out {path} is being written by another process, too; nothing was kept")
+            raise ModelError(
+                f"--out {path} is being written by another process, too; nothing was kept"
+            )
         _sync(partial)
         if path.exists():
             path.rmdir()
@@ -96,8 +118,9 @@ def _lock_path(path: Path) -> Path:
 def _locked(path: Path) -> IO[str]:
     """The file beside `path` that its writer holds locked until it ends, however it ends (flock).
 
-    Raises ModelError if another process holds it: two writers would remove, mix and publish each other's files. Some
-    cluster file systems have no locks; there a second writer is noticed when the first wants to publish.
+    Raises ModelError if another process holds it: two writers would remove, mix and publish each
+    other's files. Some cluster file systems have no locks; there a second writer is noticed when
+    the first wants to publish.
     """
     while True:
         file = _lock_path(path).open("w")
@@ -107,7 +130,9 @@ def _locked(path: Path) -> IO[str]:
                 return file
         except BlockingIOError as error:
             file.close()
-            raise ModelError(f"--out {path} is being written by another process; choose another path") from error
+            raise ModelError(
+                f"--out {path} is being written by another process; choose another path"
+            ) from error
         except FileNotFoundError:
             pass  # its last holder removed it after it was opened here
         except OSError as error:
@@ -120,7 +145,10 @@ def _locked(path: Path) -> IO[str]:
 
 def _explained(error: OSError, path: Path) -> ModelError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return ModelError(f"no space left for {path} ({error}); nothing was kept; free some or choose another disk")
+        return ModelError(
+            f"no space left for {path} ({error}); nothing was kept; free some or choose another "
+            "disk"
+        )
     return ModelError(f"{path} could not be written ({error}); nothing was kept")
 
 

@@ -33,7 +33,9 @@ def token_bar(total_tokens: int) -> Iterator[Advance]:
     """Tokens done and time left, on stderr."""
     from rich.progress import TextColumn
 
-    with _shown(total_tokens, TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens")) as advance:
+    with _shown(
+        total_tokens, TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens")
+    ) as advance:
         yield advance
 
 

@@ -1,4 +1,6 @@
-"""A Hugging Face directory becomes an FP8 directory for SGLang, tensor by tensor, with the arithmetic of ModelOpt."""
+"""A Hugging Face directory becomes an FP8 directory for SGLang, tensor by tensor, with the
+arithmetic of ModelOpt.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ BLOCKS = {-1: BLOCK, -2: BLOCK}
 
 @dataclass(frozen=True)
 class Quantized:
-    """nbytes: of all tensors. tensor_parallel: the sizes at which ranks of a server hold whole blocks; None without."""
+    """nbytes: of all tensors. tensor_parallel: the sizes at which ranks of a server hold whole
+    blocks; None without.
+    """
 
     nbytes: int
     tensor_parallel: list[int] | None
@@ -54,11 +58,11 @@ def quantize(
 ) -> Quantized:
     """Write the model of directory `hf` to `out` as `fp8` or `fp8-block` (see `quantized`).
 
-    input_maxima: for fp8: measures, once all else is checked, the largest absolute value of the input that each
-    quantized weight (by its name) is multiplied with. Tensors that stay as they are keep their bits. Six times the
-    largest matrix in float32 is held. Raises ConfigError without ModelOpt; ModelError for a damaged or unsupported
-    model, blocks that do not fit, an `out` that is taken or has no room, and values that are not finite. `out` is
-    complete or not there.
+    input_maxima: for fp8: measures, once all else is checked, the largest absolute value of the
+    input that each quantized weight (by its name) is multiplied with. Tensors that stay as they are
+    keep their bits. Six times the largest matrix in float32 is held. Raises ConfigError without
+    ModelOpt; ModelError for a damaged or unsupported model, blocks that do not fit, an `out` that
+    is taken or has no room, and values that are not finite. `out` is complete or not there.
     """
     check_modelopt()
     hf, out = Path(hf), Path(out)
@@ -66,7 +70,9 @@ def quantize(
     hf_config = read_hf_config(hf)
     if form == "fp8-block":
         check_blocks(hf_config)
-    plan = quantized_plan(hf_config, {name: SAFETENSORS[info.dtype] for name, info in found.items()}, form)
+    plan = quantized_plan(
+        hf_config, {name: SAFETENSORS[info.dtype] for name, info in found.items()}, form
+    )
     nbytes = sum(planned.nbytes for planned in plan.values())
     check_free(out, nbytes)
     maxima = {} if input_maxima is None else input_maxima()
@@ -88,11 +94,15 @@ def quantize(
 def check_modelopt() -> None:
     """Raise ConfigError if the extra `quantize` is not installed."""
     if importlib.util.find_spec("modelopt") is None:
-        raise ConfigError("quantizing needs nvidia-modelopt; run `pip install megatron_policysplit[quantize]`")
+        raise ConfigError(
+            "quantizing needs nvidia-modelopt; run `pip install megatron_policysplit[quantize]`"
+        )
 
 
 def import_modelopt() -> None:
-    """Import it without its warnings: of a newer transformers than it names, and of what a CPU does not have."""
+    """Import it without its warnings: of a newer transformers than it names, and of what a CPU does
+    not have.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         import modelopt.torch.export.convert_hf_config
@@ -117,7 +127,10 @@ def _write_tensors(
         weights = {name: reader.get(name).float() for name in group}
         for name, weight in weights.items():
             if not weight.isfinite().all():
-                raise ModelError(f"tensor {name} in {reader.path} has values that are not finite; nothing is kept")
+                raise ModelError(
+                    f"tensor {name} in {reader.path} has values that are not finite; nothing is "
+                    "kept"
+                )
         if form == "fp8-block":
             quantized = {name: quantize_blocks(weight) for name, weight in weights.items()}
         else:
@@ -130,23 +143,33 @@ def _write_tensors(
             else:
                 write(f"{module}.weight_scale", scale)
                 write(f"{module}.input_scale", _positive(torch.tensor(maxima[name]) / LARGEST))
-    for name in [name for name, planned in files.plan.items() if name in reader.tensors and planned.dtype != FP8]:
+    for name in [
+        name
+        for name, planned in files.plan.items()
+        if name in reader.tensors and planned.dtype != FP8
+    ]:
         write(name, reader.get(name))
 
 
-def quantize_together(weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Each float32 weight in FP8, and the scale that all share: largest absolute value / 448, a scalar.
+def quantize_together(
+    weights: Mapping[str, torch.Tensor],
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Each float32 weight in FP8, and the scale that all share: largest absolute value / 448, a
+    scalar.
 
-    SGLang gives matrices that it fuses the largest of their scales and rounds again where theirs was another; with
-    one scale from the start it serves what is written here.
+    SGLang gives matrices that it fuses the largest of their scales and rounds again where theirs
+    was another; with one scale from the start it serves what is written here.
     """
     import torch
     from modelopt.torch.quantization.qtensor import FP8QTensor
     from modelopt.torch.quantization.utils import reduce_amax
 
-    scale = _positive(torch.stack([reduce_amax(weight) for weight in weights.values()]).max() / LARGEST)
+    scale = _positive(
+        torch.stack([reduce_amax(weight) for weight in weights.values()]).max() / LARGEST
+    )
     return {
-        name: (FP8QTensor.quantize(weight, scales=scale)[0]._quantized_data, scale) for name, weight in weights.items()
+        name: (FP8QTensor.quantize(weight, scales=scale)[0]._quantized_data, scale)
+        for name, weight in weights.items()
     }
 
 
@@ -165,7 +188,9 @@ def _positive(scales: torch.Tensor) -> torch.Tensor:
 
 
 def _write_configs(directory: Path, hf_config: Mapping[str, Any], form: str) -> None:
-    """config.json with what SGLang reads, and hf_quant_config.json, which older readers of ModelOpt's exports want."""
+    """config.json with what SGLang reads, and hf_quant_config.json, which older readers of
+    ModelOpt's exports want.
+    """
     from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 
     kept = unquantized_modules(hf_config)
@@ -179,8 +204,15 @@ def _write_configs(directory: Path, hf_config: Mapping[str, Any], form: str) -> 
         }
     else:
         modelopt = {
-            "producer": {"name": "modelopt", "version": importlib.metadata.version("nvidia-modelopt")},
-            "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None, "exclude_modules": kept},
+            "producer": {
+                "name": "modelopt",
+                "version": importlib.metadata.version("nvidia-modelopt"),
+            },
+            "quantization": {
+                "quant_algo": "FP8",
+                "kv_cache_quant_algo": None,
+                "exclude_modules": kept,
+            },
         }
         write_json(directory / "hf_quant_config.json", modelopt)
         described = convert_hf_quant_config_format(modelopt)

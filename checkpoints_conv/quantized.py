@@ -1,9 +1,11 @@
-"""FP8 directories for serving: which tensors they hold and how config.json says so, as SGLang reads both.
+"""FP8 directories for serving: which tensors they hold and how config.json says so, as SGLang reads
+both.
 
-`fp8`: one scale for all that serving fuses into a matrix (query, key and value; gate and up projection) and a fixed
-scale for its input; the layout of ModelOpt's own exports. `fp8-block`: a scale for each block of 128 x 128 weights,
-activations scaled as they come; the layout of DeepSeek's and Qwen's FP8 models. Embedding, head, norms, biases and
-the routers of experts stay as they are in both.
+`fp8`: one scale for all that serving fuses into a matrix (query, key and value; gate and up
+projection) and a fixed scale for its input; the layout of ModelOpt's own exports. `fp8-block`: a
+scale for each block of 128 x 128 weights, activations scaled as they come; the layout of DeepSeek's
+and Qwen's FP8 models. Embedding, head, norms, biases and the routers of experts stay as they are in
+both.
 """
 
 from __future__ import annotations
@@ -16,7 +18,14 @@ from checkpoints_conv.architectures import find_architecture
 from checkpoints_conv.dtypes import FP8, SAFETENSORS
 from checkpoints_conv.errors import ModelError
 from checkpoints_conv.mapping import gate_up, qkv, row_parallel
-from checkpoints_conv.reader import DTYPES, TensorInfo, check_shape, listed, read_headers, read_hf_config
+from checkpoints_conv.reader import (
+    DTYPES,
+    TensorInfo,
+    check_shape,
+    listed,
+    read_headers,
+    read_hf_config,
+)
 from checkpoints_conv.writer import Planned
 
 FORMATS = {
@@ -45,7 +54,9 @@ def scale_shapes(weight: str, shape: tuple[int, ...], form: str) -> dict[str, tu
     return {f"{module}.weight_scale_inv": tuple(-(-size // BLOCK) for size in shape)}
 
 
-def quantized_plan(hf_config: Mapping[str, Any], dtypes: Mapping[str, str], form: str) -> dict[str, Planned]:
+def quantized_plan(
+    hf_config: Mapping[str, Any], dtypes: Mapping[str, str], form: str
+) -> dict[str, Planned]:
     """Every tensor of a quantized model. dtypes: of the tensors that stay as they are."""
     quantized = {name for group in weight_groups(hf_config) for name in group}
     plan: dict[str, Planned] = {}
@@ -54,7 +65,12 @@ def quantized_plan(hf_config: Mapping[str, Any], dtypes: Mapping[str, str], form
             plan[name] = Planned(shape, dtypes[name])
             continue
         plan[name] = Planned(shape, FP8)
-        plan.update({scale: Planned(size, "float32") for scale, size in scale_shapes(name, shape, form).items()})
+        plan.update(
+            {
+                scale: Planned(size, "float32")
+                for scale, size in scale_shapes(name, shape, form).items()
+            }
+        )
     return plan
 
 
@@ -66,11 +82,14 @@ def unquantized_modules(hf_config: Mapping[str, Any]) -> list[str]:
 
 
 def check_blocks(hf_config: Mapping[str, Any]) -> None:
-    """Raise ModelError unless whole blocks make up every matrix, without which SGLang does not serve it."""
+    """Raise ModelError unless whole blocks make up every matrix, without which SGLang does not
+    serve it.
+    """
     for key, size in _block_dimensions(hf_config).items():
         if size % BLOCK:
             raise ModelError(
-                f"--format fp8-block cuts matrices into blocks of {BLOCK} x {BLOCK}, but {key}={size} of the model is "
+                f"--format fp8-block cuts matrices into blocks of {BLOCK} x {BLOCK}, but "
+                f"{key}={size} of the model is "
                 f"no multiple of {BLOCK}; use --format fp8"
             )
 
@@ -81,7 +100,11 @@ def block_tensor_parallel(hf_config: Mapping[str, Any]) -> list[int]:
     inner = sizes.expert_ffn or sizes.ffn
 
     def fits(tensor: int) -> bool:
-        if sizes.heads % tensor or inner % tensor or max(tensor, sizes.kv_heads) % min(tensor, sizes.kv_heads):
+        if (
+            sizes.heads % tensor
+            or inner % tensor
+            or max(tensor, sizes.kv_heads) % min(tensor, sizes.kv_heads)
+        ):
             return False
         kv_heads = max(1, sizes.kv_heads // tensor)  # more ranks than heads have copies
         rows = (sizes.heads // tensor * sizes.head_dim, kv_heads * sizes.head_dim, inner // tensor)
@@ -96,21 +119,26 @@ def read_format(hf_config: Mapping[str, Any]) -> str:
     if isinstance(found, Mapping):
         if found.get("quant_method") == "modelopt" and found.get("quant_algo") == "FP8":
             return "fp8"
-        blocks = found.get("weight_block_size") == [BLOCK, BLOCK] and found.get("activation_scheme") == "dynamic"
+        blocks = (
+            found.get("weight_block_size") == [BLOCK, BLOCK]
+            and found.get("activation_scheme") == "dynamic"
+        )
         if found.get("quant_method") == "fp8" and blocks:
             return "fp8-block"
     method = found.get("quant_method") if isinstance(found, Mapping) else found
     raise ModelError(
-        f"config.json: {KEY} with quant_method={method!r} is not one of the formats that are known: "
+        f"config.json: {KEY} with quant_method={method!r} is not one of the formats that are "
+        "known: "
         f"{', '.join(FORMATS)} of `policysplit convert quantize`"
     )
 
 
 def check_quantized(path: str | Path) -> dict[str, Planned]:
-    """Check that a quantized directory holds exactly the tensors of its format; return what it holds.
+    """Check that a quantized directory holds exactly the tensors of its format; return what it
+    holds.
 
-    Reads headers only. Raises ModelError for a format that is not known and for a tensor that is missing, has another
-    shape or type, or that the model does not have.
+    Reads headers only. Raises ModelError for a format that is not known and for a tensor that is
+    missing, has another shape or type, or that the model does not have.
     """
     hf_config = read_hf_config(path)
     form = read_format(hf_config)
@@ -126,7 +154,9 @@ def check_quantized(path: str | Path) -> dict[str, Planned]:
         _check(name, found[name], planned)
     extra = [name for name in found if name not in plan]
     if extra:
-        raise ModelError(f"{path} has {listed(extra)} that {architecture.name} in {form} does not know")
+        raise ModelError(
+            f"{path} has {listed(extra)} that {architecture.name} in {form} does not know"
+        )
     return {name: Planned(found[name].shape, SAFETENSORS[found[name].dtype]) for name in plan}
 
 
@@ -134,13 +164,20 @@ def _check(name: str, info: TensorInfo, planned: Planned) -> None:
     check_shape(name, info.shape, planned.shape, info.file)
     allowed = ("F8_E4M3",) if planned.dtype == FP8 else DTYPES
     if info.dtype not in allowed:
-        raise ModelError(f"tensor {name} in {info.file} has dtype {info.dtype}; it must be {' or '.join(allowed)}")
+        raise ModelError(
+            f"tensor {name} in {info.file} has dtype {info.dtype}; it must be "
+            f"{' or '.join(allowed)}"
+        )
 
 
 def _block_dimensions(hf_config: Mapping[str, Any]) -> dict[str, int]:
     architecture = find_architecture(hf_config)
     sizes = architecture.sizes(hf_config)
-    inner = {"moe_intermediate_size": sizes.expert_ffn} if architecture.moe else {"intermediate_size": sizes.ffn}
+    inner = (
+        {"moe_intermediate_size": sizes.expert_ffn}
+        if architecture.moe
+        else {"intermediate_size": sizes.ffn}
+    )
     return {
         "hidden_size": sizes.hidden,
         "num_attention_heads x head_dim": sizes.heads * sizes.head_dim,

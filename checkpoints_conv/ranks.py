@@ -32,11 +32,15 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def first(self, work: Callable[[], Any]) -> None:
-        """Rank 0 works while the others wait; if it raises, all raise its error (one all-gather of an object)."""
+        """Rank 0 works while the others wait; if it raises, all raise its error (one all-gather of
+        an object).
+        """
         self.together(work if self.rank == 0 else lambda: None)
 
     def share(self, items: Sequence[Item], size_of: Callable[[Item], int]) -> list[Item]:
-        """This rank's part of `items`: consecutive ones, of about a `size`-th of all that `size_of` adds up to."""
+        """This rank's part of `items`: consecutive ones, of about a `size`-th of all that `size_of`
+        adds up to.
+        """
         total, before, mine = sum(size_of(item) for item in items), 0, []
         for item in items:
             if before * self.size // max(total, 1) == self.rank:
@@ -56,14 +60,17 @@ class Ranks:
 
 
 def started_ranks() -> Ranks:
-    """The ranks that torchrun started, joined in a gloo group (RANK, WORLD_SIZE, MASTER_*); alone without it."""
+    """The ranks that torchrun started, joined in a gloo group (RANK, WORLD_SIZE, MASTER_*); alone
+    without it.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return Ranks()
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        # Rank 0 has the whole model on the disk while the others wait, which takes longer than the usual 30 minutes on
-        # slow ones. A rank that dies is noticed at once all the same: its connections end.
+        # Rank 0 has the whole model on the disk while the others wait, which takes longer than the
+        # usual 30 minutes on slow ones. A rank that dies is noticed at once all the same: its
+        # connections end.
         dist.init_process_group("gloo", timeout=timedelta(days=1))
     return Ranks(dist.get_rank(), size)

@@ -54,7 +54,8 @@ class TensorInfo:
 
 
 def read_hf_config(path: str | Path) -> dict[str, Any]:
-    """config.json of a model directory; ModelError if either is missing or the file is not a JSON object.
+    """config.json of a model directory; ModelError if either is missing or the file is not a JSON
+    object.
 
     A directory that a killed writer left (`*.partial`) is refused, whatever is in it.
     """
@@ -63,12 +64,16 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
         raise ModelError(f"{path} is the rest of a write that was interrupted; remove it")
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
-        raise ModelError(f"model directory {path} {what}; give a directory with config.json and safetensors")
+        raise ModelError(
+            f"model directory {path} {what}; give a directory with config.json and safetensors"
+        )
     return _json_object(path / "config.json", "a Hugging Face model directory needs it")
 
 
 def model_keys(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of config.json in which two copies of one model must agree; None for one that is not there."""
+    """The entries of config.json in which two copies of one model must agree; None for one that is
+    not there.
+    """
     experts = hf_config.get("num_experts", hf_config.get("num_local_experts"))
     return {**{key: hf_config.get(key) for key in MODEL_KEYS}, "num_experts": experts}
 
@@ -76,33 +81,41 @@ def model_keys(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 def read_headers(path: str | Path) -> dict[str, TensorInfo]:
     """Every tensor of a model directory, from the files' headers alone (no tensor is read).
 
-    Raises ModelError naming the file: missing, header unreadable or not of this file, cut short (bytes expected and
-    found), or at odds with the index.
+    Raises ModelError naming the file: missing, header unreadable or not of this file, cut short
+    (bytes expected and found), or at odds with the index.
     """
     path = Path(path)
     tensors: dict[str, TensorInfo] = {}
     for file in _files(path):
         for name, info in _read_header(file).items():
             if name in tensors:
-                raise ModelError(f"tensor {name} is in {tensors[name].file} and in {file}; download the model again")
+                raise ModelError(
+                    f"tensor {name} is in {tensors[name].file} and in {file}; download the model "
+                    "again"
+                )
             tensors[name] = info
     if not (path / SINGLE).exists():
         weight_map = _weight_map(path)
         for name, file in weight_map.items():
             if name not in tensors or tensors[name].file.name != file:
-                raise ModelError(f"{path / INDEX} places tensor {name} in {file}, which does not have it")
+                raise ModelError(
+                    f"{path / INDEX} places tensor {name} in {file}, which does not have it"
+                )
         unnamed = [name for name in tensors if name not in weight_map]
         if unnamed:
-            raise ModelError(f"{path / INDEX} does not name {listed(unnamed)}; download the model again")
+            raise ModelError(
+                f"{path / INDEX} does not name {listed(unnamed)}; download the model again"
+            )
     return tensors
 
 
 def check_safetensors(path: str | Path) -> dict[str, TensorInfo]:
     """Check that the files hold exactly what the architecture needs; return what they hold.
 
-    Reads headers only, but of a tied model that has a head all the same both that and the embedding. Raises
-    ModelError as `read_headers` does, and for a tensor that is missing, has another shape or a dtype that is not a
-    float of 16 or 32 bits, for tensors the architecture lacks, and for a tied head with values of its own.
+    Reads headers only, but of a tied model that has a head all the same both that and the
+    embedding. Raises ModelError as `read_headers` does, and for a tensor that is missing, has
+    another shape or a dtype that is not a float of 16 or 32 bits, for tensors the architecture
+    lacks, and for a tied head with values of its own.
     """
     hf_config = read_hf_config(path)
     architecture = find_architecture(hf_config)
@@ -119,14 +132,17 @@ def check_safetensors(path: str | Path) -> dict[str, TensorInfo]:
     head, embedding = HEAD.sources[0].name, EMBEDDING.sources[0].name
     if head in found and head not in wanted and not _same_bytes(found[head], found[embedding]):
         raise ModelError(
-            f"{path} has a {head} that differs from {embedding}, although config.json has tie_word_embeddings=true; "
+            f"{path} has a {head} that differs from {embedding}, although config.json has "
+            "tie_word_embeddings=true; "
             "transformers does not tie them then: set it to false"
         )
     return found
 
 
 class SafetensorsReader:
-    """Reads tensors, or parts of them, of a model directory; a context manager that closes its files."""
+    """Reads tensors, or parts of them, of a model directory; a context manager that closes its
+    files.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -175,13 +191,19 @@ class SafetensorsReader:
 def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], where: Any) -> None:
     """Raise ModelError naming tensor, shapes and file if the shapes differ."""
     if tuple(found) != tuple(wanted):
-        raise ModelError(f"tensor {name} in {where} has shape {list(found)}, but config.json makes it {list(wanted)}")
+        raise ModelError(
+            f"tensor {name} in {where} has shape {list(found)}, but config.json makes it "
+            f"{list(wanted)}"
+        )
 
 
 def _check_tensor(name: str, info: TensorInfo, shape: tuple[int, ...]) -> None:
     check_shape(name, info.shape, shape, info.file)
     if info.dtype not in DTYPES:
-        raise ModelError(f"tensor {name} in {info.file} has dtype {info.dtype}; supported are {', '.join(DTYPES)}")
+        raise ModelError(
+            f"tensor {name} in {info.file} has dtype {info.dtype}; supported are "
+            f"{', '.join(DTYPES)}"
+        )
 
 
 def _harmless(name: str, hf_config: dict[str, Any]) -> bool:
@@ -200,7 +222,9 @@ def _files(path: Path) -> list[Path]:
     if (path / SINGLE).exists():
         return [path / SINGLE]
     if not (path / INDEX).exists():
-        raise ModelError(f"{path} has neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read")
+        raise ModelError(
+            f"{path} has neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read"
+        )
     files = sorted({path / file for file in _weight_map(path).values()})
     for file in files:
         if file.parent != path:
@@ -211,12 +235,16 @@ def _files(path: Path) -> list[Path]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    weight_map = _json_object(path / INDEX, "it says which file holds which tensor").get("weight_map")
+    weight_map = _json_object(path / INDEX, "it says which file holds which tensor").get(
+        "weight_map"
+    )
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{path / INDEX} has no `weight_map`; download the model again")
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise ModelError(f"{path / INDEX} places tensor {name} in {file!r}, which is no name of a file")
+            raise ModelError(
+                f"{path / INDEX} places tensor {name} in {file!r}, which is no name of a file"
+            )
     return weight_map
 
 
@@ -251,7 +279,9 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         tensors = {name: _tensor_info(file, entry, 8 + length) for name, entry in header.items()}
         data = max((info.stop for info in tensors.values()), default=8 + length)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(f"{file} is not a safetensors file: its header does not parse ({error})") from error
+        raise ModelError(
+            f"{file} is not a safetensors file: its header does not parse ({error})"
+        ) from error
     if size != data:
         raise ModelError(f"{file} is cut short or damaged: expected {data} bytes, found {size}")
     _check_bytes(file, tensors, 8 + length)
@@ -268,13 +298,18 @@ def _tensor_info(file: Path, entry: Mapping[str, Any], data: int) -> TensorInfo:
 
 
 def _check_bytes(file: Path, tensors: Mapping[str, TensorInfo], data: int) -> None:
-    """Raise ModelError naming a tensor that has other bytes than its shape and dtype want, or another's."""
+    """Raise ModelError naming a tensor that has other bytes than its shape and dtype want, or
+    another's.
+    """
     end = data
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         width = BYTES[SAFETENSORS[info.dtype]] if info.dtype in SAFETENSORS else None
-        if info.start != end or (width is not None and info.stop - info.start != prod(info.shape) * width):
+        if info.start != end or (
+            width is not None and info.stop - info.start != prod(info.shape) * width
+        ):
             raise ModelError(
-                f"{file} is damaged: its header gives tensor {name} ({info.dtype}, shape {list(info.shape)}) the bytes "
+                f"{file} is damaged: its header gives tensor {name} ({info.dtype}, shape "
+                f"{list(info.shape)}) the bytes "
                 f"{info.start} to {info.stop}"
             )
         end = info.stop

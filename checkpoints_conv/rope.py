@@ -51,7 +51,9 @@ def parse_rope(hf_config: Mapping[str, Any]) -> Rope:
     parameters = hf_config.get(key) or {}
     if not isinstance(parameters, Mapping):
         raise ModelError(f"config.json: {key}={parameters!r} is not a JSON object")
-    base = positive("rope_theta", parameters.get("rope_theta", hf_config.get("rope_theta", 10000.0)))
+    base = positive(
+        "rope_theta", parameters.get("rope_theta", hf_config.get("rope_theta", 10000.0))
+    )
     partial = parameters.get("partial_rotary_factor", hf_config.get("partial_rotary_factor"))
     if partial is not None and partial != 1.0:
         raise ModelError(f"config.json: partial_rotary_factor={partial}; only 1.0 is supported")
@@ -67,16 +69,24 @@ def parse_rope(hf_config: Mapping[str, Any]) -> Rope:
     if kind == "linear":
         return Rope(base, constant("factor"), None)
     if kind == "llama3":
-        original = parameters.get("original_max_position_embeddings") or hf_config.get("max_position_embeddings")
+        original = parameters.get("original_max_position_embeddings") or hf_config.get(
+            "max_position_embeddings"
+        )
         if original is None:
-            raise ModelError(f"config.json: {key} has no `original_max_position_embeddings`, which 'llama3' needs")
+            raise ModelError(
+                f"config.json: {key} has no `original_max_position_embeddings`, which 'llama3' "
+                "needs"
+            )
         scaling = Llama3Rope(
             factor=constant("factor"),
             low_freq_factor=constant("low_freq_factor"),
             high_freq_factor=constant("high_freq_factor"),
             original_max_position_embeddings=positive(
-                "original_max_position_embeddings", hf_config.get("original_max_position_embeddings", original)
+                "original_max_position_embeddings",
+                hf_config.get("original_max_position_embeddings", original),
             ),
         )
         return Rope(base, None, scaling)
-    raise ModelError(f"config.json: {key}.rope_type={kind!r} is not supported; use default, linear or llama3")
+    raise ModelError(
+        f"config.json: {key}.rope_type={kind!r} is not supported; use default, linear or llama3"
+    )

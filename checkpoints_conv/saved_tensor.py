@@ -1,6 +1,8 @@
-"""Reading a block of a tensor that torch.save wrote straight into its place, without another copy in memory.
+"""Reading a block of a tensor that torch.save wrote straight into its place, without another copy
+in memory.
 
-torch.load would make the whole tensor first, which for an embedding is the largest thing that a conversion holds.
+torch.load would make the whole tensor first, which for an embedding is the largest thing that a
+conversion holds.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-LOCAL_HEADER = 30  # bytes of a zip entry's header before its name, whose last four are the lengths of name and extra
+# Bytes of a zip entry's header before its name, whose last four are the lengths of name and extra.
+LOCAL_HEADER = 30
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,15 @@ class Block:
         return sum(offset * stride for offset, stride in zip(self.offsets, strides, strict=True))
 
 
-def read_into(path: Path, offset: int, length: int, offsets: Sequence[int], target: torch.Tensor) -> bool:
-    """Fill `target` with the block from `offsets` on of the tensor saved at bytes [offset, offset + length) of a file.
+def read_into(
+    path: Path, offset: int, length: int, offsets: Sequence[int], target: torch.Tensor
+) -> bool:
+    """Fill `target` with the block from `offsets` on of the tensor saved at bytes [offset, offset +
+    length) of a file.
 
-    Returns False, with nothing read, where the block is not one run of stored bytes of the target's type, or `target`
-    (of the tensor's rank) is not one run of memory. Raises what zipfile and torch.load raise for damaged bytes.
+    Returns False, with nothing read, where the block is not one run of stored bytes of the target's
+    type, or `target` (of the tensor's rank) is not one run of memory. Raises what zipfile and
+    torch.load raise for damaged bytes.
     """
     if not target.is_contiguous():
         return False
@@ -69,7 +76,9 @@ class _Slice(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence])
+        self._at = max(
+            0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        )
         return self._at
 
     def tell(self) -> int:
@@ -92,16 +101,26 @@ class _Saved:
 
 
 def _saved(stream) -> _Saved | None:
-    """Of a stream of torch.save; None if the tensor's storage is not just its elements in order, uncompressed."""
+    """Of a stream of torch.save; None if the tensor's storage is not just its elements in order,
+    uncompressed.
+    """
     with torch.serialization.skip_data():  # shapes and types, no values
         tensor = torch.load(stream, map_location="cpu", weights_only=True)
-    if not isinstance(tensor, torch.Tensor) or not tensor.is_contiguous() or tensor.storage_offset():
+    if (
+        not isinstance(tensor, torch.Tensor)
+        or not tensor.is_contiguous()
+        or tensor.storage_offset()
+    ):
         return None
     stream.seek(0)
     with zipfile.ZipFile(stream) as archive:  # for its table of contents; checksums may be left out
         entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
     data = [entry for name, entry in entries.items() if name.startswith("data/")]
-    if len(data) != 1 or data[0].compress_type != zipfile.ZIP_STORED or data[0].file_size != tensor.nbytes:
+    if (
+        len(data) != 1
+        or data[0].compress_type != zipfile.ZIP_STORED
+        or data[0].file_size != tensor.nbytes
+    ):
         return None
     if "byteorder" in entries:
         stream.seek(_start(stream, entries["byteorder"]))
@@ -114,7 +133,12 @@ def _start(stream, entry: zipfile.ZipInfo) -> int:
     """The first byte of an entry's content."""
     stream.seek(entry.header_offset + LOCAL_HEADER - 4)
     name, extra = stream.read(2), stream.read(2)
-    return entry.header_offset + LOCAL_HEADER + int.from_bytes(name, "little") + int.from_bytes(extra, "little")
+    return (
+        entry.header_offset
+        + LOCAL_HEADER
+        + int.from_bytes(name, "little")
+        + int.from_bytes(extra, "little")
+    )
 
 
 def _read(descriptor: int, offset: int, target: torch.Tensor) -> None:

@@ -1,4 +1,6 @@
-"""How torch_dist stores the parameters of the mapping tables: keys, shapes, and what a checkpoint must hold."""
+"""How torch_dist stores the parameters of the mapping tables: keys, shapes, and what a checkpoint
+must hold.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ LAYERS = "decoder.layers."
 class Place:
     """Rows [start, stop) of a parameter in the tensor `key` of a checkpoint.
 
-    index, axes: where on, and how long, the axes before the parameter's own are: (layer, expert), one of them, or none.
+    index, axes: where on, and how long, the axes before the parameter's own are: (layer, expert),
+    one of them, or none.
     """
 
     key: str
@@ -32,13 +35,16 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Parameter:
-    """A Megatron parameter of the whole model, unsharded: one layer's, and one expert's if it is one of experts.
+    """A Megatron parameter of the whole model, unsharded: one layer's, and one expert's if it is
+    one of experts.
 
-    pair: its row of the mapping table. shape: without padding of the vocabulary. forms: the ways in which Megatron-Core
-    stores it, the one in which it is written first:
-    all layers (and experts) stacked along first axes of one tensor; a tensor for each layer, its experts stacked
-    (`non_homogeneous_layers`); a tensor for each matrix, gate and up projection apart (`singleton_local_shards`).
-    copy: whether the same values are stored once more under another key, as layers of another kind look for them.
+    pair: its row of the mapping table. shape: without padding of the vocabulary. forms: the ways in
+    which Megatron-Core stores it, the one in which it is written first: all layers (and experts)
+    stacked along first axes of one tensor; a tensor for each layer, its experts stacked
+    (`non_homogeneous_layers`); a tensor for each matrix, gate and up projection apart
+    (`singleton_local_shards`).
+    copy: whether the same values are stored once more under another key, as layers of another kind
+    look for them.
     """
 
     pair: ParamMapping
@@ -62,14 +68,20 @@ class Parameter:
 
 
 def list_parameters(hf_config: Mapping[str, Any]) -> list[Parameter]:
-    """Every parameter of the model, in the order of Hugging Face's tensors; a tied head is left out."""
+    """Every parameter of the model, in the order of Hugging Face's tensors; a tied head is left
+    out.
+    """
     architecture = find_architecture(hf_config)
     sizes = architecture.sizes(hf_config)
     parameters = []
     for layer, part in architecture.pairs(hf_config):
         for pair in part:
             parameters.append(_parameter(pair, layer, sizes))
-            if pair.rule is replicated and layer is not None and pair.megatron == MOE_NORM.at(layer).megatron:
+            if (
+                pair.rule is replicated
+                and layer is not None
+                and pair.megatron == MOE_NORM.at(layer).megatron
+            ):
                 # Megatron-Core's own layers look for it where a dense model has it.
                 parameters.append(replace(_parameter(MLP_NORM.at(layer), layer, sizes), copy=True))
     return parameters
@@ -89,7 +101,9 @@ def extra_state_keys(hf_config: Mapping[str, Any]) -> list[str]:
     if architecture.moe:
         axes[f"{LAYERS}pre_mlp_layernorm"] = (sizes.layers,)
     experts, mlp = (
-        ((sizes.layers, sizes.experts), "mlp.experts.experts") if architecture.moe else ((sizes.layers,), "mlp")
+        ((sizes.layers, sizes.experts), "mlp.experts.experts")
+        if architecture.moe
+        else ((sizes.layers,), "mlp")
     )
     axes |= {f"{LAYERS}{mlp}.{linear}": experts for linear in ("linear_fc1", "linear_fc2")}
     axes["decoder.final_layernorm"] = (1,)
@@ -104,11 +118,16 @@ def _parameter(pair: ParamMapping, layer: int | None, sizes: Sizes) -> Parameter
     shape = pair.local_shape(sizes, 1)
     if layer is None:
         return Parameter(pair, shape, (_whole(pair.megatron[-1], shape),))
-    # Megatron-Core stores under Transformer Engine's names, whatever the layers are; experts under names of their own.
+    # Megatron-Core stores under Transformer Engine's names, whatever the layers are; experts under
+    # names of their own.
     stacked = single = pair.megatron[-1].removeprefix(f"{LAYERS}{layer}.")
     layers, experts = (layer, sizes.layers), ()
     if pair.expert is not None:
-        module, matrix = pair.megatron[0].removeprefix(f"{LAYERS}{layer}.").split(f"local_experts.{pair.expert}.")
+        module, matrix = (
+            pair.megatron[0]
+            .removeprefix(f"{LAYERS}{layer}.")
+            .split(f"local_experts.{pair.expert}.")
+        )
         stacked, single = f"{module}experts.{matrix}", f"{module}experts.{pair.expert}.{matrix}"
         experts = ((pair.expert, sizes.experts),)
     forms = [
@@ -117,7 +136,9 @@ def _parameter(pair: ParamMapping, layer: int | None, sizes: Sizes) -> Parameter
     ]
     if pair.rule is gate_up:
         key, half = f"{LAYERS}{layer}.{single}", shape[0] // 2
-        forms.append((Place(f"{key}_w", (), (), 0, half), Place(f"{key}_v", (), (), half, shape[0])))
+        forms.append(
+            (Place(f"{key}_w", (), (), 0, half), Place(f"{key}_v", (), (), half, shape[0]))
+        )
     elif experts:
         forms.append(_whole(f"{LAYERS}{layer}.{single}", shape))
     return Parameter(pair, shape, tuple(forms))
@@ -125,14 +146,20 @@ def _parameter(pair: ParamMapping, layer: int | None, sizes: Sizes) -> Parameter
 
 def _whole(key: str, shape: tuple[int, ...], *axes: tuple[int, int]) -> tuple[Place]:
     """All of a parameter; axes: (index, length) each."""
-    return (Place(key, tuple(index for index, _ in axes), tuple(length for _, length in axes), 0, shape[0]),)
+    return (
+        Place(
+            key, tuple(index for index, _ in axes), tuple(length for _, length in axes), 0, shape[0]
+        ),
+    )
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A block of a stored parameter that is written at once: `pieces` of Hugging Face tensors that make it up.
+    """A block of a stored parameter that is written at once: `pieces` of Hugging Face tensors that
+    make it up.
 
-    offset, rows: along the parameter's first axis; other axes are whole. dtype: float32, bfloat16 or float16.
+    offset, rows: along the parameter's first axis; other axes are whole. dtype: float32, bfloat16
+    or float16.
     """
 
     parameter: Parameter

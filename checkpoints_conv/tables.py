@@ -5,12 +5,22 @@
 
 from __future__ import annotations
 
-from checkpoints_conv.mapping import ParamMapping, gate_up, qkv, replicated, row_parallel, source, vocab_parallel
+from checkpoints_conv.mapping import (
+    ParamMapping,
+    gate_up,
+    qkv,
+    replicated,
+    row_parallel,
+    source,
+    vocab_parallel,
+)
 
 _D, _H = "decoder.layers.*.", "model.layers.*."
 
 EMBEDDING = ParamMapping(
-    vocab_parallel, ("embedding.word_embeddings.weight",), (source("model.embed_tokens.weight", "vocab", "hidden"),)
+    vocab_parallel,
+    ("embedding.word_embeddings.weight",),
+    (source("model.embed_tokens.weight", "vocab", "hidden"),),
 )
 ATTENTION = (
     ParamMapping(
@@ -39,10 +49,14 @@ QKV_BIAS = ParamMapping(
 )
 QK_NORM = (
     ParamMapping(
-        replicated, (_D + "self_attention.q_layernorm.weight",), (source(_H + "self_attn.q_norm.weight", "head"),)
+        replicated,
+        (_D + "self_attention.q_layernorm.weight",),
+        (source(_H + "self_attn.q_norm.weight", "head"),),
     ),
     ParamMapping(
-        replicated, (_D + "self_attention.k_layernorm.weight",), (source(_H + "self_attn.k_norm.weight", "head"),)
+        replicated,
+        (_D + "self_attention.k_layernorm.weight",),
+        (source(_H + "self_attn.k_norm.weight", "head"),),
     ),
 )
 MLP = (
@@ -55,14 +69,22 @@ MLP = (
         ),
     ),
     ParamMapping(
-        row_parallel, (_D + "mlp.linear_fc2.weight",), (source(_H + "mlp.down_proj.weight", "hidden", "ffn"),)
+        row_parallel,
+        (_D + "mlp.linear_fc2.weight",),
+        (source(_H + "mlp.down_proj.weight", "hidden", "ffn"),),
     ),
 )
-ROUTER = ParamMapping(replicated, (_D + "mlp.router.weight",), (source(_H + "mlp.gate.weight", "experts", "hidden"),))
-EXPERTS = (  # one matrix each; Transformer Engine's grouped linear layers number them within one module
+ROUTER = ParamMapping(
+    replicated, (_D + "mlp.router.weight",), (source(_H + "mlp.gate.weight", "experts", "hidden"),)
+)
+# One matrix each; Transformer Engine's grouped linear layers number them within one module.
+EXPERTS = (
     ParamMapping(
         gate_up,
-        (_D + "mlp.experts.local_experts.#.linear_fc1.weight", _D + "mlp.experts.linear_fc1.weight#"),
+        (
+            _D + "mlp.experts.local_experts.#.linear_fc1.weight",
+            _D + "mlp.experts.linear_fc1.weight#",
+        ),
         (
             source(_H + "mlp.experts.#.gate_proj.weight", "expert_ffn", "hidden"),
             source(_H + "mlp.experts.#.up_proj.weight", "expert_ffn", "hidden"),
@@ -70,7 +92,10 @@ EXPERTS = (  # one matrix each; Transformer Engine's grouped linear layers numbe
     ),
     ParamMapping(
         row_parallel,
-        (_D + "mlp.experts.local_experts.#.linear_fc2.weight", _D + "mlp.experts.linear_fc2.weight#"),
+        (
+            _D + "mlp.experts.local_experts.#.linear_fc2.weight",
+            _D + "mlp.experts.linear_fc2.weight#",
+        ),
         (source(_H + "mlp.experts.#.down_proj.weight", "hidden", "expert_ffn"),),
     ),
 )
@@ -84,7 +109,15 @@ MLP_NORM = ParamMapping(
     (_D + "pre_mlp_layernorm.weight", _D + "mlp.linear_fc1.layer_norm_weight"),
     (source(_H + "post_attention_layernorm.weight", "hidden"),),
 )
-MOE_NORM = ParamMapping(replicated, MLP_NORM.megatron[:1], MLP_NORM.sources)  # a norm of its own under both layer specs
-FINAL_NORM = ParamMapping(replicated, ("decoder.final_layernorm.weight",), (source("model.norm.weight", "hidden"),))
-HEAD = ParamMapping(vocab_parallel, ("output_layer.weight",), (source("lm_head.weight", "vocab", "hidden"),))
-TIED_HEAD = ParamMapping(vocab_parallel, HEAD.megatron, EMBEDDING.sources)  # a pipeline's last stage has its own copy
+MOE_NORM = ParamMapping(
+    replicated, MLP_NORM.megatron[:1], MLP_NORM.sources
+)  # a norm of its own under both layer specs
+FINAL_NORM = ParamMapping(
+    replicated, ("decoder.final_layernorm.weight",), (source("model.norm.weight", "hidden"),)
+)
+HEAD = ParamMapping(
+    vocab_parallel, ("output_layer.weight",), (source("lm_head.weight", "vocab", "hidden"),)
+)
+TIED_HEAD = ParamMapping(
+    vocab_parallel, HEAD.megatron, EMBEDDING.sources
+)  # a pipeline's last stage has its own copy

@@ -1,7 +1,9 @@
-"""torch_dist files written and read through torch.distributed.checkpoint's interfaces, one tensor at a time.
+"""torch_dist files written and read through torch.distributed.checkpoint's interfaces, one tensor
+at a time.
 
-torch's own FileSystemWriter keeps the last tensor of every key until its file is written, which is a large part of a
-model whose layers share keys; its reader wants the whole tensor of a key as its destination.
+torch's own FileSystemWriter keeps the last tensor of every key until its file is written, which is
+a large part of a model whose layers share keys; its reader wants the whole tensor of a key as its
+destination.
 """
 
 from __future__ import annotations
@@ -17,7 +19,12 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
 from torch.distributed.checkpoint.planner import (
     ReadItem,
     SavePlan,
@@ -39,17 +46,27 @@ Index = tuple[str, tuple[int, ...]]  # key, and offsets in the stored tensor
 
 
 class StreamingPlanner(SavePlanner):
-    """Plans this rank's `chunks` (and empty extra states) from their sizes, and reads each when it is written."""
+    """Plans this rank's `chunks` (and empty extra states) from their sizes, and reads each when it
+    is written.
+    """
 
-    def __init__(self, chunks: Mapping[Index, Chunk], extra_states: list[str], read: Callable[[Chunk], Any]):
+    def __init__(
+        self, chunks: Mapping[Index, Chunk], extra_states: list[str], read: Callable[[Chunk], Any]
+    ):
         self._chunks, self._extra_states, self._read = chunks, extra_states, read
 
-    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+    def set_up_planner(
+        self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False
+    ) -> None:
         """The state dict is empty: what is written comes from a reader."""
 
     def create_local_plan(self) -> SavePlan:
-        states = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._extra_states]
-        return SavePlan([*states, *(_write_item(index, chunk) for index, chunk in self._chunks.items())])
+        states = [
+            WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._extra_states
+        ]
+        return SavePlan(
+            [*states, *(_write_item(index, chunk) for index, chunk in self._chunks.items())]
+        )
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         return create_default_global_save_plan(all_plans)
@@ -68,7 +85,9 @@ class StreamingPlanner(SavePlanner):
 
 
 class StreamingWriter(FileSystemWriter):
-    """One file a rank; each tensor is asked for, written, and forgotten. Calls `advance` with the bytes written."""
+    """One file a rank; each tensor is asked for, written, and forgotten. Calls `advance` with the
+    bytes written.
+    """
 
     def __init__(self, path: Path, advance: Advance):
         super().__init__(path)
@@ -97,14 +116,18 @@ class StreamingWriter(FileSystemWriter):
 
 
 class Into:
-    """What a reader asks of a LoadPlanner when it reads tensors, and no more: it has them copied into one tensor."""
+    """What a reader asks of a LoadPlanner when it reads tensors, and no more: it has them copied
+    into one tensor.
+    """
 
     def __init__(self, target: torch.Tensor):
         self._target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         block = self._target
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+        for dim, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
             block = block.narrow(dim, start, length)
         return block
 
@@ -132,7 +155,9 @@ def _stored_sizes(chunk: Chunk) -> torch.Size:
 
 
 class _Stream:
-    """A file for torch.save, which reports a full disk as an error of its own: this keeps the system's."""
+    """A file for torch.save, which reports a full disk as an error of its own: this keeps the
+    system's.
+    """
 
     def __init__(self, file: Any):
         self._file = file
@@ -151,7 +176,9 @@ class _Stream:
 
 def _save_tensor(tensor: torch.Tensor, file: Any) -> None:
     if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
-        tensor = tensor.clone(memory_format=torch.contiguous_format)  # torch.save writes whole storages
+        tensor = tensor.clone(
+            memory_format=torch.contiguous_format
+        )  # torch.save writes whole storages
     stream = _Stream(file)
     try:
         torch.save(tensor, stream)
@@ -163,7 +190,9 @@ def _save_tensor(tensor: torch.Tensor, file: Any) -> None:
 
 @contextmanager
 def _no_checksums():
-    """torch.save without CRC-32, which costs several times the writing and which torch.load does not look at."""
+    """torch.save without CRC-32, which costs several times the writing and which torch.load does
+    not look at.
+    """
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

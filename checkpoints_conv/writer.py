@@ -49,10 +49,12 @@ class Planned:
 
 
 class HfFiles:
-    """The safetensors files of a model, laid out before any tensor is there and filled in any order.
+    """The safetensors files of a model, laid out before any tensor is there and filled in any
+    order.
 
-    Files hold at most `max_shard_bytes` bytes of data each (a larger tensor gets its own file), tensors in the
-    order of `plan`. Several processes may write to the same files once one of them has called `create`.
+    Files hold at most `max_shard_bytes` bytes of data each (a larger tensor gets its own file),
+    tensors in the order of `plan`. Several processes may write to the same files once one of them
+    has called `create`.
     """
 
     def __init__(self, directory: Path, plan: Mapping[str, Planned], max_shard_bytes: int):
@@ -81,14 +83,21 @@ class HfFiles:
         if len(self._headers) > 1:
             weight_map = {name: self._places[name][0] for name in self.plan}
             total = sum(planned.nbytes for planned in self.plan.values())
-            write_json(self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_json(
+                self.directory / INDEX,
+                {"metadata": {"total_size": total}, "weight_map": weight_map},
+            )
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a tensor, cast to the planned dtype, into its place. ModelError if it was not planned as it is."""
+        """Put a tensor, cast to the planned dtype, into its place. ModelError if it was not planned
+        as it is.
+        """
         import torch
 
         if name not in self._missing:
-            raise ModelError(f"tensor {name} was given twice or is none of the model's; nothing is kept")
+            raise ModelError(
+                f"tensor {name} was given twice or is none of the model's; nothing is kept"
+            )
         planned = self.plan[name]
         check_shape(name, tuple(tensor.shape), planned.shape, "what was to be written")
         data = tensor.detach().to(device="cpu", dtype=getattr(torch, planned.dtype)).contiguous()
@@ -131,19 +140,27 @@ def write_hf(
     dtype: torch.dtype,
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-    """Write a complete model directory: `tensors` under their names, everything else from `source_dir`.
+    """Write a complete model directory: `tensors` under their names, everything else from
+    `source_dir`.
 
-    `tensors` are all those of source_dir's architecture, in any order; a second copy of a tied head is left out.
-    They are cast to `dtype` and written as they come, in files of at most `max_shard_bytes` bytes of data (a larger
-    tensor gets its own file); only one tensor is held at a time. All is written beside `path` and renamed at the
-    end, so a killed run leaves no half-written model. An existing model directory at `path` is replaced. ModelError
-    if something else is there, and if a tensor is missing, misshapen or none of the model's.
+    `tensors` are all those of source_dir's architecture, in any order; a second copy of a tied head
+    is left out. They are cast to `dtype` and written as they come, in files of at most
+    `max_shard_bytes` bytes of data (a larger tensor gets its own file); only one tensor is held at
+    a time. All is written beside `path` and renamed at the end, so a killed run leaves no
+    half-written model. An existing model directory at `path` is replaced. ModelError if something
+    else is there, and if a tensor is missing, misshapen or none of the model's.
     """
     path = Path(path)
     hf_config = read_hf_config(source_dir)
     partial, previous = partial_path(path), path.with_name(f".{path.name}.previous")
-    if path.exists() and not (path / "config.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
-        raise ModelError(f"{path} exists and is not a Hugging Face model directory; choose another path")
+    if (
+        path.exists()
+        and not (path / "config.json").is_file()
+        and not (path.is_dir() and not any(path.iterdir()))
+    ):
+        raise ModelError(
+            f"{path} exists and is not a Hugging Face model directory; choose another path"
+        )
     if previous.exists() and not path.exists():
         previous.rename(path)  # an earlier writer was killed between its two renames
     shutil.rmtree(previous, ignore_errors=True)
@@ -152,7 +169,9 @@ def write_hf(
     architecture = find_architecture(hf_config)
     shapes, tied = architecture.hf_tensors(hf_config), architecture.sizes(hf_config).tied
     files = HfFiles(
-        partial, {name: Planned(shape, dtype_name(dtype)) for name, shape in shapes.items()}, max_shard_bytes
+        partial,
+        {name: Planned(shape, dtype_name(dtype)) for name, shape in shapes.items()},
+        max_shard_bytes,
     )
     try:
         files.create()
@@ -204,7 +223,9 @@ def _shards(plan: Mapping[str, Planned], max_shard_bytes: int) -> list[list[str]
 
 
 def _header(tensors: Mapping[str, Planned]) -> tuple[bytes, dict[str, int]]:
-    """A file's bytes before its data, and each tensor's offset in the file. Wide types first, for alignment."""
+    """A file's bytes before its data, and each tensor's offset in the file. Wide types first, for
+    alignment.
+    """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
     for name, planned in sorted(tensors.items(), key=lambda item: -BYTES[item[1].dtype]):

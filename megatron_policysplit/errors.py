@@ -1,4 +1,6 @@
-"""Errors a user can act on, printed as one line without a traceback, and the exit codes of every process."""
+"""Errors a user can act on, printed as one line without a traceback, and the exit codes of every
+process.
+"""
 
 from checkpoints_conv.errors import CheckpointError, ConfigError, ModelError, UserError
 
@@ -19,7 +21,9 @@ __all__ = [
 ]
 
 DONE = 0  # All that was asked for is done.
-FAILED = 1  # Training cannot go on: bad steps in a row, a peer that is gone, or a defect of the program.
+FAILED = (
+    1  # Training cannot go on: bad steps in a row, a peer that is gone, or a defect of the program.
+)
 BAD_INPUT = 2  # Something that was given is wrong; one sentence on stderr says what.
 STOPPED = 75  # A signal stopped it, its state is saved, and the same command goes on (EX_TEMPFAIL).
 
@@ -33,7 +37,9 @@ class TrainingError(UserError):
 
 
 class EngineError(UserError):
-    """An inference engine cannot be started or reached, serves another model, or refused what it was asked."""
+    """An inference engine cannot be started or reached, serves another model, or refused what it
+    was asked.
+    """
 
 
 class JudgeError(UserError):

@@ -1,7 +1,9 @@
-"""For the site-packages of the CPU server environment: lets torchvision be imported beside a CPU build of torch.
+"""For the site-packages of the CPU server environment: lets torchvision be imported beside a CPU
+build of torch.
 
-PyPI's torchvision is compiled for CUDA, so its operators do not load, and its import then fails while it registers
-shape functions for two of them. Declaring the two before torchvision is imported is enough; nothing calls them.
+PyPI's torchvision is compiled for CUDA, so its operators do not load, and its import then fails
+while it registers shape functions for two of them. Declaring the two before torchvision is imported
+is enough; nothing calls them.
 """
 
 import sys

@@ -12,14 +12,27 @@ from pathlib import Path
 
 from examples.quickstart.sums import NUMBERS, random_sum
 
-PAD, UNKNOWN, SYSTEM, USER, ASSISTANT, END = "<|pad|>", "<|unk|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
+PAD, UNKNOWN, SYSTEM, USER, ASSISTANT, END = (
+    "<|pad|>",
+    "<|unk|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+)
 SPECIAL = (PAD, UNKNOWN, SYSTEM, USER, ASSISTANT, END)
 WORDS = ("explore", "widely", "think", "freely", "please")
-VOCABULARY = (*SPECIAL, *map(str, range(1, 21)), "+", *WORDS)  # 32 tokens, a multiple of every small TP size
+VOCABULARY = (
+    *SPECIAL,
+    *map(str, range(1, 21)),
+    "+",
+    *WORDS,
+)  # 32 tokens, a multiple of every small TP size
 HIGH_ENTROPY_PROMPT = "explore widely"
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + "
+    "'<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
@@ -30,12 +43,18 @@ RIGHT_SHARE = 0.65  # of the warm-up's targets; the others miss the number by on
 
 
 def make_tokenizer(vocabulary: Sequence[str] = VOCABULARY):
-    """A PreTrainedTokenizerFast whose tokens are whole numbers, "+", a few words and the chat's special tokens."""
+    """A PreTrainedTokenizerFast whose tokens are whole numbers, "+", a few words and the chat's
+    special tokens.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[0-9]+|\+|[a-z]+"), behavior="removed", invert=True)
+    tokenizer = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=UNKNOWN)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r"[0-9]+|\+|[a-z]+"), behavior="removed", invert=True
+    )
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -56,7 +75,8 @@ def make_model(
     hidden_size: int = 64,
     layers: int = 2,
 ) -> None:
-    """Saves a randomly initialised Qwen3ForCausalLM (float32) and its tokenizer as a Hugging Face directory.
+    """Saves a randomly initialised Qwen3ForCausalLM (float32) and its tokenizer as a Hugging Face
+    directory.
 
     vocabulary: VOCABULARY, and what follows it.
     """
@@ -95,7 +115,8 @@ def warm_up(
     steps: int = WARM_UP_STEPS,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> float:
-    """Supervised steps on random sums, RIGHT_SHARE of them right; rewrites the model in `directory`.
+    """Supervised steps on random sums, RIGHT_SHARE of them right; rewrites the model in
+    `directory`.
 
     Half of the examples stand behind a system turn of random words that says nothing about the
     target, so the model has seen a system turn and treats both modes nearly alike. The result
@@ -109,8 +130,12 @@ def warm_up(
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     ids = tokenizer.convert_tokens_to_ids
-    optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_UP_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, WARM_UP_RATE, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=WARM_UP_RATE, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, WARM_UP_RATE, total_steps=steps, pct_start=0.1
+    )
     losses = []
     for step in range(1, steps + 1):
         examples = [_example(rng) for _ in range(WARM_UP_BATCH)]
@@ -122,7 +147,9 @@ def warm_up(
             labels[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(ids(answer))
         # Right padding needs no attention mask: causal attention never looks ahead to it.
         logits = model(input_ids=tokens).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -140,7 +167,9 @@ def _example(rng: random.Random) -> tuple[list[str], list[str]]:
     """Tokens of a prompt, with or without a system turn, and of an answer that ends its turn."""
     number = target = rng.choice(NUMBERS)
     if rng.random() >= RIGHT_SHARE:
-        target = rng.choice([n for n in range(number - 4, number + 5) if n != number and n in NUMBERS])
+        target = rng.choice(
+            [n for n in range(number - 4, number + 5) if n != number and n in NUMBERS]
+        )
     system = [SYSTEM, *rng.choices(WORDS, k=rng.randint(1, 3)), END] if rng.random() < 0.5 else []
     answer = random_sum(target, rng).replace("+", " + ").split()
     return [*system, USER, str(number), END, ASSISTANT], [*answer, END]

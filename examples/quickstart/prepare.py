@@ -1,4 +1,6 @@
-"""The quickstart's model, warmed up, and its questions: `python -m examples.quickstart.prepare DIRECTORY SEED`."""
+"""The quickstart's model, warmed up, and its questions: `python -m examples.quickstart.prepare
+DIRECTORY SEED`.
+"""
 
 import sys
 from pathlib import Path

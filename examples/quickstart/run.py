@@ -1,9 +1,10 @@
-"""The quickstart: make a tiny model, train it with GRPO and with Policy Split from the same start, compare.
+"""The quickstart: make a tiny model, train it with GRPO and with Policy Split from the same start,
+compare.
 
     python -m examples.quickstart.run [--out runs/quickstart] [--seed 0] [key=value ...]
 
-Both runs are `policysplit train examples/quickstart/quickstart.yaml` on real Megatron-Core with tensor
-parallelism 2; only `algorithm.name` differs. `key=value` goes to both.
+Both runs are `policysplit train examples/quickstart/quickstart.yaml` on real Megatron-Core with
+tensor parallelism 2; only `algorithm.name` differs. `key=value` goes to both.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ RUNS = {"grpo": "GRPO", "policy_split": "Policy Split"}
 def clear(out: Path) -> None:
     """An empty `out`. What an earlier quickstart left there is removed; anything else is refused."""
     if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
-        raise SystemExit(f"error: --out {out} holds something else than a quickstart; name another directory")
+        raise SystemExit(
+            f"error: --out {out} holds something else than a quickstart; name another directory"
+        )
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / MARK).touch()
@@ -37,7 +40,13 @@ def clear(out: Path) -> None:
 
 def prepare(out: Path, seed: int, seconds: dict[str, float]) -> None:
     """The model, warmed up, and the questions, in `out`."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     from examples.quickstart.make_model import WARM_UP_STEPS, make_model, warm_up
     from examples.quickstart.sums import NUMBERS, write_questions
@@ -45,7 +54,12 @@ def prepare(out: Path, seed: int, seconds: dict[str, float]) -> None:
     with _timed(seconds, "model_s"):
         make_model(out / "model", seed)
     write_questions(out / "questions.jsonl", NUMBERS)
-    columns = (TextColumn("warm-up"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+    columns = (
+        TextColumn("warm-up"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
     with _timed(seconds, "warm_up_s"), Progress(*columns, TimeRemainingColumn()) as progress:
         task = progress.add_task("warm-up", total=WARM_UP_STEPS, loss="")
 
@@ -63,7 +77,15 @@ def train(out: Path, name: str, overrides: list[str], config: Path = CONFIG) -> 
         f"eval.path={out / 'questions.jsonl'}",
         f"run.dir={out / name}",
     ]
-    command = [sys.executable, "-m", "megatron_policysplit.cli", "train", str(config), *paths, *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_policysplit.cli",
+        "train",
+        str(config),
+        *paths,
+        *overrides,
+    ]
     code = subprocess.run(command, check=False).returncode
     if code:
         raise SystemExit(code)
@@ -75,7 +97,12 @@ def report(out: Path, seconds: dict[str, float]) -> None:
     from rich.console import Console
 
     from examples.quickstart.make_model import HIGH_ENTROPY_PROMPT
-    from megatron_policysplit.reports.run_report import summary, summary_table, write_curves, write_report
+    from megatron_policysplit.reports.run_report import (
+        summary,
+        summary_table,
+        write_curves,
+        write_report,
+    )
 
     runs = {name: out / name for name in RUNS}
     with _timed(seconds, "report_s"):
@@ -85,8 +112,14 @@ def report(out: Path, seconds: dict[str, float]) -> None:
     (out / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     console = Console()
     console.print(summary_table(result))
-    console.print("seconds: " + ", ".join(f"{name.removesuffix('_s')} {value:.0f}" for name, value in seconds.items()))
-    console.print(f"report   {out / 'report.html'}\ncurves   {out / 'curves.png'}\nnumbers  {out / 'summary.json'}")
+    console.print(
+        "seconds: "
+        + ", ".join(f"{name.removesuffix('_s')} {value:.0f}" for name, value in seconds.items())
+    )
+    console.print(
+        f"report   {out / 'report.html'}\ncurves   {out / 'curves.png'}\nnumbers  "
+        f"{out / 'summary.json'}"
+    )
     model = out / "policy_split" / "hf"
     console.print(f"model    {model} (a Hugging Face directory); ask it yourself:")
     ask = f'policysplit generate --model {model} --max-tokens 8 --high-entropy-prompt "{HIGH_ENTROPY_PROMPT}" 9'
@@ -100,7 +133,9 @@ def _timed(seconds: dict[str, float], name: str):
     seconds[name] = round(time.perf_counter() - began, 2)
 
 
-def main(description: str = __doc__.splitlines()[0], out: str = "runs/quickstart", config: Path = CONFIG) -> None:
+def main(
+    description: str = __doc__.splitlines()[0], out: str = "runs/quickstart", config: Path = CONFIG
+) -> None:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--seed", type=int, default=0)
@@ -112,7 +147,12 @@ def main(description: str = __doc__.splitlines()[0], out: str = "runs/quickstart
     for name, title in RUNS.items():
         print(f"\n{title}", flush=True)
         with _timed(seconds, f"{name}_s"):
-            train(out, name, [f"algorithm.name={name}", f"run.seed={arguments.seed}", *arguments.overrides], config)
+            train(
+                out,
+                name,
+                [f"algorithm.name={name}", f"run.seed={arguments.seed}", *arguments.overrides],
+                config,
+            )
     report(out, seconds)
 
 

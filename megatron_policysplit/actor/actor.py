@@ -52,10 +52,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass
 class PlacedBatch:
-    """A rollout batch in place: the plan (leaders only) and this replica's micro-batches per optimizer step.
+    """A rollout batch in place: the plan (leaders only) and this replica's micro-batches per
+    optimizer step.
 
-    train, train_only, score_only, compared: as in `ReplicaMicroBatches`. unscored: response lengths of the rows that
-    are not scored, by row index (leaders only).
+    train, train_only, score_only, compared: as in `ReplicaMicroBatches`. unscored: response lengths
+    of the rows that are not scored, by row index (leaders only).
     """
 
     plan: Plan | None
@@ -73,7 +74,9 @@ class PlacedBatch:
 
 @dataclass
 class UpdateMetrics:
-    """Of one rollout batch: means over its optimizer steps; ratio_off_one is max |ratio - 1| at the first."""
+    """Of one rollout batch: means over its optimizer steps; ratio_off_one is max |ratio - 1| at the
+    first.
+    """
 
     loss: float
     grad_norm: float
@@ -97,7 +100,10 @@ class Actor:
         self.config, self.hf_config, self.layout = config, hf_config, layout
         chosen = build_algorithm(config.algorithm)
         self.algorithm = chosen.config
-        self.asked = {"prompts": chosen.method.prompt_logprobs, "nucleus": chosen.method.nucleus(chosen.options)}
+        self.asked = {
+            "prompts": chosen.method.prompt_logprobs,
+            "nucleus": chosen.method.nucleus(chosen.options),
+        }
         self.model = build_model(
             hf_config,
             dtype=DTYPES[config.model.dtype],
@@ -136,11 +142,12 @@ class Actor:
         compared: Sequence[bool] | None = None,
         temperature: float | None = None,
     ) -> PlacedBatch:
-        """Send every replica its rows. These and what is said of them are read on leaders, which hold the whole batch.
+        """Send every replica its rows. These and what is said of them are read on leaders, which
+        hold the whole batch.
 
-        scored: rows that are scored; None: all. compared: others that are scored for the comparison with the engine
-        alone; None: none. temperature: of every row; None takes each
-        row's from its mode.
+        scored: rows that are scored; None: all. compared: others that are scored for the comparison
+        with the engine alone; None: none. temperature: of every row; None takes each row's from its
+        mode.
         """
         plan, mine, unscored = None, None, {}
         if self.layout.is_leader:
@@ -162,11 +169,16 @@ class Actor:
         return PlacedBatch(plan, *self.layout.broadcast_from_leader(mine), unscored)
 
     def log_probs(self, placed: PlacedBatch) -> list[TokenStatistics]:
-        """Statistics of every row of the batch before the update, on leaders in row order; [] elsewhere.
+        """Statistics of every row of the batch before the update, on leaders in row order; []
+        elsewhere.
 
         Those of rows that are not scored, and not compared either, are 0.
         """
-        batches = [batch for step in (*placed.train, *placed.score_only, *placed.compared) for batch in step]
+        batches = [
+            batch
+            for step in (*placed.train, *placed.score_only, *placed.compared)
+            for batch in step
+        ]
         found = self._gather(self.scorer.log_probs(batches, **self.asked))
         for index, length in placed.unscored.items():
             there = found.get(index) or TokenStatistics(torch.zeros(length), torch.zeros(length))
@@ -174,9 +186,11 @@ class Actor:
         return [found[index] for index in sorted(found)]
 
     def perturbed_log_probs(self, placed: PlacedBatch, relative: float) -> list[Tensor]:
-        """Log-probs [T] of every row, on leaders, with each weight moved by up to `relative` times itself, at random.
+        """Log-probs [T] of every row, on leaders, with each weight moved by up to `relative` times
+        itself, at random.
 
-        Rounding at a unit roundoff of `relative` moves them about as far. The weights are put back from host memory.
+        Rounding at a unit roundoff of `relative` moves them about as far. The weights are put back
+        from host memory.
         """
         kept = [parameter.detach().to("cpu", copy=True) for parameter in self.model.parameters()]
         try:
@@ -186,7 +200,8 @@ class Actor:
             self._set_weights(kept)
 
     def reference_log_probs(self, placed: PlacedBatch) -> list[Tensor]:
-        """Log-probs [T] of every row under the initial policy, on leaders; needs algorithm.kl_coef > 0.
+        """Log-probs [T] of every row under the initial policy, on leaders; needs algorithm.kl_coef
+        > 0.
 
         Those of rows that are neither trained nor scored are 0.
         """
@@ -194,14 +209,18 @@ class Actor:
         current = [parameter.detach().clone() for parameter in self.model.parameters()]
         self._set_weights(self.reference)
         try:
-            found = {index: row.logprobs for index, row in self._gather(self.scorer.log_probs(batches)).items()}
+            found = {
+                index: row.logprobs
+                for index, row in self._gather(self.scorer.log_probs(batches)).items()
+            }
         finally:
             self._set_weights(current)
         found = {index: torch.zeros(length) for index, length in placed.unscored.items()} | found
         return [found[index] for index in sorted(found)]
 
     def update(self, placed: PlacedBatch, signals: SignalBuilder | None) -> UpdateMetrics:
-        """Train on the batch: `optimizer_steps_per_batch` steps. `signals` is read on leaders, None elsewhere.
+        """Train on the batch: `optimizer_steps_per_batch` steps. `signals` is read on leaders, None
+        elsewhere.
 
         With algorithm.statistics=step each step but the first begins with scoring its rows again.
         """
@@ -209,7 +228,11 @@ class Actor:
         results, totals, first_off_one = [], [], 0.0
         for number, batches in enumerate(placed.trained):
             now = self._score_step(placed, number) if fresh and number > 0 else None
-            inputs = self._loss_inputs(placed, number, signals.at(number, now)) if self.layout.is_leader else None
+            inputs = (
+                self._loss_inputs(placed, number, signals.at(number, now))
+                if self.layout.is_leader
+                else None
+            )
             inputs = self.layout.broadcast_from_leader(inputs)
             self.ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
@@ -230,7 +253,9 @@ class Actor:
         )
 
     def _score_step(self, placed: PlacedBatch, number: int) -> dict[int, TokenStatistics]:
-        """Statistics of the rows of one optimizer step by the weights as they are, on leaders; {} elsewhere."""
+        """Statistics of the rows of one optimizer step by the weights as they are, on leaders; {}
+        elsewhere.
+        """
         batches = [*placed.train[number], *placed.score_only[number]]
         return self._gather(self.scorer.log_probs(batches, **self.asked))
 
@@ -241,7 +266,9 @@ class Actor:
         own_steps = [step[self.layout.data_rank] for step in plan.micro_batches]
         multiple = self.layout.tensor if self.layout.sequence else 1
         wanted = pairings(rows, self.config.log.kl_tokens)
-        make = partial(make_microbatch, rows, temperatures=temperatures, pairings=wanted, multiple=multiple)
+        make = partial(
+            make_microbatch, rows, temperatures=temperatures, pairings=wanted, multiple=multiple
+        )
         return tuple(
             [[make(indices) for indices in getattr(step, name)] for step in own_steps]
             for name in ("train", "train_only", "score_only", "compared")
@@ -254,23 +281,40 @@ class Actor:
             everywhere.update(part)
         return {index: everywhere[index] for index in sorted(everywhere)}
 
-    def _loss_inputs(self, placed: PlacedBatch, number: int, signals: Sequence[TrainSignal]) -> list[dict[str, Tensor]]:
-        """Per micro-batch of an optimizer step, the constant fields of LossInputs, weights included."""
-        aggregation, longest = self.algorithm.loss_aggregation, self.config.rollout.max_response_tokens
+    def _loss_inputs(
+        self, placed: PlacedBatch, number: int, signals: Sequence[TrainSignal]
+    ) -> list[dict[str, Tensor]]:
+        """Per micro-batch of an optimizer step, the constant fields of LossInputs, weights
+        included.
+        """
+        aggregation, longest = (
+            self.algorithm.loss_aggregation,
+            self.config.rollout.max_response_tokens,
+        )
         step = placed.plan.steps[number]
         weights = token_weights(signals, step, aggregation, longest)
         rows = sum(bool(signals[i].mask.any()) for i in step)
-        names = [name for name in CONSTANTS if any(getattr(signal, name) is not None for signal in signals)]
+        names = [
+            name
+            for name in CONSTANTS
+            if any(getattr(signal, name) is not None for signal in signals)
+        ]
         inputs = []
         for batch in placed.trained[number]:
-            fields = {name: _joined([getattr(signals[i], name) for i in batch.rows]) for name in names}
+            fields = {
+                name: _joined([getattr(signals[i], name) for i in batch.rows]) for name in names
+            }
             if "nucleus_coef" in fields:
                 fields["nucleus_coef"] = fields["nucleus_coef"] / max(rows, 1)
             inputs.append({**fields, "weights": _joined([weights[i] for i in batch.rows])})
         return inputs
 
-    def _forward_backward(self, batches: list[MicroBatch], inputs: list[dict[str, Tensor]]) -> Tensor:
-        """Gradients of one optimizer step. Returns [loss, ratio sum, clipped, tokens, max |ratio - 1|] (this rank)."""
+    def _forward_backward(
+        self, batches: list[MicroBatch], inputs: list[dict[str, Tensor]]
+    ) -> Tensor:
+        """Gradients of one optimizer step. Returns [loss, ratio sum, clipped, tokens, max |ratio -
+        1|] (this rank).
+        """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         self.ddp.train()
@@ -301,9 +345,17 @@ class Actor:
         thresholds = constants.pop("nucleus_threshold", None)
         chunks: list[LossOutputs] = []
 
-        def token_loss(span: slice, logprobs: Tensor, entropy: Tensor, nucleus: Tensor | None = None) -> Tensor:
-            fields = {name: value[span] for name, value in constants.items()} | {"nucleus_entropy": nucleus}
-            chunks.append(policy_loss(LossInputs(logprobs=logprobs, entropy=entropy, **fields), self.algorithm))
+        def token_loss(
+            span: slice, logprobs: Tensor, entropy: Tensor, nucleus: Tensor | None = None
+        ) -> Tensor:
+            fields = {name: value[span] for name, value in constants.items()} | {
+                "nucleus_entropy": nucleus
+            }
+            chunks.append(
+                policy_loss(
+                    LossInputs(logprobs=logprobs, entropy=entropy, **fields), self.algorithm
+                )
+            )
             return chunks[-1].loss
 
         targets, temperature = batch.targets.to(device), batch.temperature.to(device)
@@ -316,11 +368,15 @@ class Actor:
         return loss, out.tokens.int(), torch.stack([value.double() for value in metrics])
 
     def _sum_over_world(self, values: Tensor) -> tuple[list[float], float]:
-        """Sum of the first four over replicas, max of the last, alike on every rank (one all-reduce each)."""
+        """Sum of the first four over replicas, max of the last, alike on every rank (one all-reduce
+        each).
+        """
         mine = values if self.layout.tensor_rank == 0 else torch.zeros_like(values)
         sums, largest = mine[:4].clone(), mine[4:].clone()
         torch.distributed.all_reduce(sums, group=self.layout.world)
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=self.layout.world)
+        torch.distributed.all_reduce(
+            largest, op=torch.distributed.ReduceOp.MAX, group=self.layout.world
+        )
         return sums.tolist(), float(largest)
 
     @torch.no_grad()
@@ -337,7 +393,9 @@ class Actor:
 
 
 def _sum_gradients(model, num_tokens=None, **kwargs):
-    """Megatron's gradient reduction without its division by tokens: our losses are sums over global denominators."""
+    """Megatron's gradient reduction without its division by tokens: our losses are sums over global
+    denominators.
+    """
     from megatron.core.distributed import finalize_model_grads
 
     finalize_model_grads(model, None, **kwargs)

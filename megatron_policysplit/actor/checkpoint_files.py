@@ -1,4 +1,6 @@
-"""What a checkpoint directory says without reading a weight; imports no torch, so that preflight can ask."""
+"""What a checkpoint directory says without reading a weight; imports no torch, so that preflight
+can ask.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,11 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 def complete(directory: Path) -> list[Path]:
     """Complete checkpoints in `directory`, oldest first."""
-    found = [(int(match[1]), path) for path in directory.glob("step_*") if (match := NAME.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in directory.glob("step_*")
+        if (match := NAME.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -33,11 +39,17 @@ def read_trainer_json(path: Path) -> dict[str, Any]:
 
 
 def check_model(
-    saved: dict[str, Any], hf_config: dict[str, Any], path: Path, remedy: str = "use that model or another run.dir"
+    saved: dict[str, Any],
+    hf_config: dict[str, Any],
+    path: Path,
+    remedy: str = "use that model or another run.dir",
 ) -> None:
-    """Raise CheckpointError naming the first key in which the checkpoint's model differs from `hf_config`'s."""
+    """Raise CheckpointError naming the first key in which the checkpoint's model differs from
+    `hf_config`'s.
+    """
     for key, value in model_keys(hf_config).items():
         if saved.get(key) != value:
             raise CheckpointError(
-                f"{path} was saved from another model: {key}={saved.get(key)} there but {value} in model.path; {remedy}"
+                f"{path} was saved from another model: {key}={saved.get(key)} there but {value} in "
+                f"model.path; {remedy}"
             )

@@ -1,4 +1,6 @@
-"""Whether Megatron-Core computes from a torch_dist checkpoint what transformers computes from its original."""
+"""Whether Megatron-Core computes from a torch_dist checkpoint what transformers computes from its
+original.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ class Compared:
 def check_logits(hf: str | Path, megatron: str | Path) -> Compared:
     """Logits of random tokens in float32, on one process that holds one model at a time.
 
-    transformers loads `hf`; Megatron-Core loads `megatron` with the config of `hf`. Raises ModelError if they differ
-    by more than TOLERANCE.
+    transformers loads `hf`; Megatron-Core loads `megatron` with the config of `hf`. Raises
+    ModelError if they differ by more than TOLERANCE.
     """
     hf_config = read_hf_config(hf)
     length = min(TOKENS, hf_config.get("max_position_embeddings") or TOKENS)
@@ -38,7 +40,8 @@ def check_logits(hf: str | Path, megatron: str | Path) -> Compared:
     compared = Compared((found - expected).abs().max().item(), expected.abs().max().item())
     if not compared.difference <= TOLERANCE * max(1.0, compared.largest):
         raise ModelError(
-            f"logits of {megatron} differ from those of {hf} by {compared.difference:.3g} (the largest is "
+            f"logits of {megatron} differ from those of {hf} by {compared.difference:.3g} (the "
+            "largest is "
             f"{compared.largest:.3g}; allowed is {TOLERANCE} of it); convert the model again"
         )
     return compared
@@ -48,7 +51,9 @@ def check_logits(hf: str | Path, megatron: str | Path) -> Compared:
 def _transformers_logits(hf: str | Path, ids: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        hf, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     return model(ids).logits
 
 

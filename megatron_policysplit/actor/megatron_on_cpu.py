@@ -2,8 +2,8 @@
 
 Megatron-Core names CUDA in its allocations, its RNG tracker and a few type checks. Without a GPU,
 `install()` answers those with the CPU: placements on "cuda" go to the CPU, streams and events do
-nothing, the RNG tracker uses the CPU generator, and `Tensor.type()` answers as the optimizer expects.
-With a GPU nothing is changed.
+nothing, the RNG tracker uses the CPU generator, and `Tensor.type()` answers as the optimizer
+expects. With a GPU nothing is changed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ _redirect: _Redirect | None = None
 
 
 def model_options() -> dict[str, Any]:
-    """TransformerConfig fields that differ between the devices: fused kernels exist on the GPU only."""
+    """TransformerConfig fields that differ between the devices: fused kernels exist on the GPU
+    only.
+    """
     fused = not on_cpu()
     return {
         "use_cpu_initialization": not fused,
@@ -58,22 +60,36 @@ def install() -> None:
 
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    if not hasattr(moe_utils, "te_general_gemm"):  # a router asks whether it is None; without Transformer Engine
+    if not hasattr(
+        moe_utils, "te_general_gemm"
+    ):  # a router asks whether it is None; without Transformer Engine
         moe_utils.te_general_gemm = None  # some versions do not say so
     token_dispatcher.maybe_move_tensor_to_cpu = _as_on_the_host
     mappings._gather_along_first_dim = partial(_gather, mappings._gather_along_first_dim)
-    mappings._reduce_scatter_along_first_dim = partial(_reduce_scatter, mappings._reduce_scatter_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = partial(
+        _reduce_scatter, mappings._reduce_scatter_along_first_dim
+    )
     _redirect = _Redirect()
     _redirect.__enter__()
 
 
 def _as_on_the_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """What Megatron makes of a tensor that it copies from the GPU: numbers of tokens, in numpy for collectives."""
+    """What Megatron makes of a tensor that it copies from the GPU: numbers of tokens, in numpy for
+    collectives.
+    """
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
-def _gather(equal, tensor, group, output_split_sizes: Sequence[int] | None = None, use_global_buffer: bool = False):
-    """Rows of all ranks one after the other; gloo gathers equal numbers only, so that fewer rows are padded."""
+def _gather(
+    equal,
+    tensor,
+    group,
+    output_split_sizes: Sequence[int] | None = None,
+    use_global_buffer: bool = False,
+):
+    """Rows of all ranks one after the other; gloo gathers equal numbers only, so that fewer rows
+    are padded.
+    """
     sizes = output_split_sizes
     if sizes is None or len(set(sizes)) == 1:
         return equal(tensor, group, sizes, use_global_buffer)
@@ -84,8 +100,12 @@ def _gather(equal, tensor, group, output_split_sizes: Sequence[int] | None = Non
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-def _reduce_scatter(equal, tensor, group, input_split_sizes: Sequence[int] | None = None, use_global_buffer=False):
-    """This rank's rows of the sum over ranks; gloo scatters equal numbers only, so that all get all and take theirs."""
+def _reduce_scatter(
+    equal, tensor, group, input_split_sizes: Sequence[int] | None = None, use_global_buffer=False
+):
+    """This rank's rows of the sum over ranks; gloo scatters equal numbers only, so that all get all
+    and take theirs.
+    """
     sizes = input_split_sizes
     if sizes is None or len(set(sizes)) == 1:
         return equal(tensor, group, sizes, use_global_buffer)

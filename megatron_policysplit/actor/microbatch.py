@@ -16,11 +16,12 @@ from megatron_policysplit.rows.kl_pairs import Pairing
 class MicroBatch:
     """B rows padded on the right to S tokens (causal attention never looks at the padding).
 
-    An empty one has no rows, but `tokens` of one, for the sake of ranks that wait for this one's part of the work.
-    tokens [B, S] int64. rows [B]: the rows' indices in the batch. predictors [T]: flat positions (b * S + s)
-    whose hidden states predict the T response tokens `targets` [T]. lengths [B]: response tokens per row.
-    temperature [T]: of the row's mode. training_modes [B]: their names. pairings [B]: of the rows whose exact KL is
-    wanted, else None. prompt_lengths [B]: tokens of each row's prompt.
+    An empty one has no rows, but `tokens` of one, for the sake of ranks that wait for this one's
+    part of the work. tokens [B, S] int64. rows [B]: the rows' indices in the batch. predictors [T]:
+    flat positions (b * S + s) whose hidden states predict the T response tokens `targets` [T].
+    lengths [B]: response tokens per row.
+    temperature [T]: of the row's mode. training_modes [B]: their names. pairings [B]: of the rows
+    whose exact KL is wanted, else None. prompt_lengths [B]: tokens of each row's prompt.
     """
 
     tokens: Tensor
@@ -42,9 +43,13 @@ class MicroBatch:
         return _at(self.predictors, hidden)
 
     def select_prompts(self, hidden: Tensor) -> Tensor:
-        """Hidden states [S, B, H] of the model to those that predict prompt tokens but each row's first, [P, H]."""
+        """Hidden states [S, B, H] of the model to those that predict prompt tokens but each row's
+        first, [P, H].
+        """
         width = self.tokens.shape[1]
-        positions = [torch.arange(length - 1) + b * width for b, length in enumerate(self.prompt_lengths)]
+        positions = [
+            torch.arange(length - 1) + b * width for b, length in enumerate(self.prompt_lengths)
+        ]
         return _at(torch.cat(positions), hidden)
 
     @property
@@ -65,7 +70,8 @@ def make_microbatch(
     pairings: Mapping[int, Pairing],
     multiple: int = 1,
 ) -> MicroBatch:
-    """The rows at `indices` (none: an empty micro-batch) as one; pairings: by row index, where KL is wanted.
+    """The rows at `indices` (none: an empty micro-batch) as one; pairings: by row index, where KL
+    is wanted.
 
     multiple: what S must be a multiple of.
     """

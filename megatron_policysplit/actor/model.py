@@ -1,4 +1,6 @@
-"""The policy: Megatron-Core's GPTModel, built from a Hugging Face config, that stops at the hidden states."""
+"""The policy: Megatron-Core's GPTModel, built from a Hugging Face config, that stops at the hidden
+states.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from torch import Tensor
 
 from checkpoints_conv import find_architecture
@@ -30,13 +35,17 @@ from megatron_policysplit.vocab_parallel import Head, VocabularyShard
 
 
 class PolicyModel(GPTModel):
-    """A pipeline stage whose forward gives hidden states; `head` is what makes statistics and losses of them.
+    """A pipeline stage whose forward gives hidden states; `head` is what makes statistics and
+    losses of them.
 
-    forward(input_ids[b, s], position_ids[b, s], attention_mask) -> hidden[s, b, h]; on the last stage they
-    have passed the final norm. `vocab_size` is the true one, `padded_vocab_size` a multiple of TP.
+    forward(input_ids[b, s], position_ids[b, s], attention_mask) -> hidden[s, b, h]; on the last
+    stage they have passed the final norm. `vocab_size` is the true one, `padded_vocab_size` a
+    multiple of TP.
     """
 
-    def __init__(self, *, vocab_size: int, tensor: int, llama3_rope: Llama3Rope | None, **arguments: Any):
+    def __init__(
+        self, *, vocab_size: int, tensor: int, llama3_rope: Llama3Rope | None, **arguments: Any
+    ):
         padded = -(-vocab_size // tensor) * tensor
         super().__init__(vocab_size=padded, **arguments)
         self.vocab_size = vocab_size
@@ -55,22 +64,25 @@ class PolicyModel(GPTModel):
         return hidden_states
 
     def head(self, chunk: int, triton: bool = False) -> Head:
-        """This tensor-parallel rank's shard of the LM head, tied or not; last stage only. chunk: tokens at a time.
+        """This tensor-parallel rank's shard of the LM head, tied or not; last stage only. chunk:
+        tokens at a time.
         triton: by Triton kernels.
 
-        Its rows are [tp_rank * n, (tp_rank + 1) * n) of the vocabulary with n = padded_vocab_size / TP; those at or
-        past `vocab_size` are padding.
+        Its rows are [tp_rank * n, (tp_rank + 1) * n) of the vocabulary with n = padded_vocab_size /
+        TP; those at or past `vocab_size` are padding.
         """
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         group = parallel_state.get_tensor_model_parallel_group()
         rank = parallel_state.get_tensor_model_parallel_rank()
         shard = VocabularyShard.of(self.vocab_size, len(weight), rank, group)
-        # Under sequence parallelism the backward of `whole` sums the gradients of the hidden states.
+        # Under sequence parallelism the backward of `whole` sums the gradients of the hidden
+        # states.
         return Head(weight, shard, chunk, not self.config.sequence_parallel, triton)
 
     def whole(self, hidden: Tensor) -> Tensor:
-        """Hidden states [s, b, h] of all tokens; under sequence parallelism from this rank's [s / TP, b, h].
+        """Hidden states [s, b, h] of all tokens; under sequence parallelism from this rank's [s /
+        TP, b, h].
 
         Forward then all-gathers over the tensor-parallel group, backward reduce-scatters.
         """
@@ -80,8 +92,9 @@ class PolicyModel(GPTModel):
 
 
 class _RMSNorm:
-    """torch's RMSNorm where tokens are split over ranks: Megatron's wrapper of it refuses that for want of the mark by
-    which the gradients of its weight are summed over the tensor-parallel group."""
+    """torch's RMSNorm where tokens are split over ranks: Megatron's wrapper of it refuses that for
+    want of the mark by which the gradients of its weight are summed over the tensor-parallel group.
+    """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any):
         norm = torch.nn.RMSNorm(hidden_size, eps=eps)
@@ -92,9 +105,12 @@ class _RMSNorm:
 def _local_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
     """Megatron's own layers, without Transformer Engine; experts one after the other."""
     experts, qk_layernorm = config.num_moe_experts, config.qk_layernorm
-    spec = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=qk_layernorm, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        num_experts=experts, qk_layernorm=qk_layernorm, normalization="RMSNorm"
+    )
     if experts:
-        # The norm before experts is stored as Transformer Engine's layers store it, not as in a dense layer.
+        # The norm before experts is stored as Transformer Engine's layers store it, not as in a
+        # dense layer.
         spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     if not config.sequence_parallel:
         return spec
@@ -116,9 +132,10 @@ def build_model(
 ) -> PolicyModel:
     """This rank's stage of the model, with zero weights; `weights.load_weights` fills them.
 
-    Needs initialized parallel state. `pre_process` (embedding) and `post_process` (final norm and head)
-    follow the pipeline rank, and `transformer_engine` the device, unless given. Raises ModelError for a config
-    that Megatron-Core cannot express and ConfigError for a layout that does not divide the model.
+    Needs initialized parallel state. `pre_process` (embedding) and `post_process` (final norm and
+    head) follow the pipeline rank, and `transformer_engine` the device, unless given. Raises
+    ModelError for a config that Megatron-Core cannot express and ConfigError for a layout that does
+    not divide the model.
     """
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
@@ -151,11 +168,13 @@ def build_model(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
-        # Micro-batches have their own lengths; Megatron refuses that with its default MoE dispatcher, MoE or not.
+        # Micro-batches have their own lengths; Megatron refuses that with its default MoE
+        # dispatcher, MoE or not.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
-        # Initialization also marks parameters as tensor-parallel, which gradient norms rely on; so it stays on.
+        # Initialization also marks parameters as tensor-parallel, which gradient norms rely on; so
+        # it stays on.
         init_method=torch.nn.init.zeros_,
         output_layer_init_method=torch.nn.init.zeros_,
         embedding_init_method=torch.nn.init.zeros_,

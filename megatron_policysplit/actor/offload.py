@@ -1,10 +1,10 @@
 """Frees the actor's GPU memory while engines use the GPU, and brings everything back bit for bit.
 
-Megatron's tensors are views: parameters into the distributed optimizer's buffers, gradients into DDP's, master weights
-and optimizer shards into others. So storages are emptied and filled again (`UntypedStorage.resize_`), and no tensor is
-replaced: every view stays valid, whoever holds it, in Megatron-Core, Transformer Engine or torch. (Megatron-Core's own
-`offload_to_cpu` gives the optimizer new tensors, which no longer are its views, and knows no parameters outside of
-buffers.)
+Megatron's tensors are views: parameters into the distributed optimizer's buffers, gradients into
+DDP's, master weights and optimizer shards into others. So storages are emptied and filled again
+(`UntypedStorage.resize_`), and no tensor is replaced: every view stays valid, whoever holds it, in
+Megatron-Core, Transformer Engine or torch. (Megatron-Core's own `offload_to_cpu` gives the
+optimizer new tensors, which no longer are its views, and knows no parameters outside of buffers.)
 """
 
 from __future__ import annotations
@@ -17,22 +17,30 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from megatron_policysplit.actor.optimizer import PolicyOptimizer
-from megatron_policysplit.distributed.device import free_memory_bytes, host_memory, return_freed_memory
+from megatron_policysplit.distributed.device import (
+    free_memory_bytes,
+    host_memory,
+    return_freed_memory,
+)
 
 Part = Literal["optimizer", "gradients", "parameters"]
 ORDER: tuple[Part, ...] = ("optimizer", "gradients", "parameters")
-# torch rounds a block of pinned memory up to a power of two, so that one for everything could waste as much again.
+# torch rounds a block of pinned memory up to a power of two, so that one for everything could waste
+# as much again.
 CHUNK_BYTES = 64 * 2**20
 ALIGNMENT_BYTES = 64
 
 
 class Offload:
-    """Of one rank. Parts leave in the order optimizer, gradients, parameters and come back in the reverse order.
+    """Of one rank. Parts leave in the order optimizer, gradients, parameters and come back in the
+    reverse order.
 
-    optimizer: its state and master weights. gradients: DDP's buffers; their contents are dropped, and zero afterwards.
-    parameters: those of the model, its buffers, and `reference`, further tensors of the actor that live as long.
-    ddp: Megatron's DistributedDataParallel. Host memory, pinned for a GPU, is allocated once and kept. A call out of
-    order raises RuntimeError. No call is collective.
+    optimizer: its state and master weights. gradients: DDP's buffers; their contents are dropped,
+    and zero afterwards.
+    parameters: those of the model, its buffers, and `reference`, further tensors of the actor that
+    live as long.
+    ddp: Megatron's DistributedDataParallel. Host memory, pinned for a GPU, is allocated once and
+    kept. A call out of order raises RuntimeError. No call is collective.
     """
 
     def __init__(
@@ -64,14 +72,21 @@ class Offload:
 
     def offload_optimizer(self) -> None:
         self._check("offload", "optimizer")
-        self._optimizer.zero_grad()  # drops what the last step left on the side, and is due before the next anyway
+        # Drops what the last step left on the side, and is due before the next anyway.
+        self._optimizer.zero_grad()
         elsewhere = self._parameters() | self._gradients()
-        self._empty("optimizer", {key: storage for key, storage in self._states().items() if key not in elsewhere})
+        self._empty(
+            "optimizer",
+            {key: storage for key, storage in self._states().items() if key not in elsewhere},
+        )
 
     def offload_gradients(self) -> None:
         self._check("offload", "gradients")
         elsewhere = self._parameters()
-        self._empty("gradients", {key: storage for key, storage in self._gradients().items() if key not in elsewhere})
+        self._empty(
+            "gradients",
+            {key: storage for key, storage in self._gradients().items() if key not in elsewhere},
+        )
 
     def offload_parameters(self) -> None:
         """Until they are back, `read` gives parameters; nothing else may touch them."""
@@ -91,16 +106,23 @@ class Offload:
         self._fill("optimizer")
 
     def read(self, parameter: Tensor) -> Tensor:
-        """The parameter's values on the device: a copy while parameters are away, else itself, detached."""
+        """The parameter's values on the device: a copy while parameters are away, else itself,
+        detached.
+        """
         if "parameters" not in self._away:
             return parameter.detach()
         emptied = self._away["parameters"].get(_key(parameter.untyped_storage()))
         if emptied is None:
-            raise RuntimeError(f"a tensor of shape {tuple(parameter.shape)} is none of the parameters that are away")
+            raise RuntimeError(
+                f"a tensor of shape {tuple(parameter.shape)} is none of the parameters that are "
+                "away"
+            )
         size, stride, itemsize = parameter.shape, parameter.stride(), parameter.element_size()
         span = 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
         values = torch.empty(span * itemsize, dtype=torch.uint8, device=self._device)
-        self._host["parameters"].read(emptied.position + parameter.storage_offset() * itemsize, values)
+        self._host["parameters"].read(
+            emptied.position + parameter.storage_offset() * itemsize, values
+        )
         return values.view(parameter.dtype).as_strided(size, stride)
 
     def _check(self, verb: Literal["offload", "restore"], part: Part) -> None:
@@ -108,17 +130,27 @@ class Offload:
         allowed = ORDER[count : count + 1] if verb == "offload" else ORDER[:count][-1:]
         if part not in allowed:
             away = " and ".join(self._away) or "nothing"
-            raise RuntimeError(f"cannot {verb} {part} with {away} away; the order is {', '.join(ORDER)}, and back")
+            raise RuntimeError(
+                f"cannot {verb} {part} with {away} away; the order is {', '.join(ORDER)}, and back"
+            )
 
     def _parameters(self) -> dict[int, UntypedStorage]:
-        return self._storages([*self._ddp.module.parameters(), *self._ddp.module.buffers(), *self._reference])
+        return self._storages(
+            [*self._ddp.module.parameters(), *self._ddp.module.buffers(), *self._reference]
+        )
 
     def _gradients(self) -> dict[int, UntypedStorage]:
-        buffers = [buffer.grad_data for buffer in (*self._ddp.buffers, *self._ddp.expert_parallel_buffers)]
-        return self._storages([*buffers, *(p.main_grad for p in self._ddp.parameters() if hasattr(p, "main_grad"))])
+        buffers = [
+            buffer.grad_data for buffer in (*self._ddp.buffers, *self._ddp.expert_parallel_buffers)
+        ]
+        return self._storages(
+            [*buffers, *(p.main_grad for p in self._ddp.parameters() if hasattr(p, "main_grad"))]
+        )
 
     def _states(self) -> dict[int, UntypedStorage]:
-        """All that the optimizers step on: their state, and master weights or the parameters themselves."""
+        """All that the optimizers step on: their state, and master weights or the parameters
+        themselves.
+        """
         tensors: list[Tensor] = []
         for optimizer in self._optimizer.megatron.chained_optimizers:
             for group in optimizer.optimizer.param_groups:
@@ -128,7 +160,9 @@ class Offload:
         return self._storages(tensors)
 
     def _storages(self, tensors: Iterable[Tensor]) -> dict[int, UntypedStorage]:
-        """Each storage on the device once, in the order of the tensors (torch's AdamW counts its steps on the CPU)."""
+        """Each storage on the device once, in the order of the tensors (torch's AdamW counts its
+        steps on the CPU).
+        """
         found: dict[int, UntypedStorage] = {}
         for tensor in tensors:
             if tensor.device == self._device:
@@ -163,7 +197,9 @@ class Offload:
 
 @dataclass(frozen=True)
 class _Emptied:
-    """A storage that had `nbytes` bytes, which are in host memory from `position` on, if they are kept."""
+    """A storage that had `nbytes` bytes, which are in host memory from `position` on, if they are
+    kept.
+    """
 
     storage: UntypedStorage
     nbytes: int
@@ -188,7 +224,9 @@ class HostMemory:
             chunk.copy_(part, non_blocking=True)
 
     def read(self, position: int, target: Tensor) -> None:
-        """Copy n bytes from `position` into target[n] (uint8); to a GPU asynchronously, in stream order."""
+        """Copy n bytes from `position` into target[n] (uint8); to a GPU asynchronously, in stream
+        order.
+        """
         for chunk, part in self._pieces(position, target):
             part.copy_(chunk, non_blocking=True)
 
@@ -202,7 +240,9 @@ class HostMemory:
 
 
 def _key(storage: UntypedStorage) -> int:
-    """The same for every handle of a storage, empty or not (its address in memory is 0 when it is empty)."""
+    """The same for every handle of a storage, empty or not (its address in memory is 0 when it is
+    empty).
+    """
     return storage._cdata
 
 

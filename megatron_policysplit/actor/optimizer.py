@@ -13,7 +13,9 @@ from megatron_policysplit.config import Config
 
 @dataclass
 class StepResult:
-    """grad_norm before clipping; learning_rate of this step; stepped is False if the norm was not finite."""
+    """grad_norm before clipping; learning_rate of this step; stepped is False if the norm was not
+    finite.
+    """
 
     grad_norm: float
     learning_rate: float
@@ -70,13 +72,15 @@ class PolicyOptimizer:
         self.megatron.zero_grad()
 
     def step(self, loss_is_finite: bool) -> StepResult:
-        """Clip and step, unless the loss or the global gradient norm is not finite (the same on all ranks).
+        """Clip and step, unless the loss or the global gradient norm is not finite (the same on all
+        ranks).
 
         The schedule moves only with steps that were taken.
         """
         self.megatron.prepare_grads()
         norm = float(self.megatron.get_grad_norm())
-        # Step n of the warm-up (n from 1) trains at n / warmup_steps of the peak, so no step is lost at rate 0.
+        # Step n of the warm-up (n from 1) trains at n / warmup_steps of the peak, so no step is
+        # lost at rate 0.
         self.schedule.step(increment=1)
         learning_rate = max(group["lr"] for group in self.megatron.param_groups)
         if not (loss_is_finite and math.isfinite(norm)):
@@ -86,7 +90,9 @@ class PolicyOptimizer:
         return StepResult(norm, learning_rate, stepped=True)
 
     def load_state_dict(self, state: dict[str, Any], steps_taken: int) -> None:
-        """Restore what `self.megatron.sharded_state_dict` gave, and the schedule after `steps_taken` steps."""
+        """Restore what `self.megatron.sharded_state_dict` gave, and the schedule after
+        `steps_taken` steps.
+        """
         for optimizer in self.megatron.chained_optimizers:
             _accept_missing_step(optimizer)
             if steps_taken == 0 and isinstance(optimizer.optimizer, torch.optim.AdamW):
@@ -103,7 +109,9 @@ class PolicyOptimizer:
 
 
 def _add_step(optimizer: torch.optim.Optimizer) -> None:
-    """torch's AdamW counts steps for each parameter; Transformer Engine's and Apex's Adam for each group."""
+    """torch's AdamW counts steps for each parameter; Transformer Engine's and Apex's Adam for each
+    group.
+    """
     if isinstance(optimizer, torch.optim.AdamW):
         for state in optimizer.state.values():
             state["step"] = torch.tensor(0.0)
@@ -120,8 +128,9 @@ def _add_step_zero(loaded: dict[Any, Any]) -> None:
 def _accept_missing_step(optimizer) -> None:
     """Let Megatron's distributed optimizer load into torch's AdamW.
 
-    It copies every entry of the Adam state from the checkpoint, which holds `step` elsewhere; torch's AdamW,
-    unlike Transformer Engine's, has `step` among those entries, and the copy would fail for want of it.
+    It copies every entry of the Adam state from the checkpoint, which holds `step` elsewhere;
+    torch's AdamW, unlike Transformer Engine's, has `step` among those entries, and the copy would
+    fail for want of it.
     """
     if not isinstance(optimizer.optimizer, torch.optim.AdamW):
         return
@@ -138,7 +147,9 @@ def _accept_missing_step(optimizer) -> None:
 
 
 def _separate_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Megatron restores one `step` tensor for all parameters; torch's AdamW would count it up once for each."""
+    """Megatron restores one `step` tensor for all parameters; torch's AdamW would count it up once
+    for each.
+    """
     if isinstance(optimizer, torch.optim.AdamW):
         for state in optimizer.state.values():
             state["step"] = state["step"].clone()

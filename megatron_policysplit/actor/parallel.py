@@ -1,11 +1,12 @@
 """Process groups: Megatron's own, and the gloo groups over which rows and decisions travel.
 
-A *replica* is one copy of the model, TP x PP ranks. Its *leader* is the tensor-rank-0 rank of the last
-pipeline stage: it generates, and token statistics are born there. The *chief*, leader of replica 0,
-logs and writes. Model parallelism is Megatron's; the groups here carry Python objects between CPUs.
+A *replica* is one copy of the model, TP x PP ranks. Its *leader* is the tensor-rank-0 rank of the
+last pipeline stage: it generates, and token statistics are born there. The *chief*, leader of
+replica 0, logs and writes. Model parallelism is Megatron's; the groups here carry Python objects
+between CPUs.
 
-Under expert parallelism EP replicas in a row share one copy of the experts. Every layer sends tokens between them, so
-they run the same number of forward and backward passes.
+Under expert parallelism EP replicas in a row share one copy of the experts. Every layer sends
+tokens between them, so they run the same number of forward and backward passes.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ CONTROL_TIMEOUT_SECONDS = 45
 
 
 def initialize(parallel: ParallelConfig, seed: int, *, timeout_seconds: float = 3600.0) -> Layout:
-    """Set torch.distributed, Megatron's groups and the model-parallel RNG up, from RANK, WORLD_SIZE, MASTER_*.
+    """Set torch.distributed, Megatron's groups and the model-parallel RNG up, from RANK,
+    WORLD_SIZE, MASTER_*.
 
-    timeout_seconds: of a training collective; ranks that write no part of a checkpoint wait in one for those that do.
-    A process started alone (no RANK) is a world of one. Raises ConfigError if the world's size is not
-    the product of the parallel sizes.
+    timeout_seconds: of a training collective; ranks that write no part of a checkpoint wait in one
+    for those that do. A process started alone (no RANK) is a world of one. Raises ConfigError if
+    the world's size is not the product of the parallel sizes.
     """
     install()
     from megatron.core import parallel_state
@@ -41,13 +43,17 @@ def initialize(parallel: ParallelConfig, seed: int, *, timeout_seconds: float = 
     wanted = parallel.tensor * parallel.pipeline * parallel.data
     if world_size != wanted:
         raise ConfigError(
-            f"{world_size} processes are running but parallel.tensor={parallel.tensor} x parallel.pipeline="
-            f"{parallel.pipeline} x parallel.data={parallel.data} needs {wanted}; start as many or change the layout"
+            f"{world_size} processes are running but parallel.tensor={parallel.tensor} x "
+            "parallel.pipeline="
+            f"{parallel.pipeline} x parallel.data={parallel.data} needs {wanted}; start as many or "
+            "change the layout"
         )
     set_device(int(os.environ.get("LOCAL_RANK", rank)))
     timeout = timedelta(seconds=timeout_seconds)
     if world_size == 1:
-        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(
+            backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
     else:
         dist.init_process_group(backend(), rank=rank, world_size=world_size, timeout=timeout)
     parallel_state.initialize_model_parallel(

@@ -30,8 +30,11 @@ Read = Callable[[nn.Parameter], Tensor]
 Result = TypeVar("Result")
 CPU = torch.device("cpu")
 EXPERT_BUCKET_ELEMENTS = 2**26  # of experts that are exported together
-# The number of an expert in a parameter's name: of Megatron's own layers, or of Transformer Engine's grouped ones.
-_EXPERT = re.compile(r"(?<=\.experts\.local_experts\.)\d+|(?<=\.experts\.linear_fc[12]\.weight)\d+$")
+# The number of an expert in a parameter's name: of Megatron's own layers, or of Transformer
+# Engine's grouped ones.
+_EXPERT = re.compile(
+    r"(?<=\.experts\.local_experts\.)\d+|(?<=\.experts\.linear_fc[12]\.weight)\d+$"
+)
 
 _plans: WeakKeyDictionary[nn.Module, list[Bucket]] = WeakKeyDictionary()
 
@@ -39,8 +42,9 @@ _plans: WeakKeyDictionary[nn.Module, list[Bucket]] = WeakKeyDictionary()
 def load_weights(model: nn.Module, hf_path: str | Path) -> None:
     """Fill this rank's parameters from safetensors, reading only the rows and columns it holds.
 
-    Not a collective. Padding rows of the vocabulary become zero; values are cast to the parameters' dtype.
-    Raises ModelError naming the tensor if one is missing or its shape does not follow from config.json.
+    Not a collective. Padding rows of the vocabulary become zero; values are cast to the parameters'
+    dtype. Raises ModelError naming the tensor if one is missing or its shape does not follow from
+    config.json.
     """
     hf_config = read_hf_config(hf_path)
     architecture = find_architecture(hf_config)
@@ -50,12 +54,18 @@ def load_weights(model: nn.Module, hf_path: str | Path) -> None:
     with SafetensorsReader(hf_path) as reader, torch.no_grad():
         for name, parameter in global_parameters(model, sizes).items():
             if name not in table:
-                raise ModelError(f"Megatron parameter {name} has no row in the table of {architecture.name}")
+                raise ModelError(
+                    f"Megatron parameter {name} has no row in the table of {architecture.name}"
+                )
             pair = table[name]
-            check_shape(name, pair.local_shape(sizes, tensor), tuple(parameter.shape), "the mapping table")
+            check_shape(
+                name, pair.local_shape(sizes, tensor), tuple(parameter.shape), "the mapping table"
+            )
             for src in pair.sources:
                 if src.name not in reader.tensors:
-                    raise ModelError(f"{hf_path} lacks tensor {src.name} that {architecture.name} needs")
+                    raise ModelError(
+                        f"{hf_path} lacks tensor {src.name} that {architecture.name} needs"
+                    )
                 info = reader.tensors[src.name]
                 check_shape(src.name, info.shape, src.shape(sizes), info.file)
             parameter.zero_()
@@ -65,7 +75,9 @@ def load_weights(model: nn.Module, hf_path: str | Path) -> None:
 
 
 def global_parameters(model: nn.Module, sizes: Sizes) -> dict[str, nn.Parameter]:
-    """This rank's parameters by name, wrappers' `module.` removed, layers and experts numbered over the whole model."""
+    """This rank's parameters by name, wrappers' `module.` removed, layers and experts numbered over
+    the whole model.
+    """
     layers = sizes.layers // parallel_state.get_pipeline_model_parallel_world_size()
     first = parallel_state.get_pipeline_model_parallel_rank() * layers
     first_expert = _expert_rank() * (sizes.experts // _expert_size())
@@ -91,19 +103,22 @@ def export_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Full Hugging Face tensors on `device`, in transformers' order, in the parameters' dtype.
 
-    A collective over the TP x PP ranks of a replica, and over those of all replicas that share experts with it: all
-    of them must iterate to the end. With "leader" only the replica's leader (TP rank 0 of the last stage) gets
-    tensors, with "stage_leader" TP rank 0 of each stage gets those of its stage; the others' iterators yield nothing.
-    With "nowhere" no rank of the replica gets any: it only gives its experts. A tied head comes once, as the embedding;
-    vocabulary padding is cut.
+    A collective over the TP x PP ranks of a replica, and over those of all replicas that share
+    experts with it: all of them must iterate to the end. With "leader" only the replica's leader
+    (TP rank 0 of the last stage) gets tensors, with "stage_leader" TP rank 0 of each stage gets
+    those of its stage; the others' iterators yield nothing. With "nowhere" no rank of the replica
+    gets any: it only gives its experts. A tied head comes once, as the embedding; vocabulary
+    padding is cut.
 
-    read: gives a parameter's values on the rank's own device; needed where parameters wait in host memory.
+    read: gives a parameter's values on the rank's own device; needed where parameters wait in host
+    memory.
 
-    Weights travel in buckets known beforehand: the embedding, each layer, and the final norm with the head; experts in
-    buckets of their own, each of one expert-parallel rank and of at most EXPERT_BUCKET_ELEMENTS. A bucket costs one
-    all-reduce of a flag over all those ranks, for experts one broadcast from the owning rank over the expert-parallel
-    group of its stage if EP > 1, one broadcast from the owning stage if PP > 1 (not for "stage_leader"), and one
-    all-gather if TP > 1; no more than one bucket is held at a time. If another rank's consumer failed (see
+    Weights travel in buckets known beforehand: the embedding, each layer, and the final norm with
+    the head; experts in buckets of their own, each of one expert-parallel rank and of at most
+    EXPERT_BUCKET_ELEMENTS. A bucket costs one all-reduce of a flag over all those ranks, for
+    experts one broadcast from the owning rank over the expert-parallel group of its stage if EP >
+    1, one broadcast from the owning stage if PP > 1 (not for "stage_leader"), and one all-gather if
+    TP > 1; no more than one bucket is held at a time. If another rank's consumer failed (see
     `consume_weights`), PeerFailed is raised at the next bucket.
     """
     if destination not in get_args(Destination):
@@ -124,13 +139,17 @@ def export_weights(
                 error = raised
         _agree(failed=error is not None, raises=error is None)
         if error is not None:
-            raise ExportFailed(f"this rank could not read its weights ({type(error).__name__}: {error})") from error
+            raise ExportFailed(
+                f"this rank could not read its weights ({type(error).__name__}: {error})"
+            ) from error
         if here and bucket.owner is not None:
             own = _from_owner(bucket, own, example)
         if not wanted or (by_stage and not here):
             continue
         shards = _gather(bucket, own, example, over_stages=not by_stage)
-        if destination == "every_rank" or (_tensor_rank() == 0 and (by_stage or own_stage == last_stage)):
+        if destination == "every_rank" or (
+            _tensor_rank() == 0 and (by_stage or own_stage == last_stage)
+        ):
             yield from _assemble(bucket, shards, sizes, device).items()
 
 
@@ -143,11 +162,12 @@ def consume_weights(
     device: torch.device = CPU,
     read: Read = Tensor.detach,
 ) -> Result:
-    """Hand `consumer` the stream of `export_weights`; if it raises on any rank, all ranks of the collective raise.
+    """Hand `consumer` the stream of `export_weights`; if it raises on any rank, all ranks of the
+    collective raise.
 
     The rank that failed raises its own error, the others PeerFailed, at their next bucket or at the
-    end: nobody hangs. A consumer need not take all tensors. Costs one all-reduce of a flag more than
-    `export_weights`.
+    end: nobody hangs. A consumer need not take all tensors. Costs one all-reduce of a flag more
+    than `export_weights`.
     """
     stream = export_weights(model, hf_config, destination, device=device, read=read)
     try:
@@ -186,7 +206,8 @@ def exported_tensors(hf_config: Mapping[str, Any], pipeline: int) -> list[Export
 class Bucket:
     """Parameters that travel together: their rows of the table, and each one's shape on a rank.
 
-    owner: the expert-parallel rank that has these experts; None for parameters that all of them have.
+    owner: the expert-parallel rank that has these experts; None for parameters that all of them
+    have.
     """
 
     stage: int
@@ -200,7 +221,9 @@ class Bucket:
         return sum(prod(shape) for shape in self.shapes)
 
 
-def export_plan(hf_config: Mapping[str, Any], tensor: int, pipeline: int, expert: int = 1) -> list[Bucket]:
+def export_plan(
+    hf_config: Mapping[str, Any], tensor: int, pipeline: int, expert: int = 1
+) -> list[Bucket]:
     """The buckets of `export_weights` and the ranks that own each; the same on every rank.
 
     The order of the tensors does not depend on the layout.
@@ -215,12 +238,21 @@ def export_plan(hf_config: Mapping[str, Any], tensor: int, pipeline: int, expert
         else:
             stage = layer // (sizes.layers // pipeline)
         for owner, rows in _by_owner(pairs, sizes, expert):
-            plan.append(Bucket(stage, owner, tuple(rows), tuple(pair.local_shape(sizes, tensor) for pair in rows)))
+            plan.append(
+                Bucket(
+                    stage,
+                    owner,
+                    tuple(rows),
+                    tuple(pair.local_shape(sizes, tensor) for pair in rows),
+                )
+            )
     return plan
 
 
 def _cached_plan(model: nn.Module, hf_config: Mapping[str, Any]) -> list[Bucket]:
-    """`export_plan` at this rank's layout, made at the model's first export: of many experts it takes a while."""
+    """`export_plan` at this rank's layout, made at the model's first export: of many experts it
+    takes a while.
+    """
     if model not in _plans:
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         _plans[model] = export_plan(hf_config, _tensor_size(), stages, _expert_size())
@@ -230,7 +262,9 @@ def _cached_plan(model: nn.Module, hf_config: Mapping[str, Any]) -> list[Bucket]
 def _by_owner(
     pairs: Sequence[ParamMapping], sizes: Sizes, expert: int
 ) -> Iterator[tuple[int | None, list[ParamMapping]]]:
-    """Consecutive rows of one expert-parallel rank, at most EXPERT_BUCKET_ELEMENTS of them; others all together."""
+    """Consecutive rows of one expert-parallel rank, at most EXPERT_BUCKET_ELEMENTS of them; others
+    all together.
+    """
 
     def owner(pair: ParamMapping) -> int | None:
         return None if pair.expert is None else pair.expert // (sizes.experts // expert)
@@ -253,22 +287,39 @@ def _by_owner(
 
 def _read(bucket: Bucket, parameters: dict[str, nn.Parameter], read: Read) -> Tensor:
     """This rank's parameters of the bucket, flat (bucket.numel elements)."""
-    owned = [next(parameters[name] for name in pair.megatron if name in parameters) for pair in bucket.pairs]
+    owned = [
+        next(parameters[name] for name in pair.megatron if name in parameters)
+        for pair in bucket.pairs
+    ]
     return torch.cat([read(parameter).reshape(-1) for parameter in owned])
 
 
 def _from_owner(bucket: Bucket, own: Tensor | None, example: Tensor) -> Tensor:
-    """The experts of a bucket, flat, from the rank of this stage that has them; each tensor-parallel rank its shard."""
-    flat = torch.empty(bucket.numel, dtype=example.dtype, device=training_device()) if own is None else own
+    """The experts of a bucket, flat, from the rank of this stage that has them; each
+    tensor-parallel rank its shard.
+    """
+    flat = (
+        torch.empty(bucket.numel, dtype=example.dtype, device=training_device())
+        if own is None
+        else own
+    )
     if _expert_size() > 1:
         group = parallel_state.get_expert_model_parallel_group()
         dist.broadcast(flat, src=dist.get_global_rank(group, bucket.owner), group=group)
     return flat
 
 
-def _gather(bucket: Bucket, own: Tensor | None, example: Tensor, *, over_stages: bool) -> list[Tensor]:
-    """The bucket's parameters, flat, of every tensor-parallel rank (shards[TP]); own: this rank's, if its stage's."""
-    flat = torch.empty(bucket.numel, dtype=example.dtype, device=training_device()) if own is None else own
+def _gather(
+    bucket: Bucket, own: Tensor | None, example: Tensor, *, over_stages: bool
+) -> list[Tensor]:
+    """The bucket's parameters, flat, of every tensor-parallel rank (shards[TP]); own: this rank's,
+    if its stage's.
+    """
+    flat = (
+        torch.empty(bucket.numel, dtype=example.dtype, device=training_device())
+        if own is None
+        else own
+    )
     if over_stages and parallel_state.get_pipeline_model_parallel_world_size() > 1:
         group = parallel_state.get_pipeline_model_parallel_group()
         dist.broadcast(flat, src=dist.get_global_rank(group, bucket.stage), group=group)
@@ -279,7 +330,9 @@ def _gather(bucket: Bucket, own: Tensor | None, example: Tensor, *, over_stages:
     return shards
 
 
-def _assemble(bucket: Bucket, shards: list[Tensor], sizes: Sizes, device: torch.device) -> dict[str, Tensor]:
+def _assemble(
+    bucket: Bucket, shards: list[Tensor], sizes: Sizes, device: torch.device
+) -> dict[str, Tensor]:
     """Full Hugging Face tensors of a bucket from the shards of all tensor-parallel ranks."""
     full = {
         src.name: torch.empty(src.shape(sizes), dtype=shards[0].dtype, device=shards[0].device)
@@ -301,11 +354,19 @@ class ExportFailed(Agreed):
 
 
 def _agree(*, failed: bool, raises: bool = True) -> None:
-    """All ranks that take part learn whether one failed (one all-reduce); they raise then, if `raises`."""
+    """All ranks that take part learn whether one failed (one all-reduce); they raise then, if
+    `raises`.
+    """
     flag = torch.tensor([int(failed)], dtype=torch.int32, device=training_device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=parallel_state.get_expert_tensor_model_pipeline_parallel_group())
+    dist.all_reduce(
+        flag,
+        op=dist.ReduceOp.MAX,
+        group=parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
+    )
     if raises and flag.item():
-        raise PeerFailed("another rank failed while it took the exported weights; its own message says why")
+        raise PeerFailed(
+            "another rank failed while it took the exported weights; its own message says why"
+        )
 
 
 def _tensor_rank() -> int:

@@ -18,12 +18,16 @@ def check_method(config: Config) -> None:
     algorithm.method.check(algorithm.options, [mode.value for mode in modes_of(config.modes)])
     if engine and not algorithm.method.engine_logprobs(algorithm.options):
         raise ConfigError(
-            f"algorithm.old_logprobs=engine leaves rows unscored, but algorithm.name={config.algorithm.name} with "
-            "these options needs more of them than the engine's log-probs; set algorithm.old_logprobs=actor"
+            "algorithm.old_logprobs=engine leaves rows unscored, but "
+            f"algorithm.name={config.algorithm.name} with "
+            "these options needs more of them than the engine's log-probs; set "
+            "algorithm.old_logprobs=actor"
         )
     if replayed and algorithm.method.selection(algorithm.options) is not None:
         raise ConfigError(
-            f"rollout.engine=replay cannot serve algorithm.name={config.algorithm.name} with dynamic sampling, because "
-            "a dump holds no responses to questions that were dropped; replay with a method without, or use another "
+            f"rollout.engine=replay cannot serve algorithm.name={config.algorithm.name} with "
+            "dynamic sampling, because "
+            "a dump holds no responses to questions that were dropped; replay with a method "
+            "without, or use another "
             "engine"
         )

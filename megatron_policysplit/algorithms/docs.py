@@ -1,4 +1,6 @@
-"""Renders docs/methods.md from the methods' files: `python -m megatron_policysplit.algorithms.docs`."""
+"""Renders docs/methods.md from the methods' files: `python -m
+megatron_policysplit.algorithms.docs`.
+"""
 
 from __future__ import annotations
 
@@ -43,11 +45,19 @@ def render() -> str:
         method = method_named(name)
         loss = {"dual_clip": None, **DEFAULTS, **method.loss}
         clip = f"{_bound(loss['clip_low'])}, {_bound(loss['clip_high'])}"
-        cells = (f"[`{name}`](#{name})", method.source, clip, _bound(loss["dual_clip"]), loss["loss_aggregation"])
+        cells = (
+            f"[`{name}`](#{name})",
+            method.source,
+            clip,
+            _bound(loss["dual_clip"]),
+            loss["loss_aggregation"],
+        )
         parts.append("| " + " | ".join(cells) + " |\n")
     for name in METHOD_NAMES:
         method = method_named(name)
-        parts.append(f"\n## {name}\n\n{sys.modules[f'{methods.__name__}.{name}'].__doc__.strip()}\n")
+        parts.append(
+            f"\n## {name}\n\n{sys.modules[f'{methods.__name__}.{name}'].__doc__.strip()}\n"
+        )
         keys = list_keys(method.options, f"algorithm.options.{name}.")
         if keys:
             parts.append("\n| key | default | allowed | meaning |\n|---|---|---|---|\n")

@@ -17,13 +17,16 @@ from megatron_policysplit.config import AlgorithmConfig
 
 @dataclass
 class LossInputs:
-    """[T] fp32 each, over the response tokens of some rows; nats where they are log-probs or entropies.
+    """[T] fp32 each, over the response tokens of some rows; nats where they are log-probs or
+    entropies.
 
-    weights: share of each token in the step's loss (`token_weight`), 0 for tokens that are not trained.
+    weights: share of each token in the step's loss (`token_weight`), 0 for tokens that are not
+    trained.
     importance: truncated actor/engine weights (1 where none are taken).
-    entropy: differentiable if an entropy bonus is on. reference_logprobs: only with a KL term. scale, entropy_coef,
-    drift_coef: of methods that have them (`advantages.TokenSignals`). nucleus_coef: likewise, the step's denominator in
-    it, so that it is not multiplied by `weights`; nucleus_entropy: differentiable.
+    entropy: differentiable if an entropy bonus is on. reference_logprobs: only with a KL term.
+    scale, entropy_coef, drift_coef: of methods that have them (`advantages.TokenSignals`).
+    nucleus_coef: likewise, the step's denominator in it, so that it is not multiplied by `weights`;
+    nucleus_entropy: differentiable.
     """
 
     logprobs: Tensor
@@ -42,7 +45,9 @@ class LossInputs:
 
 @dataclass
 class LossOutputs:
-    """loss: scalar with gradient. The rest are detached sums over trained tokens (ratio_off_one: the largest)."""
+    """loss: scalar with gradient. The rest are detached sums over trained tokens (ratio_off_one:
+    the largest).
+    """
 
     loss: Tensor
     ratio_sum: Tensor
@@ -53,17 +58,22 @@ class LossOutputs:
     @classmethod
     def over(cls, parts: Sequence[LossOutputs]) -> LossOutputs:
         """Of all tokens, from those of their parts."""
-        columns = {field.name: torch.stack([getattr(part, field.name) for part in parts]) for field in fields(cls)}
-        return cls(**{name: c.max() if name == "ratio_off_one" else c.sum() for name, c in columns.items()})
+        columns = {
+            field.name: torch.stack([getattr(part, field.name) for part in parts])
+            for field in fields(cls)
+        }
+        return cls(
+            **{name: c.max() if name == "ratio_off_one" else c.sum() for name, c in columns.items()}
+        )
 
 
 def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> LossOutputs:
     """PPO's clipped loss under the training prompt (paper Eq. 7-8), plus what `config` switches on.
 
-    l = max(-A r, -A clip(r, 1 - low, 1 + high)) with r = exp(logprob - old logprob); with dual clip, for
-    A < 0, l = min(l, -A dual_clip). Times the importance weight and the method's scale. Then + kl_coef * k3 KL to the
-    reference policy, - (entropy_coef + the method's) * entropy, and + the method's drift_coef * |log r|. To the sum
-    comes - nucleus_coef * nucleus entropy.
+    l = max(-A r, -A clip(r, 1 - low, 1 + high)) with r = exp(logprob - old logprob); with dual
+    clip, for A < 0, l = min(l, -A dual_clip). Times the importance weight and the method's scale.
+    Then + kl_coef * k3 KL to the reference policy, - (entropy_coef + the method's) * entropy, and +
+    the method's drift_coef * |log r|. To the sum comes - nucleus_coef * nucleus entropy.
     """
     trained = inputs.weights > 0
     inputs = _zero_where_untrained(inputs, trained)
@@ -101,18 +111,27 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> LossOutputs:
 def _zero_where_untrained(inputs: LossInputs, trained: Tensor) -> LossInputs:
     """Untrained tokens may hold anything, NaN too; left in, 0 * NaN would reach the gradient."""
     values = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
-    return LossInputs(**{name: None if value is None else value.where(trained, 0.0) for name, value in values.items()})
+    return LossInputs(
+        **{
+            name: None if value is None else value.where(trained, 0.0)
+            for name, value in values.items()
+        }
+    )
 
 
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Per-token estimate of KL(policy || reference): exp(d) - d - 1 with d = reference - logprob; >= 0."""
+    """Per-token estimate of KL(policy || reference): exp(d) - d - 1 with d = reference - logprob;
+    >= 0.
+    """
     difference = reference - logprobs
     return torch.exp(difference) - difference - 1
 
 
 @dataclass(frozen=True)
 class Denominators:
-    """Over all rows of one optimizer step, skipped rows included: trained tokens, and rows that have any."""
+    """Over all rows of one optimizer step, skipped rows included: trained tokens, and rows that
+    have any.
+    """
 
     tokens: int
     rows: int
@@ -123,12 +142,14 @@ def denominators(trained_tokens: Sequence[int]) -> Denominators:
     return Denominators(sum(trained_tokens), sum(count > 0 for count in trained_tokens))
 
 
-def token_weight(trained_tokens: int, step: Denominators, aggregation: str, max_response_tokens: int) -> float:
+def token_weight(
+    trained_tokens: int, step: Denominators, aggregation: str, max_response_tokens: int
+) -> float:
     """Weight of each trained token of a row that has `trained_tokens` of them.
 
     token_mean: 1 / tokens. sequence_mean_token_mean: 1 / (rows * trained_tokens).
-    sequence_mean_token_sum_norm: 1 / (rows * max_response_tokens) (Dr. GRPO's constant length). 0 where the step has no
-    row to divide by.
+    sequence_mean_token_sum_norm: 1 / (rows * max_response_tokens) (Dr. GRPO's constant length). 0
+    where the step has no row to divide by.
     """
     if trained_tokens == 0 or step.rows == 0:
         return 0.0
@@ -141,12 +162,14 @@ def token_weight(trained_tokens: int, step: Denominators, aggregation: str, max_
     raise ValueError(f"unknown loss aggregation {aggregation!r}")
 
 
-def importance_weights(actor: Tensor, engine: Tensor, mask: Tensor, config: AlgorithmConfig) -> Tensor:
+def importance_weights(
+    actor: Tensor, engine: Tensor, mask: Tensor, config: AlgorithmConfig
+) -> Tensor:
     """Truncated weights [T] for what the engine sampled and the actor would have (one response).
 
-    actor, engine: log-probs [T] of the response under its *sampling* prompt. mask: bool [T], the trained
-    tokens. The weight is min(exp(actor - engine), cap), per token, or for the whole response with the
-    difference summed over its trained tokens; both of its rows use it.
+    actor, engine: log-probs [T] of the response under its *sampling* prompt. mask: bool [T], the
+    trained tokens. The weight is min(exp(actor - engine), cap), per token, or for the whole
+    response with the difference summed over its trained tokens; both of its rows use it.
     """
     if config.importance_cap is None:
         return torch.ones_like(actor)

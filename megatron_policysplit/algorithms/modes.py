@@ -16,11 +16,18 @@ def training_modes(config: Config, method: Method) -> tuple[Mode, ...]:
 
 
 def samples_per_mode(config: Config, method: Method) -> dict[Mode, int]:
-    """Responses to a question by sampling mode, by the modes' shares; modes that sample none are left out."""
-    sampling, modes = sampling_by_mode(config), _modes_of_method(config, method, method.sampling_modes)
+    """Responses to a question by sampling mode, by the modes' shares; modes that sample none are
+    left out.
+    """
+    sampling, modes = (
+        sampling_by_mode(config),
+        _modes_of_method(config, method, method.sampling_modes),
+    )
     if len(modes) == 1:
         return {modes[0]: config.rollout.samples_per_question}
-    return shared_out(config.rollout.samples_per_question, {mode: sampling[mode].share for mode in modes})
+    return shared_out(
+        config.rollout.samples_per_question, {mode: sampling[mode].share for mode in modes}
+    )
 
 
 def _modes_of_method(config: Config, method: Method, own: Sequence[Mode]) -> tuple[Mode, ...]:

@@ -1,4 +1,6 @@
-"""From rewards and statistics to what each row is trained with: masks, advantages, importance weights."""
+"""From rewards and statistics to what each row is trained with: masks, advantages, importance
+weights.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,13 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from megatron_policysplit.algorithms.advantages import AdvantageBatch, State, TokenSignals, TokenStatistics, make_batch
+from megatron_policysplit.algorithms.advantages import (
+    AdvantageBatch,
+    State,
+    TokenSignals,
+    TokenStatistics,
+    make_batch,
+)
 from megatron_policysplit.algorithms.advantages.batch import group_numbers
 from megatron_policysplit.algorithms.loss import denominators, importance_weights, token_weight
 from megatron_policysplit.algorithms.methods import Algorithm
@@ -20,9 +28,11 @@ from megatron_policysplit.rows.plan import Plan
 
 @dataclass
 class TrainSignal:
-    """What training a row needs beside its tokens, [T] each over its response tokens; see `TokenSignals`.
+    """What training a row needs beside its tokens, [T] each over its response tokens; see
+    `TokenSignals`.
 
-    apart: aggregation of the row's loss where it is not the run's; its tokens are in no denominator.
+    apart: aggregation of the row's loss where it is not the run's; its tokens are in no
+    denominator.
     """
 
     old_logprobs: Tensor
@@ -41,11 +51,14 @@ class TrainSignal:
 def token_weights(
     signals: Sequence[TrainSignal], step: Sequence[int], aggregation: str, max_response_tokens: int
 ) -> dict[int, Tensor]:
-    """Row -> weights [T] of its tokens in the loss of an optimizer step of the rows `step` (indices of `signals`)."""
+    """Row -> weights [T] of its tokens in the loss of an optimizer step of the rows `step` (indices
+    of `signals`).
+    """
     counts = {i: int(signals[i].mask.sum()) for i in step}
     total = denominators([counts[i] for i in step if signals[i].apart is None])
     return {
-        i: signals[i].mask * token_weight(counts[i], total, signals[i].apart or aggregation, max_response_tokens)
+        i: signals[i].mask
+        * token_weight(counts[i], total, signals[i].apart or aggregation, max_response_tokens)
         for i in step
     }
 
@@ -75,8 +88,8 @@ def length_rewards(rows: Sequence[Row], algorithm: Algorithm, config: Config) ->
 def live_rows(rows: Sequence[Row], algorithm: Algorithm, config: Config) -> list[bool]:
     """Which rows can change the weights; the others are scored but not trained.
 
-    A row without trained tokens never can. A row that the method calls dead cannot either, if the loss has no term
-    beside the method's. Auxiliary rows were chosen to be trained.
+    A row without trained tokens never can. A row that the method calls dead cannot either, if the
+    loss has no term beside the method's. Auxiliary rows were chosen to be trained.
     """
     trained = [bool(trained_mask(row, config.train.overlong).any()) for row in rows]
     if not rows or config.algorithm.kl_coef > 0 or config.algorithm.entropy_coef > 0:
@@ -88,12 +101,15 @@ def live_rows(rows: Sequence[Row], algorithm: Algorithm, config: Config) -> list
     return [keeps and row.key not in dead for keeps, row in zip(trained, rows, strict=True)]
 
 
-def scored_rows(rows: Sequence[Row], live: Sequence[bool], algorithm: Algorithm, config: Config) -> list[bool]:
-    """Which rows are scored: those whose statistics something reads, be it only the logs (`log.kl_tokens`).
+def scored_rows(
+    rows: Sequence[Row], live: Sequence[bool], algorithm: Algorithm, config: Config
+) -> list[bool]:
+    """Which rows are scored: those whose statistics something reads, be it only the logs
+    (`log.kl_tokens`).
 
-    A row behind the prompt its response was sampled with is spared where the engine's log-probs take the place of the
-    actor's (algorithm.old_logprobs). A row behind another prompt is spared in a question without a live row, if the
-    method's statistics stay within a question.
+    A row behind the prompt its response was sampled with is spared where the engine's log-probs
+    take the place of the actor's (algorithm.old_logprobs). A row behind another prompt is spared in
+    a question without a live row, if the method's statistics stay within a question.
     """
     engine, apart = config.algorithm.old_logprobs == "engine", algorithm.method.within_questions
     questions = {row.key[:2] for row, alive in zip(rows, live, strict=True) if alive}
@@ -108,18 +124,22 @@ def scored_rows(rows: Sequence[Row], live: Sequence[bool], algorithm: Algorithm,
 
 
 def with_engine_logprobs(row: Row, actor: TokenStatistics) -> TokenStatistics:
-    """The engine's log-probs in place of the actor's, where it sampled the response behind the row's prompt."""
+    """The engine's log-probs in place of the actor's, where it sampled the response behind the
+    row's prompt.
+    """
     if not row.on_policy:
         return actor
     return replace(actor, logprobs=torch.tensor(row.rollout.engine_logprobs, dtype=torch.float32))
 
 
 class SignalBuilder:
-    """What each row of a batch is trained with, one optimizer step after the other (on leaders, which hold the rows).
+    """What each row of a batch is trained with, one optimizer step after the other (on leaders,
+    which hold the rows).
 
-    `state` is the method's; it moves on with every step. old: statistics before the batch's first step, whose log-probs
-    are the ratio's denominator, unless the engine's are (algorithm.old_logprobs). Nothing depends on the layout, nor,
-    with algorithm.scope=global, on micro-batches.
+    `state` is the method's; it moves on with every step. old: statistics before the batch's first
+    step, whose log-probs are the ratio's denominator, unless the engine's are
+    (algorithm.old_logprobs). Nothing depends on the layout, nor, with algorithm.scope=global, on
+    micro-batches.
     """
 
     def __init__(
@@ -136,7 +156,13 @@ class SignalBuilder:
     ):
         if config.algorithm.old_logprobs == "engine":
             old = [with_engine_logprobs(row, actor) for row, actor in zip(rows, old, strict=True)]
-        self.rows, self.old, self.plan, self.algorithm, self.config = rows, old, plan, algorithm, config
+        self.rows, self.old, self.plan, self.algorithm, self.config = (
+            rows,
+            old,
+            plan,
+            algorithm,
+            config,
+        )
         self.state = state or algorithm.method.begin(algorithm.options)
         self._masks = [trained_mask(row, config.train.overlong) for row in rows]
         self._reference, self._seed = reference, seed
@@ -144,7 +170,9 @@ class SignalBuilder:
         self._last: TokenSignals | None = None
 
     def at(self, step: int, now: Mapping[int, TokenStatistics] | None = None) -> list[TrainSignal]:
-        """One TrainSignal per row for optimizer step `step`. now: new statistics of that step's rows."""
+        """One TrainSignal per row for optimizer step `step`. now: new statistics of that step's
+        rows.
+        """
         if not self.rows:
             return []
         statistics = [(now or {}).get(index, old) for index, old in enumerate(self.old)]
@@ -154,9 +182,14 @@ class SignalBuilder:
         if self.config.algorithm.scope == "global":
             made = self._signals(batch)
         else:
-            parts = [replica.train + replica.train_only for replica in self.plan.micro_batches[step]]
+            parts = [
+                replica.train + replica.train_only for replica in self.plan.micro_batches[step]
+            ]
             made = self._by_part(batch, [indices for part in parts for indices in part if indices])
-        self.state, self._last = self.algorithm.method.next_state(self.state, batch, self.algorithm.options), made
+        self.state, self._last = (
+            self.algorithm.method.next_state(self.state, batch, self.algorithm.options),
+            made,
+        )
         lengths = batch.offsets.diff().tolist()
         columns = {
             field.name: value.split(lengths)
@@ -191,22 +224,29 @@ class SignalBuilder:
         return self.algorithm.method.signals(batch, self.algorithm.options, self.state)
 
     def _by_part(self, batch: AdvantageBatch, parts: Sequence[Sequence[int]]) -> TokenSignals:
-        """Signals of each part (row indices) from statistics over its tokens alone; 0 for tokens of no part."""
+        """Signals of each part (row indices) from statistics over its tokens alone; 0 for tokens of
+        no part.
+        """
         together: dict[str, Tensor] = {}
         for number, part in enumerate(parts):
             mine = self._token_mask(batch, part)
-            made = self._signals(replace(batch, mask=batch.mask & mine, seed=batch.seed * 65_537 + number))
+            made = self._signals(
+                replace(batch, mask=batch.mask & mine, seed=batch.seed * 65_537 + number)
+            )
             for field in fields(made):
                 value = getattr(made, field.name)
                 if value is not None:
                     empty = torch.zeros_like(value)
                     together[field.name] = torch.where(mine, value, together.get(field.name, empty))
-        return TokenSignals(**together) if together else TokenSignals(torch.zeros_like(batch.logprobs))
+        return (
+            TokenSignals(**together) if together else TokenSignals(torch.zeros_like(batch.logprobs))
+        )
 
     def metrics(self) -> dict[str, float]:
-        """importance/*: of the weights actor/engine over trained response tokens, each counted once. method/*: the
-        method's state, the mean of its scale over trained tokens at the batch's last optimizer step, and the mean over
-        responses of what it adds to the reward for their length.
+        """importance/*: of the weights actor/engine over trained response tokens, each counted
+        once. method/*: the method's state, the mean of its scale over trained tokens at the batch's
+        last optimizer step, and the mean over responses of what it adds to the reward for their
+        length.
         """
         result = {f"method/{name}": value for name, value in self.state.items()}
         if self._last is not None and self._last.scale is not None:
@@ -215,7 +255,9 @@ class SignalBuilder:
         if self.algorithm.method.length_reward is not None and own:
             added = length_rewards([self.rows[index] for index in own], self.algorithm, self.config)
             result["method/length_reward_mean"] = float(added.mean())
-        weights = [self._importance[self.rows[index].rollout.key][self._masks[index]] for index in own]
+        weights = [
+            self._importance[self.rows[index].rollout.key][self._masks[index]] for index in own
+        ]
         together = torch.cat(weights) if weights else torch.empty(0)
         if len(together):
             result["importance/mean"] = float(together.mean())
@@ -236,7 +278,8 @@ def _importance(
 ) -> dict[tuple, Tensor]:
     """Rollout -> importance weights [T], from the row under the prompt that it was sampled with.
 
-    1 for auxiliary rollouts: the engine's log-probs are those of another temperature, which is no error to correct.
+    1 for auxiliary rollouts: the engine's log-probs are those of another temperature, which is no
+    error to correct.
     """
     ones = {row.rollout.key: torch.ones(row.response_length) for row in rows if row.auxiliary}
     return ones | {

@@ -15,7 +15,10 @@ class Command(TyperCommand):
     """Usage lines without the braces that Typer puts around arguments which must be given."""
 
     def collect_usage_pieces(self, ctx) -> list[str]:
-        return [piece.translate({ord("{"): None, ord("}"): None}) for piece in super().collect_usage_pieces(ctx)]
+        return [
+            piece.translate({ord("{"): None, ord("}"): None})
+            for piece in super().collect_usage_pieces(ctx)
+        ]
 
 
 def run_app(commands: typer.Typer) -> None:
@@ -34,7 +37,8 @@ def _local_rank() -> str:
 def _report(error: UserError, local_rank: str) -> int:
     """Print it and return the exit code.
 
-    Of several ranks the first of every node prints it: what is missing may be missing on that node alone.
+    Of several ranks the first of every node prints it: what is missing may be missing on that node
+    alone.
     """
     rank = os.environ.get("RANK", "0")
     if rank == "0" or local_rank == "0":

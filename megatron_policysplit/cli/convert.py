@@ -28,7 +28,16 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 
 
 class Dtype(enum.Enum):
@@ -53,7 +62,9 @@ def parse_size(text: str) -> int:
     return size
 
 
-HfDir = Annotated[Path, typer.Option("--hf", metavar="DIR", help="Directory of a Hugging Face model.")]
+HfDir = Annotated[
+    Path, typer.Option("--hf", metavar="DIR", help="Directory of a Hugging Face model.")
+]
 HfOfMegatron = Annotated[
     Path | None,
     typer.Option(
@@ -71,30 +82,50 @@ MegatronDir = Annotated[
         help="A torch_dist checkpoint: converted, or checkpoints/step_NNNNNN of a run, saved at any TP x PP x EP.",
     ),
 ]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write; must not exist or be empty.")]
-ToDtype = Annotated[Dtype | None, typer.Option("--dtype", help="Cast to this type. Default: as it is.")]
+Out = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Where to write; must not exist or be empty.")
+]
+ToDtype = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Cast to this type. Default: as it is.")
+]
 AllowDowncast = Annotated[bool, typer.Option("--allow-downcast", help="Let --dtype round.")]
 
 
-@app.command("hf-to-megatron", cls=Command, short_help="Hugging Face directory to Megatron-Core checkpoint.")
-def hf_to_megatron(hf: HfDir, out: Out, dtype: ToDtype = None, allow_downcast: AllowDowncast = False) -> None:
-    """Write a Hugging Face model as a torch_dist checkpoint that Megatron-Core loads at any TP x PP x EP.
+@app.command(
+    "hf-to-megatron", cls=Command, short_help="Hugging Face directory to Megatron-Core checkpoint."
+)
+def hf_to_megatron(
+    hf: HfDir, out: Out, dtype: ToDtype = None, allow_downcast: AllowDowncast = False
+) -> None:
+    """Write a Hugging Face model as a torch_dist checkpoint that Megatron-Core loads at any TP x PP
+    x EP.
 
-    Needs no GPU and the memory of one tensor. Several processes started by torchrun share the work. Exit code 2: bad
-    input; nothing is left at --out.
+    Needs no GPU and the memory of one tensor. Several processes started by torchrun share the work.
+    Exit code 2: bad input; nothing is left at --out.
     """
     from checkpoints_conv.hf_to_megatron import hf_to_megatron as convert
 
     with _started_ranks() as ranks:
         name = None if dtype is None else dtype.value
-        convert(hf, out, dtype=name, allow_downcast=allow_downcast, progress=_progress(ranks), ranks=ranks)
+        convert(
+            hf,
+            out,
+            dtype=name,
+            allow_downcast=allow_downcast,
+            progress=_progress(ranks),
+            ranks=ranks,
+        )
         _say(ranks, f"wrote {out}")
 
 
-MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest file, such as 5GB, 500MB or 2GiB.")]
+MaxShardSize = Annotated[
+    str, typer.Option(metavar="SIZE", help="Largest file, such as 5GB, 500MB or 2GiB.")
+]
 
 
-@app.command("megatron-to-hf", cls=Command, short_help="Megatron-Core checkpoint to Hugging Face directory.")
+@app.command(
+    "megatron-to-hf", cls=Command, short_help="Megatron-Core checkpoint to Hugging Face directory."
+)
 def megatron_to_hf(
     megatron: MegatronDir,
     out: Out,
@@ -103,10 +134,11 @@ def megatron_to_hf(
     max_shard_size: MaxShardSize = "5GB",
     allow_downcast: AllowDowncast = False,
 ) -> None:
-    """Write the model of a torch_dist checkpoint, of whatever layout, as a complete Hugging Face directory.
+    """Write the model of a torch_dist checkpoint, of whatever layout, as a complete Hugging Face
+    directory.
 
-    Optimizer state is not read. Needs no GPU and the memory of a few tensors. Several processes started by torchrun
-    share the work. Exit code 2: bad input; nothing is left at --out.
+    Optimizer state is not read. Needs no GPU and the memory of a few tensors. Several processes
+    started by torchrun share the work. Exit code 2: bad input; nothing is left at --out.
     """
     from checkpoints_conv.megatron_to_hf import megatron_to_hf as convert
 
@@ -118,33 +150,45 @@ def megatron_to_hf(
         _say(ranks, f"wrote {out}")
 
 
-@app.command("quantize", cls=Command, short_help="Hugging Face directory to FP8 for serving with SGLang.")
+@app.command(
+    "quantize", cls=Command, short_help="Hugging Face directory to FP8 for serving with SGLang."
+)
 def quantize(
     hf: HfDir,
     out: Out,
-    form: Annotated[Fp8Format, typer.Option("--format", help="How weights and activations are scaled, see above.")],
+    form: Annotated[
+        Fp8Format,
+        typer.Option("--format", help="How weights and activations are scaled, see above."),
+    ],
     calibration: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Questions (.jsonl or .parquet, as for training) to measure fp8's scales on."
+            metavar="FILE",
+            help="Questions (.jsonl or .parquet, as for training) to measure fp8's scales on.",
         ),
     ] = None,
     calibration_questions: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="At most so many of them, spread over the file. Default: 256."),
+        typer.Option(
+            min=1, metavar="N", help="At most so many of them, spread over the file. Default: 256."
+        ),
     ] = None,
     high_entropy_prompt_file: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="The high-entropy prompt that the model was trained with. Default: our own."),
+        typer.Option(
+            metavar="FILE",
+            help="The high-entropy prompt that the model was trained with. Default: our own.",
+        ),
     ] = None,
     max_shard_size: MaxShardSize = "5GB",
 ) -> None:
     """Write a Hugging Face model in FP8, as a complete directory that SGLang serves.
 
-    fp8: one scale a matrix, fixed scales of activations, measured by running the whole model on --calibration with
-    the prompts of both modes. fp8-block: a scale for each 128 x 128 weights, activations scaled as they come; tensor
-    by tensor, without calibration. Embedding, head, norms and routers of experts stay as they are. Needs
-    nvidia-modelopt: pip install megatron_policysplit[quantize]. Exit code 2: bad input; nothing is left at --out.
+    fp8: one scale a matrix, fixed scales of activations, measured by running the whole model on
+    --calibration with the prompts of both modes. fp8-block: a scale for each 128 x 128 weights,
+    activations scaled as they come; tensor by tensor, without calibration. Embedding, head, norms
+    and routers of experts stay as they are. Needs nvidia-modelopt: pip install
+    megatron_policysplit[quantize]. Exit code 2: bad input; nothing is left at --out.
     """
     from checkpoints_conv.progress import bar, token_bar
     from checkpoints_conv.quantize import quantize as convert
@@ -183,13 +227,17 @@ def verify(
     hf: HfDir,
     megatron: MegatronDir,
     logits: Annotated[
-        bool, typer.Option("--logits", help="Also build both models in float32 and compare their logits.")
+        bool,
+        typer.Option(
+            "--logits", help="Also build both models in float32 and compare their logits."
+        ),
     ] = False,
 ) -> None:
-    """Check that a torch_dist checkpoint holds the weights of a Hugging Face directory, bit for bit.
+    """Check that a torch_dist checkpoint holds the weights of a Hugging Face directory, bit for
+    bit.
 
-    With --logits Megatron-Core loads the checkpoint and computes logits, which must be those of transformers to 1e-4
-    of the largest. Exit code 2: they differ, or one of them is damaged.
+    With --logits Megatron-Core loads the checkpoint and computes logits, which must be those of
+    transformers to 1e-4 of the largest. Exit code 2: they differ, or one of them is damaged.
     """
     from checkpoints_conv.progress import bar
     from checkpoints_conv.verify import verify as compare
@@ -203,12 +251,19 @@ def verify(
 
         with _left_at_once():
             compared = check_logits(hf, megatron)
-            print(f"logits differ by {compared.difference:.1e} at most (the largest is {compared.largest:.1f})")
+            print(
+                f"logits differ by {compared.difference:.1e} at most (the largest is "
+                f"{compared.largest:.1f})"
+            )
 
 
 @app.command("inspect", cls=Command, short_help="What is in a checkpoint, and whether it is whole.")
-def inspect(directory: Annotated[Path, typer.Argument(metavar="DIR")], hf: HfOfMegatron = None) -> None:
-    """Say what a Hugging Face directory or a torch_dist checkpoint holds; exit code 2 unless it is whole."""
+def inspect(
+    directory: Annotated[Path, typer.Argument(metavar="DIR")], hf: HfOfMegatron = None
+) -> None:
+    """Say what a Hugging Face directory or a torch_dist checkpoint holds; exit code 2 unless it is
+    whole.
+    """
     from checkpoints_conv.describe import describe
 
     found = describe(directory, hf)
@@ -234,10 +289,11 @@ def _started_ranks() -> Iterator[Ranks]:
 def _left_at_once() -> Iterator[None]:
     """End this process with the body, its errors reported, without the finalization of Python.
 
-    gloo's threads outlive destroy_process_group, and the one that ran the last collective lets go of its tensors only
-    after the collective is over. They are Python's objects too, so that needs the interpreter's lock, and a thread
-    which asks for that during finalization is unwound by pthread_exit, through destructors of C++ that may not be:
-    std::terminate ends a rank that had done its work.
+    gloo's threads outlive destroy_process_group, and the one that ran the last collective lets go
+    of its tensors only after the collective is over. They are Python's objects too, so that needs
+    the interpreter's lock, and a thread which asks for that during finalization is unwound by
+    pthread_exit, through destructors of C++ that may not be: std::terminate ends a rank that had
+    done its work.
     """
     code = FAILED
     try:
@@ -256,7 +312,8 @@ def _left_at_once() -> Iterator[None]:
 def _refuse_torchrun(command: str) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
-            f"{command} runs as one process, but WORLD_SIZE={os.environ['WORLD_SIZE']}; start it without torchrun"
+            f"{command} runs as one process, but WORLD_SIZE={os.environ['WORLD_SIZE']}; start it "
+            "without torchrun"
         )
 
 

@@ -1,4 +1,6 @@
-"""How large the inputs of a model's matrices get on the questions of a run, for FP8's fixed activation scales."""
+"""How large the inputs of a model's matrices get on the questions of a run, for FP8's fixed
+activation scales.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +35,14 @@ def input_maxima(
     questions: int = QUESTIONS,
     progress: Progress = silent,
 ) -> dict[str, float]:
-    """The largest absolute value of the input that each quantized weight (by its name) is multiplied with.
+    """The largest absolute value of the input that each quantized weight (by its name) is
+    multiplied with.
 
-    calibration: .jsonl or .parquet as for training. At most `questions` of them, spread over the file, go through the
-    model one by one as prompts of both modes, so that both are served with scales that hold for them. All experts of a
-    layer have the same maxima. progress counts tokens. The whole model is held, on the GPU where there is one. Raises
-    DataError for the file, ModelError for a tokenizer or model that cannot be read or whose activations are not finite.
+    calibration: .jsonl or .parquet as for training. At most `questions` of them, spread over the
+    file, go through the model one by one as prompts of both modes, so that both are served with
+    scales that hold for them. All experts of a layer have the same maxima. progress counts tokens.
+    The whole model is held, on the GPU where there is one. Raises DataError for the file,
+    ModelError for a tokenizer or model that cannot be read or whose activations are not finite.
     """
     check_modelopt()
     chosen = spread(load_questions(str(calibration)), questions)
@@ -47,17 +51,21 @@ def input_maxima(
 
     hf_config = read_hf_config(hf)
     builder = PromptBuilder(load_tokenizer(str(hf)), modes)
-    prompts = [tokens for question in chosen for tokens in builder.build(question.messages).values()]
+    prompts = [
+        tokens for question in chosen for tokens in builder.build(question.messages).values()
+    ]
     longest = hf_config.get("max_position_embeddings") or math.inf
     for tokens in prompts:
         if len(tokens) > longest:
             raise DataError(
-                f"{calibration} has a question whose prompt of {len(tokens)} tokens is longer than the model's "
+                f"{calibration} has a question whose prompt of {len(tokens)} tokens is longer than "
+                "the model's "
                 f"max_position_embeddings={longest}; leave it out"
             )
         if max(tokens) >= hf_config["vocab_size"]:
             raise ModelError(
-                f"the tokenizer of {hf} gives token {max(tokens)}, but vocab_size={hf_config['vocab_size']}; "
+                f"the tokenizer of {hf} gives token {max(tokens)}, but "
+                f"vocab_size={hf_config['vocab_size']}; "
                 "it is another model's"
             )
     measured = _measure(hf, prompts, progress)
@@ -70,7 +78,9 @@ def spread(questions: Sequence[Question], most: int) -> list[Question]:
     return [questions[index * len(questions) // kept] for index in range(kept)]
 
 
-def _measure(hf: str | Path, prompts: Sequence[Sequence[int]], progress: Progress) -> dict[str, float]:
+def _measure(
+    hf: str | Path, prompts: Sequence[Sequence[int]], progress: Progress
+) -> dict[str, float]:
     """Module name -> largest absolute input over all prompts."""
     import torch
 
@@ -84,7 +94,11 @@ def _measure(hf: str | Path, prompts: Sequence[Sequence[int]], progress: Progres
     def calibrate(model: torch.nn.Module) -> None:
         with torch.no_grad(), progress(sum(map(len, prompts))) as advance:
             for tokens in prompts:
-                model(input_ids=torch.tensor([tokens], device=training_device()), use_cache=False, logits_to_keep=1)
+                model(
+                    input_ids=torch.tensor([tokens], device=training_device()),
+                    use_cache=False,
+                    logits_to_keep=1,
+                )
                 advance(len(tokens))
 
     try:
@@ -98,16 +112,22 @@ def _measure(hf: str | Path, prompts: Sequence[Sequence[int]], progress: Progres
 
 
 def _maxima(model: torch.nn.Module) -> Iterator[tuple[str, float]]:
-    """From quantizers called `MODULE.input_quantizer`, and `MODULE.gate_up_proj_input_quantizer` of fused experts."""
+    """From quantizers called `MODULE.input_quantizer`, and `MODULE.gate_up_proj_input_quantizer` of
+    fused experts.
+    """
     for name, module in model.named_modules():
         if name.endswith("input_quantizer") and module.is_enabled:
             if module.amax is None:
-                raise ModelError(f"no prompt reached {name.rpartition('.')[0]}; give other or more questions")
+                raise ModelError(
+                    f"no prompt reached {name.rpartition('.')[0]}; give other or more questions"
+                )
             yield name.removesuffix("input_quantizer").rstrip("._"), module.amax.item()
 
 
 def _module(weight: str) -> str:
-    """The module whose input a weight is multiplied with; transformers fuses the experts of a layer."""
+    """The module whose input a weight is multiplied with; transformers fuses the experts of a
+    layer.
+    """
     fused = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
     return _EXPERT.sub(lambda match: f".experts.{fused[match[1]]}", weight.removesuffix(".weight"))
 
@@ -119,9 +139,20 @@ def _read_model(hf: str | Path) -> torch.nn.Module:
     logging.disable_progress_bar()
     try:
         # ModelOpt sees the inputs of experts only where each is a call of `linear`.
-        experts = {"experts_implementation": "eager"} if "num_experts_per_tok" in read_hf_config(hf) else {}
+        experts = (
+            {"experts_implementation": "eager"}
+            if "num_experts_per_tok" in read_hf_config(hf)
+            else {}
+        )
         return AutoModelForCausalLM.from_pretrained(
-            hf, dtype="auto", trust_remote_code=False, use_safetensors=True, local_files_only=True, **experts
+            hf,
+            dtype="auto",
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            **experts,
         ).eval()
-    except Exception as error:  # transformers and safetensors raise many kinds; each means an unreadable model
+    except (
+        Exception
+    ) as error:  # transformers and safetensors raise many kinds; each means an unreadable model
         raise ModelError(f"cannot load the model in {hf}: {error}") from error

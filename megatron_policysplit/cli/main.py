@@ -33,7 +33,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.add_typer(convert.app, name="convert", short_help="Hugging Face to Megatron-Core and back; verify, inspect.")
+app.add_typer(
+    convert.app,
+    name="convert",
+    short_help="Hugging Face to Megatron-Core and back; verify, inspect.",
+)
 
 
 class Modes(enum.Enum):
@@ -59,29 +63,49 @@ def _keeps_a_token(value: int) -> int:
     return value
 
 
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file; see docs/configuration.md.")]
+ConfigPath = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="YAML file; see docs/configuration.md.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Keys that win over the file.", show_default=False),
 ]
-ModelDir = Annotated[str, typer.Option("--model", metavar="DIR", help="Directory of a Hugging Face model.")]
+ModelDir = Annotated[
+    str, typer.Option("--model", metavar="DIR", help="Directory of a Hugging Face model.")
+]
 ModeChoice = Annotated[
-    Modes, typer.Option("--mode", help="Which policy answers; both: those of modes.others in --config too.")
+    Modes,
+    typer.Option(
+        "--mode", help="Which policy answers; both: those of modes.others in --config too."
+    ),
 ]
 Temperature = Annotated[
-    float, typer.Option(metavar="X", min=1e-6, callback=_finite, help="Sampling temperature of all modes.")
+    float,
+    typer.Option(
+        metavar="X", min=1e-6, callback=_finite, help="Sampling temperature of all modes."
+    ),
 ]
 TopP = Annotated[
-    float, typer.Option(metavar="X", min=1e-6, max=1.0, callback=_finite, help="Nucleus mass of all modes.")
+    float,
+    typer.Option(
+        metavar="X", min=1e-6, max=1.0, callback=_finite, help="Nucleus mass of all modes."
+    ),
 ]
 TopK = Annotated[
     int,
     typer.Option(
-        metavar="N", min=-1, callback=_keeps_a_token, help="Keep the N most likely tokens only; -1 keeps all."
+        metavar="N",
+        min=-1,
+        callback=_keeps_a_token,
+        help="Keep the N most likely tokens only; -1 keeps all.",
     ),
 ]
-MaxTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Longest response, end-of-sequence token included.")]
-Seed = Annotated[int, typer.Option(metavar="N", min=0, help="The same seed gives the same responses.")]
+MaxTokens = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Longest response, end-of-sequence token included.")
+]
+Seed = Annotated[
+    int, typer.Option(metavar="N", min=0, help="The same seed gives the same responses.")
+]
 RunConfig = Annotated[
     str | None,
     typer.Option(
@@ -92,13 +116,17 @@ RunConfig = Annotated[
     ),
 ]
 Prompt = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="System prompt of the high-entropy mode instead of ours.")
+    str | None,
+    typer.Option(metavar="TEXT", help="System prompt of the high-entropy mode instead of ours."),
 ]
 PromptFile = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Read the high-entropy prompt from this UTF-8 file.")
+    str | None,
+    typer.Option(metavar="FILE", help="Read the high-entropy prompt from this UTF-8 file."),
 ]
 Dtype = Annotated[Precision, typer.Option(help="Precision of the model.")]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where the model runs: cpu, cuda, cuda:1 ...")]
+Device = Annotated[
+    str, typer.Option(metavar="DEVICE", help="Where the model runs: cpu, cuda, cuda:1 ...")
+]
 JudgeKeys = Annotated[
     list[str] | None,
     typer.Option(
@@ -108,7 +136,9 @@ JudgeKeys = Annotated[
         "url=http://host:port/v1 and model=NAME; once for each key.",
     ),
 ]
-BatchSamples = Annotated[int, typer.Option(metavar="N", min=1, help="Responses generated together.")]
+BatchSamples = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Responses generated together.")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -120,7 +150,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def policysplit(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -130,10 +163,11 @@ def policysplit(
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train, or go on with the run in run.dir.
 
-    Starts the local ranks itself where the layout has more than one and neither torchrun nor srun has started them.
+    Starts the local ranks itself where the layout has more than one and neither torchrun nor srun
+    has started them.
 
-    Exit codes: 0 done; 1 failed; 2 bad input, nothing was started; 75 stopped by SIGTERM or SIGINT with its state
-    saved, and the same command goes on.
+    Exit codes: 0 done; 1 failed; 2 bad input, nothing was started; 75 stopped by SIGTERM or SIGINT
+    with its state saved, and the same command goes on.
     """
     with _exit_on_signals():
         code = run_training([config, *(overrides or [])])
@@ -146,7 +180,8 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
 
     Such a run names them in rollout.addresses.
 
-    Prints the address of each once it has generated a token, watches them, and ends them all on SIGTERM or SIGINT.
+    Prints the address of each once it has generated a token, watches them, and ends them all on
+    SIGTERM or SIGINT.
     """
     from megatron_policysplit.config.checks import check_config
     from megatron_policysplit.config.load import load_config
@@ -195,8 +230,12 @@ def run_training(argv: list[str]) -> int:
 
 @contextmanager
 def _exit_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGINT end this process with the documented code until ranks, which save first, handle them."""
-    before = {number: signal.signal(number, _exit_stopped) for number in (signal.SIGTERM, signal.SIGINT)}
+    """SIGTERM and SIGINT end this process with the documented code until ranks, which save first,
+    handle them.
+    """
+    before = {
+        number: signal.signal(number, _exit_stopped) for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield
     finally:
@@ -240,16 +279,24 @@ def generate(
     responder = Responder(model, prompts, dtype=dtype.value, device=device)
     asked = Question(0, [{"role": "user", "content": question}], None, {})
     modes = _chosen(mode, prompts)
-    responses = responder.respond([asked], modes, samples, Sampling(temperature, top_p, top_k, max_tokens), seed)
+    responses = responder.respond(
+        [asked], modes, samples, Sampling(temperature, top_p, top_k, max_tokens), seed
+    )
     table = Table(*(mode_label(chosen.value) for chosen in modes), show_lines=True, expand=True)
     for sample in range(samples):
         row = []
         for chosen in modes:
             response = next(r for r in responses if r.mode == chosen and r.sample == sample)
             count = len(response.tokens)
-            length = f"{count} token{'' if count == 1 else 's'}{', cut' if response.truncated else ''}"
+            length = (
+                f"{count} token{'' if count == 1 else 's'}{', cut' if response.truncated else ''}"
+            )
             surprisal = sum(response.surprisals) / count
-            row.append(Text(response.text.strip()).append(f"\n[{length}, {surprisal:.2f} nats/token]", style="dim"))
+            row.append(
+                Text(response.text.strip()).append(
+                    f"\n[{length}, {surprisal:.2f} nats/token]", style="dim"
+                )
+            )
         table.add_row(*row)
     Console().print(table)
     for line in variety_lines(responses):
@@ -259,12 +306,19 @@ def generate(
 @app.command("eval", cls=Command, short_help="Measure a model's accuracy and variety in its modes.")
 def evaluate(
     model: ModelDir,
-    data: Annotated[str, typer.Option(metavar="PATH", help="A .jsonl or .parquet file, or reasoning_gym:NAME.")],
+    data: Annotated[
+        str, typer.Option(metavar="PATH", help="A .jsonl or .parquet file, or reasoning_gym:NAME.")
+    ],
     reward: Annotated[
-        str, typer.Option(metavar="NAME", help="math, reasoning_gym, exact or package.module:function.")
+        str,
+        typer.Option(metavar="NAME", help="math, reasoning_gym, exact or package.module:function."),
     ] = "math",
-    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Responses per question and mode.")] = 8,
-    questions: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the first N questions.")] = None,
+    samples: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Responses per question and mode.")
+    ] = 8,
+    questions: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Only the first N questions.")
+    ] = None,
     mode: ModeChoice = Modes.both,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
@@ -276,15 +330,22 @@ def evaluate(
     high_entropy_prompt_file: PromptFile = None,
     workers: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that grade.")] = 2,
     timeout_seconds: Annotated[
-        float, typer.Option(metavar="X", min=0.1, callback=_finite, help="Time limit for grading one response.")
+        float,
+        typer.Option(
+            metavar="X", min=0.1, callback=_finite, help="Time limit for grading one response."
+        ),
     ] = 10.0,
     batch_samples: BatchSamples = 64,
     judge: JudgeKeys = None,
     dtype: Dtype = Precision.float32,
     device: Device = "cpu",
-    output: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the numbers here, too.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Write the numbers here, too.")
+    ] = None,
 ) -> None:
-    """Measure a model in its modes: accuracy, pass@k, unique right answers, variety of the texts, surprisal."""
+    """Measure a model in its modes: accuracy, pass@k, unique right answers, variety of the texts,
+    surprisal.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
@@ -301,11 +362,15 @@ def evaluate(
     chosen = load_questions(data, {})[:questions]
     judging = OfflineJudge(judge) if judge else None
     with RewardPool(reward, workers, timeout_seconds) as pool:
-        responder = Responder(model, prompts, dtype=dtype.value, device=device, max_batch_samples=batch_samples)
+        responder = Responder(
+            model, prompts, dtype=dtype.value, device=device, max_batch_samples=batch_samples
+        )
         sampling, modes = Sampling(temperature, top_p, top_k, max_tokens), _chosen(mode, prompts)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("generating", total=len(chosen) * len(modes) * samples)
-            responses = responder.respond(chosen, modes, samples, sampling, seed, lambda: progress.advance(task))
+            responses = responder.respond(
+                chosen, modes, samples, sampling, seed, lambda: progress.advance(task)
+            )
         by_id = {question.id: question for question in chosen}
         graded = pool.grade([(response.text, by_id[response.question]) for response in responses])
     scores = scores_by_mode(responses, graded)
@@ -313,7 +378,13 @@ def evaluate(
         scores = judging.judge(scores, responses, chosen)
     Console().print(scores_table(scores, samples))
     if output is not None:
-        settings = {"model": model, "data": data, "reward": reward, "questions": len(chosen), "samples": samples}
+        settings = {
+            "model": model,
+            "data": data,
+            "reward": reward,
+            "questions": len(chosen),
+            "samples": samples,
+        }
         settings |= asdict(sampling) | {"seed": seed, "prompts": asdict(prompts)}
         settings |= {} if judging is None else {"judge": asdict(judging.settings)}
         by_mode = {name: asdict(mode_scores) for name, mode_scores in scores.items()}
@@ -324,27 +395,38 @@ def evaluate(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories.")],
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Default: report.html in the (first) run.")
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Default: report.html in the (first) run."),
     ] = None,
 ) -> None:
     """Write one self-contained HTML page about one run, or about several side by side."""
     from megatron_policysplit.reports.run_report import write_report
 
     names = [run.resolve().name for run in runs]
-    named = {name if names.count(name) == 1 else str(run): run for name, run in zip(names, runs, strict=True)}
+    named = {
+        name if names.count(name) == 1 else str(run): run
+        for name, run in zip(names, runs, strict=True)
+    }
     target = output or runs[0] / "report.html"
-    if output is not None or runs[0].is_dir():  # else it is the run that is missing, and write_report says so
+    if (
+        output is not None or runs[0].is_dir()
+    ):  # else it is the run that is missing, and write_report says so
         _check_output(target)
     write_report(named, target)
     print(target)
 
 
-@app.command(cls=Command, short_help="Train several methods over several seeds, and report on them together.")
+@app.command(
+    cls=Command, short_help="Train several methods over several seeds, and report on them together."
+)
 def study(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="YAML file; see docs/study.md.")],
-    report_only: Annotated[bool, typer.Option("--report-only", help="Start nothing; report on what there is.")] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Start nothing; report on what there is.")
+    ] = False,
 ) -> None:
-    """Train every method with every seed, what is finished never again, and write one report of all.
+    """Train every method with every seed, what is finished never again, and write one report of
+    all.
 
     Exit codes: as of `train`; 1 where a run failed, the others having gone on.
     """
@@ -393,7 +475,9 @@ def _check_output(output: Path) -> None:
     """Before the work whose result goes there. Raises ConfigError."""
     directory = output.absolute().parent
     if not directory.is_dir():
-        raise ConfigError(f"--output {output}: the directory {output.parent} does not exist; create it first")
+        raise ConfigError(
+            f"--output {output}: the directory {output.parent} does not exist; create it first"
+        )
     if output.is_dir():
         raise ConfigError(f"--output {output} is a directory; give the name of a file")
     if not os.access(output if output.exists() else directory, os.W_OK):

@@ -28,7 +28,13 @@ class Key:
     @property
     def type_name(self) -> str:
         """The type in words, as error messages and the documentation say it."""
-        names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a mapping"}
+        names = {
+            int: "an integer",
+            float: "a number",
+            bool: "true or false",
+            str: "a string",
+            dict: "a mapping",
+        }
         names[list] = "a list"
         return names[self.type] + (" or null" if self.optional else "")
 
@@ -51,7 +57,9 @@ class Key:
             return value in self.choices
         if isinstance(value, float) and not math.isfinite(value):
             return False
-        return (self.minimum is None or value >= self.minimum) and (self.above is None or value > self.above)
+        return (self.minimum is None or value >= self.minimum) and (
+            self.above is None or value > self.above
+        )
 
 
 def walk(cls: type, prefix: str = "") -> Iterator[Key]:
@@ -63,9 +71,13 @@ def walk(cls: type, prefix: str = "") -> Iterator[Key]:
             continue
         optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
         if optional:
-            hint = next(argument for argument in typing.get_args(hint) if argument is not type(None))
+            hint = next(
+                argument for argument in typing.get_args(hint) if argument is not type(None)
+            )
         meta = field.metadata
-        default = field.default_factory() if field.default_factory in (dict, list) else field.default
+        default = (
+            field.default_factory() if field.default_factory in (dict, list) else field.default
+        )
         plain = typing.get_origin(hint) or hint
         limits = (meta["choices"], meta["minimum"], meta["above"])
         yield Key(name, plain, optional, default, meta["help"], *limits)
@@ -84,9 +96,11 @@ def list_keys(cls: type, prefix: str = "") -> list[Key]:
 
 
 def read_keys(cls: type, given: Mapping[str, Any], prefix: str, owner: str) -> Any:
-    """A mapping as a dataclass whose fields are made with `config.key`. prefix: of the keys' full names.
+    """A mapping as a dataclass whose fields are made with `config.key`. prefix: of the keys' full
+    names.
 
-    Raises ConfigError for an unknown key or a value not allowed. owner: whose keys they are, in words.
+    Raises ConfigError for an unknown key or a value not allowed. owner: whose keys they are, in
+    words.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -99,7 +113,8 @@ def read_keys(cls: type, given: Mapping[str, Any], prefix: str, owner: str) -> A
         if name not in known:
             listed = ", ".join(key.rpartition(".")[2] for key in known)
             raise ConfigError(
-                f"unknown key {name}; " + (f"the options of {owner} are {listed}" if known else f"{owner} has none")
+                f"unknown key {name}; "
+                + (f"the options of {owner} are {listed}" if known else f"{owner} has none")
             )
         try:
             OmegaConf.update(read, part, value)
@@ -108,6 +123,7 @@ def read_keys(cls: type, given: Mapping[str, Any], prefix: str, owner: str) -> A
             raise ConfigError(f"{name}={show(value)} is not {known[name].type_name}") from error
         if not known[name].fits(found):
             raise ConfigError(
-                f"{name}={show(found)} is not allowed; it must be {known[name].allowed or 'a finite number'}"
+                f"{name}={show(found)} is not allowed; it must be "
+                f"{known[name].allowed or 'a finite number'}"
             )
     return OmegaConf.to_object(read)

@@ -1,4 +1,6 @@
-"""YAML and `key=value` overrides into a checked `Config`; every mistake is one sentence that names the key."""
+"""YAML and `key=value` overrides into a checked `Config`; every mistake is one sentence that names
+the key.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,8 @@ GROUPS = {name.rsplit(".", depth)[0] for name in KEYS for depth in range(1, name
 def load_config(path: str | None, overrides: list[str]) -> Config:
     """The defaults, then the YAML file (None: no file), then `key=value` overrides in their order.
 
-    Raises ConfigError for a file that is missing or not a YAML mapping, an unknown key, a value of the
-    wrong type or outside the allowed ones, and for mandatory keys that nobody gave.
+    Raises ConfigError for a file that is missing or not a YAML mapping, an unknown key, a value of
+    the wrong type or outside the allowed ones, and for mandatory keys that nobody gave.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -85,12 +87,18 @@ def _read_file(path: str) -> list[tuple[str, Any]]:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or "it cannot be read as UTF-8 text"
-        raise ConfigError(f"configuration file {path}{where} is not valid YAML: {reason}") from error
+        raise ConfigError(
+            f"configuration file {path}{where} is not valid YAML: {reason}"
+        ) from error
     except OSError as error:
         reason = error.strerror or "its content is a single value"
-        raise ConfigError(f"configuration file {path} is not a mapping of keys to values: {reason}") from error
+        raise ConfigError(
+            f"configuration file {path} is not a mapping of keys to values: {reason}"
+        ) from error
     if not isinstance(content, DictConfig):
-        raise ConfigError(f"configuration file {path} is not a mapping of keys to values: it holds a list")
+        raise ConfigError(
+            f"configuration file {path} is not a mapping of keys to values: it holds a list"
+        )
     return list(_leaves(OmegaConf.to_container(content, resolve=False)))
 
 
@@ -105,7 +113,9 @@ def _read_override(override: str) -> list[tuple[str, Any]]:
     try:
         content = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"the value of {name}={value} is not valid YAML; put it in quotes") from error
+        raise ConfigError(
+            f"the value of {name}={value} is not valid YAML; put it in quotes"
+        ) from error
     return list(_leaves(content))
 
 
@@ -121,7 +131,9 @@ def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
                 yield from _leaves(value, name + ".")
             elif value is not None:
                 inside = [known for known in KEYS if known.startswith(name + ".")]
-                raise ConfigError(f"{name}={show(value)}: {name} is a group of keys, for example {inside[0]}")
+                raise ConfigError(
+                    f"{name}={show(value)}: {name} is a group of keys, for example {inside[0]}"
+                )
         elif isinstance(value, dict) and value and all(isinstance(key, str) for key in value):
             first = next(_unknown_leaves(value, name + "."))
             raise ConfigError(_unknown_key(first))
@@ -153,7 +165,9 @@ def _ratio(a: str, b: str) -> float:
 
 
 def nearest_key(name: str) -> str | None:
-    """The known key that a misspelt one most likely means: near as a whole, or near in its last part."""
+    """The known key that a misspelt one most likely means: near as a whole, or near in its last
+    part.
+    """
 
     def likeness(known: str) -> float:
         whole = _ratio(name, known)
@@ -167,11 +181,17 @@ def nearest_key(name: str) -> str | None:
 def _interpolation_error(error: Exception) -> str:
     reason = str(error).split("\n")[0]
     name = getattr(error, "full_key", None)
-    return f"the value of {name} cannot be resolved: {reason}" if name else f"cannot be resolved: {reason}"
+    return (
+        f"the value of {name} cannot be resolved: {reason}"
+        if name
+        else f"cannot be resolved: {reason}"
+    )
 
 
 def read_options(cls: type, given: dict[str, Any], method: str) -> Any:
-    """algorithm.options.METHOD as that method's dataclass; ConfigError for an unknown key or a value not allowed."""
+    """algorithm.options.METHOD as that method's dataclass; ConfigError for an unknown key or a
+    value not allowed.
+    """
     return read_keys(cls, given, f"algorithm.options.{method}.", method)
 
 
@@ -193,7 +213,10 @@ def check_values(config: Config) -> None:
         if value == MISSING:
             raise ConfigError(f"{name} must be given, in the configuration file or as key=value")
         if not key.fits(value):
-            raise ConfigError(f"{name}={show(value)} is not allowed; it must be {key.allowed or 'a finite number'}")
+            raise ConfigError(
+                f"{name}={show(value)} is not allowed; it must be "
+                f"{key.allowed or 'a finite number'}"
+            )
 
 
 def world_size(config: Config) -> int:
@@ -216,8 +239,8 @@ def to_yaml(config: Config) -> str:
 def fingerprint(config: Config) -> dict[str, Any]:
     """The keys that make a run this run and no other, with their values.
 
-    Left out is what a run may change between two starts: layout, evaluation, logs, checkpoints, worker
-    processes, engine batching, how long to train and how to pack.
+    Left out is what a run may change between two starts: layout, evaluation, logs, checkpoints,
+    worker processes, engine batching, how long to train and how to pack.
     """
     values = flatten(config)
     free = {name for name in values if name.split(".")[0] in _FREE_GROUPS and name != "run.seed"}

@@ -11,15 +11,26 @@ from megatron_policysplit.errors import ConfigError
 
 
 def check_layout(
-    hf_config: Mapping[str, Any], tensor: int, pipeline: int, expert: int = 1, *, sequence: bool = False
+    hf_config: Mapping[str, Any],
+    tensor: int,
+    pipeline: int,
+    expert: int = 1,
+    *,
+    sequence: bool = False,
 ) -> None:
-    """Raise ConfigError if the model cannot be cut into `tensor` x `pipeline` x `expert` equal parts.
+    """Raise ConfigError if the model cannot be cut into `tensor` x `pipeline` x `expert` equal
+    parts.
 
-    sequence: whether tensor-parallel ranks split the tokens, which a mixture of experts needs of them.
+    sequence: whether tensor-parallel ranks split the tokens, which a mixture of experts needs of
+    them.
     """
     architecture = find_architecture(hf_config)
     sizes = architecture.sizes(hf_config)
-    inner = {"moe_intermediate_size": sizes.expert_ffn} if architecture.moe else {"intermediate_size": sizes.ffn}
+    inner = (
+        {"moe_intermediate_size": sizes.expert_ffn}
+        if architecture.moe
+        else {"intermediate_size": sizes.ffn}
+    )
     parts = {
         "parallel.tensor": (
             tensor,
@@ -31,16 +42,21 @@ def check_layout(
         parts["parallel.expert"] = (expert, {"num_experts": sizes.experts})
         if tensor > 1 and not sequence:
             raise ConfigError(
-                f"parallel.tensor={tensor} with parallel.sequence=false: {architecture.name} has experts, and Megatron-"
+                f"parallel.tensor={tensor} with parallel.sequence=false: {architecture.name} has "
+                "experts, and Megatron-"
                 "Core trains them under tensor parallelism only with parallel.sequence=true"
             )
     elif expert > 1:
-        raise ConfigError(f"parallel.expert={expert}, but {architecture.name} has no experts; use 1")
+        raise ConfigError(
+            f"parallel.expert={expert}, but {architecture.name} has no experts; use 1"
+        )
     for key, (size, dimensions) in parts.items():
         for dimension, total in dimensions.items():
             if total % size:
                 possible = _common_divisors(dimensions.values())
-                raise ConfigError(f"{key}={size} does not divide {dimension}={total} of the model; use {possible}")
+                raise ConfigError(
+                    f"{key}={size} does not divide {dimension}={total} of the model; use {possible}"
+                )
 
 
 def _common_divisors(totals: Iterable[int]) -> str:

@@ -1,4 +1,6 @@
-"""The modes of a run as its configuration names them: the two of Policy Split, and those of `modes.others`."""
+"""The modes of a run as its configuration names them: the two of Policy Split, and those of
+`modes.others`.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,14 @@ def other_modes(config: ModesConfig) -> dict[Mode, OtherModeConfig]:
         key = f"modes.others.{name}"
         if not re.fullmatch(r"[a-z][a-z0-9_]*", str(name)) or name in RESERVED:
             raise ConfigError(
-                f"{key} cannot be a mode's name in the logs; use lower-case letters, digits and '_', and none of "
+                f"{key} cannot be a mode's name in the logs; use lower-case letters, digits and "
+                "'_', and none of "
                 f"{', '.join(RESERVED)}"
             )
         if not isinstance(given, Mapping):
-            raise ConfigError(f"{key}={given} is not a mapping; give {{prompt: TEXT}} or {{prompt_file: PATH}}")
+            raise ConfigError(
+                f"{key}={given} is not a mapping; give {{prompt: TEXT}} or {{prompt_file: PATH}}"
+            )
         found[Mode(name)] = read_keys(OtherModeConfig, given, f"{key}.", "a mode")
     return found
 
@@ -58,7 +63,11 @@ def modes_of(config: ModesConfig) -> tuple[Mode, ...]:
 def sampling_by_mode(config: Config) -> dict[Mode, SamplingConfig]:
     """How each mode samples."""
     rollout = config.rollout
-    return {Mode.NORMAL: rollout.normal, Mode.HIGH_ENTROPY: rollout.high_entropy, **other_modes(config.modes)}
+    return {
+        Mode.NORMAL: rollout.normal,
+        Mode.HIGH_ENTROPY: rollout.high_entropy,
+        **other_modes(config.modes),
+    }
 
 
 def temperatures_by_mode(config: Config) -> dict[Mode, float]:
@@ -78,12 +87,16 @@ def shared_out(samples: int, shares: Mapping[Mode, int]) -> dict[Mode, int]:
         listed = ", ".join(f"{mode.value} {share}" for mode, share in shares.items())
         remedy = f"use a multiple of {total}" if total else "give one of them a share above 0"
         raise ConfigError(
-            f"rollout.samples_per_question={samples} cannot be shared out among the modes (shares: {listed}); {remedy}"
+            f"rollout.samples_per_question={samples} cannot be shared out among the modes (shares: "
+            f"{listed}); {remedy}"
         )
     return {mode: samples // total * share for mode, share in shares.items() if share}
 
 
-MODE_LABELS = {"normal": "normal", "high_entropy": "high-entropy"}  # further modes are called as they are named
+MODE_LABELS = {
+    "normal": "normal",
+    "high_entropy": "high-entropy",
+}  # further modes are called as they are named
 
 
 def mode_label(mode: str) -> str:

@@ -13,7 +13,9 @@ from megatron_policysplit.errors import ConfigError
 def read_api_key(
     variable: str | None, environ: Mapping[str, str], named_by: str = "rollout.api_key_variable"
 ) -> str | None:
-    """The API key in `variable`, which the key `named_by` names; ConfigError if it holds none that can be sent."""
+    """The API key in `variable`, which the key `named_by` names; ConfigError if it holds none that
+    can be sent.
+    """
     if variable is None:
         return None
     key = environ.get(variable, "")
@@ -21,14 +23,17 @@ def read_api_key(
         raise ConfigError(f"{named_by}={variable}: that environment variable is not set, or empty")
     if not re.fullmatch(r"[!-~]+", key):
         raise ConfigError(
-            f"{named_by}={variable}: the key in it has a blank, a line end or a character that is not "
+            f"{named_by}={variable}: the key in it has a blank, a line end or a character that is "
+            "not "
             "ASCII; HTTP headers cannot carry those"
         )
     return key
 
 
 def api_key(config: Config) -> str | None:
-    """The key of the SGLang servers from the environment; ConfigError if its variable is named but not set."""
+    """The key of the SGLang servers from the environment; ConfigError if its variable is named but
+    not set.
+    """
     from megatron_policysplit.config.secrets import read_api_key
 
     return read_api_key(config.rollout.api_key_variable, os.environ)

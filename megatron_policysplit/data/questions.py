@@ -38,21 +38,29 @@ class Question:
 def load_questions(path: str, options: Mapping[str, Any] | None = None) -> list[Question]:
     """Every question of a .jsonl or .parquet file or of `reasoning_gym:NAME`.
 
-    options: for reasoning_gym only: size (default 500), seed (default 0), the rest goes to the task.
-    Raises DataError naming the file and line (the row for Parquet) of what cannot be used.
+    options: for reasoning_gym only: size (default 500), seed (default 0), the rest goes to the
+    task. Raises DataError naming the file and line (the row for Parquet) of what cannot be used.
     """
     options = dict(options or {})
     if path.startswith(_GYM):
         return _load_gym(path.removeprefix(_GYM), options)
     if options:
-        raise DataError(f"{path} takes no options, but {', '.join(sorted(options))} given; they are for {_GYM}NAME")
+        raise DataError(
+            f"{path} takes no options, but {', '.join(sorted(options))} given; they are for "
+            f"{_GYM}NAME"
+        )
     file = Path(path)
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if file.suffix not in readers:
-        raise DataError(f"{path} is neither .jsonl nor .parquet nor {_GYM}NAME; convert it or give another path")
+        raise DataError(
+            f"{path} is neither .jsonl nor .parquet nor {_GYM}NAME; convert it or give another path"
+        )
     if not file.is_file():
         raise DataError(f"{path} does not exist or is not a file; check the path")
-    questions = [_question(index, where, row) for index, (where, row) in enumerate(readers[file.suffix](file))]
+    questions = [
+        _question(index, where, row)
+        for index, (where, row) in enumerate(readers[file.suffix](file))
+    ]
     if not questions:
         raise DataError(f"{path} holds no questions")
     return questions
@@ -61,8 +69,8 @@ def load_questions(path: str, options: Mapping[str, Any] | None = None) -> list[
 class QuestionStream:
     """Batches of questions, shuffled anew each epoch by the seed, resumable at any batch.
 
-    A batch may run over the end of an epoch. Over any number of whole epochs every question comes equally
-    often, and a batch holds a question twice only if it is larger than the set.
+    A batch may run over the end of an epoch. Over any number of whole epochs every question comes
+    equally often, and a batch holds a question twice only if it is larger than the set.
     """
 
     def __init__(self, questions: Sequence[Question], batch_questions: int, seed: int):
@@ -102,19 +110,25 @@ class QuestionStream:
     def restore(self, state: Mapping[str, int]) -> None:
         """Go on after the batch at which `state` was taken.
 
-        Raises CheckpointError if the questions, the batch size or the seed are not those of the state.
+        Raises CheckpointError if the questions, the batch size or the seed are not those of the
+        state.
         """
         for name, now in self.state().items():
             if name not in state:
-                raise CheckpointError(f"the data cursor of the checkpoint lacks `{name}`; it is damaged")
+                raise CheckpointError(
+                    f"the data cursor of the checkpoint lacks `{name}`; it is damaged"
+                )
             if name not in ("epoch", "position") and state[name] != now:
                 raise CheckpointError(
-                    f"the checkpoint was made with {name}={state[name]} but the data now has {name}={now}; "
-                    "restore the data set and the data.* and run.seed keys of the run, or start a new run"
+                    f"the checkpoint was made with {name}={state[name]} but the data now has "
+                    f"{name}={now}; "
+                    "restore the data set and the data.* and run.seed keys of the run, or start a "
+                    "new run"
                 )
         if state["epoch"] < 0 or not 0 <= state["position"] <= len(self._questions):
             raise CheckpointError(
-                f"the data cursor of the checkpoint is damaged: epoch {state['epoch']}, position {state['position']}"
+                f"the data cursor of the checkpoint is damaged: epoch {state['epoch']}, position "
+                f"{state['position']}"
             )
         self._epoch, self._position = state["epoch"], state["position"]
         self._order = self._epoch_order(self._epoch)
@@ -122,12 +136,15 @@ class QuestionStream:
     def _epoch_order(self, epoch: int) -> list[int]:
         """The order of an epoch from (seed, epoch, batch size) alone, as `next_batch` makes it.
 
-        Its start depends on the last questions of the epoch before (see `_defer`), and so on back to the first.
+        Its start depends on the last questions of the epoch before (see `_defer`), and so on back
+        to the first.
         """
         order = self._shuffle(0)
         for number in range(1, epoch + 1):
             carried = number * len(order) % self._batch_questions
-            order = self._defer(self._shuffle(number), set(order[len(order) - min(carried, len(order)) :]))
+            order = self._defer(
+                self._shuffle(number), set(order[len(order) - min(carried, len(order)) :])
+            )
         return order
 
     def _defer(self, order: list[int], taken: set[int]) -> list[int]:
@@ -146,12 +163,16 @@ class QuestionStream:
 def _fingerprint(questions: Sequence[Question]) -> int:
     checksum = 0
     for question in questions:
-        checksum = zlib.crc32(repr((question.id, question.messages, question.answer)).encode(), checksum)
+        checksum = zlib.crc32(
+            repr((question.id, question.messages, question.answer)).encode(), checksum
+        )
     return checksum
 
 
 def drop_overlong(
-    questions: Sequence[Question], prompt_lengths: Mapping[int, Mapping[Mode, int]], max_prompt_tokens: int
+    questions: Sequence[Question],
+    prompt_lengths: Mapping[int, Mapping[Mode, int]],
+    max_prompt_tokens: int,
 ) -> tuple[list[Question], int]:
     """The questions whose longer prompt has at most `max_prompt_tokens`, and how many were dropped.
 
@@ -176,9 +197,13 @@ def _read_jsonl(file: Path) -> Iterator[tuple[str, dict]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise DataError(f"{where} is not JSON ({error}); every line must be one JSON object") from error
+                raise DataError(
+                    f"{where} is not JSON ({error}); every line must be one JSON object"
+                ) from error
             if not isinstance(row, dict):
-                raise DataError(f"{where} is a JSON {type(row).__name__}; every line must be one JSON object")
+                raise DataError(
+                    f"{where} is a JSON {type(row).__name__}; every line must be one JSON object"
+                )
             yield where, row
 
 
@@ -198,9 +223,13 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _question(index: int, where: str, row: dict) -> Question:
-    source = next((name for name in ("prompt", "messages", "question") if row.get(name) is not None), None)
+    source = next(
+        (name for name in ("prompt", "messages", "question") if row.get(name) is not None), None
+    )
     if source is None or not ("reward_model" in row or "answer" in row):
-        raise DataError(f"{where} has the columns {', '.join(sorted(row)) or '(none)'}; needed are {_NEEDED}")
+        raise DataError(
+            f"{where} has the columns {', '.join(sorted(row)) or '(none)'}; needed are {_NEEDED}"
+        )
     messages = row[source]
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
@@ -212,11 +241,19 @@ def _messages(where: str, source: str, messages: Any) -> list[dict[str, str]]:
         raise DataError(f"{where}: `{source}` is neither text nor a list of messages")
     for message in messages:
         if not isinstance(message, dict) or message.get("role") not in _ROLES:
-            raise DataError(f"{where}: `{source}` has a message without a role of {', '.join(_ROLES)}")
+            raise DataError(
+                f"{where}: `{source}` has a message without a role of {', '.join(_ROLES)}"
+            )
         if not isinstance(message.get("content"), str):
-            raise DataError(f"{where}: `{source}` has a message whose content is not text; only text is supported")
+            raise DataError(
+                f"{where}: `{source}` has a message whose content is not text; only text is "
+                "supported"
+            )
     if messages[-1]["role"] == "assistant":
-        raise DataError(f"{where}: `{source}` ends with an assistant message; the last one must ask for a response")
+        raise DataError(
+            f"{where}: `{source}` ends with an assistant message; the last one must ask for a "
+            "response"
+        )
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
@@ -231,7 +268,9 @@ def _answer(where: str, row: dict) -> str | None:
         return answer
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         return str(answer)
-    raise DataError(f"{where}: `{source}` is a {type(answer).__name__}; it must be text or a number")
+    raise DataError(
+        f"{where}: `{source}` is a {type(answer).__name__}; it must be text or a number"
+    )
 
 
 def _load_gym(name: str, options: dict[str, Any]) -> list[Question]:
@@ -240,7 +279,11 @@ def _load_gym(name: str, options: dict[str, Any]) -> list[Question]:
 
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see the names in reasoning_gym's gallery"
+        hint = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else "see the names in reasoning_gym's gallery"
+        )
         raise DataError(f"{_GYM}{name} is not a task of reasoning_gym; {hint}")
     options = {"size": 500, "seed": 0, **options}
     try:

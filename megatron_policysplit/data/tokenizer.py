@@ -10,7 +10,9 @@ from megatron_policysplit.errors import ModelError
 
 
 def has_chat_template(model_path: str | Path) -> bool:
-    """Whether the tokenizer in a model directory has a chat template; reads JSON only, imports nothing heavy."""
+    """Whether the tokenizer in a model directory has a chat template; reads JSON only, imports
+    nothing heavy.
+    """
     directory = Path(model_path)
     file = directory / "chat_template.jinja"
     if file.is_file() and file.read_text(encoding="utf-8").strip():
@@ -19,13 +21,18 @@ def has_chat_template(model_path: str | Path) -> bool:
 
 
 def stop_token_ids(model_path: str | Path, tokenizer) -> list[int]:
-    """Every end-of-sequence id: of generation_config.json, else of config.json, else the tokenizer's."""
+    """Every end-of-sequence id: of generation_config.json, else of config.json, else the
+    tokenizer's.
+    """
     for name in ("generation_config.json", "config.json"):
         ids = _read_json(Path(model_path) / name).get("eos_token_id")
         if ids is not None:
             return [ids] if isinstance(ids, int) else list(ids)
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"{model_path} names no end-of-sequence token; set eos_token_id in its generation_config.json")
+        raise ModelError(
+            f"{model_path} names no end-of-sequence token; set eos_token_id in its "
+            "generation_config.json"
+        )
     return [tokenizer.eos_token_id]
 
 
@@ -50,5 +57,7 @@ def load_tokenizer(path: str):
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise many kinds; each means an unreadable tokenizer
+    except (
+        Exception
+    ) as error:  # transformers and tokenizers raise many kinds; each means an unreadable tokenizer
         raise ModelError(f"cannot load the tokenizer in {path}: {error}") from error

@@ -16,15 +16,20 @@ T = TypeVar("T")
 def together(layout: Layout, work: Callable[[], T]) -> list[T]:
     """Every rank's `work()`, in rank order, on every rank (one all-gather over the world).
 
-    If it raised anywhere, all ranks raise: a failed rank its own error, the others that UserError or else a
-    TrainingError that names the rank. So work may not itself wait for a rank that could have failed.
+    If it raised anywhere, all ranks raise: a failed rank its own error, the others that UserError
+    or else a TrainingError that names the rank. So work may not itself wait for a rank that could
+    have failed.
     """
     result, error = None, None
     try:
         result = work()
     except Exception as raised:  # raised again below, once all ranks know
         error = raised
-    said = error if error is None or isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    said = (
+        error
+        if error is None or isinstance(error, UserError)
+        else f"{type(error).__name__}: {error}"
+    )
     answers: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(answers, (result if error is None else None, said), group=layout.world)
     # Who stopped only because another rank did has less to say than that rank.
@@ -33,7 +38,11 @@ def together(layout: Layout, work: Callable[[], T]) -> list[T]:
     errors = [(rank, said) for rank, (_, said) in enumerate(answers) if said is not None]
     if errors:
         rank, said = min(errors, key=lambda item: isinstance(item[1], PeerFailed))
-        raise said if isinstance(said, UserError) else TrainingError(f"rank {rank} failed in a weight sync ({said})")
+        raise (
+            said
+            if isinstance(said, UserError)
+            else TrainingError(f"rank {rank} failed in a weight sync ({said})")
+        )
     return [result for result, _ in answers]
 
 
@@ -46,7 +55,9 @@ class PeerFailed(Agreed):
 
 
 def _agreed(layout: Layout, work: Callable[[], T]) -> T:
-    """This rank's `work()`; a UserError on any rank is raised on every rank (an all-gather over the world)."""
+    """This rank's `work()`; a UserError on any rank is raised on every rank (an all-gather over the
+    world).
+    """
     result, error = None, None
     try:
         result = work()

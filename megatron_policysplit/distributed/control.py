@@ -1,11 +1,12 @@
 """The control group: how all ranks agree on what happens next while only some of them work.
 
-While leaders generate, which may take an hour, no collective of the training groups is pending. Every
-rank meets the others on a gloo group of its own, with a short time-out, once per heartbeat, and all of
-them learn the same four things: is anyone still busy, did anyone get a stop signal, did anyone fail, does
-anyone need all ranks to serve it (an engine that came back wants the weights).
+While leaders generate, which may take an hour, no collective of the training groups is pending.
+Every rank meets the others on a gloo group of its own, with a short time-out, once per heartbeat,
+and all of them learn the same four things: is anyone still busy, did anyone get a stop signal, did
+anyone fail, does anyone need all ranks to serve it (an engine that came back wants the weights).
 
-Coroutines run on a loop in a thread of its own, so that requests go on while the main thread trains.
+Coroutines run on a loop in a thread of its own, so that requests go on while the main thread
+trains.
 """
 
 from __future__ import annotations
@@ -60,7 +61,11 @@ class Work(Generic[T]):
 
     def failed(self) -> BaseException | None:
         """What it raised, once done; a CancelledError (of concurrent.futures) if it was cancelled."""
-        return concurrent.futures.CancelledError() if self._future.cancelled() else self._future.exception()
+        return (
+            concurrent.futures.CancelledError()
+            if self._future.cancelled()
+            else self._future.exception()
+        )
 
     def result(self) -> T:
         """Its result, once done, or what it raised."""
@@ -81,23 +86,34 @@ class Work(Generic[T]):
 class Control:
     """One per rank. All ranks call the same methods in the same order."""
 
-    def __init__(self, group: dist.ProcessGroup, stop: StopSignal, heartbeat_seconds: float = HEARTBEAT_SECONDS):
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        stop: StopSignal,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+    ):
         self.group, self.stop, self.heartbeat_seconds = group, stop, heartbeat_seconds
         self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name="policysplit-control", daemon=True)
+        self._thread = threading.Thread(
+            target=self.loop.run_forever, name="policysplit-control", daemon=True
+        )
         self._thread.start()
 
     def start(self, work: Coroutine[Any, Any, T]) -> Work[T]:
         """Begin a coroutine of this rank on the control loop; `attend` or `Work.cancel` ends it."""
         return Work(work, self.loop)
 
-    def attend(self, work: Work[T] | Coroutine[Any, Any, T] | None, service: Service | None = None) -> T | None:
-        """Wait until every rank's work is done (None on ranks that only wait); returns this rank's result.
+    def attend(
+        self, work: Work[T] | Coroutine[Any, Any, T] | None, service: Service | None = None
+    ) -> T | None:
+        """Wait until every rank's work is done (None on ranks that only wait); returns this rank's
+        result.
 
-        service: the same kind on every rank; it is served in between, as often as any rank wants it. Raises
-        StopRequested on every rank if any got a stop signal. If work failed somewhere, the failed ranks raise their
-        own errors, the others the same UserError or else a TrainingError that names the rank. RuntimeError (of the
-        backend) if a rank is gone. Unfinished work is cancelled.
+        service: the same kind on every rank; it is served in between, as often as any rank wants
+        it. Raises StopRequested on every rank if any got a stop signal. If work failed somewhere,
+        the failed ranks raise their own errors, the others the same UserError or else a
+        TrainingError that names the rank. RuntimeError (of the backend) if a rank is gone.
+        Unfinished work is cancelled.
         """
         if work is not None and not isinstance(work, Work):
             work = self.start(work)
@@ -131,7 +147,9 @@ class Control:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
     def check(self) -> None:
-        """Raise StopRequested on every rank if any has been signalled. One all-reduce of four integers."""
+        """Raise StopRequested on every rank if any has been signalled. One all-reduce of four
+        integers.
+        """
         self.attend(None)
 
     def close(self) -> None:
@@ -154,7 +172,11 @@ class Control:
         if own is not None:
             return own
         rank, error = next((rank, error) for rank, error in enumerate(errors) if error is not None)
-        return error if isinstance(error, UserError) else TrainingError(f"generation failed on rank {rank} ({error})")
+        return (
+            error
+            if isinstance(error, UserError)
+            else TrainingError(f"generation failed on rank {rank} ({error})")
+        )
 
 
 def missing_ranks(rank: int, world_size: int) -> str:

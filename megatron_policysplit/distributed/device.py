@@ -30,7 +30,9 @@ def use_transformer_engine() -> bool:
 
 
 def head_chunk_tokens() -> int:
-    """Tokens whose logits are made at a time, unless the configuration says. Enough to keep the device busy."""
+    """Tokens whose logits are made at a time, unless the configuration says. Enough to keep the
+    device busy.
+    """
     return 256 if on_cpu() else 1024
 
 
@@ -40,7 +42,8 @@ def use_triton() -> bool:
 
 
 def missing_triton() -> str | None:
-    """Why a GPU computes the LM head in plain torch, and what to do; None if its kernels can run, or without a GPU.
+    """Why a GPU computes the LM head in plain torch, and what to do; None if its kernels can run,
+    or without a GPU.
 
     They need Triton 3.4, which torch 2.8 brings.
     """
@@ -76,12 +79,16 @@ def peak_memory_bytes() -> int:
 
 
 def free_memory_bytes() -> float:
-    """Memory of this rank's GPU that no process holds; infinite on the CPU, where nothing shares one with engines."""
+    """Memory of this rank's GPU that no process holds; infinite on the CPU, where nothing shares
+    one with engines.
+    """
     return math.inf if on_cpu() else float(torch.cuda.mem_get_info()[0])
 
 
 def return_freed_memory() -> None:
-    """Finish what is queued on the GPU, and let other processes have the memory that this one freed."""
+    """Finish what is queued on the GPU, and let other processes have the memory that this one
+    freed.
+    """
     if not on_cpu():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

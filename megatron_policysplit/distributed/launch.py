@@ -1,8 +1,9 @@
 """Starts the local ranks of a run and ends them together.
 
-torch elastic's launcher is not used: it imports torch (seconds before the first message), gives ranks 30
-seconds after a signal where saving a checkpoint may take longer, and kills the healthy ranks as soon as
-one fails, before they can say what they saw. What is needed here fits in this file, in the standard library.
+torch elastic's launcher is not used: it imports torch (seconds before the first message), gives
+ranks 30 seconds after a signal where saving a checkpoint may take longer, and kills the healthy
+ranks as soon as one fails, before they can say what they saw. What is needed here fits in this
+file, in the standard library.
 
 Under torchrun or srun somebody else starts the ranks; `started_environment` tells.
 """
@@ -29,7 +30,9 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds: to save and exit after a signal, to end after another rank failed, from SIGTERM to SIGKILL."""
+    """Seconds: to save and exit after a signal, to end after another rank failed, from SIGTERM to
+    SIGKILL.
+    """
 
     save: float = 1800.0
     peers: float = 45.0
@@ -45,7 +48,8 @@ def launch(
     """Runs `command ARGS` as `nproc` ranks of one group on this machine and returns the exit code.
 
     - SIGTERM or SIGINT is forwarded once; the ranks have `patience.save` seconds to save and exit.
-    - A rank that fails is named on stderr; the others have `patience.peers` seconds to notice by their
+    - A rank that fails is named on stderr; the others have `patience.peers` seconds to notice by
+      their
       collectives, then get SIGTERM and `patience.terminate` seconds later SIGKILL.
     - If this process is killed, the kernel kills the ranks.
 
@@ -66,7 +70,9 @@ def launch(
 
 
 class _Group:
-    """The rank processes. Every rank leads a session, so that a terminal's Ctrl-C reaches it through us alone."""
+    """The rank processes. Every rank leads a session, so that a terminal's Ctrl-C reaches it
+    through us alone.
+    """
 
     def __init__(self, argv: Sequence[str], nproc: int, command: Sequence[str], patience: Patience):
         self.argv, self.nproc, self.command, self.patience = argv, nproc, command, patience
@@ -91,7 +97,11 @@ class _Group:
             self.ranks.append(
                 subprocess.Popen(
                     [*self.command, *self.argv],
-                    env={"OMP_NUM_THREADS": threads, **os.environ, **rank_environment(rank, self.nproc, port)},
+                    env={
+                        "OMP_NUM_THREADS": threads,
+                        **os.environ,
+                        **rank_environment(rank, self.nproc, port),
+                    },
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
                     preexec_fn=die_with_parent,
@@ -106,20 +116,29 @@ class _Group:
         if self.stop_signal is not None and self.forwarded_at is None:
             self.forwarded_at = now
             name = signal.Signals(self.stop_signal).name
-            _say(f"{name}: waiting up to {self.patience.save:g} s for {self.nproc} ranks to save and exit")
+            _say(
+                f"{name}: waiting up to {self.patience.save:g} s for {self.nproc} ranks to save "
+                "and exit"
+            )
             self.signal_all(self.stop_signal)
-        if self.stop_signal is not None and any(p.returncode == -self.stop_signal for p in self.ranks):
-            # It had no handler yet, so the group had not met and there is nothing to save: nobody need wait.
+        if self.stop_signal is not None and any(
+            p.returncode == -self.stop_signal for p in self.ranks
+        ):
+            # It had no handler yet, so the group had not met and there is nothing to save: nobody
+            # need wait.
             self.stopped_early = True
             self.signal_all(signal.SIGKILL)
             return
         if self.failed_at is None:
             for rank, process in enumerate(self.ranks):
-                if process.returncode not in (None, DONE) and not self.stopped_as_asked(process.returncode):
+                if process.returncode not in (None, DONE) and not self.stopped_as_asked(
+                    process.returncode
+                ):
                     self.failed_at, self.failed_rank = now, rank
                     break
         if self.failed_at is not None and not self.announced:
-            # Ranks that fail alike have printed one error for all: only a rank that differs is named.
+            # Ranks that fail alike have printed one error for all: only a rank that differs is
+            # named.
             alike = self.ranks[self.failed_rank].returncode in (FAILED, BAD_INPUT, STOPPED)
             if not alike or now - self.failed_at > 2:
                 self.announce()
@@ -137,7 +156,9 @@ class _Group:
             deadlines.append(self.failed_at + self.patience.peers)
         if self.terminated_at is None and deadlines and now > min(deadlines):
             self.terminated_at = now
-            late = ", ".join(str(rank) for rank, process in enumerate(self.ranks) if process.returncode is None)
+            late = ", ".join(
+                str(rank) for rank, process in enumerate(self.ranks) if process.returncode is None
+            )
             _say(f"ending rank {late}: still running after the time it had")
             self.signal_all(signal.SIGTERM)
         if self.terminated_at is not None and now > self.terminated_at + self.patience.terminate:
@@ -151,14 +172,22 @@ class _Group:
         self.announced = True
         process = self.ranks[self.failed_rank]
         code = process.returncode
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        how = (
+            f"was killed by {signal.Signals(-code).name}"
+            if code < 0
+            else f"exited with code {code}"
+        )
         _say(f"rank {self.failed_rank} (pid {process.pid}) {how}")
 
     def verdict(self) -> int:
         """The exit code of the whole group, once no rank runs."""
         self.watch()
         codes = {process.returncode for process in self.ranks}
-        if self.stopped_early or self.terminated_at is None and all(self.stopped_as_asked(code) for code in codes):
+        if (
+            self.stopped_early
+            or self.terminated_at is None
+            and all(self.stopped_as_asked(code) for code in codes)
+        ):
             return STOPPED
         agreed = codes.pop() if len(codes) == 1 else None
         if self.failed_at is not None and not self.announced and agreed is None:
@@ -174,12 +203,16 @@ class _Group:
 
 
 def ended(process: subprocess.Popen) -> bool:
-    """Whether a rank has ended; what it left running in its session, such as graders, is then killed."""
+    """Whether a rank has ended; what it left running in its session, such as graders, is then
+    killed.
+    """
     if process.returncode is not None:
         return True
     if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         return False
-    os.killpg(process.pid, signal.SIGKILL)  # before it is reaped: until then its id is nobody else's
+    os.killpg(
+        process.pid, signal.SIGKILL
+    )  # before it is reaped: until then its id is nobody else's
     process.wait()
     return True
 
@@ -187,8 +220,9 @@ def ended(process: subprocess.Popen) -> bool:
 def forks_die_with_us() -> None:
     """From now on the kernel ends what this process forks when this process ends, however it ends.
 
-    Megatron-Core writes checkpoints in forked processes, which wait for a killed rank for ever. What is forked by a
-    thread ends with that thread. Does not concern processes started by subprocess or the spawn method.
+    Megatron-Core writes checkpoints in forked processes, which wait for a killed rank for ever.
+    What is forked by a thread ends with that thread. Does not concern processes started by
+    subprocess or the spawn method.
     """
     prctl, forking = ctypes.CDLL(None).prctl, []
     os.register_at_fork(
@@ -199,7 +233,9 @@ def forks_die_with_us() -> None:
 
 
 def _die_with(parent: int, prctl) -> None:
-    """In a new process: SIGKILL as soon as the thread that made it ends; at once if that is already so."""
+    """In a new process: SIGKILL as soon as the thread that made it ends; at once if that is already
+    so.
+    """
     prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(FAILED)
@@ -217,7 +253,9 @@ def free_port() -> int:
 
 
 def rank_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
-    """The environment variables by which torch.distributed finds the group; all ranks are on this machine."""
+    """The environment variables by which torch.distributed finds the group; all ranks are on this
+    machine.
+    """
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -229,16 +267,20 @@ def rank_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
 
 
 def started_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
-    """The rank variables if torchrun or srun has started this process as one of several ranks, else None.
+    """The rank variables if torchrun or srun has started this process as one of several ranks, else
+    None.
 
-    From srun's variables they are derived: MASTER_ADDR is the first host of the allocation, MASTER_PORT
-    depends on the job id; both can be given. In a batch script outside srun the answer is None.
+    From srun's variables they are derived: MASTER_ADDR is the first host of the allocation,
+    MASTER_PORT depends on the job id; both can be given. In a batch script outside srun the answer
+    is None.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         given = {name: environ[name] for name in ("RANK", "WORLD_SIZE")}
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in environ:
-                raise ConfigError(f"RANK={environ['RANK']} is set but {name} is not; set it, or unset RANK")
+                raise ConfigError(
+                    f"RANK={environ['RANK']} is set but {name} is not; set it, or unset RANK"
+                )
             given[name] = environ[name]
         return given | {"LOCAL_RANK": environ.get("LOCAL_RANK", given["RANK"])}
     tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
@@ -250,13 +292,16 @@ def started_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
         "WORLD_SIZE": tasks,
         "LOCAL_WORLD_SIZE": environ.get("LOCAL_WORLD_SIZE") or _slurm_tasks_of_node(environ, tasks),
         "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_slurm_host(environ),
-        "MASTER_PORT": environ.get("MASTER_PORT") or str(10000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000),
+        "MASTER_PORT": environ.get("MASTER_PORT")
+        or str(10000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000),
     }
 
 
 def _slurm_tasks_of_node(environ: Mapping[str, str], tasks: str) -> str:
     """Ranks of the first node, as in "8(x4)" or "8,4"; all of them if Slurm does not say."""
-    per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or tasks
+    per_node = (
+        environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or tasks
+    )
     return re.match(r"\d+", per_node).group()
 
 
@@ -264,15 +309,21 @@ def _first_slurm_host(environ: Mapping[str, str]) -> str:
     nodes = environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         raise ConfigError(
-            "srun started this rank but neither MASTER_ADDR nor SLURM_JOB_NODELIST is set; set MASTER_ADDR"
+            "srun started this rank but neither MASTER_ADDR nor SLURM_JOB_NODELIST is set; set "
+            "MASTER_ADDR"
         )
     try:
         answer = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True, env=dict(environ)
+            ["scontrol", "show", "hostnames", nodes],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=dict(environ),
         )
     except (OSError, subprocess.CalledProcessError) as error:
         raise ConfigError(
-            f"MASTER_ADDR is not set and `scontrol show hostnames {nodes}` failed; set MASTER_ADDR to the first host"
+            f"MASTER_ADDR is not set and `scontrol show hostnames {nodes}` failed; set MASTER_ADDR "
+            "to the first host"
         ) from error
     return answer.stdout.split()[0]
 
@@ -283,7 +334,9 @@ def check_world(config, started: Mapping[str, str]) -> None:
     wanted = parallel.tensor * parallel.pipeline * parallel.data
     if int(started["WORLD_SIZE"]) != wanted:
         raise ConfigError(
-            f"WORLD_SIZE={started['WORLD_SIZE']} ranks were started, but parallel.tensor={parallel.tensor} x "
-            f"parallel.pipeline={parallel.pipeline} x parallel.data={parallel.data} = {wanted}; start {wanted} "
+            f"WORLD_SIZE={started['WORLD_SIZE']} ranks were started, but "
+            f"parallel.tensor={parallel.tensor} x "
+            f"parallel.pipeline={parallel.pipeline} x parallel.data={parallel.data} = {wanted}; "
+            f"start {wanted} "
             "ranks, change the layout, or unset RANK and WORLD_SIZE to let policysplit start them"
         )

@@ -14,9 +14,10 @@ class Layout:
     """Where this rank stands, and the gloo groups it needs.
 
     world: all ranks. control: all ranks again, with a short time-out (`control.py`).
-    replica: the TP x PP ranks of this replica. leaders: the leaders of all replicas; None on other ranks.
-    sequence: whether hidden states are split over the tensor-parallel ranks by position. expert: replicas in a row
-    that share one copy of the experts.
+    replica: the TP x PP ranks of this replica. leaders: the leaders of all replicas; None on other
+    ranks.
+    sequence: whether hidden states are split over the tensor-parallel ranks by position. expert:
+    replicas in a row that share one copy of the experts.
     """
 
     rank: int
@@ -54,7 +55,9 @@ class Layout:
 
     @property
     def is_exported(self) -> bool:
-        """Whether this replica is the first, or has experts of the first: whose weights the chief exports."""
+        """Whether this replica is the first, or has experts of the first: whose weights the chief
+        exports.
+        """
         return self.data_rank < self.expert
 
     @property
@@ -66,7 +69,9 @@ class Layout:
         return self.pipeline_rank == self.pipeline - 1
 
     def broadcast_from_leader(self, value: Any) -> Any:
-        """The leader's `value` on every rank of the replica (a broadcast; collective over the replica)."""
+        """The leader's `value` on every rank of the replica (a broadcast; collective over the
+        replica).
+        """
         return _broadcast(value, self.leader, self.replica)
 
     def broadcast_from_chief(self, value: Any) -> Any:
@@ -84,7 +89,9 @@ class Layout:
         return box.item()
 
     def all_gather_leaders(self, value: Any) -> list[Any]:
-        """Every leader's `value` in replica order, on leaders (an all-gather over leaders); [] elsewhere."""
+        """Every leader's `value` in replica order, on leaders (an all-gather over leaders); []
+        elsewhere.
+        """
         if self.leaders is None:
             return []
         if self.data == 1:

@@ -1,6 +1,8 @@
-"""A judge model behind POST /chat/completions of an OpenAI-compatible server: one integer score a response.
+"""A judge model behind POST /chat/completions of an OpenAI-compatible server: one integer score a
+response.
 
-A reply is read by one rule (`parse_score`); what it does not fit is counted as unparsed, never guessed.
+A reply is read by one rule (`parse_score`); what it does not fit is counted as unparsed, never
+guessed.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ BACKOFF_SECONDS = 1.0  # before the first repetition; doubled for each further o
 LONGEST_WAIT_SECONDS = 60.0
 GIVE_UP_AFTER = 3  # responses in a row without an answer, each after all of its retries
 
-_SCORE = re.compile(r"[\s*_`]*score[\s*_`]*:[\s*_`]*(\d{1,2})(?:\s*/\s*10)?[\s*_`.]*", re.IGNORECASE)
+_SCORE = re.compile(
+    r"[\s*_`]*score[\s*_`]*:[\s*_`]*(\d{1,2})(?:\s*/\s*10)?[\s*_`.]*", re.IGNORECASE
+)
 _PLACE = re.compile(r"\{(question|response)\}")
 _TRIAL = ("Write one line about rain.", "Rain practises the piano on every tin roof in town.")
 
@@ -48,7 +52,8 @@ class _Passing(Exception):
 
 @dataclass(frozen=True)
 class Verdict:
-    """On one response. score: from 1 to 10; None where the reply has none, or where there is no reply.
+    """On one response. score: from 1 to 10; None where the reply has none, or where there is no
+    reply.
 
     error: why there is no reply; else None.
     """
@@ -59,27 +64,38 @@ class Verdict:
 
 
 class JudgeClient:
-    """The client. It holds no connection between calls, so that each call may run on an event loop of its own.
+    """The client. It holds no connection between calls, so that each call may run on an event loop
+    of its own.
 
     api_key is sent, never shown. Raises ConfigError for a prompt that cannot be used.
     """
 
-    def __init__(self, config: JudgeConfig, api_key: str | None = None, *, backoff_seconds: float = BACKOFF_SECONDS):
+    def __init__(
+        self,
+        config: JudgeConfig,
+        api_key: str | None = None,
+        *,
+        backoff_seconds: float = BACKOFF_SECONDS,
+    ):
         self.config = config
         self.url = config.url.rstrip("/") + "/chat/completions"
         self._template = read_judge_prompt(config)
         self._key, self._backoff = api_key, backoff_seconds
 
     async def check(self) -> Verdict:
-        """The verdict on a trial response. Raises JudgeError if the judge cannot be used as it is configured."""
+        """The verdict on a trial response. Raises JudgeError if the judge cannot be used as it is
+        configured.
+        """
         async with self._session() as session:
             return await self._ask(session, *_TRIAL)
 
     async def judge(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """A verdict on each pair of question and response, in their order; raises nothing for a judge that fails.
+        """A verdict on each pair of question and response, in their order; raises nothing for a
+        judge that fails.
 
-        At most eval.judge.concurrency requests are in flight, a wait before a repetition included. Once GIVE_UP_AFTER
-        responses in a row had no answer, or key, address or model are refused, the rest is not asked.
+        At most eval.judge.concurrency requests are in flight, a wait before a repetition included.
+        Once GIVE_UP_AFTER responses in a row had no answer, or key, address or model are refused,
+        the rest is not asked.
         """
         verdicts: dict[int, Verdict] = {}
         waiting = iter(range(len(pairs)))
@@ -111,7 +127,9 @@ class JudgeClient:
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             connector=aiohttp.TCPConnector(limit=0),
             cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=self.config.timeout_seconds, sock_connect=CONNECT_SECONDS),
+            timeout=aiohttp.ClientTimeout(
+                total=self.config.timeout_seconds, sock_connect=CONNECT_SECONDS
+            ),
         )
 
     async def _ask(self, session: aiohttp.ClientSession, question: str, response: str) -> Verdict:
@@ -129,20 +147,26 @@ class JudgeClient:
             except _Passing as passing:
                 reason, asked = str(passing), passing.wait_seconds
             if attempt + 1 < attempts:
-                await asyncio.sleep(min(max(self._backoff * 2**attempt, asked), LONGEST_WAIT_SECONDS))
+                await asyncio.sleep(
+                    min(max(self._backoff * 2**attempt, asked), LONGEST_WAIT_SECONDS)
+                )
         raise JudgeUnavailable(
-            f"the judge at {self.url} gave no answer in {attempts} attempt{'s' * (attempts > 1)} ({reason}); "
+            f"the judge at {self.url} gave no answer in {attempts} attempt{'s' * (attempts > 1)} "
+            f"({reason}); "
             "see that eval.judge.url is right and its server at work, or set eval.judge.url=null"
         )
 
     async def _post(self, session: aiohttp.ClientSession, payload: dict) -> Verdict:
         try:
-            # A redirect would turn the POST into a GET, or carry the responses to a server nobody named.
+            # A redirect would turn the POST into a GET, or carry the responses to a server nobody
+            # named.
             async with session.post(self.url, json=payload, allow_redirects=False) as answer:
                 status, body = answer.status, await answer.read()
                 wait = answer.headers.get("Retry-After")
         except TimeoutError:
-            raise _Passing(f"none within eval.judge.timeout_seconds={self.config.timeout_seconds:g}") from None
+            raise _Passing(
+                f"none within eval.judge.timeout_seconds={self.config.timeout_seconds:g}"
+            ) from None
         except (aiohttp.ClientError, OSError) as error:
             raise _Passing(str(error) or type(error).__name__) from None
         if status in (408, 429) or status >= 500:
@@ -154,7 +178,9 @@ class JudgeClient:
             reply = choice["message"].get("content") or ""
             if not isinstance(reply, str):
                 raise TypeError
-            cut = choice.get("finish_reason") == "length"  # of "Score: 10" a cut may leave "Score: 1"
+            cut = (
+                choice.get("finish_reason") == "length"
+            )  # of "Score: 10" a cut may leave "Score: 1"
             return Verdict(None if cut else parse_score(reply), reply)
         except (ValueError, LookupError, TypeError, AttributeError):
             raise _Passing(f"its answer is not a chat completion: {self._said(body)}") from None
@@ -163,10 +189,14 @@ class JudgeClient:
         text = f"the judge at {self.url} answered {status} ({said}); "
         variable = self.config.api_key_variable
         if status in (401, 403) and variable is None:
-            return JudgeError(text + "set eval.judge.api_key_variable to the name of a variable that holds its API key")
+            return JudgeError(
+                text
+                + "set eval.judge.api_key_variable to the name of a variable that holds its API key"
+            )
         if status in (401, 403):
             return JudgeError(
-                f"{text}put a key that may use eval.judge.model={self.config.model} into the environment variable "
+                f"{text}put a key that may use eval.judge.model={self.config.model} into the "
+                "environment variable "
                 f"{variable}, which eval.judge.api_key_variable names"
             )
         if status == 404:
@@ -176,7 +206,9 @@ class JudgeClient:
             )
         if status < 400:
             return JudgeError(text + "set eval.judge.url to the address that it redirects to")
-        return JudgeRefusedRequest(text + "see whether it knows eval.judge.model and takes such requests")
+        return JudgeRefusedRequest(
+            text + "see whether it knows eval.judge.model and takes such requests"
+        )
 
     def _said(self, body: bytes) -> str:
         """The beginning of an answer on one line, without the key that a server may repeat."""
@@ -193,7 +225,8 @@ def fill(template: str, question: str, response: str) -> str:
 def parse_score(reply: str) -> int | None:
     """N of a last line `Score: N`, N an integer from 1 to 10; None for anything else.
 
-    Case, Markdown's emphasis, a full stop and `/10` behind N do not matter; empty lines at the end are left out.
+    Case, Markdown's emphasis, a full stop and `/10` behind N do not matter; empty lines at the end
+    are left out.
     """
     match = _SCORE.fullmatch(reply.rstrip().rpartition("\n")[2])
     return int(match[1]) if match and LOWEST <= int(match[1]) <= HIGHEST else None

@@ -1,4 +1,6 @@
-"""What can be said of eval.judge before anything is sent: its keys against each other, its prompt, its API key."""
+"""What can be said of eval.judge before anything is sent: its keys against each other, its prompt,
+its API key.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +44,15 @@ def read_judge_prompt(judge: JudgeConfig) -> str:
             text = Path(judge.prompt_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8"
-            raise ConfigError(f"{source} cannot be read ({reason}); give the path of a UTF-8 text file") from error
+            raise ConfigError(
+                f"{source} cannot be read ({reason}); give the path of a UTF-8 text file"
+            ) from error
     if text is None:
         return DEFAULT_JUDGE_PROMPT
     if "{response}" not in text:
-        raise ConfigError(f"{source} has no {{response}}; write that where the response to judge belongs")
+        raise ConfigError(
+            f"{source} has no {{response}}; write that where the response to judge belongs"
+        )
     return text
 
 

@@ -1,4 +1,6 @@
-"""Measures of a question's samples: pass@k, and how varied free text is. Pure functions of numbers and strings."""
+"""Measures of a question's samples: pass@k, and how varied free text is. Pure functions of numbers
+and strings.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,11 @@ BLEU_ORDER = 4
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Probability that k of `samples` responses, drawn without return, hold a right one: 1 - C(n-c, k) / C(n, k).
+    """Probability that k of `samples` responses, drawn without return, hold a right one: 1 - C(n-c,
+    k) / C(n, k).
 
-    Unbiased for the pass@k of the policy (Chen et al. 2021, arXiv 2107.03374, Eq. 1). Raises ValueError unless
-    1 <= k <= samples and 0 <= right <= samples.
+    Unbiased for the pass@k of the policy (Chen et al. 2021, arXiv 2107.03374, Eq. 1). Raises
+    ValueError unless 1 <= k <= samples and 0 <= right <= samples.
     """
     if not (1 <= k <= samples and 0 <= right <= samples):
         raise ValueError(f"pass@{k} of {samples} samples, {right} of them right, is not defined")
@@ -33,7 +36,8 @@ def words(text: str) -> list[str]:
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float | None:
-    """Distinct n-grams of words over all of them, both counted over all texts (Li et al. 2016, arXiv 1510.03055).
+    """Distinct n-grams of words over all of them, both counted over all texts (Li et al. 2016,
+    arXiv 1510.03055).
 
     None where no text has n words.
     """
@@ -42,20 +46,24 @@ def distinct_n(texts: Sequence[str], n: int) -> float | None:
 
 
 def ngram_diversity(texts: Sequence[str], n: int = 2) -> float | None:
-    """Mean over texts of distinct / all n-grams of words of that text: the Policy Split paper's Div-N-Gram.
+    """Mean over texts of distinct / all n-grams of words of that text: the Policy Split paper's
+    Div-N-Gram.
 
-    The paper prints the sum over its 8 samples; its values are those of a mean. Its words are not described, ours
-    are those of `words`. Texts of fewer than n words are left out; None if all are.
+    The paper prints the sum over its 8 samples; its values are those of a mean. Its words are not
+    described, ours are those of `words`. Texts of fewer than n words are left out; None if all are.
     """
     counts = [counted for text in texts if (counted := _ngrams(words(text), n))]
-    return sum(len(counted) / counted.total() for counted in counts) / len(counts) if counts else None
+    return (
+        sum(len(counted) / counted.total() for counted in counts) / len(counts) if counts else None
+    )
 
 
 def self_bleu_diversity(texts: Sequence[str]) -> float | None:
-    """1 - mean over texts of BLEU-4(text; the other texts): the Policy Split paper's Div-BLEU; 0 where all agree.
+    """1 - mean over texts of BLEU-4(text; the other texts): the Policy Split paper's Div-BLEU; 0
+    where all agree.
 
-    The paper names neither words nor smoothing; ours is `bleu`. Texts without words are left out; None where fewer
-    than two are left.
+    The paper names neither words nor smoothing; ours is `bleu`. Texts without words are left out;
+    None where fewer than two are left.
     """
     tokens = [found for text in texts if (found := words(text))]
     if len(tokens) < 2:
@@ -67,9 +75,9 @@ def self_bleu_diversity(texts: Sequence[str]) -> float | None:
 def bleu(hypothesis: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Sentence BLEU (Papineni et al. 2002) of words against several references, in [0, 1].
 
-    Without smoothing: 0 where an order has no match. Orders up to 4, or up to the hypothesis's length if that is
-    shorter (sacrebleu's effective_order). The brevity penalty takes the reference nearest in length, of two the
-    shorter.
+    Without smoothing: 0 where an order has no match. Orders up to 4, or up to the hypothesis's
+    length if that is shorter (sacrebleu's effective_order). The brevity penalty takes the reference
+    nearest in length, of two the shorter.
     """
     orders = range(1, min(BLEU_ORDER, len(hypothesis)) + 1)
     logs = []
@@ -87,11 +95,14 @@ def bleu(hypothesis: Sequence[str], references: Sequence[Sequence[str]]) -> floa
     return math.exp(penalty + sum(logs) / len(logs))
 
 
-def answer_measures(answers: Sequence[Sequence[tuple[str, bool]]], samples: int) -> dict[str, float]:
-    """Over questions, each with `samples` pairs of response text and whether it is right; means over questions.
+def answer_measures(
+    answers: Sequence[Sequence[tuple[str, bool]]], samples: int
+) -> dict[str, float]:
+    """Over questions, each with `samples` pairs of response text and whether it is right; means
+    over questions.
 
-    best_of_<samples>: a right one among all. pass_at_<k>: for powers of two up to `samples`. unique_correct: different
-    right texts.
+    best_of_<samples>: a right one among all. pass_at_<k>: for powers of two up to `samples`.
+    unique_correct: different right texts.
     """
     right = [{text.strip() for text, is_right in pairs if is_right} for pairs in answers]
     counts = [sum(is_right for _, is_right in pairs) for pairs in answers]
@@ -105,7 +116,8 @@ def answer_measures(answers: Sequence[Sequence[tuple[str, bool]]], samples: int)
 
 
 def variety_measures(texts: Sequence[Sequence[str]]) -> dict[str, float]:
-    """distinct_1, distinct_2, ngram_diversity_2, self_bleu_diversity of each question's texts, means over questions.
+    """distinct_1, distinct_2, ngram_diversity_2, self_bleu_diversity of each question's texts,
+    means over questions.
 
     A measure that no question's texts are long or many enough for is left out.
     """
@@ -115,7 +127,10 @@ def variety_measures(texts: Sequence[Sequence[str]]) -> dict[str, float]:
         "ngram_diversity_2": ngram_diversity,
         "self_bleu_diversity": self_bleu_diversity,
     }
-    values = {name: [v for samples in texts if (v := of(samples)) is not None] for name, of in measures.items()}
+    values = {
+        name: [v for samples in texts if (v := of(samples)) is not None]
+        for name, of in measures.items()
+    }
     return {name: _mean(found) for name, found in values.items() if found}
 
 

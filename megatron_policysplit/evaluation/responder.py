@@ -1,4 +1,6 @@
-"""Responses of a Hugging Face directory in its modes, without a run: what `generate` and `eval` need."""
+"""Responses of a Hugging Face directory in its modes, without a run: what `generate` and `eval`
+need.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from megatron_policysplit.rows import Mode
 
 @dataclass(frozen=True)
 class Response:
-    """One response. tokens: its ids, the stop token kept. surprisals: -log-prob of each at its temperature, nats."""
+    """One response. tokens: its ids, the stop token kept. surprisals: -log-prob of each at its
+    temperature, nats.
+    """
 
     question: int
     mode: Mode
@@ -29,20 +33,30 @@ class Response:
     truncated: bool
 
 
-def prompts_asked_for(config: str | None, prompt: str | None, prompt_file: str | None) -> ModesConfig:
-    """What --config, --high-entropy-prompt and --high-entropy-prompt-file ask for. Raises ConfigError."""
+def prompts_asked_for(
+    config: str | None, prompt: str | None, prompt_file: str | None
+) -> ModesConfig:
+    """What --config, --high-entropy-prompt and --high-entropy-prompt-file ask for. Raises
+    ConfigError.
+    """
     if config is None:
         return ModesConfig(high_entropy_prompt=prompt, high_entropy_prompt_file=prompt_file)
-    for option, value in (("--high-entropy-prompt", prompt), ("--high-entropy-prompt-file", prompt_file)):
+    for option, value in (
+        ("--high-entropy-prompt", prompt),
+        ("--high-entropy-prompt-file", prompt_file),
+    ):
         if value is not None:
-            raise ConfigError(f"--config {config} brings the prompts, and so does {option}; give one of the two")
+            raise ConfigError(
+                f"--config {config} brings the prompts, and so does {option}; give one of the two"
+            )
     return load_config(config, []).modes
 
 
 class Responder:
     """A model directory behind the prompts of all modes.
 
-    dtype: "float32" or "bfloat16". device: as torch names it. max_batch_samples: generated together.
+    dtype: "float32" or "bfloat16". device: as torch names it. max_batch_samples: generated
+    together.
     """
 
     def __init__(
@@ -64,7 +78,9 @@ class Responder:
         logging.disable_progress_bar()
         self._prompts = PromptBuilder(self._tokenizer, modes)
         stops = stop_token_ids(path, self._tokenizer)
-        self._engine = LocalEngine(path, stops, dtype=dtype, max_batch_samples=max_batch_samples, device=device)
+        self._engine = LocalEngine(
+            path, stops, dtype=dtype, max_batch_samples=max_batch_samples, device=device
+        )
 
     def respond(
         self,
@@ -80,8 +96,13 @@ class Responder:
         for question in questions:
             prompts = self._prompts.build(question.messages)
             for mode in modes:
-                seeds = [sample_seed(seed, 0, question.id, mode, index, "evaluation") for index in range(samples)]
-                requests.append(Request(0, question.id, mode, prompts[mode], sampling, range(samples), seeds))
+                seeds = [
+                    sample_seed(seed, 0, question.id, mode, index, "evaluation")
+                    for index in range(samples)
+                ]
+                requests.append(
+                    Request(0, question.id, mode, prompts[mode], sampling, range(samples), seeds)
+                )
         rollouts = asyncio.run(self._collect(requests, on_response))
         return [
             Response(

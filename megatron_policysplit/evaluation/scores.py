@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from megatron_policysplit.config.modes import mode_label
-from megatron_policysplit.evaluation.measures import answer_measures, powers_of_two, variety_measures
+from megatron_policysplit.evaluation.measures import (
+    answer_measures,
+    powers_of_two,
+    variety_measures,
+)
 from megatron_policysplit.evaluation.responder import Response
 from megatron_policysplit.rewards import Graded
 from megatron_policysplit.rows import RIGHT, Mode
@@ -30,10 +34,14 @@ JUDGE_NAMES = {
 class ModeScores:
     """Over all questions in one mode.
 
-    accuracy: share of right responses (pass@1). best_of_k: share of questions with a right response.
-    unique_correct: mean number of distinct right texts per question. mean_surprisal_nats: per token.
-    grading_errors: responses whose reward function failed; they count as wrong. pass_at: pass@k by k.
-    variety: of the texts (`measures.variety_measures`). judge: of a judge model (`judge.judge_measures`), if asked.
+    accuracy: share of right responses (pass@1). best_of_k: share of questions with a right
+    response.
+    unique_correct: mean number of distinct right texts per question. mean_surprisal_nats: per
+    token.
+    grading_errors: responses whose reward function failed; they count as wrong. pass_at: pass@k by
+    k.
+    variety: of the texts (`measures.variety_measures`). judge: of a judge model
+    (`judge.judge_measures`), if asked.
     """
 
     accuracy: float
@@ -48,11 +56,17 @@ class ModeScores:
     judge: dict[str, float | int] = field(default_factory=dict)
 
 
-def scores_by_mode(responses: Sequence[Response], graded: Sequence[Graded]) -> dict[str, ModeScores]:
+def scores_by_mode(
+    responses: Sequence[Response], graded: Sequence[Graded]
+) -> dict[str, ModeScores]:
     """Mode -> scores. graded[i] belongs to responses[i]; every question has equally many responses."""
     scores = {}
     for mode in _modes_in_order(responses):
-        pairs = [(response, grade) for response, grade in zip(responses, graded, strict=True) if response.mode == mode]
+        pairs = [
+            (response, grade)
+            for response, grade in zip(responses, graded, strict=True)
+            if response.mode == mode
+        ]
         answers: dict[int, list[tuple[str, bool]]] = {}
         for response, grade in pairs:
             answers.setdefault(response.question, []).append((response.text, grade.reward > RIGHT))
@@ -80,7 +94,9 @@ def variety_lines(responses: Sequence[Response]) -> list[str]:
         texts = [response.text for response in responses if response.mode == mode]
         found = variety_measures([texts]) if len(texts) > 1 else {}
         if found:
-            values = ", ".join(f"{VARIETY_NAMES[name]} {value:.3f}" for name, value in found.items())
+            values = ", ".join(
+                f"{VARIETY_NAMES[name]} {value:.3f}" for name, value in found.items()
+            )
             lines.append(f"{mode_label(mode.value)}: {values}")
     return lines
 
@@ -101,11 +117,15 @@ def scores_table(scores: dict[str, ModeScores], samples: int):
     }
     columns = [asdict(mode_scores) for mode_scores in scores.values()]
     for column in columns:
-        column |= {f"pass_at_{k}": value for k, value in column["pass_at"].items()} | column["variety"]
+        column |= {f"pass_at_{k}": value for k, value in column["pass_at"].items()} | column[
+            "variety"
+        ]
         column |= column["judge"]
     names |= {f"pass_at_{k}": f"pass@{k}" for k in powers_of_two(samples)[1:]}
     sometimes = VARIETY_NAMES | JUDGE_NAMES
-    names |= {key: name for key, name in sometimes.items() if any(key in column for column in columns)}
+    names |= {
+        key: name for key, name in sometimes.items() if any(key in column for column in columns)
+    }
     for key, name in names.items():
         table.add_row(name, *(_cell(column.get(key)) for column in columns))
     return table

@@ -10,22 +10,28 @@ from megatron_policysplit.logs.sink import Sink, without_secrets
 
 
 class Logger:
-    """Hands metrics, rollouts and messages to every sink that the `log` section of the config asks for.
+    """Hands metrics, rollouts and messages to every sink that the `log` section of the config asks
+    for.
 
-    Files are always written: metrics.jsonl and messages.log, and rollouts/ unless `log.rollouts` is false.
-    Create it on the chief rank only. Metric values are numbers; a value that is not finite is stored as
-    null in files and as it is elsewhere. resolved_config goes, without secrets, to TensorBoard and wandb.
+    Files are always written: metrics.jsonl and messages.log, and rollouts/ unless `log.rollouts` is
+    false. Create it on the chief rank only. Metric values are numbers; a value that is not finite
+    is stored as null in files and as it is elsewhere. resolved_config goes, without secrets, to
+    TensorBoard and wandb.
 
     Raises ConfigError when a sink's package is missing or wandb refuses to start.
     """
 
-    def __init__(self, config: LogConfig, run_dir: str | Path, total_steps: int, resolved_config: dict):
+    def __init__(
+        self, config: LogConfig, run_dir: str | Path, total_steps: int, resolved_config: dict
+    ):
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self.sinks = list(_sinks(config, run_dir, total_steps, without_secrets(resolved_config)))
 
     def start(self, step: int) -> None:
-        """Begin after `step` trained steps (0: a fresh run); what files hold of later steps is dropped."""
+        """Begin after `step` trained steps (0: a fresh run); what files hold of later steps is
+        dropped.
+        """
         for sink in self.sinks:
             sink.start(step)
 

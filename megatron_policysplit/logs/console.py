@@ -68,8 +68,12 @@ class ConsoleSink(Sink):
             self.live.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
-        if not self.metrics:  # servers may have taken minutes to start, and an evaluation came first
-            self.began = time.monotonic() - metrics.get("time/step_s", time.monotonic() - self.began)
+        if (
+            not self.metrics
+        ):  # servers may have taken minutes to start, and an evaluation came first
+            self.began = time.monotonic() - metrics.get(
+                "time/step_s", time.monotonic() - self.began
+            )
         self.metrics = dict(metrics)
         self.progress.update(self.task, completed=step, pace=self._pace(step))
         self._show(lambda: f"step {step}/{self.total} ({self._pace(step)}){plain_line(metrics)}")
@@ -100,7 +104,11 @@ class ConsoleSink(Sink):
         return f"{speed}, ETA {duration(seconds * max(0, self.total - step))}"
 
     def _screen(self) -> Group:
-        return Group(self.progress, *modes_table(self.metrics, self.evals), *group_lines(self.metrics, self.evals))
+        return Group(
+            self.progress,
+            *modes_table(self.metrics, self.evals),
+            *group_lines(self.metrics, self.evals),
+        )
 
 
 def standard_console() -> Console:
@@ -112,7 +120,9 @@ def standard_console() -> Console:
 
 
 def modes_table(metrics: Metrics, evals: Metrics) -> list[Table]:
-    """Rows: every metric that a mode has, training first; columns: the modes. Empty without metrics."""
+    """Rows: every metric that a mode has, training first; columns: the modes. Empty without
+    metrics.
+    """
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     modes = modes_in_metrics(metrics)
@@ -123,18 +133,28 @@ def modes_table(metrics: Metrics, evals: Metrics) -> list[Table]:
         names = dict.fromkeys(name for mode in modes for name in groups.get(mode, {}))
         for name in names:
             cells = [groups.get(mode, {}).get(name) for mode in modes]
-            table.add_row(prefix + label(name), *("" if cell is None else number(cell) for cell in cells))
+            table.add_row(
+                prefix + label(name), *("" if cell is None else number(cell) for cell in cells)
+            )
     return [table] if table.row_count else []
 
 
 def group_lines(metrics: Metrics, evals: Metrics) -> list[Text]:
-    """One line for every group that is not a mode: `kl`, `actor`, `time`, ... and groups of a user's own."""
+    """One line for every group that is not a mode: `kl`, `actor`, `time`, ... and groups of a
+    user's own.
+    """
     modes = modes_in_metrics(metrics)
-    groups = {group: values for source in (evals, metrics) for group, values in grouped(source).items()}
+    groups = {
+        group: values for source in (evals, metrics) for group, values in grouped(source).items()
+    }
     return [
         Text(
             f"{group or 'other'}: "
-            + ", ".join(f"{label(n)} {number(value)}" for n, value in values.items() if n in SHORT.get(group, values))
+            + ", ".join(
+                f"{label(n)} {number(value)}"
+                for n, value in values.items()
+                if n in SHORT.get(group, values)
+            )
         )
         for group, values in groups.items()
         if group not in modes

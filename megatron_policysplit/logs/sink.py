@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 SECRET = re.compile(
-    r"(^|[_\-.])((api|access|private|secret)_?key|secrets?|passwd|passwords?|token|credentials?|authorization)$", re.I
+    r"(^|[_\-.])((api|access|private|secret)_?key|secrets?|passwd|passwords?|token|credentials?|authorization)$",
+    re.I,
 )
 
 
@@ -43,7 +44,9 @@ def without_secrets(config: dict) -> dict:
 
     def clean(value):
         if isinstance(value, dict):
-            return {name: clean(item) for name, item in value.items() if not SECRET.search(str(name))}
+            return {
+                name: clean(item) for name, item in value.items() if not SECRET.search(str(name))
+            }
         return [clean(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     return clean(config)

@@ -20,10 +20,13 @@ class TensorBoardSink(Sink):
         self.writer = None
 
     def start(self, step: int) -> None:
-        # Readers hide the points of older files from purge_step on; a run that trained nothing keeps none.
+        # Readers hide the points of older files from purge_step on; a run that trained nothing
+        # keeps none.
         self.writer = self.writer_class(str(self.directory), purge_step=step + 1 if step else 0)
         config = json.dumps(self.resolved_config, indent=2, default=str)
-        self.writer.add_text("config", "\n".join("    " + line for line in config.splitlines()), step)
+        self.writer.add_text(
+            "config", "\n".join("    " + line for line in config.splitlines()), step
+        )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

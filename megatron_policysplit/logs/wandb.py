@@ -13,8 +13,8 @@ from megatron_policysplit.logs.sink import Sink
 class WandbSink(Sink):
     """One wandb run per run directory: its id stays in wandb_id.txt, so a resumed run continues it.
 
-    Metrics are plotted over our own `step`. wandb's internal counter only grows and would reject the
-    steps that a resumed run trains again. Neither the command line nor the terminal is sent.
+    Metrics are plotted over our own `step`. wandb's internal counter only grows and would reject
+    the steps that a resumed run trains again. Neither the command line nor the terminal is sent.
 
     Raises ConfigError when the package is missing (at construction) or wandb refuses to start.
     """

@@ -34,7 +34,8 @@ SAMPLE_QUESTIONS, SAMPLES_PER_MODE, SAMPLE_CHARACTERS = 3, 4, 1500
 
 
 def read_metrics(run_dir: str | Path) -> tuple[list[dict], list[dict]]:
-    """(training records, evaluation records) of a run, each sorted by `step`; a value that was not finite is None.
+    """(training records, evaluation records) of a run, each sorted by `step`; a value that was not
+    finite is None.
 
     Raises DataError naming the file when it is missing, empty or damaged.
     """
@@ -42,8 +43,13 @@ def read_metrics(run_dir: str | Path) -> tuple[list[dict], list[dict]]:
     if not path.exists():
         inside = sorted(str(found.parent) for found in Path(run_dir).glob("*/metrics.jsonl"))
         if inside:
-            raise DataError(f"{run_dir} is not a run but holds runs; give one or more of them: {' '.join(inside)}")
-        raise DataError(f"{path} does not exist; give the directory of a run (run.dir) that has started")
+            raise DataError(
+                f"{run_dir} is not a run but holds runs; give one or more of them: "
+                f"{' '.join(inside)}"
+            )
+        raise DataError(
+            f"{path} does not exist; give the directory of a run (run.dir) that has started"
+        )
     records = sorted(read_metrics_file(path), key=lambda record: record["step"])
     if not records:
         raise DataError(f"{path} holds no metrics yet; wait for the run's first step or evaluation")
@@ -53,32 +59,46 @@ def read_metrics(run_dir: str | Path) -> tuple[list[dict], list[dict]]:
 def summary(runs: Mapping[str, str | Path], seconds: Mapping[str, float]) -> dict:
     """The first and the last evaluation of every run.
 
-    Returns {"runs": {name: {mode: {"first": E, "last": E}}}, "seconds": {phase: seconds}} where E has
-    `accuracy`, `entropy_nats`, `kl_nats`, `unique_correct` and `best_of_<k>`; None is not measured.
-    Raises DataError for a run without an evaluation.
+    Returns {"runs": {name: {mode: {"first": E, "last": E}}}, "seconds": {phase: seconds}} where E
+    has `accuracy`, `entropy_nats`, `kl_nats`, `unique_correct` and `best_of_<k>`; None is not
+    measured. Raises DataError for a run without an evaluation.
     """
     result = {}
     for name, run_dir in runs.items():
         _, evals = read_metrics(run_dir)
         if not evals:
-            raise DataError(f"{Path(run_dir) / 'metrics.jsonl'} holds no evaluation; set eval.path and run again")
+            raise DataError(
+                f"{Path(run_dir) / 'metrics.jsonl'} holds no evaluation; set eval.path and run "
+                "again"
+            )
         result[name] = endpoints(evals)
     return {"runs": result, "seconds": dict(seconds)}
 
 
 def endpoints(evals: list[dict]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """mode -> "first" | "last" -> metric -> value, for every mode and prompt of eval.prompts that was evaluated."""
+    """mode -> "first" | "last" -> metric -> value, for every mode and prompt of eval.prompts that
+    was evaluated.
+    """
     result = {}
-    logged = (name.split("/")[1] for record in evals for name in record if re.fullmatch("eval/.+/.+", name))
+    logged = (
+        name.split("/")[1]
+        for record in evals
+        for name in record
+        if re.fullmatch("eval/.+/.+", name)
+    )
     for mode in dict.fromkeys([*(mode.value for mode in MODES), *logged]):
-        measured = [record for record in evals if any(name.startswith(f"eval/{mode}/") for name in record)]
+        measured = [
+            record for record in evals if any(name.startswith(f"eval/{mode}/") for name in record)
+        ]
         if measured:
             result[mode] = {"first": _point(measured[0], mode), "last": _point(measured[-1], mode)}
     return result
 
 
 def summary_table(summary: dict) -> Table:
-    """The summary for the terminal: two rows per run and mode, the first and the last evaluation; fits 80 columns."""
+    """The summary for the terminal: two rows per run and mode, the first and the last evaluation;
+    fits 80 columns.
+    """
     from rich import box
     from rich.table import Table
 
@@ -105,7 +125,9 @@ def write_curves(runs: Mapping[str, str | Path], path_png: str | Path) -> None:
 
 
 def write_report(runs: Mapping[str, str | Path], output: str | Path) -> None:
-    """One HTML file without external resources: table, curves, seconds, samples and config of every run."""
+    """One HTML file without external resources: table, curves, seconds, samples and config of every
+    run.
+    """
     from jinja2 import Environment
 
     metrics = {name: read_metrics(run_dir) for name, run_dir in runs.items()}
@@ -125,7 +147,9 @@ def write_report(runs: Mapping[str, str | Path], output: str | Path) -> None:
             for name, (train, evals) in metrics.items()
         ],
         columns=_columns(ends),
-        curves={theme: data_url(_figure(metrics, dark=theme == "dark")) for theme in ("light", "dark")},
+        curves={
+            theme: data_url(_figure(metrics, dark=theme == "dark")) for theme in ("light", "dark")
+        },
         seconds={name: _seconds(train + evals) for name, (train, evals) in metrics.items()},
     )
     Path(output).write_text(page, encoding="utf-8", errors="replace")
@@ -134,7 +158,10 @@ def write_report(runs: Mapping[str, str | Path], output: str | Path) -> None:
 def _point(record: dict, mode: str) -> dict[str, float | None]:
     prefix = f"eval/{mode}/"
     best = [name for name in record if re.fullmatch(re.escape(prefix) + r"best_of_\d+", name)]
-    return {name.removeprefix(prefix): record.get(name) for name in [*(prefix + m for m in SUMMARY_METRICS), *best]}
+    return {
+        name.removeprefix(prefix): record.get(name)
+        for name in [*(prefix + m for m in SUMMARY_METRICS), *best]
+    }
 
 
 def _evaluations(train: list[dict], evals: list[dict]) -> list[dict]:
@@ -143,29 +170,49 @@ def _evaluations(train: list[dict], evals: list[dict]) -> list[dict]:
         return evals
     modes = _lines(train)
     names = {f"{mode}/{metric}" for mode in modes for metric in SUMMARY_METRICS}
-    divergences = {mode: f"kl/{mode}_to_normal" for mode in modes} | {"normal": "kl/normal_to_high_entropy"}
+    divergences = {mode: f"kl/{mode}_to_normal" for mode in modes} | {
+        "normal": "kl/normal_to_high_entropy"
+    }
     result = []
     for record in train:
-        point = {"step": record["step"], **{f"eval/{name}": record[name] for name in names & record.keys()}}
-        point.update({f"eval/{mode}/kl_nats": record[kl] for mode, kl in divergences.items() if kl in record})
+        point = {
+            "step": record["step"],
+            **{f"eval/{name}": record[name] for name in names & record.keys()},
+        }
+        point.update(
+            {f"eval/{mode}/kl_nats": record[kl] for mode, kl in divergences.items() if kl in record}
+        )
         result.append(point)
     return result
 
 
 def _lines(train: list[dict]) -> dict[str, Any]:
-    """A run's modes and how their curves are drawn; the two of Policy Split first, whether they sampled or not."""
-    sampled = {name.partition("/")[0] for record in train for name in record if name.endswith("/truncated_share")}
+    """A run's modes and how their curves are drawn; the two of Policy Split first, whether they
+    sampled or not.
+    """
+    sampled = {
+        name.partition("/")[0]
+        for record in train
+        for name in record
+        if name.endswith("/truncated_share")
+    }
     others = sorted(sampled - MODE_LINES.keys())
     return MODE_LINES | {mode: OTHER_LINES[i % len(OTHER_LINES)] for i, mode in enumerate(others)}
 
 
 def _columns(runs: dict) -> list[str]:
     """Every metric that any run has, in the order of first appearance."""
-    return list(dict.fromkeys(c for modes in runs.values() for ends in modes.values() for c in ends["last"]))
+    return list(
+        dict.fromkeys(c for modes in runs.values() for ends in modes.values() for c in ends["last"])
+    )
 
 
 def _title(metric: str) -> str:
-    names = {"entropy_nats": "entropy (nats)", "kl_nats": "KL (nats)", "unique_correct": "unique right answers"}
+    names = {
+        "entropy_nats": "entropy (nats)",
+        "kl_nats": "KL (nats)",
+        "unique_correct": "unique right answers",
+    }
     return names.get(metric, re.sub(r"^best_of_(\d+)$", r"best-of-\1", metric))
 
 
@@ -176,13 +223,18 @@ def _number(value: float | None, metric: str = "") -> str:
 
 
 def _seconds(records: list[dict]) -> list[dict]:
-    """Phase, total seconds and mean seconds over the records that name the phase, in order of appearance."""
+    """Phase, total seconds and mean seconds over the records that name the phase, in order of
+    appearance.
+    """
     phases: dict[str, list[float]] = {}
     for record in records:
         for name, value in record.items():
             if name.startswith("time/") and value is not None:
                 phases.setdefault(name.removeprefix("time/").removesuffix("_s"), []).append(value)
-    return [{"phase": p, "total": sum(values), "mean": sum(values) / len(values)} for p, values in phases.items()]
+    return [
+        {"phase": p, "total": sum(values), "mean": sum(values) / len(values)}
+        for p, values in phases.items()
+    ]
 
 
 def _config(run_dir: Path) -> str | None:
@@ -197,20 +249,29 @@ def _config(run_dir: Path) -> str | None:
     except (yaml.YAMLError, UnicodeDecodeError):
         config = None
     if not isinstance(config, dict):
-        raise DataError(f"{path} is not a YAML mapping; restore the file, or delete it to have a report without it")
+        raise DataError(
+            f"{path} is not a YAML mapping; restore the file, or delete it to have a report "
+            "without it"
+        )
     return yaml.safe_dump(without_secrets(config), sort_keys=False, allow_unicode=True)
 
 
 def _samples(run_dir: Path) -> dict | None:
-    """A few questions of the last rollout dump, those sampled in most modes first; None without a dump."""
-    dumps = sorted(run_dir.glob("rollouts/step_*.jsonl"), key=lambda path: int(path.stem.removeprefix("step_")))
+    """A few questions of the last rollout dump, those sampled in most modes first; None without a
+    dump.
+    """
+    dumps = sorted(
+        run_dir.glob("rollouts/step_*.jsonl"), key=lambda path: int(path.stem.removeprefix("step_"))
+    )
     if not dumps:
         return None
     questions: dict[tuple, dict[str, list[dict]]] = {}
     for record in read_jsonl(dumps[-1]):
         if record.get("auxiliary"):  # no mode's own samples
             continue
-        questions.setdefault((record["batch"], record["question"]), {}).setdefault(record["mode"], []).append(record)
+        questions.setdefault((record["batch"], record["question"]), {}).setdefault(
+            record["mode"], []
+        ).append(record)
     chosen = sorted(questions.values(), key=lambda modes: -len(modes))[:SAMPLE_QUESTIONS]
     return {
         "file": dumps[-1].name,
@@ -235,13 +296,18 @@ def _spread(records: list[dict]) -> list[dict]:
 
 def _response(record: dict) -> dict:
     reward = record["reward"]
-    shown = {"reward_text": "–" if reward is None else f"{reward:.3g}", "right": reward is not None and reward > 0}
+    shown = {
+        "reward_text": "–" if reward is None else f"{reward:.3g}",
+        "right": reward is not None and reward > 0,
+    }
     return {**record, **shown, "response": _clip(record["response"])}
 
 
 def _clip(text: str) -> str:
     more = len(text) - SAMPLE_CHARACTERS
-    return text if more <= 0 else f"{text[:SAMPLE_CHARACTERS]} … ({more} more characters in the dump)"
+    return (
+        text if more <= 0 else f"{text[:SAMPLE_CHARACTERS]} … ({more} more characters in the dump)"
+    )
 
 
 def _figure(metrics: dict[str, tuple[list[dict], list[dict]]], dark: bool) -> Figure:
@@ -252,9 +318,21 @@ def _figure(metrics: dict[str, tuple[list[dict], list[dict]]], dark: bool) -> Fi
 
     ink, paper = ("#d7dade", "#16191d") if dark else ("#24292f", "#ffffff")
     light_palette = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-    palette = ("#56B4E9", "#E69F00", "#2DC89B", "#CC79A7", "#F0E442", "#D55E00") if dark else light_palette
-    theme = {"text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink, "axes.edgecolor": ink}
-    with matplotlib.rc_context({**theme, "font.family": "sans-serif", "font.size": 9.5, "figure.facecolor": paper}):
+    palette = (
+        ("#56B4E9", "#E69F00", "#2DC89B", "#CC79A7", "#F0E442", "#D55E00")
+        if dark
+        else light_palette
+    )
+    theme = {
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "axes.edgecolor": ink,
+    }
+    with matplotlib.rc_context(
+        {**theme, "font.family": "sans-serif", "font.size": 9.5, "figure.facecolor": paper}
+    ):
         figure = Figure(figsize=(9.6, 7.2), layout="constrained")
         figure.suptitle("The modes over training steps", fontsize=13, fontweight="bold")
         axes = figure.subplots(2, 2).flat
@@ -274,13 +352,19 @@ def _figure(metrics: dict[str, tuple[list[dict], list[dict]]], dark: bool) -> Fi
                     if batches[0]:
                         axis.plot(*batches, **style, linewidth=0.8, alpha=0.4 if evals else 1)
                     points = _series(evals, f"eval/{mode}/{metric}")
-                    look = {"marker": "o" if mode == "normal" else "s", "markersize": 4.5, "linewidth": 2}
+                    look = {
+                        "marker": "o" if mode == "normal" else "s",
+                        "markersize": 4.5,
+                        "linewidth": 2,
+                    }
                     fill = colour if mode == "normal" else paper
                     (line,) = axis.plot(*points, **style, **look, markerfacecolor=fill)
                     if points[0] or batches[0]:
                         legend.setdefault(f"{name}, {mode_label(mode)} mode", line)
             if not any(len(line.get_xdata()) for line in axis.lines):
-                axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=ink)
+                axis.text(
+                    0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=ink
+                )
             else:
                 axis.set_ylim(bottom=0)
         figure.legend(
@@ -304,7 +388,9 @@ def _series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
 
 
 def data_url(figure: Figure, kind: str = "png") -> str:
-    """A figure as an image within a page; kind: png, or svg where there are many lines and few points."""
+    """A figure as an image within a page; kind: png, or svg where there are many lines and few
+    points.
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     media = {"png": "image/png", "svg": "image/svg+xml"}[kind]

@@ -1,6 +1,7 @@
 """Rewards: `reward(response: str, question: Question) -> float`, graded in worker processes.
 
-`math`, `reasoning_gym` and `exact` are built in; `package.module:function` names one of the user's own.
+`math`, `reasoning_gym` and `exact` are built in; `package.module:function` names one of the user's
+own.
 """
 
 from __future__ import annotations
@@ -42,12 +43,15 @@ def load_reward(function: str) -> Reward:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise ConfigError(
-            f"reward.function={function} cannot be imported: {type(error).__name__}: {error}; run in the directory "
+            f"reward.function={function} cannot be imported: {type(error).__name__}: {error}; run "
+            "in the directory "
             "of the module, or install it"
         ) from error
     if not hasattr(module, name):
         raise ConfigError(f"reward.function={function}: the module {module_name} has no `{name}`")
     reward = getattr(module, name)
     if not callable(reward):
-        raise ConfigError(f"reward.function={function} is a {type(reward).__name__}, which cannot be called")
+        raise ConfigError(
+            f"reward.function={function} is a {type(reward).__name__}, which cannot be called"
+        )
     return reward

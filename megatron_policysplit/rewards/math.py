@@ -10,7 +10,8 @@ import math_verify
 
 from megatron_policysplit.data.questions import Question
 
-# math-verify's own time limits are signals, which the pool's time limit makes needless; it warns of their absence.
+# math-verify's own time limits are signals, which the pool's time limit makes needless; it warns of
+# their absence.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?%?")
@@ -18,12 +19,16 @@ _BOXED = re.compile(r"\\boxed\s*\{")
 
 
 def reward(response: str, question: Question) -> float:
-    """1 if the last boxed expression, or without one the last number of the text, equals the answer, else 0."""
+    """1 if the last boxed expression, or without one the last number of the text, equals the
+    answer, else 0.
+    """
     if question.answer is None:
         raise ValueError(f"question {question.id} has no answer, which reward.function=math needs")
     gold = _parse_gold(question.answer)
     if not gold:
-        raise ValueError(f"math-verify cannot read the answer {question.answer!r} of question {question.id}")
+        raise ValueError(
+            f"math-verify cannot read the answer {question.answer!r} of question {question.id}"
+        )
     answer = final_answer(response)
     if answer is None:
         return 0.0
@@ -32,7 +37,11 @@ def reward(response: str, question: Question) -> float:
 
 def final_answer(response: str) -> str | None:
     """The contents of the last closed `\\boxed{..}`, else the last number, else None."""
-    boxed = [content for match in _BOXED.finditer(response) if (content := _braced(response, match.end())) is not None]
+    boxed = [
+        content
+        for match in _BOXED.finditer(response)
+        if (content := _braced(response, match.end())) is not None
+    ]
     if boxed:
         return boxed[-1]
     numbers = _NUMBER.findall(response)
@@ -58,7 +67,10 @@ def _parse_gold(answer: str) -> list:
 def _parse(expression: str) -> list:
     """As LaTeX in a box, which math-verify reads without guessing where the expression is.
 
-    LaTeX only: its reader of plain expressions hands the text to eval(), and a model wrote that text.
+    LaTeX only: its reader of plain expressions hands the text to eval(), and a model wrote that
+    text.
     """
     latex = [math_verify.LatexExtractionConfig()]
-    return math_verify.parse(f"\\boxed{{{expression}}}", extraction_config=latex, parsing_timeout=None)
+    return math_verify.parse(
+        f"\\boxed{{{expression}}}", extraction_config=latex, parsing_timeout=None
+    )

@@ -32,12 +32,13 @@ class Graded:
 
 
 class RewardPool:
-    """Grades responses in `workers` processes; nothing that a reward function does ends or blocks the caller.
+    """Grades responses in `workers` processes; nothing that a reward function does ends or blocks
+    the caller.
 
-    function: as `reward.function`; it is loaded once here, so that a wrong one raises ConfigError at once.
-    Workers are spawned and import the reward function anew: a script that uses a pool needs the guard
-    `if __name__ == "__main__":`, and what its module imports at the top each worker imports too.
-    Use it as a context manager, or call `close`.
+    function: as `reward.function`; it is loaded once here, so that a wrong one raises ConfigError
+    at once. Workers are spawned and import the reward function anew: a script that uses a pool
+    needs the guard `if __name__ == "__main__":`, and what its module imports at the top each worker
+    imports too. Use it as a context manager, or call `close`.
     """
 
     def __init__(self, function: str, workers: int, timeout_seconds: float):
@@ -60,8 +61,9 @@ class RewardPool:
     def grade(self, items: Sequence[tuple[str, Question]]) -> list[Graded]:
         """Grade (response, question) pairs; the result has their order.
 
-        A reward that raises, exceeds the time limit, kills its process or returns anything but a finite number
-        is graded 0 with the reason in `error`. Raises TrainingError if workers cannot be kept alive, or on `close`.
+        A reward that raises, exceeds the time limit, kills its process or returns anything but a
+        finite number is graded 0 with the reason in `error`. Raises TrainingError if workers cannot
+        be kept alive, or on `close`.
         """
         with self._lock:
             results: list[Graded | None] = [None] * len(items)
@@ -70,28 +72,35 @@ class RewardPool:
             while todo := [index for index, result in enumerate(results) if result is None]:
                 if self._grade_some(items, todo, results, deaths):
                     continue
-                # A worker killed from outside (out of memory, a signal to all) can break the whole pool.
+                # A worker killed from outside (out of memory, a signal to all) can break the whole
+                # pool.
                 self._stop()
                 rebuilds = rebuilds + 1 if len(todo) == results.count(None) else 0
                 if rebuilds == _MAX_REBUILDS:
                     raise TrainingError(
-                        f"the worker processes of reward.function={self._function} end before they grade anything; "
-                        "see their output above, and check that the function's module imports in a fresh process"
+                        f"the worker processes of reward.function={self._function} end before they "
+                        "grade anything; "
+                        "see their output above, and check that the function's module imports in a "
+                        "fresh process"
                     )
             return results
 
     def close(self) -> None:
-        """End all workers at once; a `grade` that runs in another thread raises. A later one starts new workers."""
+        """End all workers at once; a `grade` that runs in another thread raises. A later one starts
+        new workers.
+        """
         self._interrupted.set_result(None)
         with self._lock:
             self._stop()
             self._interrupted = Future()
 
-    def _grade_some(self, items, todo: list[int], results: list[Graded | None], deaths: set[int]) -> bool:
+    def _grade_some(
+        self, items, todo: list[int], results: list[Graded | None], deaths: set[int]
+    ) -> bool:
         """Fill in the results of `todo`; False if the pool broke on the way.
 
-        A response whose process died goes into `deaths` and is left open the first time: the process may have
-        been killed from outside, and a reward must not suffer from that.
+        A response whose process died goes into `deaths` and is left open the first time: the
+        process may have been killed from outside, and a reward must not suffer from that.
         """
         from pebble import ProcessExpired
 
@@ -102,7 +111,9 @@ class RewardPool:
         broken = False
         while pending and not broken:
             waited_for = [*pending, self._interrupted]
-            done, _ = wait(waited_for, timeout=self._timeout + _STALL_SECONDS, return_when=FIRST_COMPLETED)
+            done, _ = wait(
+                waited_for, timeout=self._timeout + _STALL_SECONDS, return_when=FIRST_COMPLETED
+            )
             if self._interrupted in done:
                 raise TrainingError("the reward pool was closed while it graded")
             broken = not done
@@ -112,15 +123,21 @@ class RewardPool:
                 if error is None:
                     results[index] = future.result()
                 elif isinstance(error, TimeoutError):
-                    results[index] = Graded(0.0, f"no result within the time limit of {self._timeout:g} s")
+                    results[index] = Graded(
+                        0.0, f"no result within the time limit of {self._timeout:g} s"
+                    )
                 elif isinstance(error, ProcessExpired):
                     if index in deaths:
-                        results[index] = Graded(0.0, f"the grading process died with exit code {error.exitcode}, twice")
+                        results[index] = Graded(
+                            0.0, f"the grading process died with exit code {error.exitcode}, twice"
+                        )
                     deaths.add(index)
                 elif isinstance(error, RuntimeError):
                     broken = True
                 else:
-                    results[index] = Graded(0.0, f"the question cannot be sent to a grading process: {error}")
+                    results[index] = Graded(
+                        0.0, f"the question cannot be sent to a grading process: {error}"
+                    )
         return not broken
 
     def _schedule(self, response: str, question: Question) -> Future:

@@ -13,11 +13,18 @@ from megatron_policysplit.data.questions import Question
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
-# Scorers of these tasks evaluate the answer as Python, which would run code that a model wrote: the first through
-# eval(), to which a text that is no Python expression does nothing, the second through sympy's parse_expr().
+# Scorers of these tasks evaluate the answer as Python, which would run code that a model wrote: the
+# first through eval(), to which a text that is no Python expression does nothing, the second
+# through sympy's parse_expr().
 EVAL_TASKS = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"})
 PARSE_EXPR_TASKS = frozenset(
-    {"countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"}
+    {
+        "countdown",
+        "intermediate_integration",
+        "polynomial_multiplication",
+        "puzzle24",
+        "simple_integration",
+    }
 )
 _SAFE_NODES = (
     *(ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Name, ast.Load, ast.Call),
@@ -29,24 +36,32 @@ _SAFE_FUNCTIONS = frozenset(
 
 
 def reward(response: str, question: Question) -> float:
-    """The score in [0, 1] of the text in the last <answer>..</answer>, or of the whole response without them.
+    """The score in [0, 1] of the text in the last <answer>..</answer>, or of the whole response
+    without them.
 
-    Where the task's scorer evaluates the answer as Python, an expression that is not plain arithmetic scores 0.
+    Where the task's scorer evaluates the answer as Python, an expression that is not plain
+    arithmetic scores 0.
     """
     origin = question.record.get("reasoning_gym")
     if origin is None:
-        raise ValueError(f"question {question.id} is not of data.path=reasoning_gym:NAME, which this reward needs")
+        raise ValueError(
+            f"question {question.id} is not of data.path=reasoning_gym:NAME, which this reward "
+            "needs"
+        )
     tagged = _ANSWER.findall(response)
     answer = (tagged[-1] if tagged else response).strip()
     task = question.record["metadata"].get("source_dataset", origin["name"])
-    if task in EVAL_TASKS | PARSE_EXPR_TASKS and not _is_harmless(answer, unless_python=task in EVAL_TASKS):
+    if task in EVAL_TASKS | PARSE_EXPR_TASKS and not _is_harmless(
+        answer, unless_python=task in EVAL_TASKS
+    ):
         return 0.0
     dataset = _dataset(origin["name"], json.dumps(origin["options"], sort_keys=True))
     return dataset.score_answer(answer, entry=question.record)
 
 
 def _is_harmless(text: str, unless_python: bool) -> bool:
-    """Whether a text is literals, names, arithmetic, lists and calls of elementary functions, and nothing more.
+    """Whether a text is literals, names, arithmetic, lists and calls of elementary functions, and
+    nothing more.
 
     unless_python: what a text that is no Python expression counts as.
     """
@@ -55,12 +70,17 @@ def _is_harmless(text: str, unless_python: bool) -> bool:
     except (SyntaxError, ValueError):
         return unless_python
     for node in nodes:
-        if not isinstance(node, _SAFE_NODES) or (isinstance(node, ast.Name) and node.id.startswith("_")):
+        if not isinstance(node, _SAFE_NODES) or (
+            isinstance(node, ast.Name) and node.id.startswith("_")
+        ):
             return False
         if isinstance(node, ast.Call):
             named = isinstance(node.func, ast.Name) and node.func.id in _SAFE_FUNCTIONS
             # A function of sympy evaluates a string that it is given.
-            texts = any(isinstance(part, ast.Constant) and isinstance(part.value, str) for part in ast.walk(node))
+            texts = any(
+                isinstance(part, ast.Constant) and isinstance(part.value, str)
+                for part in ast.walk(node)
+            )
             if not named or node.keywords or texts:
                 return False
     return True

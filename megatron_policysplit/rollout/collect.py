@@ -1,4 +1,6 @@
-"""The leader's side of generation: what to ask for, in lots from a shared queue, until all of it is there."""
+"""The leader's side of generation: what to ask for, in lots from a shared queue, until all of it is
+there.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,17 @@ from megatron_policysplit.rollout.engine import Engine, Request, Sampling
 from megatron_policysplit.rollout.seeds import sample_seed
 from megatron_policysplit.rows import Mode, Rollout, SecondRollout
 
-Lot = Sequence[Request]  # all requests of some questions: what a leader takes from the queue at a time
+Lot = Sequence[
+    Request
+]  # all requests of some questions: what a leader takes from the queue at a time
 
 
 @dataclass
 class CollectStats:
-    """lots: taken by this leader. retried: samples requested again. duplicates: rollouts dropped as such.
-    generated_tokens: of the rollouts kept. seconds: from the first lot to the last rollout."""
+    """lots: taken by this leader. retried: samples requested again. duplicates: rollouts dropped as
+    such.
+    generated_tokens: of the rollouts kept. seconds: from the first lot to the last rollout.
+    """
 
     lots: int = 0
     retried: int = 0
@@ -32,14 +38,17 @@ class CollectStats:
 
     def named(self) -> dict[str, float]:
         """What went wrong on this leader's side, for the logs."""
-        return {"rollout/retried": float(self.retried), "rollout/duplicates": float(self.duplicates)}
+        return {
+            "rollout/retried": float(self.retried),
+            "rollout/duplicates": float(self.duplicates),
+        }
 
 
 class QuestionQueue:
     """Hands out the numbers 0 .. lots-1, each to one leader.
 
-    store: a torch.distributed Store that all leaders share, or None for a single leader. key: a counter
-    of the store that nothing has used before, so one of its own for every rollout batch.
+    store: a torch.distributed Store that all leaders share, or None for a single leader. key: a
+    counter of the store that nothing has used before, so one of its own for every rollout batch.
     """
 
     def __init__(self, store: torch.distributed.Store | None, key: str, lots: int):  # noqa: F821
@@ -61,22 +70,29 @@ def build_requests(
     purpose: str = "train",
     second: SecondRollout | None = None,
 ) -> list[Request]:
-    """One request per question and mode that is sampled at all; questions stay together, in their order.
+    """One request per question and mode that is sampled at all; questions stay together, in their
+    order.
 
-    second: further samples of the first questions, by requests of their own. Their numbers go on from the others', so
-    their seeds are others too.
+    second: further samples of the first questions, by requests of their own. Their numbers go on
+    from the others', so their seeds are others too.
 
-    prompts: question -> mode -> prompt token ids. samples_per_mode: of the modes that sample. purpose: "train" or
-    "evaluation", which never share a seed.
+    prompts: question -> mode -> prompt token ids. samples_per_mode: of the modes that sample.
+    purpose: "train" or "evaluation", which never share a seed.
     """
-    plans, run_seed, longest = sampling_by_mode(config), config.run.seed, config.rollout.max_response_tokens
+    plans, run_seed, longest = (
+        sampling_by_mode(config),
+        config.run.seed,
+        config.rollout.max_response_tokens,
+    )
     requests = []
     for position, question in enumerate(questions):
         for mode, count in samples_per_mode.items():
             plan = plans[mode]
             draws = [(plan.temperature, range(count))]
             if second is not None and position < second.questions:
-                draws.append((plan.temperature * second.temperature, range(count, count + second.samples)))
+                draws.append(
+                    (plan.temperature * second.temperature, range(count, count + second.samples))
+                )
             for temperature, samples in draws:
                 requests.append(
                     Request(
@@ -86,14 +102,19 @@ def build_requests(
                         prompt=prompts[question][mode],
                         sampling=Sampling(temperature, plan.top_p, plan.top_k, longest),
                         samples=samples,
-                        seeds=[sample_seed(run_seed, batch, question, mode, i, purpose) for i in samples],
+                        seeds=[
+                            sample_seed(run_seed, batch, question, mode, i, purpose)
+                            for i in samples
+                        ],
                     )
                 )
     return requests
 
 
 def split_lots(requests: Iterable[Request], lot_questions: int) -> list[list[Request]]:
-    """Lots of `lot_questions` questions each (the last may have fewer), all modes of a question in one lot."""
+    """Lots of `lot_questions` questions each (the last may have fewer), all modes of a question in
+    one lot.
+    """
     by_question: dict[int, list[Request]] = {}
     for request in requests:
         by_question.setdefault(request.question, []).append(request)
@@ -111,11 +132,11 @@ async def collect(
 ) -> tuple[list[Rollout], CollectStats]:
     """Generate every lot that `next_lot` gives until it gives None; rollouts come sorted by key.
 
-    concurrency: lots submitted at the same time. timeout_seconds: of one attempt at one lot. Samples that
-    an attempt did not deliver are requested again, at most `retries` times; a second rollout of a sample
-    is dropped and counted. Raises TrainingError naming what is still missing after that, or a rollout
-    that was never requested; the engine's own errors, EnginePaused among them, pass through and end the
-    other lots.
+    concurrency: lots submitted at the same time. timeout_seconds: of one attempt at one lot.
+    Samples that an attempt did not deliver are requested again, at most `retries` times; a second
+    rollout of a sample is dropped and counted. Raises TrainingError naming what is still missing
+    after that, or a rollout that was never requested; the engine's own errors, EnginePaused among
+    them, pass through and end the other lots.
     """
     stats, rollouts, began = CollectStats(), [], time.monotonic()
 
@@ -149,11 +170,15 @@ async def _collect_lot(
             stats.retried += len(wanted) - len(arrived)
         try:
             timed_out = False
-            async with asyncio.timeout(timeout_seconds) as limit, aclosing(engine.submit(outstanding)) as stream:
+            async with (
+                asyncio.timeout(timeout_seconds) as limit,
+                aclosing(engine.submit(outstanding)) as stream,
+            ):
                 async for rollout in stream:
                     if rollout.key not in wanted:
                         raise TrainingError(
-                            f"the engine returned {rollout.key}, which was not requested in this lot; "
+                            f"the engine returned {rollout.key}, which was not requested in this "
+                            "lot; "
                             "check that no other run uses the same engine"
                         )
                     if rollout.key in arrived:
@@ -169,14 +194,17 @@ async def _collect_lot(
         named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         cause = f"; the last attempt ran past {timeout_seconds} seconds" if timed_out else ""
         raise TrainingError(
-            f"the engine did not deliver {len(missing)} of {len(wanted)} responses of a lot in {retries + 1} attempts"
+            f"the engine did not deliver {len(missing)} of {len(wanted)} responses of a lot in "
+            f"{retries + 1} attempts"
             f"{cause}; missing (batch, question, mode, sample): {named}; check the engine's log"
         )
     return list(arrived.values())
 
 
 def _keys(request: Request) -> list[tuple[int, int, str, int]]:
-    return [(request.batch, request.question, request.mode.value, sample) for sample in request.samples]
+    return [
+        (request.batch, request.question, request.mode.value, sample) for sample in request.samples
+    ]
 
 
 def _without(lot: Lot, arrived: Mapping[tuple, Rollout]) -> list[Request]:
@@ -185,7 +213,9 @@ def _without(lot: Lot, arrived: Mapping[tuple, Rollout]) -> list[Request]:
     for request in lot:
         pairs = [
             (sample, seed)
-            for key, sample, seed in zip(_keys(request), request.samples, request.seeds, strict=True)
+            for key, sample, seed in zip(
+                _keys(request), request.samples, request.seeds, strict=True
+            )
             if key not in arrived
         ]
         if pairs:

@@ -1,4 +1,6 @@
-"""From questions to graded rollouts: leaders generate from one queue, every rank takes part in the waiting."""
+"""From questions to graded rollouts: leaders generate from one queue, every rank takes part in the
+waiting.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from megatron_policysplit.rows import Mode, Rollout, SecondRollout
 
 @dataclass
 class Leader:
-    """What only a replica's leader holds: an engine, reward workers, and the tokenizer that makes text for them."""
+    """What only a replica's leader holds: an engine, reward workers, and the tokenizer that makes
+    text for them.
+    """
 
     engine: Engine
     rewards: RewardPool
@@ -34,8 +38,11 @@ class Leader:
 
 @dataclass
 class Batch:
-    """A rollout batch that was asked for. rollouts: all of them, on leaders, once `Driver.finish` has run.
-    phases: how long generation and grading took on this rank. metrics: what the leader's engine did for it."""
+    """A rollout batch that was asked for. rollouts: all of them, on leaders, once `Driver.finish`
+    has run.
+    phases: how long generation and grading took on this rank. metrics: what the leader's engine did
+    for it.
+    """
 
     number: int
     work: Work | None = None
@@ -60,7 +67,13 @@ class Driver:
         leader: Leader | None,
         service: Service | None = None,
     ):
-        self.config, self.layout, self.control, self.leader, self.service = config, layout, control, leader, service
+        self.config, self.layout, self.control, self.leader, self.service = (
+            config,
+            layout,
+            control,
+            leader,
+            service,
+        )
         self._calls = 0
 
     def generate(
@@ -84,10 +97,11 @@ class Driver:
         purpose: str,
         second: SecondRollout | None = None,
     ) -> Batch:
-        """Start to generate and grade; leaders do so in the background until `finish` or `Batch.cancel`.
+        """Start to generate and grade; leaders do so in the background until `finish` or
+        `Batch.cancel`.
 
-        prompts: question id -> mode -> prompt ids. purpose: "train" or "evaluation" (their seeds never meet). second:
-        what is sampled besides, marked as auxiliary.
+        prompts: question id -> mode -> prompt ids. purpose: "train" or "evaluation" (their seeds
+        never meet). second: what is sampled besides, marked as auxiliary.
         """
         self._calls += 1
         asked = Batch(batch)
@@ -106,34 +120,46 @@ class Driver:
         # With one leader nobody shares the queue; the store is asked only where several do.
         store = dist.distributed_c10d._get_default_store() if self.layout.data > 1 else None
         queue = QuestionQueue(store, f"policysplit/lots/{purpose}/{batch}/{self._calls}", len(lots))
-        work = self._lead(queue, lots, {question.id: question for question in questions}, samples_per_mode, asked)
+        work = self._lead(
+            queue, lots, {question.id: question for question in questions}, samples_per_mode, asked
+        )
         asked.work = self.control.start(work)
         return asked
 
     def finish(self, batch: Batch, phases: Phases) -> list[Rollout]:
         """Graded rollouts of all questions, sorted by key, on every leader; [] on other ranks.
 
-        phases takes the time spent here as "wait", and what generation and grading took. May be called again.
-        Raises StopRequested on every rank when a stop signal arrives meanwhile.
+        phases takes the time spent here as "wait", and what generation and grading took. May be
+        called again. Raises StopRequested on every rank when a stop signal arrives meanwhile.
         """
         if batch.rollouts is None:
             with phases.measure("wait"):
-                self.layout.barrier()  # the control group's short time-out begins when the last rank is here
+                # The control group's short time-out begins when the last rank is here.
+                self.layout.barrier()
                 rollouts = self.control.attend(batch.work, self.service) or []
                 everywhere = self.layout.all_gather_leaders(rollouts)
-            batch.rollouts = sorted((r for part in everywhere for r in part), key=lambda rollout: rollout.key)
+            batch.rollouts = sorted(
+                (r for part in everywhere for r in part), key=lambda rollout: rollout.key
+            )
         phases.add(batch.phases)
         return batch.rollouts
 
     async def _lead(
-        self, queue: QuestionQueue, lots: Sequence, questions: Mapping, samples: Mapping[Mode, int], asked: Batch
+        self,
+        queue: QuestionQueue,
+        lots: Sequence,
+        questions: Mapping,
+        samples: Mapping[Mode, int],
+        asked: Batch,
     ) -> list[Rollout]:
         def next_lot():
             number = queue.next()
             return None if number is None else lots[number]
 
         with asked.phases.measure("generate"):
-            rollouts, stats = await collect(self.leader.engine, next_lot, concurrency=self._lots_at_once())
+            rollouts, stats = await collect(
+                self.leader.engine, next_lot, concurrency=self._lots_at_once()
+            )
         asked.metrics = stats.named() | self.leader.engine.metrics()
         with asked.phases.measure("reward"):
             grades = await asyncio.to_thread(self._grade, rollouts, questions)
@@ -143,7 +169,9 @@ class Driver:
         return rollouts
 
     def _lots_at_once(self) -> int:
-        """Two, so that an engine in this process never idles; as many as its limit on requests needs for SGLang."""
+        """Two, so that an engine in this process never idles; as many as its limit on requests
+        needs for SGLang.
+        """
         rollout = self.config.rollout
         if rollout.engine != "sglang":
             return 2

@@ -11,7 +11,9 @@ from megatron_policysplit.rows import Mode, Rollout
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature > 0; top_p in (0, 1]; top_k = -1 keeps all; max_tokens counts the end-of-sequence token."""
+    """temperature > 0; top_p in (0, 1]; top_k = -1 keeps all; max_tokens counts the end-of-sequence
+    token.
+    """
 
     temperature: float
     top_p: float
@@ -37,13 +39,21 @@ class Request:
 
 
 class Engine(Protocol):
-    """Every method but `submit` and `metrics` is a coroutine. Errors are raised, never turned into short results."""
+    """Every method but `submit` and `metrics` is a coroutine. Errors are raised, never turned into
+    short results.
+    """
 
     def submit(self, requests: Sequence[Request]) -> AsyncIterator[Rollout]:
-        """Finished rollouts in any order; exactly one for every sample of every request, or an error."""
+        """Finished rollouts in any order; exactly one for every sample of every request, or an
+        error.
+        """
 
-    async def log_probs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
-        """Log-probs (nats, temperature 1) of every response token of (prompt ids, response ids), nothing sampled."""
+    async def log_probs(
+        self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[list[float]]:
+        """Log-probs (nats, temperature 1) of every response token of (prompt ids, response ids),
+        nothing sampled.
+        """
 
     def metrics(self) -> dict[str, float]:
         """What happened since the last call, by the names of the logs."""
@@ -59,17 +69,25 @@ class Engine(Protocol):
 
 
 class InProcessEngine(Engine, Protocol):
-    """An engine in a leader's own process, which takes weights itself. SGLang's go through `weight_sync`."""
+    """An engine in a leader's own process, which takes weights itself. SGLang's go through
+    `weight_sync`.
+    """
 
     async def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:  # noqa: F821
-        """Take new weights: Hugging Face names and full CPU tensors; later rollouts carry `version`."""
+        """Take new weights: Hugging Face names and full CPU tensors; later rollouts carry
+        `version`.
+        """
 
     async def release(self) -> None:
-        """Free the memory that weights and caches take; `load` or `restore` must come before `submit`."""
+        """Free the memory that weights and caches take; `load` or `restore` must come before
+        `submit`.
+        """
 
     async def restore(self) -> None:
         """Take the memory again after `release`."""
 
 
 class EnginePaused(RuntimeError):
-    """`submit` ended because the engine was paused; what had not been delivered must be requested again."""
+    """`submit` ended because the engine was paused; what had not been delivered must be requested
+    again.
+    """

@@ -6,10 +6,12 @@ import torch
 
 
 def weights_by_file_name(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Name in a Hugging Face file -> the memory of that weight; a tied head under both its names, as one object.
+    """Name in a Hugging Face file -> the memory of that weight; a tied head under both its names,
+    as one object.
 
-    transformers 5 holds all experts of a layer in two parameters, gate_up_proj [experts, 2 x inner, hidden] and
-    down_proj [experts, hidden, inner]; the files hold a matrix for each expert, and gate and up apart.
+    transformers 5 holds all experts of a layer in two parameters, gate_up_proj [experts, 2 x inner,
+    hidden] and down_proj [experts, hidden, inner]; the files hold a matrix for each expert, and
+    gate and up apart.
     """
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,4 +1,6 @@
-"""The `replay` engine: rollouts from the dump of an earlier run, to work on training without an engine."""
+"""The `replay` engine: rollouts from the dump of an earlier run, to work on training without an
+engine.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,12 @@ from megatron_policysplit.rows import Mode, Rollout
 
 
 class ReplayEngine:
-    """Serves the rollouts of `directory`: files step_NNNNNN.jsonl, one rollout batch each, a JSON record a line.
+    """Serves the rollouts of `directory`: files step_NNNNNN.jsonl, one rollout batch each, a JSON
+    record a line.
 
-    Needed fields of a record: batch, question, mode, sample, tokens, engine_logprobs, finish_reason,
-    weight_versions; reward and loss_mask are taken when there. Raises DataError when the directory has no dumps.
+    Needed fields of a record: batch, question, mode, sample, tokens, engine_logprobs,
+    finish_reason, weight_versions; reward and loss_mask are taken when there. Raises DataError when
+    the directory has no dumps.
     """
 
     def __init__(self, directory: str | Path):
@@ -23,7 +27,8 @@ class ReplayEngine:
         paths = sorted(self._directory.glob("step_*.jsonl"))
         if not paths:
             raise DataError(
-                f"rollout.replay_dir={directory} holds no step_NNNNNN.jsonl; give the rollouts/ directory of a run "
+                f"rollout.replay_dir={directory} holds no step_NNNNNN.jsonl; give the rollouts/ "
+                "directory of a run "
                 "made with log.rollouts=true"
             )
         self._files = {_first_batch(path): path for path in paths}  # batch -> its file
@@ -32,11 +37,15 @@ class ReplayEngine:
         self._paused = False
 
     async def submit(self, requests: Sequence[Request]) -> AsyncIterator[Rollout]:
-        """The stored rollouts; raises DataError for one that was not dumped, EnginePaused after `pause`."""
+        """The stored rollouts; raises DataError for one that was not dumped, EnginePaused after
+        `pause`.
+        """
         for request in requests:
             for sample in request.samples:
                 if self._paused:
-                    raise EnginePaused("the replay engine is paused; call resume() and submit the requests again")
+                    raise EnginePaused(
+                        "the replay engine is paused; call resume() and submit the requests again"
+                    )
                 yield self._find((request.batch, request.question, request.mode.value, sample))
 
     def _find(self, key: tuple[int, int, str, int]) -> Rollout:
@@ -44,7 +53,8 @@ class ReplayEngine:
         path = self._files.get(batch)
         if path is None:
             raise DataError(
-                f"{self._directory} holds no rollouts of batch {batch} (its batches are {min(self._files)} to "
+                f"{self._directory} holds no rollouts of batch {batch} (its batches are "
+                f"{min(self._files)} to "
                 f"{max(self._files)}); set train.steps to at most what the dumped run trained"
             )
         if self._cached is None or self._cached[0] != batch:
@@ -52,8 +62,10 @@ class ReplayEngine:
         rollout = self._cached[1].get(key)
         if rollout is None:
             raise DataError(
-                f"{path} has no rollout with (batch, question, mode, sample) = {key}; replay with the data, run.seed, "
-                "data.batch_questions, algorithm.name and rollout.samples_per_question of the dumped run"
+                f"{path} has no rollout with (batch, question, mode, sample) = {key}; replay with "
+                "the data, run.seed, "
+                "data.batch_questions, algorithm.name and rollout.samples_per_question of the "
+                "dumped run"
             )
         return rollout
 
@@ -65,7 +77,9 @@ class ReplayEngine:
         raise EngineError("rollout.engine=replay has no model to score with; set agreement.every=0")
 
     async def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:  # noqa: F821
-        """Read the tensors to their end, for the sake of the ranks that export them, and note the version."""
+        """Read the tensors to their end, for the sake of the ranks that export them, and note the
+        version.
+        """
         for _ in tensors:
             pass
         self._version = version
@@ -99,7 +113,9 @@ def _read(path: Path) -> dict[tuple, Rollout]:
         for number, line in enumerate(lines, start=1):
             rollout = _record(line, path, number)
             if rollout.key in rollouts:
-                raise DataError(f"{path}, line {number}: {rollout.key} is there twice; remove one of the lines")
+                raise DataError(
+                    f"{path}, line {number}: {rollout.key} is there twice; remove one of the lines"
+                )
             rollouts[rollout.key] = rollout
     return rollouts
 
@@ -122,6 +138,10 @@ def _record(line: str, path: Path, number: int) -> Rollout:
             reward=record.get("reward", 0.0),
         )
     except KeyError as error:
-        raise DataError(f"{path}, line {number}: the record has no {error}; dump the rollouts again") from error
+        raise DataError(
+            f"{path}, line {number}: the record has no {error}; dump the rollouts again"
+        ) from error
     except (ValueError, TypeError) as error:
-        raise DataError(f"{path}, line {number}: not a rollout record ({error}); dump the rollouts again") from error
+        raise DataError(
+            f"{path}, line {number}: not a rollout record ({error}); dump the rollouts again"
+        ) from error

@@ -1,6 +1,8 @@
-"""SGLang's HTTP interface, as far as it is needed: one typed method an endpoint, one exception a kind of failure.
+"""SGLang's HTTP interface, as far as it is needed: one typed method an endpoint, one exception a
+kind of failure.
 
-Verified against SGLang 0.5.23. Every method is a coroutine on the loop that the client was first used on.
+Verified against SGLang 0.5.23. Every method is a coroutine on the loop that the client was first
+used on.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ CONNECT_SECONDS = 30.0
 
 
 class EngineUnreachable(EngineError):
-    """No answer: connection refused or dropped, time limit, or 502/503/504. The request may or may not have run."""
+    """No answer: connection refused or dropped, time limit, or 502/503/504. The request may or may
+    not have run.
+    """
 
 
 class EngineTimedOut(EngineUnreachable):
@@ -38,10 +42,11 @@ class EngineRefused(EngineError):
 
 
 class SglangClient:
-    """One server (or router) at `address`, such as http://127.0.0.1:30000. api_key is sent, never shown.
+    """One server (or router) at `address`, such as http://127.0.0.1:30000. api_key is sent, never
+    shown.
 
-    Every call has a connection of its own: on one that is kept, an answer that comes twice would pass for the answer to
-    the next call, and in a weight sync for its success.
+    Every call has a connection of its own: on one that is kept, an answer that comes twice would
+    pass for the answer to the next call, and in a weight sync for its success.
     """
 
     def __init__(self, address: str, api_key: str | None = None, *, timeout_seconds: float = 300.0):
@@ -57,24 +62,34 @@ class SglangClient:
             self._session = None
 
     async def generate(
-        self, payload: Mapping[str, Any], *, timeout_seconds: float | None = None, routing_key: str | None = None
+        self,
+        payload: Mapping[str, Any],
+        *,
+        timeout_seconds: float | None = None,
+        routing_key: str | None = None,
     ) -> Any:
         """POST /generate as it is: a dict, or a list of dicts for a batch of input_ids.
 
         A router with the policy `manual` sends all requests with one routing_key to one server.
         """
         headers = {"X-SMG-Routing-Key": routing_key} if routing_key else None
-        return await self.call("POST", "/generate", payload, timeout_seconds=timeout_seconds, headers=headers)
+        return await self.call(
+            "POST", "/generate", payload, timeout_seconds=timeout_seconds, headers=headers
+        )
 
     async def healthy(self, timeout_seconds: float) -> None:
-        """Raises EngineError unless a token is generated within the time limit (a paused server does not)."""
+        """Raises EngineError unless a token is generated within the time limit (a paused server
+        does not).
+        """
         await self.call("GET", "/health_generate", timeout_seconds=timeout_seconds)
 
     async def version(self) -> str:
         """The weight version the server says it serves ("default" before the first sync)."""
         info = await self.model_info()
         if "weight_version" not in info:
-            raise EngineUnreachable(f"{self.address}/model_info answered without a weight version: {info}")
+            raise EngineUnreachable(
+                f"{self.address}/model_info answered without a weight version: {info}"
+            )
         return info["weight_version"]
 
     async def model_info(self) -> dict[str, Any]:
@@ -110,15 +125,21 @@ class SglangClient:
         await self.call("GET", "/flush_cache")
 
     async def set_version(self, version: str) -> None:
-        await self._agreed("/update_weight_version", {"new_version": version, "abort_all_requests": False})
+        await self._agreed(
+            "/update_weight_version", {"new_version": version, "abort_all_requests": False}
+        )
 
     async def update_from_disk(self, path: str, *, timeout_seconds: float | None = None) -> None:
         """Load a Hugging Face directory that the server can read. Must stand outside a session."""
         payload = {"model_path": path, "flush_cache": False}
         await self._agreed("/update_weights_from_disk", payload, timeout_seconds)
 
-    async def update_from_tensor(self, payloads: Sequence[str], *, timeout_seconds: float | None = None) -> None:
-        """One flattened bucket: a base64 payload for every tensor-parallel rank of the server, inside a session."""
+    async def update_from_tensor(
+        self, payloads: Sequence[str], *, timeout_seconds: float | None = None
+    ) -> None:
+        """One flattened bucket: a base64 payload for every tensor-parallel rank of the server,
+        inside a session.
+        """
         payload = {
             "serialized_named_tensors": list(payloads),
             "load_format": "flattened_bucket",
@@ -153,7 +174,9 @@ class SglangClient:
         flattened: bool = False,
         timeout_seconds: float | None = None,
     ) -> None:
-        """Receive tensors that rank 0 of `group` broadcasts, inside a session; answers when they are loaded."""
+        """Receive tensors that rank 0 of `group` broadcasts, inside a session; answers when they
+        are loaded.
+        """
         payload = {
             "names": list(names),
             "dtypes": list(dtypes),
@@ -165,10 +188,14 @@ class SglangClient:
             payload["load_format"] = "flattened_bucket"
         await self._agreed("/update_weights_from_distributed", payload, timeout_seconds)
 
-    async def release_memory(self, tags: Sequence[Literal["weights", "kv_cache", "cuda_graph"]]) -> None:
+    async def release_memory(
+        self, tags: Sequence[Literal["weights", "kv_cache", "cuda_graph"]]
+    ) -> None:
         await self.call("POST", "/release_memory_occupation", {"tags": list(tags)})
 
-    async def resume_memory(self, tags: Sequence[Literal["weights", "kv_cache", "cuda_graph"]]) -> None:
+    async def resume_memory(
+        self, tags: Sequence[Literal["weights", "kv_cache", "cuda_graph"]]
+    ) -> None:
         await self.call("POST", "/resume_memory_occupation", {"tags": list(tags)})
 
     async def call(
@@ -182,26 +209,40 @@ class SglangClient:
     ) -> Any:
         """The decoded answer (JSON where it is JSON, else text).
 
-        Raises EngineTimedOut, EngineUnreachable or EngineRefused; when cancelled, the server learns it from the
-        connection, which is closed.
+        Raises EngineTimedOut, EngineUnreachable or EngineRefused; when cancelled, the server learns
+        it from the connection, which is closed.
         """
         url = self.address + path
-        limit = aiohttp.ClientTimeout(total=timeout_seconds or self.timeout_seconds, sock_connect=CONNECT_SECONDS)
+        limit = aiohttp.ClientTimeout(
+            total=timeout_seconds or self.timeout_seconds, sock_connect=CONNECT_SECONDS
+        )
         try:
-            async with self._open().request(method, url, json=payload, timeout=limit, headers=headers) as response:
+            async with self._open().request(
+                method, url, json=payload, timeout=limit, headers=headers
+            ) as response:
                 body = await response.read()
                 text = None if response.status < 400 else self._text(body)
                 if response.status in (502, 503, 504):
                     raise EngineUnreachable(f"{url} answered {response.status}: {text}")
                 if text is not None:
-                    raise EngineRefused(f"{url} answered {response.status}: {text}", response.status)
+                    raise EngineRefused(
+                        f"{url} answered {response.status}: {text}", response.status
+                    )
                 return json.loads(body) if "json" in response.content_type else body.decode()
         except aiohttp.ConnectionTimeoutError:
-            raise EngineUnreachable(f"{url} took no connection in {min(CONNECT_SECONDS, limit.total):g} s") from None
+            raise EngineUnreachable(
+                f"{url} took no connection in {min(CONNECT_SECONDS, limit.total):g} s"
+            ) from None
         except TimeoutError:
             raise EngineTimedOut(f"{url} did not answer in {limit.total:g} s") from None
-        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: half an answer is not JSON
-            raise EngineUnreachable(f"{url} did not answer: {error or type(error).__name__}") from error
+        except (
+            aiohttp.ClientError,
+            OSError,
+            ValueError,
+        ) as error:  # ValueError: half an answer is not JSON
+            raise EngineUnreachable(
+                f"{url} did not answer: {error or type(error).__name__}"
+            ) from error
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -218,8 +259,12 @@ class SglangClient:
         text = body.decode(errors="replace").strip()[:2000]
         return text.replace(self._key, "***") if self._key else text
 
-    async def _agreed(self, path: str, payload: Mapping[str, Any], timeout_seconds: float | None = None) -> None:
+    async def _agreed(
+        self, path: str, payload: Mapping[str, Any], timeout_seconds: float | None = None
+    ) -> None:
         """Like `call`; an answer with success=false is a refusal."""
         answer = await self.call("POST", path, payload, timeout_seconds=timeout_seconds)
         if isinstance(answer, Mapping) and not answer.get("success", True):
-            raise EngineRefused(f"{self.address}{path} refused: {answer.get('message', 'no reason given')}", 200)
+            raise EngineRefused(
+                f"{self.address}{path} refused: {answer.get('message', 'no reason given')}", 200
+            )

@@ -11,9 +11,10 @@ from megatron_policysplit.rows import Mode
 
 @dataclass
 class ModeStats:
-    """Of the accepted answers of one mode. prompt_tokens: the prompt counted once a sample. prefill_tokens: prompt
-    tokens the servers computed for them, from their own figures; the rest came from their caches. retries: samples
-    and prefixes asked for again, by cause."""
+    """Of the accepted answers of one mode. prompt_tokens: the prompt counted once a sample.
+    prefill_tokens: prompt tokens the servers computed for them, from their own figures; the rest
+    came from their caches. retries: samples and prefixes asked for again, by cause.
+    """
 
     prompt_tokens: int = 0
     prefill_tokens: int = 0
@@ -21,7 +22,9 @@ class ModeStats:
 
     @property
     def cached_share(self) -> float:
-        """Share of the prompt tokens that were not computed; a prompt that is computed again makes it smaller."""
+        """Share of the prompt tokens that were not computed; a prompt that is computed again makes
+        it smaller.
+        """
         return 1.0 - self.prefill_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     def __add__(self, other: ModeStats) -> ModeStats:
@@ -34,7 +37,9 @@ class ModeStats:
 
 @dataclass
 class EngineStats:
-    """Of one leader. requests: HTTP requests sent for rollouts, repeated ones and those for prefixes included."""
+    """Of one leader. requests: HTTP requests sent for rollouts, repeated ones and those for
+    prefixes included.
+    """
 
     requests: int = 0
     modes: dict[Mode, ModeStats] = field(default_factory=lambda: defaultdict(ModeStats))

@@ -1,4 +1,6 @@
-"""How old the weights were that sampled a batch, counted in trained rollout batches (weight versions)."""
+"""How old the weights were that sampled a batch, counted in trained rollout batches (weight
+versions).
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,11 @@ def staleness(rollout: Rollout, version: int) -> int:
 
 
 def check_staleness(rollouts: Iterable[Rollout], version: int, config: RolloutConfig) -> None:
-    """Raises TrainingError if a rollout is older than allowed, or newer than the weights it will be trained on.
+    """Raises TrainingError if a rollout is older than allowed, or newer than the weights it will be
+    trained on.
 
-    The bound is rollout.max_staleness with rollout.overlap, else 0. Replayed rollouts have the versions of another
-    run and are not checked.
+    The bound is rollout.max_staleness with rollout.overlap, else 0. Replayed rollouts have the
+    versions of another run and are not checked.
     """
     if config.engine == "replay":
         return
@@ -28,13 +31,17 @@ def check_staleness(rollouts: Iterable[Rollout], version: int, config: RolloutCo
         if not 0 <= behind <= bound:
             limit = f"rollout.max_staleness={bound}" if config.overlap else "rollout.overlap=false"
             raise TrainingError(
-                f"rollout {rollout.key} was sampled by weight versions {rollout.weight_versions}, {behind} behind the "
-                f"version {version} that is trained; {limit} allows {bound}: an engine serves the wrong weights"
+                f"rollout {rollout.key} was sampled by weight versions {rollout.weight_versions}, "
+                f"{behind} behind the "
+                f"version {version} that is trained; {limit} allows {bound}: an engine serves the "
+                "wrong weights"
             )
 
 
 def staleness_metrics(rollouts: list[Rollout], version: int) -> dict[str, float]:
-    """rollout/weight_version_min and _max over all tokens, rollout/staleness_mean and _max over responses."""
+    """rollout/weight_version_min and _max over all tokens, rollout/staleness_mean and _max over
+    responses.
+    """
     versions = [sampled for rollout in rollouts for _, sampled in rollout.weight_versions]
     behind = [staleness(rollout, version) for rollout in rollouts]
     return {

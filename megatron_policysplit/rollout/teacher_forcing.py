@@ -13,23 +13,30 @@ Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 
 @torch.inference_mode()
 def teacher_forced(model: transformers.PreTrainedModel, sequences: Sequences) -> list[list[float]]:  # noqa: F821
-    """log_softmax(logits) of every response token at temperature 1, nats, in the order of `sequences`.
+    """log_softmax(logits) of every response token at temperature 1, nats, in the order of
+    `sequences`.
 
-    sequences: (prompt ids, response ids), neither of them empty; ValueError else. Sequences of like length share
-    a forward pass, padded on the right, where causal attention never looks.
+    sequences: (prompt ids, response ids), neither of them empty; ValueError else. Sequences of like
+    length share a forward pass, padded on the right, where causal attention never looks.
     """
     for number, (prompt, response) in enumerate(sequences):
         if not len(prompt) or not len(response):
-            raise ValueError(f"sequence {number} has {len(prompt)} prompt and {len(response)} response tokens")
+            raise ValueError(
+                f"sequence {number} has {len(prompt)} prompt and {len(response)} response tokens"
+            )
     results: list[list[float]] = [[] for _ in sequences]
     for indices in _batches(sequences, model.config.vocab_size):
-        for index, scores in zip(indices, _score(model, [sequences[i] for i in indices]), strict=True):
+        for index, scores in zip(
+            indices, _score(model, [sequences[i] for i in indices]), strict=True
+        ):
             results[index] = scores
     return results
 
 
 def _batches(sequences: Sequences, vocab: int) -> list[list[int]]:
-    """Indices of sequences by length, each list of them within LOGIT_ELEMENTS if they were all response."""
+    """Indices of sequences by length, each list of them within LOGIT_ELEMENTS if they were all
+    response.
+    """
     batches: list[list[int]] = []
     for index in sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i]))):
         longest = sum(map(len, sequences[index]))
@@ -45,7 +52,9 @@ def _score(model, batch: Sequences) -> list[list[float]]:
     tokens = torch.zeros(len(batch), width, dtype=torch.long)
     for row, (prompt, response) in enumerate(batch):
         tokens[row, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
-    first = min(len(prompt) for prompt, _ in batch) - 1  # the earliest position that predicts a response token
+    first = (
+        min(len(prompt) for prompt, _ in batch) - 1
+    )  # the earliest position that predicts a response token
     positions = torch.arange(first, width, device=model.device)
     logits = model(tokens.to(model.device), use_cache=False, logits_to_keep=positions).logits
     scores = []

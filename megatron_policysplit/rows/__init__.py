@@ -12,4 +12,14 @@ from megatron_policysplit.rows.types import (
     share_rollouts,
 )
 
-__all__ = ["MODES", "RIGHT", "Mode", "Rollout", "Row", "RowKey", "SecondRollout", "modes_in", "share_rollouts"]
+__all__ = [
+    "MODES",
+    "RIGHT",
+    "Mode",
+    "Rollout",
+    "Row",
+    "RowKey",
+    "SecondRollout",
+    "modes_in",
+    "share_rollouts",
+]

@@ -9,8 +9,10 @@ from megatron_policysplit.rows.types import Mode, Row, RowKey
 
 
 class Pairing(NamedTuple):
-    """Of a row whose KL is wanted. rollout: a number shared by the rows of one rollout. hub: whether it is the one that
-    all others are compared with. pairs: of how many pairs it is part, the hub of as many as there are others."""
+    """Of a row whose KL is wanted. rollout: a number shared by the rows of one rollout. hub:
+    whether it is the one that all others are compared with. pairs: of how many pairs it is part,
+    the hub of as many as there are others.
+    """
 
     rollout: int
     hub: bool
@@ -18,7 +20,8 @@ class Pairing(NamedTuple):
 
 
 def measured_rollouts(rows: Sequence[Row], kl_tokens: str) -> set[tuple]:
-    """Keys of the rollouts that are scored for the logs: all, none, or with `sample` one a question and sampling mode.
+    """Keys of the rollouts that are scored for the logs: all, none, or with `sample` one a question
+    and sampling mode.
 
     kl_tokens: `log.kl_tokens`.
     """
@@ -34,10 +37,11 @@ def measured_rollouts(rows: Sequence[Row], kl_tokens: str) -> set[tuple]:
 
 
 def pairings(rows: Sequence[Row], kl_tokens: str) -> dict[int, Pairing]:
-    """Row index -> pairing, for the rollouts with several rows whose KL is wanted; kl_tokens: `log.kl_tokens`.
+    """Row index -> pairing, for the rollouts with several rows whose KL is wanted; kl_tokens:
+    `log.kl_tokens`.
 
-    The hub is the row of the normal mode, or the first where none is trained. `sample` takes one rollout per question
-    and sampling mode.
+    The hub is the row of the normal mode, or the first where none is trained. `sample` takes one
+    rollout per question and sampling mode.
     """
     measured = measured_rollouts(rows, kl_tokens)
     rollouts: dict[RowKey, list[int]] = {}

@@ -1,9 +1,10 @@
-"""Which replica trains which rows, in which optimizer step and micro-batch. Pure, and alike on every rank.
+"""Which replica trains which rows, in which optimizer step and micro-batch. Pure, and alike on
+every rank.
 
-The unit of placement is a rollout: its rows (one per training mode) go to the same replica and optimizer
-step, and stand next to each other when micro-batches are cut, so that the exact KL between the modes needs
-no communication between replicas and little waiting. The assignment of rollouts to optimizer steps depends
-on the seed alone, never on the layout.
+The unit of placement is a rollout: its rows (one per training mode) go to the same replica and
+optimizer step, and stand next to each other when micro-batches are cut, so that the exact KL
+between the modes needs no communication between replicas and little waiting. The assignment of
+rollouts to optimizer steps depends on the seed alone, never on the layout.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from megatron_policysplit.rows.types import Row
 class ReplicaMicroBatches:
     """Micro-batches (lists of row indices) of one replica in one optimizer step.
 
-    train: rows that are scored and trained, in the same micro-batches both times. train_only: trained, not scored.
-    score_only: rows that cannot change the weights; scored for metrics, then skipped. compared: scored besides, for the
-    comparison with the engine alone, in micro-batches of their own, so that nothing else depends on it.
-    Lists without a row stand at the end where replicas that share experts have more.
+    train: rows that are scored and trained, in the same micro-batches both times. train_only:
+    trained, not scored.
+    score_only: rows that cannot change the weights; scored for metrics, then skipped. compared:
+    scored besides, for the comparison with the engine alone, in micro-batches of their own, so that
+    nothing else depends on it. Lists without a row stand at the end where replicas that share
+    experts have more.
     """
 
     train: list[list[int]] = field(default_factory=list)
@@ -33,7 +36,9 @@ class ReplicaMicroBatches:
 
 @dataclass
 class Plan:
-    """steps[k] holds the row indices of optimizer step k; micro_batches[k][d] what replica d does of it."""
+    """steps[k] holds the row indices of optimizer step k; micro_batches[k][d] what replica d does
+    of it.
+    """
 
     steps: list[list[int]]
     micro_batches: list[list[ReplicaMicroBatches]]
@@ -51,10 +56,12 @@ def make_plan(
     max_tokens: int,
     seed: int,
 ) -> Plan:
-    """Plan for `rows` (sorted by key). live[r]: whether row r can change the weights. scored[r]: whether it is scored;
-    None: every row is. compared[r]: whether a row that is not scored is compared with the engine; None: none is.
+    """Plan for `rows` (sorted by key). live[r]: whether row r can change the weights. scored[r]:
+    whether it is scored; None: every row is. compared[r]: whether a row that is not scored is
+    compared with the engine; None: none is.
 
-    A micro-batch holds at most `max_tokens` tokens, padding included (a single longer row is alone in one).
+    A micro-batch holds at most `max_tokens` tokens, padding included (a single longer row is alone
+    in one).
     expert: so many replicas in a row share experts, and get equal numbers of micro-batches.
     """
     here = [True] * len(rows) if scored is None else scored
@@ -67,7 +74,9 @@ def make_plan(
 
     steps, micro_batches = [], []
     for step in range(optimizer_steps):
-        chosen = order[len(order) * step // optimizer_steps : len(order) * (step + 1) // optimizer_steps]
+        chosen = order[
+            len(order) * step // optimizer_steps : len(order) * (step + 1) // optimizer_steps
+        ]
         groups = [members[i] for i in sorted(chosen)]
         steps.append(sorted(index for group in groups for index in group))
         per_replica = [ReplicaMicroBatches() for _ in range(replicas)]
@@ -78,11 +87,15 @@ def make_plan(
             "compared": [False] * len(rows) if compared is None else compared,
         }
         for name, wanted in chosen_rows.items():
-            kept = [kept for group in groups if (kept := [index for index in group if wanted[index]])]
+            kept = [
+                kept for group in groups if (kept := [index for index in group if wanted[index]])
+            ]
             for replica, part in zip(per_replica, _balance(kept, rows, replicas), strict=True):
                 setattr(replica, name, _cut(part, rows, max_tokens))
             for first in range(0, replicas, expert):
-                _even_out([getattr(replica, name) for replica in per_replica[first : first + expert]])
+                _even_out(
+                    [getattr(replica, name) for replica in per_replica[first : first + expert]]
+                )
         micro_batches.append(per_replica)
     return Plan(steps, micro_batches)
 

@@ -18,7 +18,8 @@ RIGHT = 0.5  # a reward above this counts as a right answer
 class Mode:
     """One set of weights, one policy a mode. The mode of a row is its prompt, never who sampled it.
 
-    value: its name. NORMAL and HIGH_ENTROPY are there in every run; `modes.others` names further ones.
+    value: its name. NORMAL and HIGH_ENTROPY are there in every run; `modes.others` names further
+    ones.
     """
 
     value: str
@@ -38,7 +39,8 @@ class Rollout:
     engine_logprobs: the engine's log-prob of each token at the sampling temperature, nats.
     loss_mask: 1 for every token that is trained.
     weight_versions: spans (first token, version): which weights sampled which tokens.
-    finish_reason: "stop" or "length". reward_error: why grading failed, if it did (the reward is then 0).
+    finish_reason: "stop" or "length". reward_error: why grading failed, if it did (the reward is
+    then 0).
     auxiliary: of a method's second rollout, at a temperature that is not its mode's.
     """
 
@@ -59,7 +61,8 @@ class Rollout:
         self.loss_mask = self.loss_mask or [1] * len(self.tokens)
         if not len(self.tokens) == len(self.engine_logprobs) == len(self.loss_mask) > 0:
             raise ValueError(
-                f"rollout {self.key} has {len(self.tokens)} tokens, {len(self.engine_logprobs)} log-probs and "
+                f"rollout {self.key} has {len(self.tokens)} tokens, {len(self.engine_logprobs)} "
+                "log-probs and "
                 f"{len(self.loss_mask)} mask entries; they must be equal and at least one"
             )
 
@@ -70,10 +73,11 @@ class Rollout:
 
 @dataclass(frozen=True)
 class SecondRollout:
-    """What a method asks for besides a batch: more responses to its first questions, at another temperature.
+    """What a method asks for besides a batch: more responses to its first questions, at another
+    temperature.
 
-    temperature: times that of the mode that samples. questions: how many are answered again. samples: for each of them,
-    in every sampling mode. most: right ones that are trained; None: all.
+    temperature: times that of the mode that samples. questions: how many are answered again.
+    samples: for each of them, in every sampling mode. most: right ones that are trained; None: all.
     """
 
     temperature: float
@@ -83,7 +87,9 @@ class SecondRollout:
 
 
 class RowKey(NamedTuple):
-    """(batch, question, training mode, sampling mode, sample, auxiliary): sampling mode and sample name the rollout."""
+    """(batch, question, training mode, sampling mode, sample, auxiliary): sampling mode and sample
+    name the rollout.
+    """
 
     batch: int
     question: int
@@ -94,7 +100,9 @@ class RowKey(NamedTuple):
 
     @property
     def group(self) -> tuple[int, int, str, bool]:
-        """Advantage group: the same question under the same training mode (algorithms.md A.1); auxiliary rows apart."""
+        """Advantage group: the same question under the same training mode (algorithms.md A.1);
+        auxiliary rows apart.
+        """
         return (*self[:3], self.auxiliary)
 
     def under(self, mode: Mode) -> RowKey:
@@ -104,7 +112,9 @@ class RowKey(NamedTuple):
 
 @dataclass
 class Row:
-    """A rollout behind the prompt of one training mode: `prompt` ids of that mode + the same response ids."""
+    """A rollout behind the prompt of one training mode: `prompt` ids of that mode + the same
+    response ids.
+    """
 
     key: RowKey
     prompt: Sequence[int]
@@ -146,7 +156,13 @@ def share_rollouts(
     rows = []
     for rollout in rollouts:
         for mode in training_modes:
-            named = (rollout.batch, rollout.question, mode.value, rollout.mode.value, rollout.sample)
+            named = (
+                rollout.batch,
+                rollout.question,
+                mode.value,
+                rollout.mode.value,
+                rollout.sample,
+            )
             key = RowKey(*named, rollout.auxiliary)
             rows.append(Row(key, prompts[rollout.question][mode], rollout))
     rows.sort(key=lambda row: row.key)
@@ -156,4 +172,6 @@ def share_rollouts(
 def modes_in(rows: Iterable[Row]) -> list[Mode]:
     """The training modes of `rows`, normal and high-entropy first, then by name."""
     found = {row.mode for row in rows}
-    return sorted(found, key=lambda mode: (MODES.index(mode) if mode in MODES else len(MODES), mode.value))
+    return sorted(
+        found, key=lambda mode: (MODES.index(mode) if mode in MODES else len(MODES), mode.value)
+    )

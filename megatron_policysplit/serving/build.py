@@ -1,4 +1,6 @@
-"""Builds what serves rollouts: the engine of a leader and, with rollout.engine=sglang, the fleet behind it."""
+"""Builds what serves rollouts: the engine of a leader and, with rollout.engine=sglang, the fleet
+behind it.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,18 @@ def place(config: Config, layout: Layout) -> list[Placement]:
     """Where the engines stand; the same on every rank."""
     rollout = config.rollout
     local = os.environ.get("LOCAL_WORLD_SIZE")
-    started = not rollout.addresses or len(rollout.addresses) > 1  # servers, or a router in front of given ones
-    if started and local and int(local) < dist.get_world_size() and is_loopback(rollout.server.host):
+    started = (
+        not rollout.addresses or len(rollout.addresses) > 1
+    )  # servers, or a router in front of given ones
+    if (
+        started
+        and local
+        and int(local) < dist.get_world_size()
+        and is_loopback(rollout.server.host)
+    ):
         raise ConfigError(
-            f"rollout.server.host={rollout.server.host} cannot be reached from the other nodes of this run; set it to "
+            f"rollout.server.host={rollout.server.host} cannot be reached from the other nodes of "
+            "this run; set it to "
             "0.0.0.0, and rollout.api_key_variable"
         )
     return place_engines(
@@ -50,11 +60,22 @@ def place(config: Config, layout: Layout) -> list[Placement]:
 
 
 def build_fleet(
-    config: Config, layout: Layout, control: Control, placements: list[Placement], log: Callable[[str], None]
+    config: Config,
+    layout: Layout,
+    control: Control,
+    placements: list[Placement],
+    log: Callable[[str], None],
 ) -> Fleet:
-    """The fleet of this rank, nothing started yet. Raises ConfigError or EngineError (a port that is taken)."""
+    """The fleet of this rank, nothing started yet. Raises ConfigError or EngineError (a port that
+    is taken).
+    """
     rollout, key = config.rollout, api_key(config)
-    if not rollout.addresses and not rollout.colocated and not rollout.server.devices and layout.is_chief:
+    if (
+        not rollout.addresses
+        and not rollout.colocated
+        and not rollout.server.devices
+        and layout.is_chief
+    ):
         config = _on_other_gpus(config, len(placements))
     members, servers = [], {}
     for placement in placements:
@@ -64,7 +85,9 @@ def build_fleet(
             address = rollout.addresses[placement.index]
         else:
             gpus = [_local_rank(rank) for rank in placement.ranks] if rollout.colocated else []
-            server = servers[placement.index] = Server(server_spec(config, placement.index, local_gpus=gpus))
+            server = servers[placement.index] = Server(
+                server_spec(config, placement.index, local_gpus=gpus)
+            )
             server.hold_ports(1)
             address = server.address
         client = SglangClient(address, key, timeout_seconds=config.weight_sync.timeout_seconds)
@@ -84,14 +107,18 @@ def build_fleet(
     identity = None
     if members:
         longest = config.data.max_prompt_tokens + rollout.max_response_tokens
-        identity = Identity.of(read_hf_config(config.model.path), load_tokenizer(config.model.path), longest)
+        identity = Identity.of(
+            read_hf_config(config.model.path), load_tokenizer(config.model.path), longest
+        )
     if not layout.is_chief:
         log = _to_stderr
     return Fleet(config, layout, control, members, servers, router, identity, log)
 
 
 def _on_other_gpus(config: Config, count: int) -> Config:
-    """The configuration with the GPUs after the actor's for the servers; ConfigError if there are too few."""
+    """The configuration with the GPUs after the actor's for the servers; ConfigError if there are
+    too few.
+    """
     gpus = gpu_count()
     if gpus == 0:
         return config
@@ -99,8 +126,10 @@ def _on_other_gpus(config: Config, count: int) -> Config:
     needed = count * config.rollout.server.tensor
     if gpus < actors + needed:
         raise ConfigError(
-            f"{count} servers of rollout.server.tensor={config.rollout.server.tensor} need {needed} GPUs beside the "
-            f"{actors} of the actor, but this machine has {gpus}; set rollout.colocated=true, rollout.addresses, "
+            f"{count} servers of rollout.server.tensor={config.rollout.server.tensor} need "
+            f"{needed} GPUs beside the "
+            f"{actors} of the actor, but this machine has {gpus}; set rollout.colocated=true, "
+            "rollout.addresses, "
             "or rollout.server.devices"
         )
     config = deepcopy(config)
@@ -109,9 +138,11 @@ def _on_other_gpus(config: Config, count: int) -> Config:
 
 
 def open_fleet(fleet: Fleet, layout: Layout, control: Control, resources: ExitStack) -> str:
-    """Start all servers and wait for them (collective over all ranks); the address that requests go to.
+    """Start all servers and wait for them (collective over all ranks); the address that requests go
+    to.
 
-    Raises EngineError on every rank if a server cannot start or is not the one that is needed; StopRequested.
+    Raises EngineError on every rank if a server cannot start or is not the one that is needed;
+    StopRequested.
     """
     resources.callback(fleet.close)
     layout.barrier()
@@ -119,7 +150,8 @@ def open_fleet(fleet: Fleet, layout: Layout, control: Control, resources: ExitSt
     front = fleet.router or next(iter(fleet.members), None)
     fronts: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(fronts, front and front.address, group=layout.world)
-    # Without a router there is one engine, which another rank than the chief owns where it stands on the first stage.
+    # Without a router there is one engine, which another rank than the chief owns where it stands
+    # on the first stage.
     return fronts[layout.chief] or next(address for address in fronts if address is not None)
 
 

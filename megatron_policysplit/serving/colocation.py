@@ -7,21 +7,25 @@ To generation, on every rank (`to_generation`):
 Then, by the weight sync, on the rank that owns an engine:
 4. pause; resume the memory of the weights (`before_load`);
 5. load: the actor's parameters are read from host memory, `Offload.read`;
-6. resume the KV cache and the CUDA graphs (`after_load`); continue. A server started meanwhile holds everything and
+6. resume the KV cache and the CUDA graphs (`after_load`); continue. A server started meanwhile
+   holds everything and
    resumes nothing, whether it was started at the beginning of the run or again after a fault.
 
 To training, on every rank (`to_training`):
 1. the engines' turn ends: no server may be started, and one that is starting is waited for;
-2. owners: pause, flush until the engine is idle (SGLang dies if asked to release before), release KV cache, weights
+2. owners: pause, flush until the engine is idle (SGLang dies if asked to release before), release
+   KV cache, weights
    and CUDA graphs;
 3. a barrier over the world that carries errors;
-4. every rank waits until its GPU really has the memory (SGLang answers for its tensor-parallel rank 0, and the others
+4. every rank waits until its GPU really has the memory (SGLang answers for its tensor-parallel rank
+   0, and the others
    may be later);
 5. the same barrier again; and only if no rank failed
 6. restore the parameters, the gradient buffers, the optimizer.
 
-At the start of a run the actor is built first, on empty GPUs; then `to_generation`, then the servers start. Released
-weights are lost, so that every turn of the engines begins with a load, even of weights that have not changed.
+At the start of a run the actor is built first, on empty GPUs; then `to_generation`, then the
+servers start. Released weights are lost, so that every turn of the engines begins with a load, even
+of weights that have not changed.
 """
 
 from __future__ import annotations
@@ -62,9 +66,10 @@ class ActorMemory(Protocol):
 class Colocation:
     """One per rank. members: the engines this rank owns, often none.
 
-    start_seconds: how long a server may be starting (rollout.server.start_seconds). release_seconds: how long an engine
-    may take to become idle, and a GPU to have the memory that the actor needs. settle_seconds: how long an engine that
-    does not answer may take to be found dead, and memory beyond what the actor needs to come back.
+    start_seconds: how long a server may be starting (rollout.server.start_seconds).
+    release_seconds: how long an engine may take to become idle, and a GPU to have the memory that
+    the actor needs. settle_seconds: how long an engine that does not answer may take to be found
+    dead, and memory beyond what the actor needs to come back.
     """
 
     def __init__(
@@ -79,14 +84,23 @@ class Colocation:
         settle_seconds: float = SETTLE_SECONDS,
     ):
         self.offload, self.members, self.control, self.layout = offload, members, control, layout
-        self.start_seconds, self.release_seconds, self.settle_seconds = start_seconds, release_seconds, settle_seconds
-        self._actors_turn, self._engines_turn = True, False  # both false while the memory changes hands
+        self.start_seconds, self.release_seconds, self.settle_seconds = (
+            start_seconds,
+            release_seconds,
+            settle_seconds,
+        )
+        self._actors_turn, self._engines_turn = (
+            True,
+            False,
+        )  # both false while the memory changes hands
         self._released: dict[int, set[str]] = {}
         self._free_without_engines = 0.0
 
     @property
     def engines_turn(self) -> bool:
-        """Whether a server may be started now (asked on the control loop, without a pause until it is STARTING)."""
+        """Whether a server may be started now (asked on the control loop, without a pause until it
+        is STARTING).
+        """
         return self._engines_turn
 
     def started(self, member: Member) -> None:
@@ -94,7 +108,9 @@ class Colocation:
         self._released.pop(member.index, None)
 
     def to_generation(self) -> None:
-        """Free this rank's GPU and wait until every rank has (collective over the world; main thread)."""
+        """Free this rank's GPU and wait until every rank has (collective over the world; main
+        thread).
+        """
         if not self._actors_turn:
             raise RuntimeError("the GPUs are the engines' already")
         self._actors_turn = False
@@ -106,18 +122,24 @@ class Colocation:
         self._engines_turn = True
 
     async def before_load(self, member: Member) -> None:
-        """Memory for the weights; the engine is paused. A hook of the weight sync, on the owner's control loop."""
+        """Memory for the weights; the engine is paused. A hook of the weight sync, on the owner's
+        control loop.
+        """
         await self._resume(member, ("weights",))
 
     async def after_load(self, member: Member) -> None:
-        """All other memory; the engine is still paused. A hook of the weight sync, on the owner's control loop."""
+        """All other memory; the engine is still paused. A hook of the weight sync, on the owner's
+        control loop.
+        """
         await self._resume(member, ("kv_cache", "cuda_graph"))
 
     def to_training(self) -> None:
-        """Have the engines release, and bring the actor back (collective over the world; main thread).
+        """Have the engines release, and bring the actor back (collective over the world; main
+        thread).
 
-        Raises EngineError, on every rank, if any engine does not release its memory: the actor then stays away, and the
-        run cannot go on. Engines that served are WAITING afterwards; those that are DOWN have nothing to release.
+        Raises EngineError, on every rank, if any engine does not release its memory: the actor then
+        stays away, and the run cannot go on. Engines that served are WAITING afterwards; those that
+        are DOWN have nothing to release.
         """
         if not self._engines_turn:
             raise RuntimeError("the GPUs are not the engines'")
@@ -149,11 +171,13 @@ class Colocation:
             raise EngineError("; ".join(map(str, failed)))
 
     async def _release(self, member: Member) -> None:
-        # A quarantined server is stopped by the one that tends it; what it holds until then is not known.
+        # A quarantined server is stopped by the one that tends it; what it holds until then is not
+        # known.
         unsettled = (State.STARTING, State.QUARANTINED)
         if not await self._reached(lambda: member.state not in unsettled, self.start_seconds):
             raise EngineError(
-                f"engine {member.index} ({member.address}) is {member.state.value} after {self.start_seconds:g} s and "
+                f"engine {member.index} ({member.address}) is {member.state.value} after "
+                f"{self.start_seconds:g} s and "
                 "still holds its GPUs, so that training cannot go on; see its log"
             )
         if member.state is State.DOWN:
@@ -168,11 +192,16 @@ class Colocation:
             if await self._reached(lambda: member.state is State.DOWN, self.settle_seconds):
                 return
             raise EngineError(
-                f"engine {member.index} ({member.address}) did not release its GPUs' memory, so that training cannot "
+                f"engine {member.index} ({member.address}) did not release its GPUs' memory, so "
+                "that training cannot "
                 f"go on: {error}"
             ) from error
         self._released[member.index] = set(TAGS)
-        member.state, member.version, member.why = State.WAITING, None, "its memory is released for training"
+        member.state, member.version, member.why = (
+            State.WAITING,
+            None,
+            "its memory is released for training",
+        )
 
     async def _idle(self, member: Member) -> None:
         """Flush, which an engine refuses while requests run."""
@@ -194,7 +223,9 @@ class Colocation:
         return True
 
     def _wait_for_memory(self, free_with_engines: float) -> None:
-        """Until there is room for the actor; and for a moment, until nearly all is back that its engine had taken."""
+        """Until there is room for the actor; and for a moment, until nearly all is back that its
+        engine had taken.
+        """
         needed = self.offload.bytes_away
         before = self._free_without_engines
         hoped = min(0.9 * before + 0.1 * free_with_engines, before - GIB)
@@ -205,14 +236,18 @@ class Colocation:
                 return
             if free < needed and waited > self.release_seconds:
                 raise EngineError(
-                    f"the GPU of rank {self.layout.rank} has {free / GIB:.2f} GiB free {waited:.0f} s after its engine "
-                    f"answered that it had released its memory, but the actor needs {needed / GIB:.2f} GiB back; "
+                    f"the GPU of rank {self.layout.rank} has {free / GIB:.2f} GiB free "
+                    f"{waited:.0f} s after its engine "
+                    "answered that it had released its memory, but the actor needs "
+                    f"{needed / GIB:.2f} GiB back; "
                     "does another process use that GPU?"
                 )
             time.sleep(POLL_SECONDS)
 
     def _agreed(self, work: Callable[[], Any]) -> None:
-        """Run `work`; an EngineError on any rank is raised on every rank (an all-gather over the world)."""
+        """Run `work`; an EngineError on any rank is raised on every rank (an all-gather over the
+        world).
+        """
         error: EngineError | None = None
         try:
             work()

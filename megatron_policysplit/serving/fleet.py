@@ -1,7 +1,8 @@
 """The SGLang engines of a run: started, watched, started again, and given the weights they lack.
 
-Every rank has a `Fleet`; the rank that owns an engine (`placement.py`) tends it on the control loop. What needs all
-ranks, weights for an engine that came back, is asked for through `wanted` and done in `serve` (`control.Service`).
+Every rank has a `Fleet`; the rank that owns an engine (`placement.py`) tends it on the control
+loop. What needs all ranks, weights for an engine that came back, is asked for through `wanted` and
+done in `serve` (`control.Service`).
 """
 
 from __future__ import annotations
@@ -51,10 +52,11 @@ class Sighting:
 class Fleet:
     """members: the engines this rank owns. servers: by engine, those that the run starts itself.
 
-    router: on the chief, where there are several engines. colocation: where they share GPUs with the actor. log: takes
-    one line of text. `weights` is set once the weight sync exists. actor_version: of the weights that the actor has
-    now, by default those of the last sync. tell_version: tells this rank's engine which version is the newest.
-    Implements `control.Service`.
+    router: on the chief, where there are several engines. colocation: where they share GPUs with
+    the actor. log: takes one line of text. `weights` is set once the weight sync exists.
+    actor_version: of the weights that the actor has now, by default those of the last sync.
+    tell_version: tells this rank's engine which version is the newest. Implements
+    `control.Service`.
     """
 
     weights: Weights
@@ -89,7 +91,9 @@ class Fleet:
         self._tending: list[Work] = []
 
     async def open(self) -> None:
-        """Start this rank's servers and wait until each has generated; raises EngineError for the first that cannot."""
+        """Start this rank's servers and wait until each has generated; raises EngineError for the
+        first that cannot.
+        """
         tasks = [asyncio.ensure_future(self._open(member)) for member in self.members]
         try:
             if self.router is not None:
@@ -132,16 +136,20 @@ class Fleet:
         self.control.run(end())
 
     def wanted(self) -> bool:
-        """Whether an engine of this rank lacks weights, or was lost; EngineError when one cannot be brought back."""
+        """Whether an engine of this rank lacks weights, or was lost; EngineError when one cannot be
+        brought back.
+        """
         for work in self._tending:
             if work.wait(0) and work.failed() is not None:
                 raise work.failed()
         return self._news or any(self._lacks_weights(member) for member in self.members)
 
     def serve(self) -> None:
-        """RESYNC: weights for the engines that lack them, while the others go on (collective over all ranks).
+        """RESYNC: weights for the engines that lack them, while the others go on (collective over
+        all ranks).
 
-        With rollout.overlap the actor may be a version ahead of the engines; what it has now is what it can give.
+        With rollout.overlap the actor may be a version ahead of the engines; what it has now is
+        what it can give.
         """
         version = self.actor_version()
         self._give(version, [member for member in self.members if self._lacks_weights(member)])
@@ -150,18 +158,25 @@ class Fleet:
     def sync(self, version: int) -> None:
         """Weights for every engine that answers (collective over all ranks).
 
-        Raises EngineError if the first sync of the run fails anywhere: then it is the set-up that is wrong. Later
-        an engine that fails is left out, and brought back or given up while the others go on.
+        Raises EngineError if the first sync of the run fails anywhere: then it is the set-up that
+        is wrong. Later an engine that fails is left out, and brought back or given up while the
+        others go on.
         """
         first, self.version = self.version < 0, version
-        failed = self._give(version, [member for member in self.members if member.state in ANSWERING])
+        failed = self._give(
+            version, [member for member in self.members if member.state in ANSWERING]
+        )
         if first and failed:
-            raise EngineError("; ".join(f"engine {index}: {why}" for index, why in sorted(failed.items())))
+            raise EngineError(
+                "; ".join(f"engine {index}: {why}" for index, why in sorted(failed.items()))
+            )
 
     def _give(self, version: int, members: Sequence[Member]) -> dict[int, str]:
         self.control.run(self._hold(members))
         try:
-            seen = self._sightings()  # under the locks: what had been waiting may have been lost meanwhile
+            seen = (
+                self._sightings()
+            )  # under the locks: what had been waiting may have been lost meanwhile
             mine = {member.index for member in members if member.state in ANSWERING}
             engines = {index for part in self._gather(mine) for index in part}
             failed = self.weights.push(version, engines) if engines else {}
@@ -169,7 +184,8 @@ class Fleet:
                 if member.index in failed:
                     self._retry_at[member.index] = time.monotonic() + RETRY_SECONDS
                     self.log(
-                        f"engine {member.index} ({member.address}) did not take the weights: {failed[member.index]}"
+                        f"engine {member.index} ({member.address}) did not take the weights: "
+                        f"{failed[member.index]}"
                     )
             if self.router is not None:
                 self.control.run(self._reroute(seen, engines, failed))
@@ -188,7 +204,9 @@ class Fleet:
         return values
 
     def _lacks_weights(self, member: Member) -> bool:
-        """Ours are started again after a failed sync; one that was given is tried again after a while."""
+        """Ours are started again after a failed sync; one that was given is tried again after a
+        while.
+        """
         if member.state is State.QUARANTINED and member.index not in self.servers:
             return time.monotonic() >= self._retry_at.get(member.index, 0.0)
         return member.state is State.WAITING
@@ -222,14 +240,21 @@ class Fleet:
         await server.ready(member.client)
 
     async def _restore(self, member: Member) -> bool:
-        """Weights from the last snapshot on disk, for which no other rank is needed; whether they are the run's."""
+        """Weights from the last snapshot on disk, for which no other rank is needed; whether they
+        are the run's.
+        """
         async with self._locks[member.index]:
             await self.weights.restore_from_snapshot(member)
-            if member.version != self.version:  # nobody answered the last sync, or one goes on at this moment
+            if (
+                member.version != self.version
+            ):  # nobody answered the last sync, or one goes on at this moment
                 member.state = State.WAITING
                 await member.client.pause()
                 return False
-            self.log(f"engine {member.index} ({member.address}) is back with the weights of the last snapshot")
+            self.log(
+                f"engine {member.index} ({member.address}) is back with the weights of the last "
+                "snapshot"
+            )
             if self.router is not None:
                 await self._route(joining={member.address})
             return True
@@ -251,7 +276,9 @@ class Fleet:
                         silent_since = None
                     elif silent_since is None:
                         silent_since = time.monotonic()
-                    elif time.monotonic() - silent_since > self.config.rollout.server.health_seconds:
+                    elif (
+                        time.monotonic() - silent_since > self.config.rollout.server.health_seconds
+                    ):
                         await self._lose(member, f"it does not generate any more ({problem})")
                 if member.state is not State.SERVING:
                     silent_since = None
@@ -259,7 +286,9 @@ class Fleet:
                 await self._bring_back(member)
 
     async def _probe(self, member: Member) -> str | None:
-        """What is wrong with a serving engine; None if nothing is, or if a sync would not wait for the answer."""
+        """What is wrong with a serving engine; None if nothing is, or if a sync would not wait for
+        the answer.
+        """
         limit = min(PROBE_SECONDS, self.config.rollout.server.health_seconds)
         probe = self._probes[member.index] = asyncio.ensure_future(self._ask(member, limit))
         try:
@@ -277,7 +306,9 @@ class Fleet:
         await member.client.healthy(limit)
         version = await member.client.version()
         if version != str(member.version):
-            await self._lose(member, f"somebody else started it again: its weight version is {version}")
+            await self._lose(
+                member, f"somebody else started it again: its weight version is {version}"
+            )
 
     async def _lose(self, member: Member, why: str) -> None:
         self.log(f"engine {member.index} ({member.address}) is lost: {why}")
@@ -289,11 +320,14 @@ class Fleet:
             self.servers[member.index].kill()
 
     async def _bring_back(self, member: Member) -> None:
-        """Start our own again, or see whether one that was given answers again; it then waits, paused, for weights."""
+        """Start our own again, or see whether one that was given answers again; it then waits,
+        paused, for weights.
+        """
         server = self.servers.get(member.index)
         try:
             if server is not None:
-                server.kill()  # a sync that it did not answer may have found it lost, though it runs
+                # A sync that it did not answer may have found it lost, though it runs.
+                server.kill()
                 limit = self.config.rollout.server.restarts
                 if self._restarts[member.index] >= limit:
                     raise EngineLost(
@@ -319,24 +353,35 @@ class Fleet:
         member.state = State.WAITING
         self.log(f"engine {member.index} ({member.address}) is back and waits for weights")
 
-    async def _reroute(self, seen: Sequence[Sighting], engines: set[int], failed: Mapping[int, str]) -> None:
-        """After a sync of `engines`: the router sends requests to those that serve, and to no others.
+    async def _reroute(
+        self, seen: Sequence[Sighting], engines: set[int], failed: Mapping[int, str]
+    ) -> None:
+        """After a sync of `engines`: the router sends requests to those that serve, and to no
+        others.
 
         seen: all engines before it. Of its own engines this rank knows how they stand now.
         """
         own = {member.index: member.state for member in self.members}
         states = {sighting.index: sighting.state for sighting in seen}
-        states |= {index: State.QUARANTINED if index in failed else State.SERVING for index in engines} | own
+        states |= {
+            index: State.QUARANTINED if index in failed else State.SERVING for index in engines
+        } | own
         serving = {sighting.address for sighting in seen if states[sighting.index] is State.SERVING}
-        await self._route(joining=serving, leaving={sighting.address for sighting in seen} - serving)
+        await self._route(
+            joining=serving, leaving={sighting.address for sighting in seen} - serving
+        )
 
-    async def _route(self, *, joining: Set[str] = frozenset(), leaving: Set[str] = frozenset()) -> None:
+    async def _route(
+        self, *, joining: Set[str] = frozenset(), leaving: Set[str] = frozenset()
+    ) -> None:
         self._behind = (self._behind | joining) - leaving
         self._told |= leaving  # it knows them, if telling it about them once failed half-way
         await self._tell_router()
 
     async def _tell_router(self) -> None:
-        """Let the router know the engines that belong behind it; what it does not take now is tried again."""
+        """Let the router know the engines that belong behind it; what it does not take now is tried
+        again.
+        """
         async with self._routing:
             try:
                 while self._told != self._behind:

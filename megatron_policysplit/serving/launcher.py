@@ -1,8 +1,10 @@
-"""Runs a module of SGLang in the interpreter that has it: `launcher.py MODULE ARGUMENTS`, started by `servers.py`.
+"""Runs a module of SGLang in the interpreter that has it: `launcher.py MODULE ARGUMENTS`, started
+by `servers.py`.
 
-It stands between the two because of what must hold there: the process dies with the one that started it, however that
-ends; and the API key comes through the environment, so that no command line shows it and no log record repeats it.
-SGLang's own subprocesses run this file too, as `__mp_main__`, for the same log records. Standard library only.
+It stands between the two because of what must hold there: the process dies with the one that
+started it, however that ends; and the API key comes through the environment, so that no command
+line shows it and no log record repeats it. SGLang's own subprocesses run this file too, as
+`__mp_main__`, for the same log records. Standard library only.
 """
 
 import ctypes
@@ -28,7 +30,11 @@ def hide_key(make_record):
         made = make_record(*args, **kwargs)
         try:
             text = made.getMessage()
-        except (TypeError, ValueError, KeyError):  # arguments that do not fit: the handler will say so
+        except (
+            TypeError,
+            ValueError,
+            KeyError,
+        ):  # arguments that do not fit: the handler will say so
             return made
         if redact(text) != text:
             made.msg, made.args = redact(text), ()
@@ -38,7 +44,9 @@ def hide_key(make_record):
 
 
 def die_with(parent: int) -> None:
-    """SIGKILL for this process as soon as the thread that started it ends; at once if that is already so."""
+    """SIGKILL for this process as soon as the thread that started it ends; at once if that is
+    already so.
+    """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)

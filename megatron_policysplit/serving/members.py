@@ -11,8 +11,10 @@ if TYPE_CHECKING:  # configuration checks import this module, and need no HTTP c
 
 
 class State(enum.Enum):
-    """STARTING: not ready yet. WAITING: answers, but holds other weights than the run's. SERVING: in use.
-    QUARANTINED: a weight sync failed half-way; paused, its weights are mixed. DOWN: dead or silent."""
+    """STARTING: not ready yet. WAITING: answers, but holds other weights than the run's. SERVING:
+    in use. QUARANTINED: a weight sync failed half-way; paused, its weights are mixed. DOWN: dead or
+    silent.
+    """
 
     STARTING = "starting"
     WAITING = "waiting"
@@ -23,8 +25,11 @@ class State(enum.Enum):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an engine stands. owner: the global rank that starts it and talks to it about weights and memory.
-    ranks: the actor ranks on whose GPUs it runs, in the order of its tensor-parallel ranks; (owner,) if apart."""
+    """Where an engine stands. owner: the global rank that starts it and talks to it about weights
+    and memory.
+    ranks: the actor ranks on whose GPUs it runs, in the order of its tensor-parallel ranks;
+    (owner,) if apart.
+    """
 
     index: int
     owner: int
@@ -33,8 +38,11 @@ class Placement:
 
 @dataclass
 class Member:
-    """One engine on the rank that owns it. version: of the weights it was given last, None if unknown or mixed.
-    why: what happened when the state is not SERVING. tensor: its tensor-parallel size. dtype: as it says itself."""
+    """One engine on the rank that owns it. version: of the weights it was given last, None if
+    unknown or mixed.
+    why: what happened when the state is not SERVING. tensor: its tensor-parallel size. dtype: as it
+    says itself.
+    """
 
     placement: Placement
     client: SglangClient

@@ -1,9 +1,13 @@
-"""sglang-router in front of several servers: one address for all leaders, and the samples of a prompt on one server.
+"""sglang-router in front of several servers: one address for all leaders, and the samples of a
+prompt on one server.
 
 Verified against sglang-router 0.3.2. It is told about its workers and judges nothing itself:
-- No health checks: they ask for a token, so a server that is paused for a weight sync would be taken out of service.
-- No retries: a request that kills a server would be sent to the next one. Clients send again, and count.
-- No circuit breaker: it counts refused requests as faults and then keeps a sound server idle for a minute.
+- No health checks: they ask for a token, so a server that is paused for a weight sync would be
+  taken out of service.
+- No retries: a request that kills a server would be sent to the next one. Clients send again, and
+  count.
+- No circuit breaker: it counts refused requests as faults and then keeps a sound server idle for a
+  minute.
 """
 
 from __future__ import annotations
@@ -16,7 +20,12 @@ from urllib.parse import quote
 
 from megatron_policysplit.errors import EngineError
 from megatron_policysplit.rollout.sglang_http import EngineRefused, EngineUnreachable, SglangClient
-from megatron_policysplit.serving.processes import POLL_SECONDS, Process, flags, inherited_environment
+from megatron_policysplit.serving.processes import (
+    POLL_SECONDS,
+    Process,
+    flags,
+    inherited_environment,
+)
 
 MODULE = "sglang_router.launch_router"
 START_SECONDS = 120.0
@@ -30,7 +39,16 @@ class Router(Process):
     client: for /workers; generation goes through `address` by clients of its users' own.
     """
 
-    def __init__(self, python: str, host: str, port: int, api_key: str | None, log: Path, *, request_seconds: float):
+    def __init__(
+        self,
+        python: str,
+        host: str,
+        port: int,
+        api_key: str | None,
+        log: Path,
+        *,
+        request_seconds: float,
+    ):
         super().__init__("sglang-router", python, host, port, api_key, log)
         self.request_seconds = request_seconds
         self._client: SglangClient | None = None
@@ -44,15 +62,18 @@ class Router(Process):
         self.kill()
         (metrics_port,) = self.hold_ports(1)
         self._client = self._client or SglangClient(self.address, self._api_key)
-        self.launch(MODULE, self.command(metrics_port), inherited_environment(os.environ, self.python))
+        self.launch(
+            MODULE, self.command(metrics_port), inherited_environment(os.environ, self.python)
+        )
         self._started_at = time.monotonic()
 
     def command(self, metrics_port: int) -> list[str]:
         """The arguments of sglang_router.launch_router, without the API key.
 
-        With the policy `manual` all requests with one routing key, the samples of a prompt, go to one server, which
-        computes the prompt once; a new key goes to the server with the fewest. (`cache_aware` was seen to split the
-        samples of most questions over two servers: it balances single requests.)
+        With the policy `manual` all requests with one routing key, the samples of a prompt, go to
+        one server, which computes the prompt once; a new key goes to the server with the fewest.
+        (`cache_aware` was seen to split the samples of most questions over two servers: it balances
+        single requests.)
         """
         return flags(
             {
@@ -75,7 +96,9 @@ class Router(Process):
         )
 
     async def ready(self) -> None:
-        """Wait until it answers; it has no workers yet. EngineError, with the end of its log, if it does not."""
+        """Wait until it answers; it has no workers yet. EngineError, with the end of its log, if it
+        does not.
+        """
         while True:
             if not self.alive():
                 raise self.death()
@@ -84,7 +107,9 @@ class Router(Process):
                 return
             except EngineUnreachable as error:
                 if time.monotonic() - self._started_at > START_SECONDS:
-                    raise self.error(f"at {self.address} did not answer within {START_SECONDS:g} s") from error
+                    raise self.error(
+                        f"at {self.address} did not answer within {START_SECONDS:g} s"
+                    ) from error
             await asyncio.sleep(POLL_SECONDS)
 
     async def workers(self) -> dict[str, bool]:
@@ -92,7 +117,9 @@ class Router(Process):
         return {worker["url"]: worker["is_healthy"] for worker in await self._list()}
 
     async def add(self, address: str) -> None:
-        """Have it send requests to a server, which must answer already. Does nothing if it does so now."""
+        """Have it send requests to a server, which must answer already. Does nothing if it does so
+        now.
+        """
         if (await self.workers()).get(address):
             return
         payload = {"url": address} | ({"api_key": self._api_key} if self._api_key else {})
@@ -100,7 +127,9 @@ class Router(Process):
         await self._until(address, True, "did not take up")
 
     async def remove(self, address: str) -> None:
-        """Have it send no further request to a server, dead or alive. Does nothing if it knows none there."""
+        """Have it send no further request to a server, dead or alive. Does nothing if it knows none
+        there.
+        """
         for worker in await self._list():
             if worker["url"] == address:
                 try:
@@ -121,7 +150,9 @@ class Router(Process):
         deadline = time.monotonic() + CHANGE_SECONDS
         while (await self.workers()).get(address) != state:
             if time.monotonic() > deadline:
-                raise EngineError(f"sglang-router {failed} {address} within {CHANGE_SECONDS:g} s; see {self.log}")
+                raise EngineError(
+                    f"sglang-router {failed} {address} within {CHANGE_SECONDS:g} s; see {self.log}"
+                )
             await asyncio.sleep(POLL_SECONDS)
 
     async def _list(self) -> list[dict]:

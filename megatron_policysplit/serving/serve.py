@@ -1,4 +1,6 @@
-"""`policysplit serve`: SGLang servers on a node of their own, in the foreground, for runs that name them by address."""
+"""`policysplit serve`: SGLang servers on a node of their own, in the foreground, for runs that name
+them by address.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +23,23 @@ WATCH_SECONDS = 1.0
 
 
 def serve(config: Config) -> int:
-    """Run rollout.server.count servers on this machine until SIGTERM or SIGINT; returns the exit code.
+    """Run rollout.server.count servers on this machine until SIGTERM or SIGINT; returns the exit
+    code.
 
-    Prints the address of each on a line of its own once it has generated a token, as rollout.addresses of the run
-    wants it. A server that ends is started again, at most rollout.server.restarts times; it then has the weights of
-    model.path until the run gives it others. Raises ConfigError or ModelError before anything starts, EngineError if a
-    server does not come up. Call it in the main thread.
+    Prints the address of each on a line of its own once it has generated a token, as
+    rollout.addresses of the run wants it. A server that ends is started again, at most
+    rollout.server.restarts times; it then has the weights of model.path until the run gives it
+    others. Raises ConfigError or ModelError before anything starts, EngineError if a server does
+    not come up. Call it in the main thread.
     """
     if config.rollout.colocated:
-        raise ConfigError("rollout.colocated=true: the run starts its servers itself; serve is for nodes without ranks")
+        raise ConfigError(
+            "rollout.colocated=true: the run starts its servers itself; serve is for nodes without "
+            "ranks"
+        )
     read_hf_config(config.model.path)
-    # Several nodes may share run.dir and the seed; their logs and their samples must not be the same.
+    # Several nodes may share run.dir and the seed; their logs and their samples must not be the
+    # same.
     node = re.sub(r"[^\w.-]", "_", socket.gethostname())
     seed = (config.run.seed + zlib.crc32(node.encode())) % 2**31
     wanted = config.rollout.server

@@ -1,4 +1,6 @@
-"""SGLang servers that a run starts itself: from the configuration to a command, and from a command to a first token."""
+"""SGLang servers that a run starts itself: from the configuration to a command, and from a command
+to a first token.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,12 @@ from megatron_policysplit.errors import ConfigError, EngineError
 from megatron_policysplit.rollout.sglang_http import EngineRefused, EngineUnreachable, SglangClient
 from megatron_policysplit.serving.members import Placement
 from megatron_policysplit.serving.placement import devices
-from megatron_policysplit.serving.processes import POLL_SECONDS, Process, flags, inherited_environment
+from megatron_policysplit.serving.processes import (
+    POLL_SECONDS,
+    Process,
+    flags,
+    inherited_environment,
+)
 
 MODULE = "sglang.launch_server"
 ASK_SECONDS = 10.0
@@ -42,8 +49,10 @@ _OURS = ("weight-version", "nccl-port")
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """One server. devices: entries for CUDA_VISIBLE_DEVICES, None leaves it as it is. arguments: flag name without
-    dashes -> value. seed: of SGLang's sampler at the first start. start_seconds: time to the first token."""
+    """One server. devices: entries for CUDA_VISIBLE_DEVICES, None leaves it as it is. arguments:
+    flag name without dashes -> value. seed: of SGLang's sampler at the first start. start_seconds:
+    time to the first token.
+    """
 
     index: int
     python: str
@@ -63,18 +72,24 @@ class ServerSpec:
 
 
 def server_spec(
-    config: Config, index: int, *, local_gpus: Sequence[int] = (), name: str | None = None, seed: int | None = None
+    config: Config,
+    index: int,
+    *,
+    local_gpus: Sequence[int] = (),
+    name: str | None = None,
+    seed: int | None = None,
 ) -> ServerSpec:
     """The spec of server `index` of the configuration.
 
-    local_gpus: of a colocated server, the GPUs of the actor ranks it stands on, in order. name: of its log file,
-    sglang_<index> if none. seed: instead of the run's. Raises ConfigError.
+    local_gpus: of a colocated server, the GPUs of the actor ranks it stands on, in order. name: of
+    its log file, sglang_<index> if none. seed: instead of the run's. Raises ConfigError.
     """
     server = config.rollout.server
     key = read_api_key(config.rollout.api_key_variable, os.environ)
     if key is None and not is_loopback(server.host):
         raise ConfigError(
-            f"rollout.server.host={server.host} can be reached from other machines; set rollout.api_key_variable to "
+            f"rollout.server.host={server.host} can be reached from other machines; set "
+            "rollout.api_key_variable to "
             "the name of an environment variable that holds an API key, or listen on 127.0.0.1"
         )
     return ServerSpec(
@@ -101,11 +116,17 @@ def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     for written, value in given.items():
         name = str(written).lstrip("-").replace("_", "-")
         if name in _OWN_KEY:
-            raise ConfigError(f"rollout.server.arguments.{written} has a key of its own; set {_OWN_KEY[name]}")
+            raise ConfigError(
+                f"rollout.server.arguments.{written} has a key of its own; set {_OWN_KEY[name]}"
+            )
         if name in _OURS:
-            raise ConfigError(f"rollout.server.arguments.{written} is set by the run itself; leave it out")
+            raise ConfigError(
+                f"rollout.server.arguments.{written} is set by the run itself; leave it out"
+            )
         if name in arguments:
-            raise ConfigError(f"rollout.server.arguments.{written} is given twice; keep one of them")
+            raise ConfigError(
+                f"rollout.server.arguments.{written} is given twice; keep one of them"
+            )
         arguments[name] = value
     return arguments
 
@@ -116,15 +137,20 @@ def _visible(config: Config, index: int, local_gpus: Sequence[int]) -> tuple[str
 
     server, count, colocated = config.rollout.server, gpu_count(), config.rollout.colocated
     if count == 0 and server.devices:
-        raise ConfigError(f"rollout.server.devices={server.devices}, but this machine shows no GPU; leave it empty")
+        raise ConfigError(
+            f"rollout.server.devices={server.devices}, but this machine shows no GPU; leave it "
+            "empty"
+        )
     if count == 0:
         return None
     stands = Placement(index, 0, tuple(range(len(local_gpus))) if colocated else (0,))
     gpus = devices(stands, server.devices, local_gpus, tensor=server.tensor, colocated=colocated)
     if max(gpus) >= count:
         raise ConfigError(
-            f"rollout.server.count={server.count or 1} servers of rollout.server.tensor={server.tensor} need GPU "
-            f"{max(gpus)}, but this machine shows {count}, numbered from 0; lower the one or the other, or list others "
+            f"rollout.server.count={server.count or 1} servers of "
+            f"rollout.server.tensor={server.tensor} need GPU "
+            f"{max(gpus)}, but this machine shows {count}, numbered from 0; lower the one or the "
+            "other, or list others "
             "in rollout.server.devices"
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -132,10 +158,14 @@ def _visible(config: Config, index: int, local_gpus: Sequence[int]) -> tuple[str
     return tuple(names[number].strip() for number in gpus)
 
 
-def server_command(spec: ServerSpec, port: int, nccl_port: int, version: str, seed: int) -> list[str]:
-    """The arguments of sglang.launch_server, without the API key. What the user gives wins over our defaults.
+def server_command(
+    spec: ServerSpec, port: int, nccl_port: int, version: str, seed: int
+) -> list[str]:
+    """The arguments of sglang.launch_server, without the API key. What the user gives wins over our
+    defaults.
 
-    The warm-up is left out because `Server.ready` asks for a token itself; requests are not logged one by one.
+    The warm-up is left out because `Server.ready` asks for a token itself; requests are not logged
+    one by one.
     """
     from megatron_policysplit.serving.servers import server_options
 
@@ -157,7 +187,8 @@ def server_command(spec: ServerSpec, port: int, nccl_port: int, version: str, se
 
 
 def server_environment(spec: ServerSpec, environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a server: ours without what belongs to the actor, offline, and what the user sets.
+    """The environment of a server: ours without what belongs to the actor, offline, and what the
+    user sets.
 
     null unsets a variable; true and false are 1 and 0.
     """
@@ -166,7 +197,9 @@ def server_environment(spec: ServerSpec, environ: Mapping[str, str]) -> dict[str
     environment: dict[str, str] = inherited_environment(environ, spec.python)
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if spec.colocated:
-        environment["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "1"  # CUDA graphs are released with the rest
+        environment["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = (
+            "1"  # CUDA graphs are released with the rest
+        )
     if spec.devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(spec.devices)
     environment |= server_options(spec.arguments.get("device"), spec.tensor)[1]
@@ -179,11 +212,15 @@ def server_environment(spec: ServerSpec, environ: Mapping[str, str]) -> dict[str
 
 
 class Server(Process):
-    """One SGLang server. `initial_version` is the weight version it says it serves until a sync sets another: drawn
-    anew at every start, so that it tells this very process from any other server and from its own predecessor."""
+    """One SGLang server. `initial_version` is the weight version it says it serves until a sync
+    sets another: drawn anew at every start, so that it tells this very process from any other
+    server and from its own predecessor.
+    """
 
     def __init__(self, spec: ServerSpec):
-        super().__init__(f"SGLang server {spec.index}", spec.python, spec.host, spec.port, spec.api_key, spec.log)
+        super().__init__(
+            f"SGLang server {spec.index}", spec.python, spec.host, spec.port, spec.api_key, spec.log
+        )
         self.spec = spec
         self.initial_version = ""
         self._started_at = 0.0
@@ -191,13 +228,15 @@ class Server(Process):
     def start(self) -> None:
         """Start it, or start it again on the same port after its end.
 
-        Call it from a thread that lives as long as the run. EngineError if its port is taken; ConfigError if the
-        interpreter cannot be run.
+        Call it from a thread that lives as long as the run. EngineError if its port is taken;
+        ConfigError if the interpreter cannot be run.
         """
         self.kill()
         (nccl_port,) = self.hold_ports(1)
         self.initial_version = f"start-{secrets.token_hex(6)}"
-        seed = (self.spec.seed + 7919 * self.starts) % 2**31  # a server that comes back draws other samples
+        seed = (
+            self.spec.seed + 7919 * self.starts
+        ) % 2**31  # a server that comes back draws other samples
         command = server_command(self.spec, self.port, nccl_port, self.initial_version, seed)
         self.launch(MODULE, command, server_environment(self.spec, os.environ))
         self._started_at = time.monotonic()
@@ -205,14 +244,16 @@ class Server(Process):
     async def ready(self, client: SglangClient) -> None:
         """Wait until it has generated a token.
 
-        EngineError, with the end of its log, if it dies first or if start_seconds pass; the caller stops it then. Also
-        if something else answers at its address.
+        EngineError, with the end of its log, if it dies first or if start_seconds pass; the caller
+        stops it then. Also if something else answers at its address.
         """
         while not await self._answers(client):
             await asyncio.sleep(POLL_SECONDS)
         request = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
         # Kernels are compiled for the first token, which may take as long as loading the weights.
-        generation = asyncio.ensure_future(client.generate(request, timeout_seconds=self.spec.start_seconds))
+        generation = asyncio.ensure_future(
+            client.generate(request, timeout_seconds=self.spec.start_seconds)
+        )
         try:
             while not (await asyncio.wait({generation}, timeout=POLL_SECONDS))[0]:
                 self._check_time()
@@ -255,7 +296,8 @@ class Server(Process):
 
     def _stranger(self, seen: str) -> EngineError:
         return EngineError(
-            f"{self.address} is answered by something other than the server that this run started ({seen}); "
+            f"{self.address} is answered by something other than the server that this run started "
+            f"({seen}); "
             "set rollout.server.port to a free port, or to 0"
         )
 
@@ -263,10 +305,12 @@ class Server(Process):
 def server_options(device: str | None, tensor: int) -> tuple[dict[str, Any], dict[str, str]]:
     """Flags and environment variables that SGLang needs on the CPU; none on a GPU.
 
-    device: as the user asks for it; None is what this machine has. tensor: tensor-parallel size of the server.
+    device: as the user asks for it; None is what this machine has. tensor: tensor-parallel size of
+    the server.
 
-    PyPI has no compiled CPU kernels, so that the compute is plain torch. The threads of an idle pool must sleep, or
-    decoding single requests is several times slower, and the key-value cache would take most of the memory there is.
+    PyPI has no compiled CPU kernels, so that the compute is plain torch. The threads of an idle
+    pool must sleep, or decoding single requests is several times slower, and the key-value cache
+    would take most of the memory there is.
     """
     from megatron_policysplit.distributed.device import gpu_count
 
@@ -287,5 +331,7 @@ def server_options(device: str | None, tensor: int) -> tuple[dict[str, Any], dic
     if tensor > 1:  # else SGLang wants a NUMA node for each rank
         cores = sorted(os.sched_getaffinity(0))
         shares = [cores[rank::tensor] or [cores[rank % len(cores)]] for rank in range(tensor)]
-        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in shares)
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
+            ",".join(map(str, share)) for share in shares
+        )
     return arguments, environment

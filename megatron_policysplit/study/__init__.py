@@ -1,1 +1,3 @@
-"""Several methods over several seeds, each run a `policysplit train` of its own, and one report of them all."""
+"""Several methods over several seeds, each run a `policysplit train` of its own, and one report of
+them all.
+"""

@@ -23,11 +23,13 @@ SETS_ITSELF = ("run.dir", "run.seed")
 class Study:
     """A study as its file describes it.
 
-    config: the configuration file of every run. dir: where everything goes. methods: name -> overrides of its runs.
-    baseline: the method that the others are compared with. overrides: of all runs, before the method's. at_once: runs
-    that train at the same time. prepare: a command, run once for every text that its placeholders give. environment:
-    variables of every process. measures: names in metrics.jsonl; empty takes those of the report. figures: title -> the
-    methods whose curves it shows; empty shows all in one. stop_on_failure: start nothing more after a run failed.
+    config: the configuration file of every run. dir: where everything goes. methods: name ->
+    overrides of its runs.
+    baseline: the method that the others are compared with. overrides: of all runs, before the
+    method's. at_once: runs that train at the same time. prepare: a command, run once for every text
+    that its placeholders give. environment: variables of every process. measures: names in
+    metrics.jsonl; empty takes those of the report. figures: title -> the methods whose curves it
+    shows; empty shows all in one. stop_on_failure: start nothing more after a run failed.
     """
 
     config: str
@@ -46,7 +48,9 @@ class Study:
     @property
     def runs(self) -> list[StudyRun]:
         """Every run, seed by seed: an unfinished study has compared as many seeds as it could."""
-        return [StudyRun(method, seed, Path(self.dir)) for seed in self.seeds for method in self.methods]
+        return [
+            StudyRun(method, seed, Path(self.dir)) for seed in self.seeds for method in self.methods
+        ]
 
     def settings(self, run: StudyRun) -> list[str]:
         """The overrides of `policysplit train` for a run."""
@@ -55,7 +59,11 @@ class Study:
 
     def preparation(self, run: StudyRun) -> list[str] | None:
         """The command that must have succeeded before this run; None if there is none."""
-        return None if self.prepare is None else [fill(word, self.dir, run) for word in shlex.split(self.prepare)]
+        return (
+            None
+            if self.prepare is None
+            else [fill(word, self.dir, run) for word in shlex.split(self.prepare)]
+        )
 
 
 @dataclass(frozen=True)
@@ -81,13 +89,23 @@ class StudyRun:
 
 
 def fill(text: str, directory: str, run: StudyRun, slot: int = 0) -> str:
-    """`text` with {python}, {dir} (of the study), {run} (the method's name), {seed} and {slot} filled in."""
-    values = {"python": sys.executable, "dir": directory, "run": run.method, "seed": run.seed, "slot": slot}
+    """`text` with {python}, {dir} (of the study), {run} (the method's name), {seed} and {slot}
+    filled in.
+    """
+    values = {
+        "python": sys.executable,
+        "dir": directory,
+        "run": run.method,
+        "seed": run.seed,
+        "slot": slot,
+    }
     return PLACEHOLDER.sub(lambda match: str(values[match[1]]), text)
 
 
 def load_study(path: str | Path) -> Study:
-    """The study of a YAML file, its runs' configurations checked too. Raises ConfigError: one sentence, one remedy."""
+    """The study of a YAML file, its runs' configurations checked too. Raises ConfigError: one
+    sentence, one remedy.
+    """
     study = parse_study(_read(path), path)
     _check_runs(study, path)
     return study
@@ -111,7 +129,9 @@ def parse_study(content: Mapping[str, Any], path: str | Path) -> Study:
             raise ConfigError(f"{path}: {key}={_show(value)} is not {wanted}")
     _check_values(given, path)
     given["methods"] = {name: overrides or [] for name, overrides in given["methods"].items()}
-    given["environment"] = {name: str(value) for name, value in given.get("environment", {}).items()}
+    given["environment"] = {
+        name: str(value) for name, value in given.get("environment", {}).items()
+    }
     return Study(**given)
 
 
@@ -119,19 +139,25 @@ def _check_values(given: dict[str, Any], path: str | Path) -> None:
     seeds, methods, baseline = given["seeds"], given["methods"], given["baseline"]
     twice = [seed for seed in seeds if seeds.count(seed) > 1]
     if twice:
-        raise ConfigError(f"{path}: seeds={_show(seeds)} names {twice[0]} twice; remove one of them")
+        raise ConfigError(
+            f"{path}: seeds={_show(seeds)} names {twice[0]} twice; remove one of them"
+        )
     for name in methods:
         if not NAME.fullmatch(name):
             raise ConfigError(
-                f"{path}: methods.{name} cannot name a directory; use letters, digits, '_', '-' and '.', a letter or "
+                f"{path}: methods.{name} cannot name a directory; use letters, digits, '_', '-' "
+                "and '.', a letter or "
                 "digit first"
             )
     if baseline not in methods:
-        raise ConfigError(f"{path}: baseline={baseline} is none of the methods; use one of {', '.join(methods)}")
+        raise ConfigError(
+            f"{path}: baseline={baseline} is none of the methods; use one of {', '.join(methods)}"
+        )
     for title, shown in given.get("figures", {}).items():
         if unknown := [name for name in shown if name not in methods]:
             raise ConfigError(
-                f"{path}: figures.{title} shows {unknown[0]}, which is none of the methods; use some of "
+                f"{path}: figures.{title} shows {unknown[0]}, which is none of the methods; use "
+                "some of "
                 f"{', '.join(methods)}"
             )
     for key, overrides in [
@@ -141,21 +167,34 @@ def _check_values(given: dict[str, Any], path: str | Path) -> None:
         for override in overrides or []:
             name = override.partition("=")[0]
             if name in SETS_ITSELF:
-                raise ConfigError(f"{path}: {key} sets {name}, which the study sets for every run; remove {override}")
+                raise ConfigError(
+                    f"{path}: {key} sets {name}, which the study sets for every run; remove "
+                    f"{override}"
+                )
             if "{slot}" in override:
-                raise ConfigError(f"{path}: {key} holds {override}, but {{slot}} stands in environment only; remove it")
+                raise ConfigError(
+                    f"{path}: {key} holds {override}, but {{slot}} stands in environment only; "
+                    f"remove it"
+                )
     try:
         words = shlex.split(given.get("prepare", "true"))
     except ValueError as error:
-        raise ConfigError(f"{path}: prepare={given['prepare']} is no command line ({error}); fix it") from error
+        raise ConfigError(
+            f"{path}: prepare={given['prepare']} is no command line ({error}); fix it"
+        ) from error
     if not words:
         raise ConfigError(f"{path}: prepare is empty; write a command or remove the key")
     if "prepare" in given and words[0] != "{python}" and shutil.which(words[0]) is None:
-        raise ConfigError(f"{path}: prepare={given['prepare']} starts with {words[0]}, which is no command; correct it")
+        raise ConfigError(
+            f"{path}: prepare={given['prepare']} starts with {words[0]}, which is no command; "
+            "correct it"
+        )
 
 
 def _check_runs(study: Study, path: str | Path) -> None:
-    """Every method's configuration, with the first seed, as far as that is possible without its files."""
+    """Every method's configuration, with the first seed, as far as that is possible without its
+    files.
+    """
     from megatron_policysplit.algorithms.checks import check_method
     from megatron_policysplit.config.checks import check_config
     from megatron_policysplit.config.load import load_config
@@ -176,13 +215,17 @@ def _read(path: str | Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"study {path} cannot be read ({error.strerror}); give the path of a YAML file") from error
+        raise ConfigError(
+            f"study {path} cannot be read ({error.strerror}); give the path of a YAML file"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}," if mark else ""
         raise ConfigError(f"study {path}{where} is not valid YAML in UTF-8; correct it") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"study {path} is not a mapping of keys to values; docs/study.md shows one")
+        raise ConfigError(
+            f"study {path} is not a mapping of keys to values; docs/study.md shows one"
+        )
     return content
 
 
@@ -217,22 +260,36 @@ def _are_variables(value: Any) -> bool:
 
 
 _TEXT = (lambda value: isinstance(value, str) and bool(value.strip()), "a text; write one")
-_TEXTS = (_is_texts, "a list of key=value texts; write [key=value, ...], quoted where they hold ': '")
+_TEXTS = (
+    _is_texts,
+    "a list of key=value texts; write [key=value, ...], quoted where they hold ': '",
+)
 _KINDS = {
     "config": _TEXT,
     "dir": _TEXT,
     "seeds": (
-        lambda value: isinstance(value, list) and bool(value) and all(_is_whole(seed, 0) for seed in value),
+        lambda value: (
+            isinstance(value, list) and bool(value) and all(_is_whole(seed, 0) for seed in value)
+        ),
         "a list of whole numbers from 0; write one such as [0, 1, 2]",
     ),
-    "methods": (_are_methods, "a mapping of names to lists of key=value; write grpo: [algorithm.name=grpo]"),
+    "methods": (
+        _are_methods,
+        "a mapping of names to lists of key=value; write grpo: [algorithm.name=grpo]",
+    ),
     "baseline": _TEXT,
     "overrides": _TEXTS,
-    "at_once": (lambda value: _is_whole(value, 1), "a whole number from 1; use 1 to run one after the other"),
+    "at_once": (
+        lambda value: _is_whole(value, 1),
+        "a whole number from 1; use 1 to run one after the other",
+    ),
     "prepare": (lambda value: isinstance(value, str), "a command line; write it as one text"),
     "environment": (_are_variables, "a mapping of variables to values; write OMP_NUM_THREADS: 1"),
     "measures": (_is_texts, "a list of names of metrics.jsonl; write [eval/normal/accuracy, ...]"),
-    "figures": (_are_figures, "a mapping of titles to lists of methods; write {Targets: [grpo, aepo]}"),
+    "figures": (
+        _are_figures,
+        "a mapping of titles to lists of methods; write {Targets: [grpo, aepo]}",
+    ),
     "stop_on_failure": (lambda value: isinstance(value, bool), "true or false"),
 }
 _MEANING = {

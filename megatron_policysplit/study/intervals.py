@@ -1,7 +1,8 @@
-"""Means with confidence intervals of a handful of values. Student's t, because five seeds are too few for a bootstrap.
+"""Means with confidence intervals of a handful of values. Student's t, because five seeds are too
+few for a bootstrap.
 
-A bootstrap of n = 5 values resamples them from a spread that is too small by sqrt((n - 1) / n) and knows nothing of
-the tails; the t interval is exact for normal values at any n >= 2.
+A bootstrap of n = 5 values resamples them from a spread that is too small by sqrt((n - 1) / n) and
+knows nothing of the tails; the t interval is exact for normal values at any n >= 2.
 """
 
 from __future__ import annotations
@@ -36,20 +37,29 @@ def estimate(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimat
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t by bisection of its distribution function. Raises ValueError unless 0.5 < p < 1."""
+    """Quantile of Student's t by bisection of its distribution function. Raises ValueError unless
+    0.5 < p < 1.
+    """
     if not 0.5 < probability < 1 or degrees < 1:
-        raise ValueError(f"the {probability} quantile of t with {degrees} degrees of freedom is not computed here")
+        raise ValueError(
+            f"the {probability} quantile of t with {degrees} degrees of freedom is not computed "
+            "here"
+        )
     low, high = 0.0, 1.0
     while t_distribution(high, degrees) < probability:
         high *= 2
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_distribution(middle, degrees) < probability else (low, middle)
+        low, high = (
+            (middle, high) if t_distribution(middle, degrees) < probability else (low, middle)
+        )
     return (low + high) / 2
 
 
 def t_distribution(t: float, degrees: int) -> float:
-    """P(T <= t) for t >= 0, by the finite series for whole degrees (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    """P(T <= t) for t >= 0, by the finite series for whole degrees (Abramowitz and Stegun 26.7.3
+    and 26.7.4).
+    """
     angle = math.atan2(t, math.sqrt(degrees))
     cosine = math.cos(angle)
     odd = degrees % 2

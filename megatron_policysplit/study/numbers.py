@@ -1,4 +1,6 @@
-"""What a study found: final measures and costs of its finished runs, and how methods differ from the baseline."""
+"""What a study found: final measures and costs of its finished runs, and how methods differ from
+the baseline.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ PHASES = ("step", "generate", "reward", "wait", "score", "update", "sync")
 
 @dataclass
 class Finished:
-    """A finished run: its records, and responses sampled a step (None where config.yaml is not there)."""
+    """A finished run: its records, and responses sampled a step (None where config.yaml is not
+    there).
+    """
 
     run: StudyRun
     train: list[dict]
@@ -41,15 +45,17 @@ class Finished:
     responses: int | None
 
     def final(self, measure: str) -> float | None:
-        """The value of the last record that has the measure; None if none has or it was not finite there."""
+        """The value of the last record that has the measure; None if none has or it was not finite
+        there.
+        """
         found = [record[measure] for record in (*self.train, *self.evals) if measure in record]
         return found[-1] if found else None
 
     def costs(self) -> dict[str, float]:
         """Means over the training steps after the first, which warms up.
 
-        Seconds of every phase; generation_share: of the step; score_update_ms_per_response: milliseconds of scoring
-        and updating for every sampled response.
+        Seconds of every phase; generation_share: of the step; score_update_ms_per_response:
+        milliseconds of scoring and updating for every sampled response.
         """
         records = self.train[1:] or self.train
         costs = {}
@@ -60,7 +66,9 @@ class Finished:
         if costs.get("step_s") and "generate_s" in costs:
             costs["generation_share"] = costs["generate_s"] / costs["step_s"]
         if self.responses and "score_s" in costs and "update_s" in costs:
-            costs["score_update_ms_per_response"] = 1000 * (costs["score_s"] + costs["update_s"]) / self.responses
+            costs["score_update_ms_per_response"] = (
+                1000 * (costs["score_s"] + costs["update_s"]) / self.responses
+            )
         return costs
 
 
@@ -78,16 +86,22 @@ def finished_runs(study: Study) -> list[Finished]:
 def study_numbers(study: Study, runs: list[Finished]) -> dict[str, Any]:
     """What report.json holds. Only finished runs count.
 
-    curves: measure -> method -> steps of the evaluations, values of every seed at them (None: not measured).
-    measures: measure -> method -> {values by seed, estimate, difference}; costs: cost -> method -> {values by seed,
-    estimate, ratio}. difference and ratio: to the baseline, seed by seed where both have finished, then their mean
-    and interval; None for the baseline itself and where no seed is shared. Raises DataError for a measure of the
-    study that no run has logged.
+    curves: measure -> method -> steps of the evaluations, values of every seed at them (None: not
+    measured).
+    measures: measure -> method -> {values by seed, estimate, difference}; costs: cost -> method ->
+    {values by seed, estimate, ratio}. difference and ratio: to the baseline, seed by seed where
+    both have finished, then their mean and interval; None for the baseline itself and where no seed
+    is shared. Raises DataError for a measure of the study that no run has logged.
     """
-    measures = {name: _by_method(runs, lambda run, name=name: run.final(name)) for name in _measures(study, runs)}
+    measures = {
+        name: _by_method(runs, lambda run, name=name: run.final(name))
+        for name in _measures(study, runs)
+    }
     costs = {id(run): run.costs() for run in runs}
     names = dict.fromkeys(name for cost in costs.values() for name in cost)
-    by_cost = {name: _by_method(runs, lambda run, name=name: costs[id(run)].get(name)) for name in names}
+    by_cost = {
+        name: _by_method(runs, lambda run, name=name: costs[id(run)].get(name)) for name in names
+    }
     return {
         "config": study.config,
         "baseline": study.baseline,
@@ -96,8 +110,12 @@ def study_numbers(study: Study, runs: list[Finished]) -> dict[str, Any]:
         "interval": "Student's t, of the mean over seeds; differences and ratios are paired by seed",
         "runs": _states(study, runs),
         "measures": _compared(measures, study.baseline, "difference", lambda own, base: own - base),
-        "costs": _compared(by_cost, study.baseline, "ratio", lambda own, base: own / base if base else None),
-        "curves": {name: _curves(runs, name) for name in logged_names(runs) if re.fullmatch(CURVES, name)},
+        "costs": _compared(
+            by_cost, study.baseline, "ratio", lambda own, base: own / base if base else None
+        ),
+        "curves": {
+            name: _curves(runs, name) for name in logged_names(runs) if re.fullmatch(CURVES, name)
+        },
     }
 
 
@@ -107,17 +125,28 @@ def table(numbers: Mapping[str, Any]) -> list[dict[str, Any]]:
     for kind, compared in (("measures", "difference"), ("costs", "ratio")):
         for name, methods in numbers[kind].items():
             for method, found in methods.items():
-                row = {"kind": kind.removesuffix("s"), "name": name, "method": method, **_flat(found["estimate"], "")}
+                row = {
+                    "kind": kind.removesuffix("s"),
+                    "name": name,
+                    "method": method,
+                    **_flat(found["estimate"], ""),
+                }
                 row |= {"compared_by": compared, **_flat(found[compared], "compared_")}
-                rows.append(row | {f"seed_{seed}": value for seed, value in found["values"].items()})
+                rows.append(
+                    row | {f"seed_{seed}": value for seed, value in found["values"].items()}
+                )
     return rows
 
 
 def _flat(found: dict | None, prefix: str) -> dict[str, Any]:
-    return {prefix + key: None if found is None else found[key] for key in ("n", "mean", "low", "high")}
+    return {
+        prefix + key: None if found is None else found[key] for key in ("n", "mean", "low", "high")
+    }
 
 
-def _by_method(runs: list[Finished], value: Callable[[Finished], float | None]) -> dict[str, dict[int, float]]:
+def _by_method(
+    runs: list[Finished], value: Callable[[Finished], float | None]
+) -> dict[str, dict[int, float]]:
     """method -> seed -> value, where there is one."""
     result: dict[str, dict[int, float]] = {}
     for run in runs:
@@ -148,13 +177,18 @@ def _compared(
 
 
 def _measures(study: Study, runs: list[Finished]) -> list[str]:
-    logged = list(dict.fromkeys(name for run in runs for record in (*run.train, *run.evals) for name in record))
+    logged = list(
+        dict.fromkeys(
+            name for run in runs for record in (*run.train, *run.evals) for name in record
+        )
+    )
     if study.measures:
         for name in study.measures:
             if runs and name not in logged:
                 evals = ", ".join(sorted(n for n in logged if n.startswith("eval/"))[:5])
                 raise DataError(
-                    f"measures names {name}, which no finished run has logged; there are {evals} and others"
+                    f"measures names {name}, which no finished run has logged; there are {evals} "
+                    "and others"
                 )
         return [name for name in study.measures if name in logged]
     groups = list(dict.fromkeys(name.split("/")[1] for name in logged if name.startswith("eval/")))
@@ -162,7 +196,10 @@ def _measures(study: Study, runs: list[Finished]) -> list[str]:
         name
         for group in groups
         for pattern in SHOWN
-        for name in sorted(filter(re.compile(rf"eval/{re.escape(group)}/{pattern}").fullmatch, logged), key=_natural)
+        for name in sorted(
+            filter(re.compile(rf"eval/{re.escape(group)}/{pattern}").fullmatch, logged),
+            key=_natural,
+        )
     ]
 
 
@@ -198,7 +235,10 @@ def _states(study: Study, runs: list[Finished]) -> dict[str, dict[str, Any]]:
         error = state.error(run)
         if run.name in finished:
             records = finished[run.name].train
-            result[run.name] = {"state": "finished", "steps": max((r["step"] for r in records), default=0)}
+            result[run.name] = {
+                "state": "finished",
+                "steps": max((r["step"] for r in records), default=0),
+            }
         elif error is not None:
             result[run.name] = {"state": "failed", "error": error}
         else:

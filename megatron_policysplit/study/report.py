@@ -13,7 +13,13 @@ from megatron_policysplit.config.modes import mode_label
 from megatron_policysplit.reports.page import STYLE
 from megatron_policysplit.reports.run_report import data_url
 from megatron_policysplit.study.config import Study
-from megatron_policysplit.study.numbers import Finished, finished_runs, logged_names, study_numbers, table
+from megatron_policysplit.study.numbers import (
+    Finished,
+    finished_runs,
+    logged_names,
+    study_numbers,
+    table,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,8 +32,26 @@ PANELS = {  # pattern of the measure -> title, unit
     r"best_of_\d+": ("Best of k", "share of questions"),
 }
 COLOURS = {  # Okabe-Ito first; line styles tell more than eight methods apart
-    "light": ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#555555"),
-    "dark": ("#56B4E9", "#E69F00", "#2DC89B", "#CC79A7", "#F0E442", "#D55E00", "#C9A66B", "#BBBBBB"),
+    "light": (
+        "#0072B2",
+        "#D55E00",
+        "#009E73",
+        "#CC79A7",
+        "#E69F00",
+        "#56B4E9",
+        "#8C6D31",
+        "#555555",
+    ),
+    "dark": (
+        "#56B4E9",
+        "#E69F00",
+        "#2DC89B",
+        "#CC79A7",
+        "#F0E442",
+        "#D55E00",
+        "#C9A66B",
+        "#BBBBBB",
+    ),
 }
 LINES = ("-", "--", ":", "-.")
 
@@ -56,7 +80,13 @@ def write_study_report(study: Study) -> list[Path]:
     figures = [
         {"title": title} | {theme: data_url(figure, "svg") for theme, figure in drawn.items()}
         for title, methods in shown.items()
-        if (drawn := {theme: figure for theme in COLOURS if (figure := curves(methods, runs, theme)) is not None})
+        if (
+            drawn := {
+                theme: figure
+                for theme in COLOURS
+                if (figure := curves(methods, runs, theme)) is not None
+            }
+        )
     ]
     page = environment.from_string(PAGE).render(study=study, numbers=numbers, figures=figures)
     html.write_text(page, encoding="utf-8", errors="replace")
@@ -74,15 +104,19 @@ def measure_title(name: str) -> str:
         "generation_share": "generation's share of the step",
         "score_update_ms_per_response": "score and update (ms per response)",
     }
-    leaf = names.get(leaf, re.sub(r"^pass_at_(\d+)$", r"pass@\1", re.sub(r"^best_of_", "best-of-", leaf)))
+    leaf = names.get(
+        leaf, re.sub(r"^pass_at_(\d+)$", r"pass@\1", re.sub(r"^best_of_", "best-of-", leaf))
+    )
     leaf = re.sub(r"^(\w+)_s$", r"\1 (s)", leaf).replace("_", " ")
     return f"{mode_label(group)}: {leaf}" if group else leaf
 
 
 def curves(methods: Sequence[str], runs: list[Finished], theme: str) -> Figure | None:
-    """A row per measure, a column per mode: means over a method's seeds, bands from the lowest to the highest seed.
+    """A row per measure, a column per mode: means over a method's seeds, bands from the lowest to
+    the highest seed.
 
-    The last row is pass@k over k at the end of training. None where no finished run of `methods` was evaluated.
+    The last row is pass@k over k at the end of training. None where no finished run of `methods`
+    was evaluated.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -96,9 +130,19 @@ def curves(methods: Sequence[str], runs: list[Finished], theme: str) -> Figure |
     if not rows:
         return None
     ink, paper = ("#d7dade", "#16191d") if theme == "dark" else ("#24292f", "#ffffff")
-    look = {"text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink, "axes.edgecolor": ink}
-    with matplotlib.rc_context({**look, "font.family": "sans-serif", "font.size": 9.5, "figure.facecolor": paper}):
-        figure = Figure(figsize=(4.8 * max(2, len(groups)), 2.7 * len(rows) + 0.6), layout="constrained")
+    look = {
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "axes.edgecolor": ink,
+    }
+    with matplotlib.rc_context(
+        {**look, "font.family": "sans-serif", "font.size": 9.5, "figure.facecolor": paper}
+    ):
+        figure = Figure(
+            figsize=(4.8 * max(2, len(groups)), 2.7 * len(rows) + 0.6), layout="constrained"
+        )
         axes = figure.subplots(len(rows), len(groups), squeeze=False)
         legend = {}
         for row, pattern in enumerate(rows):
@@ -119,17 +163,30 @@ def curves(methods: Sequence[str], runs: list[Finished], theme: str) -> Figure |
                         continue
                     x = sorted(points)
                     colour = COLOURS[theme][number % len(COLOURS[theme])]
-                    style = {"color": colour, "linestyle": LINES[number // len(COLOURS[theme]) % len(LINES)]}
+                    style = {
+                        "color": colour,
+                        "linestyle": LINES[number // len(COLOURS[theme]) % len(LINES)],
+                    }
                     means = [sum(points[at]) / len(points[at]) for at in x]
-                    (line,) = axis.plot(x, means, marker="o", markersize=3.5, linewidth=1.8, **style)
+                    (line,) = axis.plot(
+                        x, means, marker="o", markersize=3.5, linewidth=1.8, **style
+                    )
                     axis.fill_between(
-                        x, [min(points[at]) for at in x], [max(points[at]) for at in x], color=colour, alpha=0.15
+                        x,
+                        [min(points[at]) for at in x],
+                        [max(points[at]) for at in x],
+                        color=colour,
+                        alpha=0.15,
                     )
                     legend.setdefault(method, line)
                 if not axis.lines:
-                    axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=ink)
+                    axis.text(
+                        0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=ink
+                    )
         ncols = min(6, len(legend))
-        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=ncols, frameon=False)
+        figure.legend(
+            legend.values(), legend.keys(), loc="outside lower center", ncols=ncols, frameon=False
+        )
     return figure
 
 
@@ -138,8 +195,12 @@ def _matching(logged: list[str], group: str, pattern: str) -> list[str]:
 
 
 def _over_steps(runs: list[Finished], names: list[str]) -> dict[int, list[float]]:
-    """step -> a value of every run; steps that a run lacks, or where its value was not finite, are left out."""
-    series = [{r["step"]: r[n] for r in run.evals for n in names if r.get(n) is not None} for run in runs]
+    """step -> a value of every run; steps that a run lacks, or where its value was not finite, are
+    left out.
+    """
+    series = [
+        {r["step"]: r[n] for r in run.evals for n in names if r.get(n) is not None} for run in runs
+    ]
     shared = set.intersection(*map(set, series)) if series else set()
     return {step: [one[step] for one in series] for step in shared}
 
@@ -147,15 +208,22 @@ def _over_steps(runs: list[Finished], names: list[str]) -> dict[int, list[float]
 def _over_k(runs: list[Finished], names: list[str]) -> dict[int, list[float]]:
     """k -> the final pass@k of every run that has it."""
     found = {int(name.rpartition("_")[2]): [run.final(name) for run in runs] for name in names}
-    return {k: kept for k, values in found.items() if (kept := [value for value in values if value is not None])}
+    return {
+        k: kept
+        for k, values in found.items()
+        if (kept := [value for value in values if value is not None])
+    }
 
 
 def _show(found: dict | None, sign: bool = False) -> str:
-    """`mean [low, high]`; only the mean where one value has no interval, a dash where there is none."""
+    """`mean [low, high]`; only the mean where one value has no interval, a dash where there is
+    none.
+    """
     if found is None:
         return "–"
     mean, low, high = (
-        None if found[key] is None else f"{found[key]:{'+' * sign}.3g}" for key in ("mean", "low", "high")
+        None if found[key] is None else f"{found[key]:{'+' * sign}.3g}"
+        for key in ("mean", "low", "high")
     )
     return mean if low is None else f"{mean} [{low}, {high}]"
 

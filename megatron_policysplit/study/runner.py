@@ -1,4 +1,6 @@
-"""Runs a study: as many processes at once as asked, what is finished never again, what was interrupted goes on."""
+"""Runs a study: as many processes at once as asked, what is finished never again, what was
+interrupted goes on.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ _TAIL_BYTES = 64 * 1024
 
 
 class State:
-    """What has ended, in `study_state.json`: replaced whole after every run, so a killed study knows where it was.
+    """What has ended, in `study_state.json`: replaced whole after every run, so a killed study
+    knows where it was.
 
     A run is finished if it ended with exit code 0 under the very same configuration and overrides.
     """
@@ -42,13 +45,16 @@ class State:
                 self.runs, self.prepared = content["runs"], content["prepared"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
-                    f"{self.path} is damaged; delete it: finished runs are then only looked at, not trained, again"
+                    f"{self.path} is damaged; delete it: finished runs are then only looked at, "
+                    "not trained, again"
                 ) from error
 
     def finished(self, run: StudyRun) -> bool:
         """Whether there is nothing left to do for this run."""
         found = self.runs.get(run.name)
-        return found is not None and found["code"] == DONE and found["settings"] == self._digest(run)
+        return (
+            found is not None and found["code"] == DONE and found["settings"] == self._digest(run)
+        )
 
     def error(self, run: StudyRun) -> str | None:
         """Why the run failed when it was last started; None if it did not."""
@@ -68,7 +74,9 @@ class State:
         self._write()
 
     def _digest(self, run: StudyRun) -> str:
-        text = json.dumps([Path(self.study.config).read_text(encoding="utf-8"), self.study.settings(run)])
+        text = json.dumps(
+            [Path(self.study.config).read_text(encoding="utf-8"), self.study.settings(run)]
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _write(self) -> None:
@@ -94,20 +102,25 @@ class _Job:
     preparation: list[str] | None
 
 
-def run_study(study: Study, *, trainer: Sequence[str] = TRAINER, say: Callable[[str], None] = print) -> int:
-    """Runs what is not finished. Returns DONE; FAILED if a run failed; STOPPED if a signal left runs unfinished.
+def run_study(
+    study: Study, *, trainer: Sequence[str] = TRAINER, say: Callable[[str], None] = print
+) -> int:
+    """Runs what is not finished. Returns DONE; FAILED if a run failed; STOPPED if a signal left
+    runs unfinished.
 
-    SIGTERM or SIGINT is passed to the processes once; they save and end, and the same study goes on later. If this
-    process is killed, they get SIGTERM from the kernel. A run that failed is tried again by the next call. Must be
-    called in the main thread. Raises ConfigError where the directory cannot be written, or where another process runs
-    the study.
+    SIGTERM or SIGINT is passed to the processes once; they save and end, and the same study goes on
+    later. If this process is killed, they get SIGTERM from the kernel. A run that failed is tried
+    again by the next call. Must be called in the main thread. Raises ConfigError where the
+    directory cannot be written, or where another process runs the study.
     """
     directory = Path(study.dir)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / "study.lock").open("w")
     except OSError as error:
-        raise ConfigError(f"dir={directory} cannot be written ({error.strerror}); give another dir") from error
+        raise ConfigError(
+            f"dir={directory} cannot be written ({error.strerror}); give another dir"
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,7 +132,9 @@ def run_study(study: Study, *, trainer: Sequence[str] = TRAINER, say: Callable[[
 
 
 class _Runner:
-    def __init__(self, study: Study, state: State, trainer: Sequence[str], say: Callable[[str], None]):
+    def __init__(
+        self, study: Study, state: State, trainer: Sequence[str], say: Callable[[str], None]
+    ):
         self.study, self.state, self.trainer, self.say = study, state, trainer, say
         self.waiting = [run for run in study.runs if not state.finished(run)]
         self.jobs: list[_Job] = []
@@ -131,8 +146,13 @@ class _Runner:
 
     def run(self) -> int:
         total, left = len(self.study.runs), len(self.waiting)
-        self.say(f"study of {total} runs in {self.study.dir}: {total - left} finished, {left} to run")
-        before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.say(
+            f"study of {total} runs in {self.study.dir}: {total - left} finished, {left} to run"
+        )
+        before = {
+            number: signal.signal(number, self._remember)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
         try:
             while self.jobs or (self.waiting and not self._stopping()):
                 self._start_what_can()
@@ -186,7 +206,10 @@ class _Runner:
         preparation: list[str] | None = None,
     ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        given = {name: fill(value, self.study.dir, run, slot) for name, value in self.study.environment.items()}
+        given = {
+            name: fill(value, self.study.dir, run, slot)
+            for name, value in self.study.environment.items()
+        }
         with log.open("ab") as output:
             written = output.tell()
             process = subprocess.Popen(
@@ -198,14 +221,19 @@ class _Runner:
                 start_new_session=True,  # Ctrl-C reaches it through us alone
                 preexec_fn=partial(_ask_to_end_with, os.getpid(), ctypes.CDLL(None).prctl),
             )
-        self.jobs.append(_Job(name, run, log, written, slot, process, time.monotonic(), preparation))
+        self.jobs.append(
+            _Job(name, run, log, written, slot, process, time.monotonic(), preparation)
+        )
         self.say(f"{time.strftime('%H:%M:%S')} {name}: started, output in {log}")
 
     def _pass_the_signal_on(self) -> None:
         if self.signal is None or self.told:
             return
         self.told = True
-        self.say(f"{signal.Signals(self.signal).name}: waiting for {len(self.jobs)} processes to save and end")
+        self.say(
+            f"{signal.Signals(self.signal).name}: waiting for {len(self.jobs)} processes to save "
+            "and end"
+        )
         for job in self.jobs:
             if job.process.poll() is not None:
                 continue
@@ -217,13 +245,19 @@ class _Runner:
     def _end(self, job: _Job) -> None:
         code, seconds = job.process.returncode, time.monotonic() - job.began
         if code == DONE:
-            self.say(f"{time.strftime('%H:%M:%S')} {job.name}: done in {seconds:.0f} s ({len(self.waiting)} wait)")
+            self.say(
+                f"{time.strftime('%H:%M:%S')} {job.name}: done in {seconds:.0f} s "
+                f"({len(self.waiting)} wait)"
+            )
             if job.preparation is None:
                 self.state.ended(job.run, code, None)
             else:
                 self.state.has_prepared(job.preparation)
         elif code == STOPPED or (self.signal is not None and code == -signal.SIGTERM):
-            self.say(f"{time.strftime('%H:%M:%S')} {job.name}: stopped; it goes on with the next start of the study")
+            self.say(
+                f"{time.strftime('%H:%M:%S')} {job.name}: stopped; it goes on with the next start "
+                "of the study"
+            )
         else:
             error = last_error(job.log, job.written, code)
             if job.preparation is None:
@@ -239,7 +273,9 @@ class _Runner:
         self.say(f"{time.strftime('%H:%M:%S')} {run.name}: failed: {error}")
 
     def _variables(self) -> dict[str, str]:
-        """The cores shared out among runs at once; `policysplit train` shares its part among its ranks."""
+        """The cores shared out among runs at once; `policysplit train` shares its part among its
+        ranks.
+        """
         if self.study.at_once == 1 or "OMP_NUM_THREADS" in os.environ or not self.waiting:
             return {}
         from megatron_policysplit.config.load import load_config, world_size
@@ -250,10 +286,16 @@ class _Runner:
 
 
 def last_error(log: Path, start: int, code: int) -> str:
-    """Why a process ended: its last line that starts with `error: `, else its last line, and how it ended."""
+    """Why a process ended: its last line that starts with `error: `, else its last line, and how it
+    ended.
+    """
     with log.open("rb") as file:
         file.seek(max(start, log.stat().st_size - _TAIL_BYTES))
-        lines = [line.strip() for line in file.read().decode("utf-8", errors="replace").splitlines() if line.strip()]
+        lines = [
+            line.strip()
+            for line in file.read().decode("utf-8", errors="replace").splitlines()
+            if line.strip()
+        ]
     errors = [line for line in lines if line.startswith("error: ")]
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     said = (errors or lines or ["it wrote nothing"])[-1].removeprefix("error: ")

@@ -19,7 +19,12 @@ from megatron_policysplit.algorithms.methods import build_algorithm
 from megatron_policysplit.config import Config
 from megatron_policysplit.config.load import to_dict
 from megatron_policysplit.data.prompts import PromptBuilder, read_eval_prompts
-from megatron_policysplit.data.questions import Question, QuestionStream, drop_overlong, load_questions
+from megatron_policysplit.data.questions import (
+    Question,
+    QuestionStream,
+    drop_overlong,
+    load_questions,
+)
 from megatron_policysplit.data.tokenizer import load_tokenizer
 from megatron_policysplit.distributed.agree import _agreed
 from megatron_policysplit.distributed.control import Control
@@ -56,8 +61,8 @@ class SilentLog:
 def start(config: Config, stop: StopSignal) -> Run:
     """Build the run, resumed from the newest complete checkpoint in its directory if there is one.
 
-    Collective over all ranks. Raises a UserError for input that cannot be used, the same on every rank; StopRequested
-    after a signal during the slow imports.
+    Collective over all ranks. Raises a UserError for input that cannot be used, the same on every
+    rank; StopRequested after a signal during the slow imports.
     """
     with ExitStack() as resources:
         run = _build(config, stop, resources)
@@ -73,7 +78,11 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
 
     log = _agreed(layout, lambda: _log(config, layout))
     resources.callback(log.close)
-    judging = EvaluationJudge(config, layout, control, log.message) if config.eval.judge.url is not None else None
+    judging = (
+        EvaluationJudge(config, layout, control, log.message)
+        if config.eval.judge.url is not None
+        else None
+    )
 
     hf_config = read_hf_config(config.model.path)
     actor = Actor(config, hf_config, layout)
@@ -86,7 +95,10 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
     if (slower := missing_triton()) is not None:
         log.message(slower)
     elif use_triton() and actor.asked["nucleus"] is not None:
-        log.message(f"the LM head is computed in plain torch: algorithm.name={config.algorithm.name} needs its logits")
+        log.message(
+            f"the LM head is computed in plain torch: algorithm.name={config.algorithm.name} needs "
+            "its logits"
+        )
 
     state.date = layout.broadcast_from_chief(state.date or datetime.date.today().isoformat())
     fleet, url = None, None
@@ -100,9 +112,14 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
             resources.callback(lambda: control.run(leader.engine.aclose()))
         builder = PromptBuilder(leader.tokenizer, config.modes, date=state.date)
 
-    questions, prompts, dropped = _questions(config.data.path, config.data.options, config, layout, builder)
+    questions, prompts, dropped = _questions(
+        config.data.path, config.data.options, config, layout, builder
+    )
     if dropped:
-        log.message(f"dropped {dropped} questions whose prompt exceeds {config.data.max_prompt_tokens} tokens")
+        log.message(
+            f"dropped {dropped} questions whose prompt exceeds {config.data.max_prompt_tokens} "
+            "tokens"
+        )
     eval_questions, eval_prompts, other_prompts = [], {}, {}
     if config.eval.path is not None:
         eval_questions, eval_prompts, dropped = _questions(
@@ -111,7 +128,9 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
         if dropped:
             log.message(f"dropped {dropped} evaluation questions, as over-long as that")
         eval_questions = eval_questions[: config.eval.questions]
-        other_prompts = _agreed(layout, lambda: _other_prompts(config, eval_questions, leader, state.date))
+        other_prompts = _agreed(
+            layout, lambda: _other_prompts(config, eval_questions, leader, state.date)
+        )
 
     stream = QuestionStream(questions, config.data.batch_questions, config.run.seed)
     if state.stream:
@@ -152,7 +171,9 @@ def _fleet(
     if config.rollout.colocated:
         offload = Offload(actor.ddp, actor.optimizer, actor.reference or ())
         server = config.rollout.server
-        fleet.colocation = Colocation(offload, fleet.members, control, layout, start_seconds=server.start_seconds)
+        fleet.colocation = Colocation(
+            offload, fleet.members, control, layout, start_seconds=server.start_seconds
+        )
         options = {
             "before_load": fleet.colocation.before_load,
             "after_load": fleet.colocation.after_load,
@@ -173,7 +194,9 @@ def _log(config: Config, layout: Layout) -> Any:
 
 def _leader(config: Config, url: str | None) -> Leader:
     tokenizer = load_tokenizer(config.model.path)
-    rewards = RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_seconds)
+    rewards = RewardPool(
+        config.reward.function, config.reward.workers, config.reward.timeout_seconds
+    )
     if url is None:
         return Leader(engine_in_process(config, tokenizer), rewards, tokenizer)
     return Leader(sglang_engine(config, url, tokenizer), rewards, tokenizer)
@@ -182,7 +205,9 @@ def _leader(config: Config, url: str | None) -> Leader:
 def _questions(
     path: str, options: Mapping, config: Config, layout: Layout, builder: PromptBuilder | None
 ) -> tuple[list[Question], Prompts, int]:
-    """Questions that fit, their prompts (on leaders) and how many were dropped; the same on every rank."""
+    """Questions that fit, their prompts (on leaders) and how many were dropped; the same on every
+    rank.
+    """
     questions = load_questions(path, options)
     prompts: Prompts = {}
 
@@ -190,33 +215,46 @@ def _questions(
         if builder is None:
             return []
         prompts.update({question.id: builder.build(question.messages) for question in questions})
-        lengths = {id: {mode: len(ids) for mode, ids in modes.items()} for id, modes in prompts.items()}
+        lengths = {
+            id: {mode: len(ids) for mode, ids in modes.items()} for id, modes in prompts.items()
+        }
         return [q.id for q in drop_overlong(questions, lengths, config.data.max_prompt_tokens)[0]]
 
     kept = layout.broadcast_from_chief(_agreed(layout, build_and_drop))
     if len(kept) < config.data.batch_questions and path == config.data.path:
         raise ConfigError(
-            f"data.batch_questions={config.data.batch_questions} is more than the {len(kept)} questions of {path} "
-            f"that fit data.max_prompt_tokens={config.data.max_prompt_tokens}; lower the one or raise the other"
+            f"data.batch_questions={config.data.batch_questions} is more than the {len(kept)} "
+            f"questions of {path} "
+            f"that fit data.max_prompt_tokens={config.data.max_prompt_tokens}; lower the one or "
+            "raise the other"
         )
     wanted = set(kept)
-    return [question for question in questions if question.id in wanted], prompts, len(questions) - len(kept)
+    return (
+        [question for question in questions if question.id in wanted],
+        prompts,
+        len(questions) - len(kept),
+    )
 
 
 def _other_prompts(
     config: Config, questions: Sequence[Question], leader: Leader | None, date: str
 ) -> dict[str, Prompts]:
-    """The evaluation questions' prompts under each of eval.prompts; without ids on ranks that are no leader."""
+    """The evaluation questions' prompts under each of eval.prompts; without ids on ranks that are
+    no leader.
+    """
     texts = read_eval_prompts(config.eval.prompts, config.modes)
     result: dict[str, Prompts] = {name: {} for name in texts}
     for name, text in texts.items() if leader is not None else ():
-        modes = replace(config.modes, high_entropy_prompt=text, high_entropy_prompt_file=None, others={})
+        modes = replace(
+            config.modes, high_entropy_prompt=text, high_entropy_prompt_file=None, others={}
+        )
         builder = PromptBuilder(leader.tokenizer, modes, date=date)
         for question in questions:
             ids = builder.build(question.messages)[Mode.HIGH_ENTROPY]
             if len(ids) > config.data.max_prompt_tokens:
                 raise ConfigError(
-                    f"eval.prompts.{name} makes a prompt of {len(ids)} tokens, more than data.max_prompt_tokens="
+                    f"eval.prompts.{name} makes a prompt of {len(ids)} tokens, more than "
+                    "data.max_prompt_tokens="
                     f"{config.data.max_prompt_tokens}; shorten it or raise that"
                 )
             result[name][question.id] = {Mode.NORMAL: ids}

@@ -1,4 +1,6 @@
-"""What a batch of graded, scored rows says: per mode, and between the modes. Entropies and KL in nats."""
+"""What a batch of graded, scored rows says: per mode, and between the modes. Entropies and KL in
+nats.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,20 @@ from megatron_policysplit.evaluation.measures import answer_measures, variety_me
 from megatron_policysplit.rows import RIGHT, Mode, Rollout, Row, modes_in
 
 
-def mode_metrics(rows: Sequence[Row], statistics: Sequence[TokenStatistics], mode: Mode) -> dict[str, float]:
+def mode_metrics(
+    rows: Sequence[Row], statistics: Sequence[TokenStatistics], mode: Mode
+) -> dict[str, float]:
     """Of what `mode` sampled, under its own prompt; {} if it sampled nothing.
 
-    reward, accuracy, truncated_share: means over responses. response_tokens: mean length. Means over the tokens of
-    scored responses, left out where none is: entropy_nats (also in bits, the paper's unit), kl_nats (this mode ||
-    normal, of the normal mode || high-entropy).
+    reward, accuracy, truncated_share: means over responses. response_tokens: mean length. Means
+    over the tokens of scored responses, left out where none is: entropy_nats (also in bits, the
+    paper's unit), kl_nats (this mode || normal, of the normal mode || high-entropy).
     """
-    own = [(row.rollout, s) for row, s in zip(rows, statistics, strict=True) if row.mode == mode and row.on_policy]
+    own = [
+        (row.rollout, s)
+        for row, s in zip(rows, statistics, strict=True)
+        if row.mode == mode and row.on_policy
+    ]
     if not own:
         return {}
     rollouts = [rollout for rollout, _ in own]
@@ -38,8 +46,12 @@ def mode_metrics(rows: Sequence[Row], statistics: Sequence[TokenStatistics], mod
     return result
 
 
-def mode_divergences(rows: Sequence[Row], statistics: Sequence[TokenStatistics], mode: Mode) -> dict[str, float]:
-    """Mean over the tokens of what `mode` sampled of KL(mode || other), nats, by the names of the others scored."""
+def mode_divergences(
+    rows: Sequence[Row], statistics: Sequence[TokenStatistics], mode: Mode
+) -> dict[str, float]:
+    """Mean over the tokens of what `mode` sampled of KL(mode || other), nats, by the names of the
+    others scored.
+    """
     found: dict[str, list[torch.Tensor]] = {}
     for row, s in zip(rows, statistics, strict=True):
         if row.mode == mode and row.on_policy:
@@ -48,7 +60,9 @@ def mode_divergences(rows: Sequence[Row], statistics: Sequence[TokenStatistics],
     return {name: float(torch.cat(values).mean()) for name, values in sorted(found.items())}
 
 
-def training_metrics(rows: Sequence[Row], statistics: Sequence[TokenStatistics], live: Sequence[bool]) -> dict:
+def training_metrics(
+    rows: Sequence[Row], statistics: Sequence[TokenStatistics], live: Sequence[bool]
+) -> dict:
     """Flat names for the logs: per mode, KL both ways, agreement of engine and actor, skipped rows."""
     result: dict[str, float] = {}
     for mode in modes_in(rows):
@@ -66,7 +80,9 @@ def training_metrics(rows: Sequence[Row], statistics: Sequence[TokenStatistics],
         result["actor/engine_logprob_difference"] = float(torch.cat(differences).mean())
     result["actor/skipped_rows"] = float(len(live) - sum(live))
     result["actor/rows"] = float(len(live))
-    result["reward/errors"] = float(sum(row.rollout.reward_error is not None for row in rows if row.on_policy))
+    result["reward/errors"] = float(
+        sum(row.rollout.reward_error is not None for row in rows if row.on_policy)
+    )
     return result
 
 
@@ -78,7 +94,8 @@ def evaluation_metrics(
     *,
     variety: bool = False,
 ) -> dict[str, float]:
-    """`eval/<mode>/...`: mode_metrics, and of the `samples` responses to each question `answer_measures`.
+    """`eval/<mode>/...`: mode_metrics, and of the `samples` responses to each question
+    `answer_measures`.
 
     variety: `variety_measures` of their texts, too.
     """
@@ -94,7 +111,9 @@ def evaluation_metrics(
         metrics = mode_metrics(rows, statistics, mode)
         metrics |= answer_measures(list(per_question.values()), samples)
         if variety:
-            metrics |= variety_measures([[text for text, _ in answers] for answers in per_question.values()])
+            metrics |= variety_measures(
+                [[text for text, _ in answers] for answers in per_question.values()]
+            )
         result |= {f"eval/{mode.value}/{name}": value for name, value in metrics.items()}
     return result
 
@@ -108,9 +127,14 @@ def prompt_metrics(
     *,
     variety: bool = False,
 ) -> dict[str, float]:
-    """`eval/<name>/...`: `evaluation_metrics` of what was sampled under another prompt, as the normal mode samples."""
+    """`eval/<name>/...`: `evaluation_metrics` of what was sampled under another prompt, as the
+    normal mode samples.
+    """
     found = evaluation_metrics(rows, statistics, text, samples, variety=variety)
-    return {f"eval/{name}/" + key.removeprefix(f"eval/{Mode.NORMAL.value}/"): value for key, value in found.items()}
+    return {
+        f"eval/{name}/" + key.removeprefix(f"eval/{Mode.NORMAL.value}/"): value
+        for key, value in found.items()
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,6 +1,7 @@
 """Everything that can be checked before a process starts or a weight is read.
 
-torch is imported only for model.megatron, algorithm.options, algorithm.old_logprobs=engine and rollout.engine=replay.
+torch is imported only for model.megatron, algorithm.options, algorithm.old_logprobs=engine and
+rollout.engine=replay.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from megatron_policysplit.evaluation.judge_prompt import judge_api_key, read_jud
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found. parameters counts every stored weight; eval_questions is 0 without evaluation."""
+    """What was found. parameters counts every stored weight; eval_questions is 0 without
+    evaluation.
+    """
 
     architecture: str
     parameters: int
@@ -49,13 +52,15 @@ class Preflight:
         evaluation = f", {self.eval_questions} for evaluation" if self.eval_questions else ""
         start = f", weights of {config.model.megatron}" if config.model.megatron is not None else ""
         return [
-            f"model    {config.model.path} ({self.architecture}, {self.parameters / 1e6:,.1f} M parameters){start}",
+            f"model    {config.model.path} ({self.architecture}, {self.parameters / 1e6:,.1f} M "
+            f"parameters){start}",
             f"data     {self.train_questions} questions{evaluation}",
-            f"layout   tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {ranks}"
-            + f", experts over {layout.expert} replicas" * (layout.expert > 1),
+            f"layout   tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = "
+            f"{ranks}" + f", experts over {layout.expert} replicas" * (layout.expert > 1),
             f"engine   {_engines(config)}",
             *_judge(config),
-            f"run      {config.run.dir}{' (resumed if it holds a checkpoint)' if self.resumes else ''}",
+            "run      "
+            f"{config.run.dir}{' (resumed if it holds a checkpoint)' if self.resumes else ''}",
             *(f"warning: {warning}" for warning in self.warnings),
         ]
 
@@ -68,7 +73,10 @@ def _engines(config: Config) -> str:
         where = ", ".join(rollout.addresses)
     else:
         count = world_size(config) // server.tensor if rollout.colocated else server.count or 1
-        where = f"{count} of tensor parallelism {server.tensor}" + " on the actor's GPUs" * rollout.colocated
+        where = (
+            f"{count} of tensor parallelism {server.tensor}"
+            + " on the actor's GPUs" * rollout.colocated
+        )
     return f"sglang ({where}), weights by {config.weight_sync.transport}"
 
 
@@ -77,11 +85,16 @@ def _judge(config: Config) -> list[str]:
     if judge.url is None:
         return []
     each = f"{judge.samples} response{'s' * (judge.samples > 1)} per mode"
-    return [f"judge    {judge.model} at {judge.url}, {each} to {judge.questions} questions of an evaluation at most"]
+    return [
+        f"judge    {judge.model} at {judge.url}, {each} to {judge.questions} questions of an "
+        "evaluation at most"
+    ]
 
 
 def preflight(config: Config) -> Preflight:
-    """Checks keys, model, data, reward, run directory and checkpoint; raises a UserError for the first wrong one."""
+    """Checks keys, model, data, reward, run directory and checkpoint; raises a UserError for the
+    first wrong one.
+    """
     warnings = check_config(config)
     check_method(config)
     architecture, parameters = _check_model(config)
@@ -93,7 +106,9 @@ def preflight(config: Config) -> Preflight:
         judge_api_key(config.eval.judge)
     resumes = check_run_dir(config)
     _check_checkpoint(config)
-    return Preflight(architecture, parameters, train, evaluation, world_size(config), resumes, warnings)
+    return Preflight(
+        architecture, parameters, train, evaluation, world_size(config), resumes, warnings
+    )
 
 
 def _check_model(config: Config) -> tuple[str, int]:
@@ -106,12 +121,15 @@ def _check_model(config: Config) -> tuple[str, int]:
     hf_config = read_hf_config(path)
     architecture = find_architecture(hf_config)
     parallel = config.parallel
-    check_layout(hf_config, parallel.tensor, parallel.pipeline, parallel.expert, sequence=parallel.sequence)
+    check_layout(
+        hf_config, parallel.tensor, parallel.pipeline, parallel.expert, sequence=parallel.sequence
+    )
     tensors = check_safetensors(path)
     _check_start(config, hf_config)
     if not has_chat_template(path):
         raise ModelError(
-            f"the tokenizer of model.path={path} has no chat template; put a chat_template.jinja into that directory "
+            f"the tokenizer of model.path={path} has no chat template; put a chat_template.jinja "
+            "into that directory "
             "or use an instruction-tuned model"
         )
     read_prompts(config.modes)
@@ -130,7 +148,12 @@ def _check_start(config: Config, hf_config: dict[str, Any]) -> None:
     try:
         MegatronCheckpoint(path, config.model.path)
         if (path / "trainer.json").is_file():
-            check_model(read_trainer_json(path)["model"], hf_config, path, remedy="set model.path to that model")
+            check_model(
+                read_trainer_json(path)["model"],
+                hf_config,
+                path,
+                remedy="set model.path to that model",
+            )
         check_config(path, config.model.path)
     except UserError as error:
         raise type(error)(f"model.megatron: {error}") from error
@@ -142,12 +165,15 @@ def _check_data(config: Config) -> tuple[int, int]:
     questions = len(load_questions(config.data.path, config.data.options))
     if config.data.batch_questions > questions:
         raise ConfigError(
-            f"data.batch_questions={config.data.batch_questions} is more than the {questions} questions of "
+            f"data.batch_questions={config.data.batch_questions} is more than the {questions} "
+            "questions of "
             f"data.path={config.data.path}; use at most {questions}"
         )
     replay = config.rollout.replay_dir
     if config.rollout.engine == "replay" and not Path(replay).is_dir():
-        raise ConfigError(f"rollout.replay_dir={replay} is not a directory; give the rollouts/ directory of a run")
+        raise ConfigError(
+            f"rollout.replay_dir={replay} is not a directory; give the rollouts/ directory of a run"
+        )
     if config.eval.path is None:
         return questions, 0
     available = len(load_questions(config.eval.path, config.eval.options))
@@ -168,7 +194,8 @@ def _check_servers(config: Config) -> None:
     python = rollout.server.python
     if python is not None and not rollout.addresses and shutil.which(python) is None:
         raise ConfigError(
-            f"rollout.server.python={python} is not an executable; give the interpreter of an environment with SGLang "
+            f"rollout.server.python={python} is not an executable; give the interpreter of an "
+            "environment with SGLang "
             "(on a machine without a GPU `make sglang-cpu` makes one: .venv-sglang/bin/python)"
         )
 
@@ -179,11 +206,18 @@ def check_run_dir(config: Config) -> bool:
     Raises ConfigError if it holds another one, or cannot be created or written.
     """
     directory = Path(config.run.dir)
-    existing = next(parent for parent in [directory, *directory.absolute().parents] if parent.exists())
+    existing = next(
+        parent for parent in [directory, *directory.absolute().parents] if parent.exists()
+    )
     if not existing.is_dir():
-        raise ConfigError(f"run.dir={directory} cannot be a directory: {existing} is a file; give another run.dir")
+        raise ConfigError(
+            f"run.dir={directory} cannot be a directory: {existing} is a file; give another run.dir"
+        )
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"run.dir={directory} cannot be written: no permission in {existing}; give another run.dir")
+        raise ConfigError(
+            f"run.dir={directory} cannot be written: no permission in {existing}; give another "
+            "run.dir"
+        )
     file = directory / CONFIG_FILE
     if not file.exists() or not _has_begun(directory):
         return False
@@ -198,14 +232,17 @@ def check_run_dir(config: Config) -> bool:
     if difference is not None:
         name, old, new = difference
         raise ConfigError(
-            f"run.dir={directory} holds another run, with {name}={show(old)} where this one has {show(new)}; "
+            f"run.dir={directory} holds another run, with {name}={show(old)} where this one has "
+            f"{show(new)}; "
             f"give another run.dir, or delete {directory}"
         )
     return True
 
 
 def _has_begun(directory: Path) -> bool:
-    """Whether a run wrote anything worth keeping: one that was refused at its start left only its configuration."""
+    """Whether a run wrote anything worth keeping: one that was refused at its start left only its
+    configuration.
+    """
     metrics = directory / "metrics.jsonl"
     return (directory / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
@@ -230,4 +267,6 @@ def prepare_run_dir(config: Config) -> None:
             os.fsync(stream.fileno())
         os.replace(partial, directory / CONFIG_FILE)
     except OSError as error:
-        raise ConfigError(f"run.dir={directory} cannot be written: {error.strerror}; give another run.dir") from error
+        raise ConfigError(
+            f"run.dir={directory} cannot be written: {error.strerror}; give another run.dir"
+        ) from error

@@ -1,4 +1,6 @@
-"""A training batch from its first question to its last response: drawn, generated, drawn again if a method wants."""
+"""A training batch from its first question to its last response: drawn, generated, drawn again if a
+method wants.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,14 @@ from megatron_policysplit.training.run import Run
 
 
 class PendingBatch:
-    """A batch under way. Collective over all ranks; every rank draws the same questions, leaders hold the responses.
+    """A batch under way. Collective over all ranks; every rank draws the same questions, leaders
+    hold the responses.
 
     unused: responses of a second rollout that are not trained, on leaders, once finished.
-    cursor: the stream's state once its questions were drawn; saved when it has been trained. With a method's
-    `Selection` further rounds begin in `finish`, with the weights that the engines have then, which are still those of
-    the first round. The seed of a sample depends on batch and question, not on the round; a question that the end of an
-    epoch brings again is left out.
+    cursor: the stream's state once its questions were drawn; saved when it has been trained. With a
+    method's `Selection` further rounds begin in `finish`, with the weights that the engines have
+    then, which are still those of the first round. The seed of a sample depends on batch and
+    question, not on the round; a question that the end of an epoch brings again is left out.
     """
 
     def __init__(self, run: Run, number: int):
@@ -34,7 +37,8 @@ class PendingBatch:
         self._begin(run.stream.next_batch())
 
     def finish(self, phases: Phases) -> list[Rollout]:
-        """Graded rollouts of the questions to train, sorted by key, on leaders; [] elsewhere. May be called again.
+        """Graded rollouts of the questions to train, sorted by key, on leaders; [] elsewhere. May
+        be called again.
 
         phases: as of `Driver.finish`, over all rounds.
         """
@@ -43,7 +47,11 @@ class PendingBatch:
             return self._rollouts
         if self.selection is not None:
             kept = self._kept(made)
-            while len(kept) < self._wanted and len(self.rounds) < self.selection.max_rounds and self._draw_again():
+            while (
+                len(kept) < self._wanted
+                and len(self.rounds) < self.selection.max_rounds
+                and self._draw_again()
+            ):
                 made.append(self.run.driver.finish(self.rounds[-1], phases))
                 kept = self._kept(made)
         everything = [rollout for part in made for rollout in part]
@@ -79,7 +87,14 @@ class PendingBatch:
         self.questions += questions
         self.cursor = run.stream.state()
         self.rounds.append(
-            run.driver.begin(self.number, questions, run.prompts, run.samples_per_mode, purpose="train", second=second)
+            run.driver.begin(
+                self.number,
+                questions,
+                run.prompts,
+                run.samples_per_mode,
+                purpose="train",
+                second=second,
+            )
         )
 
     def _draw_again(self) -> bool:
@@ -87,22 +102,30 @@ class PendingBatch:
         asked = {question.id for question in self.questions}
         fresh: list[Question] = []
         while not fresh and len(asked) < len(self.run.questions):
-            fresh = [question for question in self.run.stream.next_batch() if question.id not in asked]
+            fresh = [
+                question for question in self.run.stream.next_batch() if question.id not in asked
+            ]
         if fresh:
             self._begin(fresh)
         return bool(fresh)
 
     def _kept(self, made: Sequence[Sequence[Rollout]]) -> list[int]:
-        """Ids of the questions that the method keeps so far, in the order drawn (the chief's, on every rank)."""
+        """Ids of the questions that the method keeps so far, in the order drawn (the chief's, on
+        every rank).
+        """
         rewards: dict[int, list[float]] = {}
         for rollouts in made:
             for rollout in (rollout for rollout in rollouts if not rollout.auxiliary):
                 rewards.setdefault(rollout.question, []).append(rollout.reward)
         asked = [question.id for question in self.questions if question.id in rewards]
-        return self.run.layout.broadcast_from_chief([id for id in asked if self.selection.keeps(rewards[id])])
+        return self.run.layout.broadcast_from_chief(
+            [id for id in asked if self.selection.keeps(rewards[id])]
+        )
 
     def _select(self, rollouts: list[Rollout], kept: Sequence[int]) -> list[Rollout]:
-        """Those of the first questions kept; of the first round's, whatever their rewards, if there is none."""
+        """Those of the first questions kept; of the first round's, whatever their rewards, if there
+        is none.
+        """
         chosen, drawn = kept[: self._wanted], len(self.questions)
         if rollouts:
             self.metrics |= {
@@ -110,20 +133,30 @@ class PendingBatch:
                 "dynamic/questions": float(drawn),
                 "dynamic/dropped": float(drawn - len(kept)),
                 "dynamic/surplus": float(len(kept) - len(chosen)),
-                "dynamic/reward_of_all": sum(rollout.reward for rollout in rollouts) / len(rollouts),
+                "dynamic/reward_of_all": sum(rollout.reward for rollout in rollouts)
+                / len(rollouts),
             }
         if len(chosen) < self._wanted:
-            tail = "those are trained" if chosen else "the first ones are trained, though without an advantage"
+            tail = (
+                "those are trained"
+                if chosen
+                else "the first ones are trained, though without an advantage"
+            )
             self.run.log.message(
-                f"step {self.number + 1}: {len(chosen)} of {drawn} questions drawn in {len(self.rounds)} rounds have "
+                f"step {self.number + 1}: {len(chosen)} of {drawn} questions drawn in "
+                f"{len(self.rounds)} rounds have "
                 f"unequal rewards, where data.batch_questions={self._wanted} are wanted; {tail}"
             )
         wanted = set(chosen or [question.id for question in self.questions[: self._wanted]])
         return [rollout for rollout in rollouts if rollout.question in wanted]
 
     def _positives(self, auxiliary: list[Rollout]) -> list[Rollout]:
-        """Right responses of the second rollout, at most `most`: first samples of all questions before second ones."""
-        order = sorted(auxiliary, key=lambda rollout: (rollout.sample, rollout.question, rollout.mode.value))
+        """Right responses of the second rollout, at most `most`: first samples of all questions
+        before second ones.
+        """
+        order = sorted(
+            auxiliary, key=lambda rollout: (rollout.sample, rollout.question, rollout.mode.value)
+        )
         right = [rollout for rollout in order if rollout.reward > RIGHT]
         chosen = right[: self.second.most]
         taken = {rollout.key for rollout in chosen}

@@ -1,4 +1,6 @@
-"""Builds a run on every rank: process groups, data, prompts, actor, engine, logs; and takes it down again."""
+"""Builds a run on every rank: process groups, data, prompts, actor, engine, logs; and takes it down
+again.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,9 @@ Prompts = dict[int, dict[Mode, list[int]]]
 class Run:
     """Everything the trainer works with. Prompts are held on leaders only; questions on every rank.
 
-    fleet: with rollout.engine=sglang. colocation: with rollout.colocated. served: weight version that the engines were
-    given last. other_prompts: of eval.prompts, name -> evaluation question -> NORMAL -> prompt ids. judging: with
-    eval.judge.url.
+    fleet: with rollout.engine=sglang. colocation: with rollout.colocated. served: weight version
+    that the engines were given last. other_prompts: of eval.prompts, name -> evaluation question ->
+    NORMAL -> prompt ids. judging: with eval.judge.url.
     """
 
     config: Config
@@ -84,7 +86,16 @@ class Run:
         if self.leader is None:
             return None
         state, seed = self.state.method or None, self.config.run.seed * 1_000_003 + self.state.step
-        return SignalBuilder(rows, old, plan, self.algorithm, self.config, state=state, reference=reference, seed=seed)
+        return SignalBuilder(
+            rows,
+            old,
+            plan,
+            self.algorithm,
+            self.config,
+            state=state,
+            reference=reference,
+            seed=seed,
+        )
 
     def text(self, rollout: Rollout) -> str:
         """A response as text (leaders only)."""
@@ -96,15 +107,23 @@ class Run:
 
     def eval_records(self, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
         """Rollouts of evaluation questions for a dump (leaders only)."""
-        return self._records(rollouts, {question.id: question for question in self.eval_questions}, self.eval_prompts)
+        return self._records(
+            rollouts, {question.id: question for question in self.eval_questions}, self.eval_prompts
+        )
 
-    def _records(self, rollouts: Sequence[Rollout], questions: Mapping[int, Question], prompts: Prompts):
+    def _records(
+        self, rollouts: Sequence[Rollout], questions: Mapping[int, Question], prompts: Prompts
+    ):
         tokenizer = self.leader.tokenizer
-        text = {id: tokenizer.decode(prompts[id][Mode.NORMAL]) for id in {rollout.question for rollout in rollouts}}
+        text = {
+            id: tokenizer.decode(prompts[id][Mode.NORMAL])
+            for id in {rollout.question for rollout in rollouts}
+        }
         return rollout_records(rollouts, questions, text, self.text)
 
     def load_engines(self, version: int, *, again: bool = False) -> None:
-        """Give the engines the actor's weights, unless they have this version (collective over all ranks).
+        """Give the engines the actor's weights, unless they have this version (collective over all
+        ranks).
 
         again: even if they have it. Engines on the actor's own GPUs get theirs in `engines_awake`.
         """
@@ -116,7 +135,8 @@ class Run:
     def engines_awake(self) -> Iterator[None]:
         """Generation is possible inside (collective over all ranks).
 
-        Engines on the actor's own GPUs take the memory and the weights, and afterwards the actor takes them back.
+        Engines on the actor's own GPUs take the memory and the weights, and afterwards the actor
+        takes them back.
         """
         if self.colocation is None:
             yield
@@ -133,7 +153,9 @@ class Run:
         self.wake_actor()
 
     def wake_actor(self) -> None:
-        """Give the actor the memory of its GPUs back, if engines have it (collective over all ranks)."""
+        """Give the actor the memory of its GPUs back, if engines have it (collective over all
+        ranks).
+        """
         if self.colocation is not None and self.colocation.engines_turn:
             self.colocation.to_training()
 
@@ -145,7 +167,9 @@ class Run:
             return self.control.attend(work, self.fleet) or []
 
     def tell_version(self, version: int) -> None:
-        """Have a leader's SGLang engine expect answers from these weights (and older ones as far as is allowed)."""
+        """Have a leader's SGLang engine expect answers from these weights (and older ones as far as
+        is allowed).
+        """
         if self.leader is not None:
             self.leader.engine.serve_version(version)
 
@@ -165,14 +189,18 @@ class Run:
 
         def take(stream) -> None:
             if self.layout.is_chief:
-                write_hf(self.directory / name, config.model.path, stream, DTYPES[config.model.dtype])
+                write_hf(
+                    self.directory / name, config.model.path, stream, DTYPES[config.model.dtype]
+                )
 
         destination = "leader" if self.layout.data_rank == 0 else "nowhere"
         consume_weights(self.actor.model, self.actor.hf_config, destination, take)
 
     def dump(self, path: Path, records: Sequence[dict]) -> None:
         partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        partial.write_text(
+            "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
+        )
         os.replace(partial, path)
 
     def close(self) -> None:

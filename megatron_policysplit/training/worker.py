@@ -28,7 +28,8 @@ def main(argv: list[str]) -> int:
 
     forks_die_with_us()
 
-    # Megatron-Core says once a rank what it falls back to without a GPU; docs/architecture.md says it too.
+    # Megatron-Core says once a rank what it falls back to without a GPU; docs/architecture.md says
+    # it too.
     for text in (
         ".*Apex (is|are) not installed.*",
         ".*full scope is deprecated.*",
@@ -56,19 +57,24 @@ def main(argv: list[str]) -> int:
         _report(f"error: {error}")
         return BAD_INPUT
     except BaseException as error:
-        # A collective whose peer is gone fails with a RuntimeError in the wording of its backend. A full disk is an
-        # OSError of this rank alone (torch's CheckpointException is not even an Exception); the others learn of it
-        # when this rank leaves.
+        # A collective whose peer is gone fails with a RuntimeError in the wording of its backend. A
+        # full disk is an OSError of this rank alone (torch's CheckpointException is not even an
+        # Exception); the others learn of it when this rank leaves.
         from megatron_policysplit.distributed.control import missing_ranks
 
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         traceback.print_exc()
-        _report(f"error: rank {rank} failed ({_first_sentence(error)}); {missing_ranks(rank, world_size)}")
+        _report(
+            f"error: rank {rank} failed ({_first_sentence(error)}); "
+            f"{missing_ranks(rank, world_size)}"
+        )
         return FAILED
 
 
 def _report(text: str) -> None:
-    """To stderr, once for all ranks that say the same. Rank 0, which hosts the store, gives the others time to ask."""
+    """To stderr, once for all ranks that say the same. Rank 0, which hosts the store, gives the
+    others time to ask.
+    """
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -77,12 +83,18 @@ def _report(text: str) -> None:
     store, said = dist.distributed_c10d._get_default_store(), f"policysplit/said/{text_hash(text)}"
     try:
         first = store.add(said, 1) == 1
-    except RuntimeError:  # the rank that hosts the store is gone; saying it twice beats not saying it
+    except (
+        RuntimeError
+    ):  # the rank that hosts the store is gone; saying it twice beats not saying it
         first = True
     if first:
         print(text, file=sys.stderr, flush=True)
     deadline = time.monotonic() + SAME_ERROR_SECONDS
-    while dist.get_rank() == 0 and store.add(said, 0) < dist.get_world_size() and time.monotonic() < deadline:
+    while (
+        dist.get_rank() == 0
+        and store.add(said, 0) < dist.get_world_size()
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
 
 
@@ -99,7 +111,9 @@ def _first_sentence(error: BaseException) -> str:
 
 
 def leave(code: int) -> None:
-    """End this rank. Not by sys.exit: a peer that is gone must not keep it in an atexit handler of a backend."""
+    """End this rank. Not by sys.exit: a peer that is gone must not keep it in an atexit handler of
+    a backend.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

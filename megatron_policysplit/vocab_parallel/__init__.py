@@ -1,10 +1,21 @@
-"""Token statistics and losses over a vocabulary sharded across tensor-parallel ranks, without holding its logits."""
+"""Token statistics and losses over a vocabulary sharded across tensor-parallel ranks, without
+holding its logits.
+"""
 
 from megatron_policysplit.vocab_parallel.fused_loss import FusedLoss, fused_loss
-from megatron_policysplit.vocab_parallel.head import Scores, head_pair_statistics, head_statistics, score
+from megatron_policysplit.vocab_parallel.head import (
+    Scores,
+    head_pair_statistics,
+    head_statistics,
+    score,
+)
 from megatron_policysplit.vocab_parallel.pairs import Pairs
 from megatron_policysplit.vocab_parallel.shard import Head, VocabularyShard
-from megatron_policysplit.vocab_parallel.statistics import PairStatistics, pair_statistics, token_statistics
+from megatron_policysplit.vocab_parallel.statistics import (
+    PairStatistics,
+    pair_statistics,
+    token_statistics,
+)
 
 __all__ = [
     "FusedLoss",

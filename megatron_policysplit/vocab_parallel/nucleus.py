@@ -1,12 +1,13 @@
 """The entropy of a token's nucleus, over a sharded vocabulary, with gradient.
 
-The nucleus is the smallest set of the most likely columns that holds a given mass of the probability (columns of equal
-logits go together). Which columns these are is found exactly, from the largest logits of each shard, and kept as a
-threshold: a logit that lies between the nucleus and the rest. With the threshold as a constant the entropy of the
-distribution renormalised over the nucleus N is one more reduction: with e and x as in `reduction`, S = sum e and
-U = sum e x over N,
+The nucleus is the smallest set of the most likely columns that holds a given mass of the
+probability (columns of equal logits go together). Which columns these are is found exactly, from
+the largest logits of each shard, and kept as a threshold: a logit that lies between the nucleus and
+the rest. With the threshold as a constant the entropy of the distribution renormalised over the
+nucleus N is one more reduction: with e and x as in `reduction`, S = sum e and U = sum e x over N,
 
-    H_N = log S - U / S        dH_N/dz_i = -q_i (log q_i + H_N) / t for i in N, else 0, with q = e / S
+    H_N = log S - U / S        dH_N/dz_i = -q_i (log q_i + H_N) / t for i in N, else 0, with q = e /
+    S
 """
 
 from __future__ import annotations
@@ -30,13 +31,16 @@ from megatron_policysplit.vocab_parallel.reduction import (
 )
 from megatron_policysplit.vocab_parallel.shard import Gathering, VocabularyShard
 
-CANDIDATES = 64  # logits a token that each shard offers at first, and GROWTH times as many where that is too few
+# Logits a token that each shard offers at first, and GROWTH times as many where that is too few.
+CANDIDATES = 64
 GROWTH = 16
 
 
 @dataclass(frozen=True)
 class Nucleus(PerToken):
-    """threshold [T]: columns with logits at or above it are the nucleus, all for minus infinity. entropy [T]: nats."""
+    """threshold [T]: columns with logits at or above it are the nucleus, all for minus infinity.
+    entropy [T]: nats.
+    """
 
     threshold: Tensor
     entropy: Tensor
@@ -44,23 +48,31 @@ class Nucleus(PerToken):
 
 @dataclass(frozen=True)
 class MergedNucleus(PerToken):
-    """Of whole rows, [T] each: log q of a column of the nucleus is (z - top) / temperature - log_total."""
+    """Of whole rows, [T] each: log q of a column of the nucleus is (z - top) / temperature -
+    log_total.
+    """
 
     top: Tensor
     log_total: Tensor
     entropy: Tensor
 
 
-def find_nucleus(logits: Tensor, parts: Tensor, temperature: Tensor, shard: VocabularyShard, mass: float) -> Nucleus:
-    """Of logits [T, padded columns], of which `parts` is `reduction.reduce_logits`; alike on all ranks.
+def find_nucleus(
+    logits: Tensor, parts: Tensor, temperature: Tensor, shard: VocabularyShard, mass: float
+) -> Nucleus:
+    """Of logits [T, padded columns], of which `parts` is `reduction.reduce_logits`; alike on all
+    ranks.
 
-    Collectives: an all-gather of CANDIDATES + 2 floats a token, and more of them for tokens whose nucleus is larger.
+    Collectives: an all-gather of CANDIDATES + 2 floats a token, and more of them for tokens whose
+    nucleus is larger.
     """
     z = true_columns(logits, shard)
     threshold, entropy = parts.new_empty(len(z)), parts.new_empty(len(z))
     open_rows, count = torch.arange(len(z), device=z.device), CANDIDATES
     while len(open_rows):
-        count = min(count, logits.shape[1] + 1)  # one more than any shard has: then what is missing is minus infinity
+        count = min(
+            count, logits.shape[1] + 1
+        )  # one more than any shard has: then what is missing is minus infinity
         offered = torch.cat([parts[:2, open_rows], _largest(z[open_rows], count)])
         (gathered,) = Gathering([offered], shard).wait()
         found, certain = _among(gathered, temperature[open_rows], mass)
@@ -71,7 +83,9 @@ def find_nucleus(logits: Tensor, parts: Tensor, temperature: Tensor, shard: Voca
 
 
 def _largest(z: Tensor, count: int) -> Tensor:
-    """[count, T]: the largest logits of z [T, columns], falling; minus infinity where there are no more."""
+    """[count, T]: the largest logits of z [T, columns], falling; minus infinity where there are no
+    more.
+    """
     there = min(count, z.shape[1])
     largest = z.new_full((count, len(z)), -torch.inf)
     largest[:there] = z.topk(there).values.t()
@@ -79,11 +93,19 @@ def _largest(z: Tensor, count: int) -> Tensor:
 
 
 def _among(gathered: Tensor, temperature: Tensor, mass: float) -> tuple[Nucleus, Tensor]:
-    """From m, sum e and the largest logits of every shard, [shards, 2 + count, T]: the nucleus, and [T] bool, whether
-    it is certain: whether no logit that was not offered can lie above the largest one outside of it."""
+    """From m, sum e and the largest logits of every shard, [shards, 2 + count, T]: the nucleus, and
+    [T] bool, whether it is certain: whether no logit that was not offered can lie above the largest
+    one outside of it.
+    """
     top, step = shard_steps(gathered[:, 0], temperature)
     total = (step.double().exp() * gathered[:, 1].double()).sum(0)
-    z = gathered[:, 2:].permute(2, 0, 1).reshape(len(temperature), -1).sort(1, descending=True).values
+    z = (
+        gathered[:, 2:]
+        .permute(2, 0, 1)
+        .reshape(len(temperature), -1)
+        .sort(1, descending=True)
+        .values
+    )
     there = z > -torch.inf
     x = ((z - top[:, None]).double() / temperature[:, None].double()).where(there, 0.0)
     e = x.exp() * there
@@ -91,7 +113,9 @@ def _among(gathered: Tensor, temperature: Tensor, mass: float) -> tuple[Nucleus,
     smallest = z.gather(1, reached.int().argmax(1, keepdim=True))
     outside = z.where(z < smallest, -torch.inf).max(1).values
     certain = reached.any(1) & (outside >= gathered[:, -1].max(0).values)
-    middle = (smallest[:, 0] + outside) / 2  # between the two, rounding in another pass cannot change the set
+    middle = (
+        smallest[:, 0] + outside
+    ) / 2  # between the two, rounding in another pass cannot change the set
     threshold = middle.where((middle > outside) | (outside == -torch.inf), smallest[:, 0])
     e = e * (z >= threshold[:, None])
     inside = e.sum(1)
@@ -102,7 +126,9 @@ def _among(gathered: Tensor, temperature: Tensor, mass: float) -> tuple[Nucleus,
 def reduce_nucleus(
     logits: Tensor, highest: Tensor, threshold: Tensor, temperature: Tensor, shard: VocabularyShard
 ) -> Tensor:
-    """[2, T]: sum e and sum e x over the nucleus, of logits [T, padded columns]; highest [T]: m of the shard."""
+    """[2, T]: sum e and sum e x over the nucleus, of logits [T, padded columns]; highest [T]: m of
+    the shard.
+    """
     parts = logits.new_empty(2, len(logits), dtype=statistics_dtype(logits))
     for rows in tiles(logits):
         z = true_columns(logits[rows], shard)
@@ -113,8 +139,9 @@ def reduce_nucleus(
 
 
 def merge_nucleus(highest: Tensor, gathered: Tensor, temperature: Tensor) -> MergedNucleus:
-    """From every shard's m [shards, T] and `reduce_nucleus` [shards, 2, T]. A nucleus that logits have left since its
-    threshold was found is empty: its entropy is 0, and so is the gradient."""
+    """From every shard's m [shards, T] and `reduce_nucleus` [shards, 2, T]. A nucleus that logits
+    have left since its threshold was found is empty: its entropy is 0, and so is the gradient.
+    """
     top, step = shard_steps(highest, temperature)
     log_total, mean = merge_shards(gathered[:, 0], gathered[:, 1], step, step)
     return MergedNucleus(top, log_total, (log_total - mean).where(log_total > -torch.inf, 0.0))
@@ -130,15 +157,18 @@ def gradient_with_nucleus(
     by_nucleus: Tensor | None,
     shard: VocabularyShard,
 ) -> Tensor:
-    """`reduction.logits_gradient`, a new tensor, and what the entropy of the nucleus adds; by_nucleus [T]: the
-    derivative of the loss by it, None for none."""
+    """`reduction.logits_gradient`, a new tensor, and what the entropy of the nucleus adds;
+    by_nucleus [T]: the derivative of the loss by it, None for none.
+    """
     out = logits_gradient(logits, tokens, merged, slopes, shard, out=torch.empty_like(logits))
     if by_nucleus is None:
         return out
     slope = by_nucleus / tokens.temperature
     for rows in tiles(logits):
         z = true_columns(logits[rows], shard)
-        log_q = (z - nucleus.top[rows, None]) / tokens.temperature[rows, None] - nucleus.log_total[rows, None]
+        log_q = (z - nucleus.top[rows, None]) / tokens.temperature[rows, None] - nucleus.log_total[
+            rows, None
+        ]
         added = log_q.exp() * (log_q + nucleus.entropy[rows, None]) * slope[rows, None]
         out[rows, : shard.columns] -= added.where(z >= threshold[rows, None], 0.0)
     return out

@@ -1,8 +1,9 @@
-"""Log-prob, entropy and KL from the logits of a vocabulary that is sharded over tensor-parallel ranks.
+"""Log-prob, entropy and KL from the logits of a vocabulary that is sharded over tensor-parallel
+ranks.
 
-One pass over the shard and one all-gather of a few floats per token; merged in rank order they give every rank the
-same bits. Padded vocabulary columns are left out before anything is reduced. Where logits would take too much memory,
-`head` has the same from hidden states.
+One pass over the shard and one all-gather of a few floats per token; merged in rank order they give
+every rank the same bits. Padded vocabulary columns are left out before anything is reduced. Where
+logits would take too much memory, `head` has the same from hidden states.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ class PairStatistics(NamedTuple):
 def token_statistics(
     logits: Tensor, targets: Tensor, temperature: Tensor, shard: VocabularyShard
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of the target and entropy, in nats, per token: ([T], [T]) fp32 (fp64 for fp64 logits).
+    """Log-prob of the target and entropy, in nats, per token: ([T], [T]) fp32 (fp64 for fp64
+    logits).
 
-    logits [T, padded columns] of this rank's shard; targets [T] int64 global ids; temperature [T] > 0.
-    Both outputs are differentiable in the logits. Forward: one all-gather of 4 floats per token and rank.
-    Backward: none.
+    logits [T, padded columns] of this rank's shard; targets [T] int64 global ids; temperature [T] >
+    0. Both outputs are differentiable in the logits. Forward: one all-gather of 4 floats per token
+    and rank. Backward: none.
     """
     return _TokenStatistics.apply(logits, targets, temperature, shard)
 
@@ -61,13 +63,16 @@ def pair_statistics(
     temperature_b: Tensor,
     shard: VocabularyShard,
 ) -> PairStatistics:
-    """Log-prob and entropy under two policies, and the exact KL both ways over the whole vocabulary, [T] each.
+    """Log-prob and entropy under two policies, and the exact KL both ways over the whole
+    vocabulary, [T] each.
 
-    logits_* [T, padded columns] of this rank's shard; targets [T]; temperature_* [T]. All outputs are differentiable
-    in both logits. Forward: one all-gather of 14 floats per token and rank. Backward: none. Equal logits at equal
-    temperatures give a KL of exactly 0.
+    logits_* [T, padded columns] of this rank's shard; targets [T]; temperature_* [T]. All outputs
+    are differentiable in both logits. Forward: one all-gather of 14 floats per token and rank.
+    Backward: none. Equal logits at equal temperatures give a KL of exactly 0.
     """
-    return PairStatistics(*_PairStatistics.apply(logits_a, logits_b, targets, temperature_a, temperature_b, shard))
+    return PairStatistics(
+        *_PairStatistics.apply(logits_a, logits_b, targets, temperature_a, temperature_b, shard)
+    )
 
 
 class _TokenStatistics(torch.autograd.Function):
@@ -87,7 +92,9 @@ class _TokenStatistics(torch.autograd.Function):
     def backward(ctx, by_logprob, by_entropy):
         logits, targets, temperature, *merged = ctx.saved_tensors
         tokens, slopes = Tokens(targets, temperature), Slopes(by_logprob, by_entropy)
-        out = logits_gradient(logits, tokens, Merged(*merged), slopes, ctx.shard, torch.empty_like(logits))
+        out = logits_gradient(
+            logits, tokens, Merged(*merged), slopes, ctx.shard, torch.empty_like(logits)
+        )
         return out, None, None, None
 
 
@@ -96,7 +103,9 @@ class _PairStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a, b, targets, temperature_a, temperature_b, shard):
-        temperature_a, temperature_b = (t.to(statistics_dtype(a)) for t in (temperature_a, temperature_b))
+        temperature_a, temperature_b = (
+            t.to(statistics_dtype(a)) for t in (temperature_a, temperature_b)
+        )
         parts = [
             reduce_logits(a, Tokens(targets, temperature_a), shard),
             reduce_logits(b, Tokens(targets, temperature_b), shard),
@@ -117,8 +126,12 @@ class _PairStatistics(torch.autograd.Function):
         a, b, targets, t_a, t_b, *kept = ctx.saved_tensors
         merged_a, merged_b, pair = Merged(*kept[:4]), Merged(*kept[4:8]), MergedPair(*kept[8:])
         slopes_a, slopes_b = Slopes(by_logprob_a, by_entropy_a), Slopes(by_logprob_b, by_entropy_b)
-        to_a = logits_gradient(a, Tokens(targets, t_a), merged_a, slopes_a, ctx.shard, torch.empty_like(a))
-        to_b = logits_gradient(b, Tokens(targets, t_b), merged_b, slopes_b, ctx.shard, torch.empty_like(b))
+        to_a = logits_gradient(
+            a, Tokens(targets, t_a), merged_a, slopes_a, ctx.shard, torch.empty_like(a)
+        )
+        to_b = logits_gradient(
+            b, Tokens(targets, t_b), merged_b, slopes_b, ctx.shard, torch.empty_like(b)
+        )
         pair_gradient(a, b, t_a, t_b, pair, by_kl_ab, by_kl_ba, ctx.shard, to_a, to_b)
         return to_a, to_b, None, None, None, None
 

@@ -1,9 +1,11 @@
-"""Triton kernels of the LM head's shard pass: hidden states in, a few floats per token or dL/dlogits out.
+"""Triton kernels of the LM head's shard pass: hidden states in, a few floats per token or
+dL/dlogits out.
 
-Importing this module imports triton; on machines without a GPU its interpreter (TRITON_INTERPRET=1) runs the same
-kernels. Operands are bf16, fp16 or fp32, products are accumulated in fp32. The reductions hold no logits in memory:
-a program owns a block of tokens and a split of the shard's columns, walks over the split tile by tile with a running
-maximum, and leaves its sums for `combine`. Within a kernel x is in units of log 2, so that exp costs one instruction.
+Importing this module imports triton; on machines without a GPU its interpreter (TRITON_INTERPRET=1)
+runs the same kernels. Operands are bf16, fp16 or fp32, products are accumulated in fp32. The
+reductions hold no logits in memory: a program owns a block of tokens and a split of the shard's
+columns, walks over the split tile by tile with a running maximum, and leaves its sums for
+`combine`. Within a kernel x is in units of log 2, so that exp costs one instruction.
 """
 
 from __future__ import annotations
@@ -17,26 +19,30 @@ from torch import Tensor
 
 _INTERPRETED = triton.knobs.runtime.interpret
 
-# Splits make about this many programs of 128 tokens: enough to fill a GPU evenly, few enough that what they leave
-# behind for `combine` stays at a few MB however many tokens there are.
+# Splits make about this many programs of 128 tokens: enough to fill a GPU evenly, few enough that
+# what they leave behind for `combine` stays at a few MB however many tokens there are.
 _PROGRAMS = 2048
 # A tile may not reach into the next split.
 _SPLIT_MULTIPLE = 32 if _INTERPRETED else 256
-# Programs that run at the same time share these many blocks of hidden states and read the same tiles of the weight,
-# both from the L2 cache.
+# Programs that run at the same time share these many blocks of hidden states and read the same
+# tiles of the weight, both from the L2 cache.
 _GROUP = tl.constexpr(16)
-# log2 of a probability that is 0 in fp32; finite, so that 0 * x stays 0 in columns that do not count.
+# log2 of a probability that is 0 in fp32; finite, so that 0 * x stays 0 in columns that do not
+# count.
 _NEVER = tl.constexpr(-1000.0)
 _LN2 = tl.constexpr(math.log(2.0))
 
 
-def reduce_head(hidden: Tensor, weight: Tensor, local_targets: Tensor, temperature: Tensor, columns: int) -> Tensor:
+def reduce_head(
+    hidden: Tensor, weight: Tensor, local_targets: Tensor, temperature: Tensor, columns: int
+) -> Tensor:
     """A shard's statistics of the logits z = hidden @ weight[:columns].T: [4, T] fp32.
 
-    Rows: highest z, sum e, sum e * x, z at the target, with x = (z - highest) / temperature and e = exp(x), natural
-    units. hidden [T, H]; weight [padded columns, H] in hidden's dtype; local_targets [T] int64, global ids less the
-    shard's start (outside [0, columns) the target is another shard's and its row holds 0); temperature [T] > 0.
-    Without columns the highest logit is minus infinity and the sums are 0. Communicates nothing.
+    Rows: highest z, sum e, sum e * x, z at the target, with x = (z - highest) / temperature and e =
+    exp(x), natural units. hidden [T, H]; weight [padded columns, H] in hidden's dtype;
+    local_targets [T] int64, global ids less the shard's start (outside [0, columns) the target is
+    another shard's and its row holds 0); temperature [T] > 0. Without columns the highest logit is
+    minus infinity and the sums are 0. Communicates nothing.
     """
     _check(hidden, weight, columns)
     tokens, temperature = len(hidden), temperature.float()
@@ -55,18 +61,31 @@ def reduce_head(hidden: Tensor, weight: Tensor, local_targets: Tensor, temperatu
 
 
 def reduce_head_pair(
-    hidden_a: Tensor, hidden_b: Tensor, weight: Tensor, temperature_a: Tensor, temperature_b: Tensor, columns: int
+    hidden_a: Tensor,
+    hidden_b: Tensor,
+    weight: Tensor,
+    temperature_a: Tensor,
+    temperature_b: Tensor,
+    columns: int,
 ) -> Tensor:
-    """A shard's statistics of two policies at the same tokens, for the KL between them: [6, T] fp32.
+    """A shard's statistics of two policies at the same tokens, for the KL between them: [6, T]
+    fp32.
 
-    Rows: highest a, sum e_a, sum e_a * (x_a - x_b), highest b, sum e_b, sum e_b * (x_b - x_a), with each x shifted by
-    its own policy's highest logit of the shard as in `reduce_head`. hidden_* [T, H]; temperature_* [T] > 0. Equal
-    hidden states and temperatures give cross sums of exactly 0. Communicates nothing.
+    Rows: highest a, sum e_a, sum e_a * (x_a - x_b), highest b, sum e_b, sum e_b * (x_b - x_a), with
+    each x shifted by its own policy's highest logit of the shard as in `reduce_head`. hidden_* [T,
+    H]; temperature_* [T] > 0. Equal hidden states and temperatures give cross sums of exactly 0.
+    Communicates nothing.
     """
     _check(hidden_a, weight, columns)
     if hidden_b.shape != hidden_a.shape or hidden_b.dtype != hidden_a.dtype:
-        raise ValueError(f"hidden states of a pair differ: {_describe(hidden_a)} and {_describe(hidden_b)}")
-    tokens, temperature_a, temperature_b = len(hidden_a), temperature_a.float(), temperature_b.float()
+        raise ValueError(
+            f"hidden states of a pair differ: {_describe(hidden_a)} and {_describe(hidden_b)}"
+        )
+    tokens, temperature_a, temperature_b = (
+        len(hidden_a),
+        temperature_a.float(),
+        temperature_b.float(),
+    )
     if not tokens or not columns:
         return _empty(hidden_a, 6, 0, 3)
     width, splits = _splits(tokens, columns)
@@ -75,9 +94,17 @@ def reduce_head_pair(
         _reduce_pair,
         lambda meta: (triton.cdiv(tokens, meta["BLOCK_T"]) * splits,),
         hidden_a,
-        (hidden_a, hidden_b, weight, _log2_scale(temperature_a), _log2_scale(temperature_b), partials),
+        (
+            hidden_a,
+            hidden_b,
+            weight,
+            _log2_scale(temperature_a),
+            _log2_scale(temperature_b),
+            partials,
+        ),
         (tokens, columns, width, splits, *hidden_a.stride(), *hidden_b.stride(), *weight.stride()),
-        # A fused multiply-add rounds only one of the products in x_a - x_b, and equal logits would not cancel.
+        # A fused multiply-add rounds only one of the products in x_a - x_b, and equal logits would
+        # not cancel.
         enable_fp_fusion=False,
     )
     return combine_pair(partials, temperature_a, temperature_b)
@@ -95,12 +122,13 @@ def head_gradient(
     grad_logprobs: Tensor,
     grad_entropy: Tensor | None,
 ) -> Tensor:
-    """dL/dz of this shard's logits, recomputed tile by tile: [T, padded columns] in hidden's dtype, 0 in padding.
+    """dL/dz of this shard's logits, recomputed tile by tile: [T, padded columns] in hidden's dtype,
+    0 in padding.
 
-    With log p = (z - top) / temperature - log_total: dL/dz = ((1 at an owned target - p) * grad_logprobs -
-    p * (log p + entropy) * grad_entropy) / temperature. The first five arguments as in `reduce_head`; top, log_total
-    (of sum exp((z - top) / temperature)) and entropy [T] are those of the whole vocabulary, in nats; grad_* [T], None
-    where the entropy is not in the loss.
+    With log p = (z - top) / temperature - log_total: dL/dz = ((1 at an owned target - p) *
+    grad_logprobs - p * (log p + entropy) * grad_entropy) / temperature. The first five arguments as
+    in `reduce_head`; top, log_total (of sum exp((z - top) / temperature)) and entropy [T] are those
+    of the whole vocabulary, in nats; grad_* [T], None where the entropy is not in the loss.
     """
     _check(hidden, weight, columns)
     tokens, padded = len(hidden), len(weight)
@@ -110,22 +138,35 @@ def head_gradient(
     if not columns:
         return gradient.zero_()
     grad_logprobs = grad_logprobs.float().contiguous()
-    grad_entropy = torch.zeros_like(grad_logprobs) if grad_entropy is None else grad_entropy.float().contiguous()
+    grad_entropy = (
+        torch.zeros_like(grad_logprobs)
+        if grad_entropy is None
+        else grad_entropy.float().contiguous()
+    )
     rows = (1.0 / temperature.float(), top.float(), log_total.float(), entropy.float())
     _launch(
         _gradient,
         lambda meta: (triton.cdiv(tokens, meta["BLOCK_T"]) * triton.cdiv(padded, meta["BLOCK_V"]),),
         hidden,
-        (hidden, weight, local_targets.contiguous(), *(row.contiguous() for row in rows), grad_logprobs, grad_entropy),
+        (
+            hidden,
+            weight,
+            local_targets.contiguous(),
+            *(row.contiguous() for row in rows),
+            grad_logprobs,
+            grad_entropy,
+        ),
         (gradient, tokens, columns, padded, *hidden.stride(), *weight.stride()),
     )
     return gradient
 
 
 def combine(partials: Tensor, temperature: Tensor) -> Tensor:
-    """Statistics of parts of a row's columns, [parts, 4, T] as `reduce_head` returns them, to those of all: [4, T].
+    """Statistics of parts of a row's columns, [parts, 4, T] as `reduce_head` returns them, to those
+    of all: [4, T].
 
-    Exact up to rounding for any partition; a part without columns (highest minus infinity) changes nothing.
+    Exact up to rounding for any partition; a part without columns (highest minus infinity) changes
+    nothing.
     """
     highest, total, moment, at_target = partials.unbind(1)
     top, step = _steps(highest, temperature)
@@ -137,8 +178,8 @@ def combine(partials: Tensor, temperature: Tensor) -> Tensor:
 def combine_pair(partials: Tensor, temperature_a: Tensor, temperature_b: Tensor) -> Tensor:
     """`combine` for what `reduce_head_pair` returns: [parts, 6, T] to [6, T].
 
-    When the shifts of a part change to the row's, x_a - x_b gains step_a - step_b, and its sum weighted by e_a gains
-    that times sum e_a.
+    When the shifts of a part change to the row's, x_a - x_b gains step_a - step_b, and its sum
+    weighted by e_a gains that times sum e_a.
     """
     highest_a, total_a, cross_a, highest_b, total_b, cross_b = partials.unbind(1)
     top_a, step_a = _steps(highest_a, temperature_a)
@@ -150,16 +191,22 @@ def combine_pair(partials: Tensor, temperature_a: Tensor, temperature_b: Tensor)
 
 
 def _steps(highest: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """Maxima [parts, T] to the row's, [T], and how far each part's x moves when shifted by it, [parts, T] <= 0."""
+    """Maxima [parts, T] to the row's, [T], and how far each part's x moves when shifted by it,
+    [parts, T] <= 0.
+    """
     top = highest.max(0).values
     return top, ((highest - top) / temperature).where(highest != -torch.inf, 0.0)
 
 
 def _check(hidden: Tensor, weight: Tensor, columns: int) -> None:
     if hidden.dtype != weight.dtype or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden states {_describe(hidden)} do not fit an LM head {_describe(weight)}")
+        raise ValueError(
+            f"hidden states {_describe(hidden)} do not fit an LM head {_describe(weight)}"
+        )
     if not 0 <= columns <= len(weight):
-        raise ValueError(f"columns={columns} of an LM head {_describe(weight)}; use 0 to {len(weight)}")
+        raise ValueError(
+            f"columns={columns} of an LM head {_describe(weight)}; use 0 to {len(weight)}"
+        )
 
 
 def _describe(tensor: Tensor) -> str:
@@ -167,7 +214,9 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _empty(hidden: Tensor, rows: int, *maxima: int) -> Tensor:
-    """What a shard without columns or tokens leaves: sums of 0, and minus infinity in the rows of highest logits."""
+    """What a shard without columns or tokens leaves: sums of 0, and minus infinity in the rows of
+    highest logits.
+    """
     out = hidden.new_zeros(rows, len(hidden), dtype=torch.float32)
     out[list(maxima)] = -torch.inf
     return out
@@ -184,9 +233,15 @@ def _splits(tokens: int, columns: int) -> tuple[int, int]:
     return width, triton.cdiv(columns, width)
 
 
-def _launch(kernel: _Kernel, grid, hidden: Tensor, tensors: tuple, numbers: tuple, **options: bool) -> None:
+def _launch(
+    kernel: _Kernel, grid, hidden: Tensor, tensors: tuple, numbers: tuple, **options: bool
+) -> None:
     tokens, features = hidden.shape
-    constants = {"H": features, "UPCAST": _INTERPRETED and hidden.dtype == torch.bfloat16, "FEW": tokens <= 256}
+    constants = {
+        "H": features,
+        "UPCAST": _INTERPRETED and hidden.dtype == torch.bfloat16,
+        "FEW": tokens <= 256,
+    }
     if _INTERPRETED:
         run, constants = kernel.plain, constants | {"BLOCK_T": 16, "BLOCK_V": 32, "BLOCK_H": 32}
     elif hidden.dtype == torch.float32:
@@ -206,7 +261,9 @@ class _Kernel:
 
     def __init__(self, plain, blocks: list[tuple[int, int, int, int, int]]):
         configs = [
-            triton.Config({"BLOCK_T": t, "BLOCK_V": v, "BLOCK_H": h}, num_warps=warps, num_stages=stages)
+            triton.Config(
+                {"BLOCK_T": t, "BLOCK_V": v, "BLOCK_H": h}, num_warps=warps, num_stages=stages
+            )
             for t, v, h, warps, stages in blocks
         ]
         self.plain = plain
@@ -215,7 +272,9 @@ class _Kernel:
 
 @triton.jit
 def _place(program, token_blocks, splits):
-    """Block of tokens and split of a program: blocks first within groups of blocks, so that neighbours share both."""
+    """Block of tokens and split of a program: blocks first within groups of blocks, so that
+    neighbours share both.
+    """
     group = program // (_GROUP * splits)
     first = group * _GROUP
     size = tl.minimum(token_blocks - first, _GROUP)
@@ -225,7 +284,11 @@ def _place(program, token_blocks, splits):
 
 @triton.jit
 def _pointers(pointer, rows, stride_row, stride_h, BLOCK_H: tl.constexpr):
-    return pointer + rows.to(tl.int64)[:, None] * stride_row + tl.arange(0, BLOCK_H)[None, :] * stride_h
+    return (
+        pointer
+        + rows.to(tl.int64)[:, None] * stride_row
+        + tl.arange(0, BLOCK_H)[None, :] * stride_h
+    )
 
 
 @triton.jit
@@ -236,7 +299,8 @@ def _operand(pointers, start, H: tl.constexpr, BLOCK_H: tl.constexpr, UPCAST: tl
     else:
         block = tl.load(pointers, mask=(tl.arange(0, BLOCK_H) < H - start)[None, :], other=0.0)
     if UPCAST:
-        # The interpreter keeps bf16 as bit patterns, which its matrix product would take for integers.
+        # The interpreter keeps bf16 as bit patterns, which its matrix product would take for
+        # integers.
         block = block.to(tl.float32)
     return block
 
@@ -253,7 +317,9 @@ def _logits(
     h, w, stride_hh, stride_wh, H: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """A tile [BLOCK_T, BLOCK_V] of logits from pointers to the first blocks of its hidden states and weight."""
+    """A tile [BLOCK_T, BLOCK_V] of logits from pointers to the first blocks of its hidden states
+    and weight.
+    """
     z = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
     for start in range(0, H, BLOCK_H):
         hidden = _operand(h, start, H, BLOCK_H, UPCAST)
@@ -266,7 +332,9 @@ def _logits(
 
 @triton.jit
 def _shift(z, highest, scale, counts):
-    """The running maximum after tile z, how far x moves with it, and the tile's x, in units of log 2."""
+    """The running maximum after tile z, how far x moves with it, and the tile's x, in units of log
+    2.
+    """
     new = tl.maximum(highest, tl.max(tl.where(counts, z, float("-inf")), 1))
     step = tl.where(highest == float("-inf"), 0.0, (highest - new) * scale)
     return new, step, tl.where(counts, (z - new[:, None]) * scale[:, None], _NEVER)
@@ -382,15 +450,30 @@ def _gradient_kernel(
     target = _owned(targets_ptr, safe_rows, columns)
     log_p = (z - top[:, None]) * inverse[:, None] - log_total[:, None]
     pull = on_logprob[:, None] + (log_p + entropy[:, None]) * on_entropy[:, None]
-    g = tl.where(column[None, :] == target[:, None], on_logprob[:, None], 0.0) - tl.exp(log_p) * pull
+    g = (
+        tl.where(column[None, :] == target[:, None], on_logprob[:, None], 0.0)
+        - tl.exp(log_p) * pull
+    )
     g = tl.where((column < columns)[None, :], g, 0.0)
     out = out_ptr + rows.to(tl.int64)[:, None] * padded + column[None, :]
-    tl.store(out, g.to(out_ptr.dtype.element_ty), mask=(rows < T)[:, None] & (column < padded)[None, :])
+    tl.store(
+        out, g.to(out_ptr.dtype.element_ty), mask=(rows < T)[:, None] & (column < padded)[None, :]
+    )
 
 
 # Tokens, columns and features of a block, warps, stages.
-_ONE_PRODUCT = [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 3), (64, 128, 64, 4, 4)]
-_TWO_PRODUCTS = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 256, 64, 8, 3), (64, 128, 64, 4, 4)]
+_ONE_PRODUCT = [
+    (128, 256, 64, 8, 3),
+    (128, 256, 64, 8, 4),
+    (128, 128, 64, 4, 3),
+    (64, 128, 64, 4, 4),
+]
+_TWO_PRODUCTS = [
+    (128, 128, 64, 8, 3),
+    (128, 128, 64, 8, 4),
+    (64, 256, 64, 8, 3),
+    (64, 128, 64, 4, 4),
+]
 _reduce = _Kernel(_reduce_kernel, _ONE_PRODUCT)
 _reduce_pair = _Kernel(_reduce_pair_kernel, _TWO_PRODUCTS)
 _gradient = _Kernel(_gradient_kernel, _ONE_PRODUCT)

@@ -9,7 +9,9 @@ SLICE_ROWS = 8192  # of the vocabulary, where a product has to be made before it
 
 
 class WeightGradient:
-    """d loss / d weight [padded columns, H], in fp32 (fp64 for an fp64 weight) until it is delivered."""
+    """d loss / d weight [padded columns, H], in fp32 (fp64 for an fp64 weight) until it is
+    delivered.
+    """
 
     def __init__(self, weight: Tensor):
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -34,9 +36,9 @@ class WeightGradient:
     def deliver(self, scale: Tensor | None = None) -> Tensor:
         """What autograd shall get for the weight, all of it times `scale`; once only.
 
-        Where the parameter has Megatron's fp32 `main_grad` the gradient is added there, and autograd gets zeros, for
-        the sake of the parameter's hooks. These may add them: that is right with tied embeddings too, whose other
-        gradient comes by the same way.
+        Where the parameter has Megatron's fp32 `main_grad` the gradient is added there, and
+        autograd gets zeros, for the sake of the parameter's hooks. These may add them: that is
+        right with tied embeddings too, whose other gradient comes by the same way.
         """
         total, self._total = self._total, None
         if self._empty:
@@ -48,4 +50,6 @@ class WeightGradient:
             main_grad.add_(total)
         else:
             main_grad.addcmul_(total, scale.to(total.dtype))
-        return total.zero_() if total.dtype == self._weight.dtype else torch.zeros_like(self._weight)
+        return (
+            total.zero_() if total.dtype == self._weight.dtype else torch.zeros_like(self._weight)
+        )

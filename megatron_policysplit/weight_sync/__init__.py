@@ -1,4 +1,6 @@
-"""New weights for the engines after every batch: one file a transport, `sync.py` for their common order."""
+"""New weights for the engines after every batch: one file a transport, `sync.py` for their common
+order.
+"""
 
 from megatron_policysplit.weight_sync.in_process import load_in_process
 from megatron_policysplit.weight_sync.sync import WeightSync

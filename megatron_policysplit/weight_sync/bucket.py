@@ -1,8 +1,8 @@
 """SGLang's flattened bucket: consecutive tensors as the bytes of one, and where each of them lies.
 
-The format's pickle is written here, with torch and the standard library alone: SGLang need not be installed
-beside the trainer. Its receiver unpickles nothing but a list of harmless types, and reads the fields of the
-metadata by name, so `types.SimpleNamespace` carries them.
+The format's pickle is written here, with torch and the standard library alone: SGLang need not be
+installed beside the trainer. Its receiver unpickles nothing but a list of harmless types, and reads
+the fields of the metadata by name, so `types.SimpleNamespace` carries them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ DEVICE_ARGUMENT = 6  # of torch's rebuild_cuda_tensor: the device that the memor
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors that travel together, all of one dtype. stage: the pipeline stage that owns them, the first if several
-    do."""
+    """Tensors that travel together, all of one dtype. stage: the pipeline stage that owns them, the
+    first if several do.
+    """
 
     stage: int
     names: tuple[str, ...]
@@ -52,17 +53,24 @@ class Bucket:
         return self.ends[-1]
 
     def fill(self, stream: Iterator[tuple[str, Tensor]], flat: Tensor) -> None:
-        """Copy this bucket's tensors from `stream` to the beginning of flat (uint8[nbytes or more])."""
+        """Copy this bucket's tensors from `stream` to the beginning of flat (uint8[nbytes or
+        more]).
+        """
         start = 0
         for expected, shape, end in zip(self.names, self.shapes, self.ends, strict=True):
             name, tensor = next(stream)
             if (name, tuple(tensor.shape), tensor.dtype) != (expected, shape, self.dtype):
-                raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype} came in place of {expected} {shape}")
+                raise ValueError(
+                    f"{name} {list(tensor.shape)} {tensor.dtype} came in place of {expected} "
+                    f"{shape}"
+                )
             flat[start:end].copy_(tensor.reshape(-1).view(torch.uint8))
             start = end
 
 
-def plan_buckets(tensors: Sequence[Exported], dtype: torch.dtype, limit_bytes: int, *, per_stage: bool) -> list[Bucket]:
+def plan_buckets(
+    tensors: Sequence[Exported], dtype: torch.dtype, limit_bytes: int, *, per_stage: bool
+) -> list[Bucket]:
     """Consecutive tensors in buckets of at most `limit_bytes`; a larger tensor goes alone.
 
     per_stage: no bucket holds tensors of two pipeline stages.
@@ -71,13 +79,22 @@ def plan_buckets(tensors: Sequence[Exported], dtype: torch.dtype, limit_bytes: i
     held = 0
     for tensor in tensors:
         nbytes = prod(tensor.shape) * dtype.itemsize
-        if not groups or held + nbytes > limit_bytes or (per_stage and groups[-1][-1].stage != tensor.stage):
+        if (
+            not groups
+            or held + nbytes > limit_bytes
+            or (per_stage and groups[-1][-1].stage != tensor.stage)
+        ):
             groups.append([])
             held = 0
         groups[-1].append(tensor)
         held += nbytes
     return [
-        Bucket(group[0].stage, tuple(t.name for t in group), tuple(tuple(t.shape) for t in group), dtype)
+        Bucket(
+            group[0].stage,
+            tuple(t.name for t in group),
+            tuple(tuple(t.shape) for t in group),
+            dtype,
+        )
         for group in groups
     ]
 
@@ -85,15 +102,22 @@ def plan_buckets(tensors: Sequence[Exported], dtype: torch.dtype, limit_bytes: i
 def payload(bucket: Bucket, flat: Tensor) -> str:
     """What one tensor-parallel rank of an engine needs to read `flat` (uint8[nbytes]), in base64.
 
-    It names the memory; the bytes stay where they are, so the sender keeps `flat` until the engine has answered.
-    Each payload is for one receiver: torch counts them.
+    It names the memory; the bytes stay where they are, so the sender keeps `flat` until the engine
+    has answered. Each payload is for one receiver: torch counts them.
     """
     starts = [0, *bucket.ends[:-1]]
     metadata = [
         SimpleNamespace(
-            name=name, shape=torch.Size(shape), dtype=bucket.dtype, start_idx=start, end_idx=end, numel=end - start
+            name=name,
+            shape=torch.Size(shape),
+            dtype=bucket.dtype,
+            start_idx=start,
+            end_idx=end,
+            numel=end - start,
         )
-        for name, shape, start, end in zip(bucket.names, bucket.shapes, starts, bucket.ends, strict=True)
+        for name, shape, start, end in zip(
+            bucket.names, bucket.shapes, starts, bucket.ends, strict=True
+        )
     ]
     file = io.BytesIO()
     with _named_files():
@@ -102,7 +126,8 @@ def payload(bucket: Bucket, flat: Tensor) -> str:
 
 
 class _Pickler(ForkingPickler):
-    """torch's pickler of shared tensors, with GPUs named by UUID, because the engine may number them otherwise.
+    """torch's pickler of shared tensors, with GPUs named by UUID, because the engine may number
+    them otherwise.
 
     SGLang's receiver takes a UUID in the place of the device's number.
     """
@@ -121,8 +146,9 @@ class _Pickler(ForkingPickler):
 
 @contextmanager
 def _named_files():
-    """Share host memory as named files. torch's default, a descriptor sent from process to process, only works
-    between a process and its children; another receiver (an SGLang server) dies of it."""
+    """Share host memory as named files. torch's default, a descriptor sent from process to process,
+    only works between a process and its children; another receiver (an SGLang server) dies of it.
+    """
     before = get_sharing_strategy()
     set_sharing_strategy("file_system")
     try:

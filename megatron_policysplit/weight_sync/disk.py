@@ -1,7 +1,8 @@
-"""transport=disk: the chief writes a Hugging Face directory, which every engine reads from a file system they share.
+"""transport=disk: the chief writes a Hugging Face directory, which every engine reads from a file
+system they share.
 
-SGLang reads it outside of a weight-update session. The newest two directories are kept: an engine that comes back
-gets the current one without any other rank.
+SGLang reads it outside of a weight-update session. The newest two directories are kept: an engine
+that comes back gets the current one without any other rank.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from megatron_policysplit.weight_sync import session
 from megatron_policysplit.weight_sync.outcome import Failures, merged
 
 KEPT = 2
-NAME = re.compile(r"version-\d{8}|\.version-\d{8}\.(partial|previous)")  # the latter of a writer that was killed
+NAME = re.compile(
+    r"version-\d{8}|\.version-\d{8}\.(partial|previous)"
+)  # the latter of a writer that was killed
 
 
 class DiskTransport:
@@ -40,14 +43,24 @@ class DiskTransport:
         members: Mapping[int, Member],
         read: Read,
     ):
-        self.config, self.layout, self.control, self.members, self.read = config, layout, control, members, read
+        self.config, self.layout, self.control, self.members, self.read = (
+            config,
+            layout,
+            control,
+            members,
+            read,
+        )
         self.actor = actor
-        self.directory = Path(config.weight_sync.directory or Path(config.run.dir) / "weights").resolve()
+        self.directory = Path(
+            config.weight_sync.directory or Path(config.run.dir) / "weights"
+        ).resolve()
         self.version: int | None = None
         self._written: list[Path] = []
 
     def send(self, version: int, live: set[int]) -> Failures:
-        """Write `version`, unless it was written last, and have the engines in `live` read it. Collective over all."""
+        """Write `version`, unless it was written last, and have the engines in `live` read it.
+        Collective over all.
+        """
         if version != self.version:
             together(self.layout, lambda: self._write(version))
             self.version = version
@@ -56,13 +69,17 @@ class DiskTransport:
             await self.load(member, version)
 
         members = [self.members[engine] for engine in sorted(live) if engine in self.members]
-        failures = merged(together(self.layout, lambda: self.control.run(session.each(members, load))))
+        failures = merged(
+            together(self.layout, lambda: self.control.run(session.each(members, load)))
+        )
         return session.explained(failures)
 
     async def load(self, member: Member, version: int) -> None:
         """Have a paused engine read the snapshot of `version`."""
         path = self._path(version)
-        await member.client.update_from_disk(str(path), timeout_seconds=self.config.weight_sync.timeout_seconds)
+        await member.client.update_from_disk(
+            str(path), timeout_seconds=self.config.weight_sync.timeout_seconds
+        )
 
     def close(self) -> None:
         """Snapshots stay: engines that run on may be asked to read them."""
@@ -74,7 +91,9 @@ class DiskTransport:
 
         def take(stream) -> None:
             if self.layout.is_chief:
-                write_hf(path, self.config.model.path, stream, next(self.actor.model.parameters()).dtype)
+                write_hf(
+                    path, self.config.model.path, stream, next(self.actor.model.parameters()).dtype
+                )
 
         destination = "leader" if self.layout.data_rank == 0 else "nowhere"
         consume_weights(self.actor.model, self.actor.hf_config, destination, take, read=self.read)

@@ -1,9 +1,11 @@
-"""transport=distributed: one sender a pipeline stage broadcasts its stage's weights to all engines at once.
+"""transport=distributed: one sender a pipeline stage broadcasts its stage's weights to all engines
+at once.
 
-The chief posts every bucket to every engine, which then receives it, while TP rank 0 of the stage that owns it
-broadcasts. Neither waits for the other except in the broadcast, so each can stop the other (`groups.Abort`). A group
-lasts from sync to sync, as long as the engines are the same. It breaks when one engine fails; all others then fail
-with it, so a group without that engine is made and all weights are sent again.
+The chief posts every bucket to every engine, which then receives it, while TP rank 0 of the stage
+that owns it broadcasts. Neither waits for the other except in the broadcast, so each can stop the
+other (`groups.Abort`). A group lasts from sync to sync, as long as the engines are the same. It
+breaks when one engine fails; all others then fail with it, so a group without that engine is made
+and all weights are sent again.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class Offer:
 
 @dataclass(frozen=True)
 class Attempt:
-    """How an attempt ended, as the chief sees it. broken: why all must be sent again; "" if nothing must."""
+    """How an attempt ended, as the chief sees it. broken: why all must be sent again; "" if nothing
+    must.
+    """
 
     failures: Failures
     broken: str = ""
@@ -78,7 +82,8 @@ class DistributedTransport:
         if config.rollout.colocated:
             raise ConfigError(
                 "weight_sync.transport=distributed cannot reach engines on the actor's own GPUs "
-                "(rollout.colocated=true): NCCL wants a GPU of its own for every process; use tensor"
+                "(rollout.colocated=true): NCCL wants a GPU of its own for every process; use "
+                "tensor"
             )
         self.config, self.layout, self.control, self.members = config, layout, control, members
         self.actor, self.plan, self.read = actor, plan, read
@@ -94,7 +99,9 @@ class DistributedTransport:
         self._left: list[SenderGroup] = []
 
     def send(self, version: int, live: set[int]) -> Failures:
-        """Give all buckets to the engines in `live`, on which a session is open. Collective over all ranks."""
+        """Give all buckets to the engines in `live`, on which a session is open. Collective over
+        all ranks.
+        """
         failures: Failures = {}
         for number in range(ATTEMPTS):
             if number:
@@ -110,7 +117,9 @@ class DistributedTransport:
         return failures | {engine: Failure(attempt.broken) for engine in live}
 
     def close(self) -> None:
-        """Each rank for itself: the chief has the engines leave the groups, the senders leave theirs."""
+        """Each rank for itself: the chief has the engines leave the groups, the senders leave
+        theirs.
+        """
         if self._joined is not None and self.layout.is_chief:
             self.control.run(self._destroy(sorted(self._joined.engines)))
         self._leave()
@@ -119,7 +128,10 @@ class DistributedTransport:
         """Send everything once. The same answer on every rank."""
         offer = self._from_chief(lambda: self.control.run(self._offer(live)))
         if set(offer.engines) != live:
-            gone = {engine: Failure("it does not answer", silent=True) for engine in live - set(offer.engines)}
+            gone = {
+                engine: Failure("it does not answer", silent=True)
+                for engine in live - set(offer.engines)
+            }
             return Attempt(gone, "an engine is gone")
         if self._joined is None or self._joined.engines != offer.engines:
             attempt = self._join(offer)
@@ -132,7 +144,10 @@ class DistributedTransport:
             self._from_chief(lambda: self.control.run(self._destroy(sorted(self._joined.engines))))
         self._leave()
         self._made += 1
-        self._names = [f"policysplit-{self._run}-stage{stage}-{self._made}" for stage in range(self.layout.pipeline)]
+        self._names = [
+            f"policysplit-{self._run}-stage{stage}-{self._made}"
+            for stage in range(self.layout.pipeline)
+        ]
         found = together(self.layout, lambda: self._listen(offer))
         places = dict(place for place in found if place is not None)
         self._joined = offer
@@ -159,12 +174,14 @@ class DistributedTransport:
         except OSError as error:
             raise ConfigError(
                 f"the weights of pipeline stage {stage} cannot be sent from {host} ({error}); set "
-                "weight_sync.master_address to an address of the sending node that the engines reach"
+                "weight_sync.master_address to an address of the sending node that the engines "
+                "reach"
             ) from error
         return stage, (host, self._group.port)
 
     def _agreed(self, posts: Posts, senders: Callable[[Abort], None]) -> Attempt:
-        """Run `posts(abort)` on the chief's control loop while all ranks run `senders(abort)`, and agree on the end.
+        """Run `posts(abort)` on the chief's control loop while all ranks run `senders(abort)`, and
+        agree on the end.
 
         If either fails, the groups are left and destroyed on all engines that answer.
         """
@@ -212,7 +229,12 @@ class DistributedTransport:
 
         destination = "stage_leader" if self.layout.data_rank == 0 else "nowhere"
         consume_weights(
-            self.actor.model, self.actor.hf_config, destination, take, device=training_device(), read=self.read
+            self.actor.model,
+            self.actor.hf_config,
+            destination,
+            take,
+            device=training_device(),
+            read=self.read,
         )
 
     async def _offer(self, live: set[int]) -> Offer:
@@ -220,14 +242,18 @@ class DistributedTransport:
         engines, addresses = {}, []
         for member in self._live(live):
             try:
-                info = await session.within(self.limit, member, "answering", member.client.server_info())
+                info = await session.within(
+                    self.limit, member, "answering", member.client.server_info()
+                )
             except EngineError:
                 continue
             engines[member.index] = (info["startup_time"], member.tensor)
             addresses.append(member.address)
         return Offer(engines, tuple(addresses), socket.gethostname())
 
-    async def _init_all(self, offer: Offer, places: Mapping[int, tuple[str, int]], abort: Abort) -> Attempt:
+    async def _init_all(
+        self, offer: Offer, places: Mapping[int, tuple[str, int]], abort: Abort
+    ) -> Attempt:
         offset, offsets = 1, {}
         for engine, (_, tensor) in offer.engines.items():
             offsets[engine] = offset
@@ -239,7 +265,9 @@ class DistributedTransport:
                 host, port, offsets[member.index], offer.world_size, self._names[stage], backend()
             )
 
-        return await self._post_stepwise(sorted(offer.engines), range(len(self._names)), init, abort)
+        return await self._post_stepwise(
+            sorted(offer.engines), range(len(self._names)), init, abort
+        )
 
     async def _post_all(self, engines: Sequence[int], abort: Abort) -> Attempt:
         async def update(member: Member, bucket: Bucket) -> None:
@@ -255,7 +283,9 @@ class DistributedTransport:
         return await self._post_stepwise(engines, self.plan, update, abort)
 
     async def _post_stepwise(self, engines: Sequence[int], steps, call, abort: Abort) -> Attempt:
-        """`call(member, step)` for each step on all engines at once; told apart who failed and who only suffered."""
+        """`call(member, step)` for each step on all engines at once; told apart who failed and who
+        only suffered.
+        """
         members = [self.members[engine] for engine in engines]
         origin: list[Member] = []  # the engine whose failure stopped the others
         reasons: Failures = {}
@@ -283,22 +313,31 @@ class DistributedTransport:
         if not reasons and abort.reason() is None:
             return Attempt({})
         alive = await asyncio.gather(*(self._answers(member) for member in members))
-        guilty = [member for member, lives in zip(members, alive, strict=True) if not lives] or origin
+        guilty = [
+            member for member, lives in zip(members, alive, strict=True) if not lives
+        ] or origin
         return Attempt(
-            {member.index: reasons.get(member.index, Failure("it does not answer", silent=True)) for member in guilty},
+            {
+                member.index: reasons.get(member.index, Failure("it does not answer", silent=True))
+                for member in guilty
+            },
             abort.reason() or "",
         )
 
     async def _answers(self, member: Member) -> bool:
         """Whether the engine's scheduler, not only its HTTP front, answers a question."""
         try:
-            await session.within(min(self.limit, ALIVE_SECONDS), member, "answering", member.client.server_info())
+            await session.within(
+                min(self.limit, ALIVE_SECONDS), member, "answering", member.client.server_info()
+            )
         except EngineError:
             return False
         return True
 
     async def _destroy_on(self, abort: Abort, engines: Sequence[int]) -> None:
-        """Once the attempt is stopped, free the engines that wait for a broadcast: each of them leaves the group."""
+        """Once the attempt is stopped, free the engines that wait for a broadcast: each of them
+        leaves the group.
+        """
         while abort.reason() is None:
             await asyncio.sleep(WATCH_SECONDS)
         await self._destroy(engines)
@@ -306,7 +345,9 @@ class DistributedTransport:
     async def _destroy(self, engines: Sequence[int]) -> None:
         async def destroy(member: Member, name: str) -> None:
             limit = min(self.limit, ALIVE_SECONDS)
-            await session.within(limit, member, "leaving a group", member.client.destroy_group(name))
+            await session.within(
+                limit, member, "leaving a group", member.client.destroy_group(name)
+            )
 
         members = self._live(set(engines))
         for name in self._names:  # an engine that is gone or never joined has nothing to leave
@@ -331,4 +372,6 @@ class DistributedTransport:
 
     def _from_chief(self, work):
         """The chief's `work()` on every rank."""
-        return together(self.layout, lambda: work() if self.layout.is_chief else None)[self.layout.chief]
+        return together(self.layout, lambda: work() if self.layout.is_chief else None)[
+            self.layout.chief
+        ]

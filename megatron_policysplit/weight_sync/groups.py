@@ -1,4 +1,5 @@
-"""The process groups of transport=distributed: one pipeline stage's sender and every rank of the engines.
+"""The process groups of transport=distributed: one pipeline stage's sender and every rank of the
+engines.
 
 They are made beside the trainer's own groups, the way SGLang makes its half of them.
 """
@@ -19,7 +20,8 @@ import torch.distributed.distributed_c10d as c10d
 from megatron_policysplit.distributed.device import backend
 
 POLL_SECONDS = 0.005
-LATE_SECONDS = 3.0  # an engine that has not come to the store yet would look for it for half an hour once it is gone
+# An engine that has not come to the store yet would look for it for half an hour once it is gone.
+LATE_SECONDS = 3.0
 
 
 class BroadcastFailed(RuntimeError):
@@ -27,8 +29,9 @@ class BroadcastFailed(RuntimeError):
 
 
 class Abort:
-    """Lets the chief and the senders stop each other while none of them may wait for another: a key of the default
-    store. The first reason stays."""
+    """Lets the chief and the senders stop each other while none of them may wait for another: a key
+    of the default store. The first reason stays.
+    """
 
     def __init__(self, name: str):
         self._store = c10d._get_default_store()
@@ -47,9 +50,11 @@ class Abort:
 
 
 class SenderGroup:
-    """A sender's side of a stage's group; it is rank 0. address, port: where the engines find the group's store.
+    """A sender's side of a stage's group; it is rank 0. address, port: where the engines find the
+    group's store.
 
-    The store's server is an object of its own: dropping it ends every wait for it, here and in the engines.
+    The store's server is an object of its own: dropping it ends every wait for it, here and in the
+    engines.
     """
 
     def __init__(self, name: str, host: str, world_size: int, timeout_seconds: float):
@@ -76,14 +81,18 @@ class SenderGroup:
 
         def make() -> None:
             try:
-                self._group = _make_group(self.name, self.host, self.port, self.world_size, self.timeout)
+                self._group = _make_group(
+                    self.name, self.host, self.port, self.world_size, self.timeout
+                )
             except Exception as error:  # raised again below, in the main thread
                 failure.append(error)
 
         thread = threading.Thread(target=make, name=self.name, daemon=True)
         thread.start()
         try:
-            self._wait(lambda: not thread.is_alive(), abort, f"the engines did not join {self.name}")
+            self._wait(
+                lambda: not thread.is_alive(), abort, f"the engines did not join {self.name}"
+            )
         except BroadcastFailed:
             time.sleep(LATE_SECONDS)
             raise
@@ -91,16 +100,22 @@ class SenderGroup:
             raise BroadcastFailed(f"{self.name} could not be made: {failure[0]}")
 
     def broadcast(self, flat: torch.Tensor, abort: Abort) -> None:
-        """Send `flat` to all engines. Raises BroadcastFailed if that fails or takes too long, or on `abort`."""
+        """Send `flat` to all engines. Raises BroadcastFailed if that fails or takes too long, or on
+        `abort`.
+        """
         try:
             work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
             self._unfinished = [(work, flat)]
-            self._wait(work.is_completed, abort, f"the engines did not take a bucket from {self.name}")
+            self._wait(
+                work.is_completed, abort, f"the engines did not take a bucket from {self.name}"
+            )
             work.wait()
         except BroadcastFailed:
             raise
         except RuntimeError as error:  # torch's own errors are of this kind
-            raise BroadcastFailed(f"a broadcast in {self.name} failed: {str(error).splitlines()[0]}") from error
+            raise BroadcastFailed(
+                f"a broadcast in {self.name} failed: {str(error).splitlines()[0]}"
+            ) from error
         self._unfinished = []
 
     def leave(self) -> None:
@@ -116,8 +131,10 @@ class SenderGroup:
 
     @property
     def over(self) -> bool:
-        """Whether nothing is under way any more, so that the group's memory may go. gloo cannot cut an operation
-        short; it ends when its peer goes or its time-out comes, and who drops it before that waits for it."""
+        """Whether nothing is under way any more, so that the group's memory may go. gloo cannot cut
+        an operation short; it ends when its peer goes or its time-out comes, and who drops it
+        before that waits for it.
+        """
         return all(work.is_completed() for work, _ in self._unfinished)
 
     def _wait(self, done: Callable[[], bool], abort: Abort, why: str) -> None:
@@ -132,7 +149,9 @@ class SenderGroup:
             time.sleep(POLL_SECONDS)
 
 
-def _make_group(name: str, host: str, port: int, world_size: int, timeout: timedelta) -> dist.ProcessGroup:
+def _make_group(
+    name: str, host: str, port: int, world_size: int, timeout: timedelta
+) -> dist.ProcessGroup:
     store = dist.TCPStore(host, port, world_size, False, timeout=timeout, wait_for_workers=False)
     group, _ = c10d._new_process_group_helper(
         world_size,
@@ -147,8 +166,11 @@ def _make_group(name: str, host: str, port: int, world_size: int, timeout: timed
     return group
 
 
-def own_address(master_address: str | None, engines: Sequence[str], *, beside_chief: bool, chief_host: str) -> str:
-    """The address at which engines reach this process. engines: their URLs, as the chief knows them.
+def own_address(
+    master_address: str | None, engines: Sequence[str], *, beside_chief: bool, chief_host: str
+) -> str:
+    """The address at which engines reach this process. engines: their URLs, as the chief knows
+    them.
 
     beside_chief: whether this process runs on the chief's machine. chief_host: that machine's name.
     """

@@ -1,4 +1,6 @@
-"""Weights for engines that live in the trainer's own processes (`local`, `replay`): one beside every leader."""
+"""Weights for engines that live in the trainer's own processes (`local`, `replay`): one beside
+every leader.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from megatron_policysplit.rollout.engine import InProcessEngine
 def load_in_process(actor: Actor, engine: InProcessEngine | None, version: int) -> None:
     """Stream the weights into the leader's engine (None on other ranks). Collective over all ranks.
 
-    In the main thread, as every collective: `Engine.load` reads the stream in the thread that it runs in, so it gets
-    an event loop of its own here, not the one on which it generates.
+    In the main thread, as every collective: `Engine.load` reads the stream in the thread that it
+    runs in, so it gets an event loop of its own here, not the one on which it generates.
     """
 
     def take(stream) -> None:

@@ -1,7 +1,8 @@
 """One engine through one weight sync: the calls before the weights, and those after them.
 
-Order: pause, begin, (the weights), end, flush, set version, continue, read the version back. SGLang has no
-way back from a session that fails half-way, so an engine on which any call fails stays paused.
+Order: pause, begin, (the weights), end, flush, set version, continue, read the version back. SGLang
+has no way back from a session that fails half-way, so an engine on which any call fails stays
+paused.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ Hook = Callable[[Member], Awaitable[None]]
 Step = Callable[[Member], Coroutine[Any, Any, None]]
 
 
-async def open_session(member: Member, *, begins: bool, limit: float, before_load: Hook | None) -> None:
-    """Pause the engine and, if `begins`, open a weight-update session. limit: seconds for each call."""
+async def open_session(
+    member: Member, *, begins: bool, limit: float, before_load: Hook | None
+) -> None:
+    """Pause the engine and, if `begins`, open a weight-update session. limit: seconds for each
+    call.
+    """
     await within(limit, member, "pausing", member.client.pause())
     if before_load is not None:
         await within(limit, member, "getting ready for weights", before_load(member))
@@ -33,7 +38,9 @@ async def open_session(member: Member, *, begins: bool, limit: float, before_loa
 
 
 async def begin(member: Member, limit: float) -> None:
-    """Open a session; one that is open already, of a trainer that died or of a failed attempt, is ended first."""
+    """Open a session; one that is open already, of a trainer that died or of a failed attempt, is
+    ended first.
+    """
     try:
         await within(limit, member, "opening a weight update", member.client.begin_update())
     except EngineRefused as refused:
@@ -52,7 +59,9 @@ async def end_if_open(member: Member, limit: float) -> None:
         return
 
 
-async def close_session(member: Member, version: int, *, ends: bool, limit: float, after_load: Hook | None) -> None:
+async def close_session(
+    member: Member, version: int, *, ends: bool, limit: float, after_load: Hook | None
+) -> None:
     """Make the engine generate with the weights it has taken; it then says that it has `version`.
 
     Raises EngineError, with the engine paused, if it does not.
@@ -68,15 +77,19 @@ async def close_session(member: Member, version: int, *, ends: bool, limit: floa
     try:
         served = await within(limit, member, "reading the version back", client.version())
         if served != str(version):
-            raise EngineRefused(f"{member.address} says weight version {served!r} after version {version} was set", 200)
+            raise EngineRefused(
+                f"{member.address} says weight version {served!r} after version {version} was set",
+                200,
+            )
     except EngineError:
         await within(limit, member, "pausing", client.pause())
         raise
 
 
 async def abandon(member: Member, *, ends: bool, limit: float) -> bool:
-    """After a failure, as far as the engine still answers: have it paused, and no session open into which a bucket that
-    is late could be loaded. Whether it answered."""
+    """After a failure, as far as the engine still answers: have it paused, and no session open into
+    which a bucket that is late could be loaded. Whether it answered.
+    """
     answered = False
     for call in (member.client.pause, member.client.end_update) if ends else (member.client.pause,):
         try:
@@ -90,7 +103,9 @@ async def abandon(member: Member, *, ends: bool, limit: float) -> bool:
 
 
 async def _flush(member: Member, limit: float) -> None:
-    """Empty the prefix cache, which the old weights filled; aborted requests may take a moment to be gone."""
+    """Empty the prefix cache, which the old weights filled; aborted requests may take a moment to
+    be gone.
+    """
     deadline = asyncio.get_running_loop().time() + limit
     while True:
         try:
@@ -104,7 +119,11 @@ async def _flush(member: Member, limit: float) -> None:
 async def each(members: Sequence[Member], step: Step) -> Failures:
     """`step` on all members at the same time; those on which it failed."""
     failures = await asyncio.gather(*(_attempt(member, step) for member in members))
-    return {member.index: failure for member, failure in zip(members, failures, strict=True) if failure is not None}
+    return {
+        member.index: failure
+        for member, failure in zip(members, failures, strict=True)
+        if failure is not None
+    }
 
 
 async def _attempt(member: Member, step: Step) -> Failure | None:
@@ -129,9 +148,13 @@ def as_failure(error: EngineError) -> Failure:
 
 
 async def within(limit: float, member: Member, doing: str, call: Awaitable[Any]) -> Any:
-    """`call` with a time limit in seconds; past it, EngineUnreachable says what the engine was doing."""
+    """`call` with a time limit in seconds; past it, EngineUnreachable says what the engine was
+    doing.
+    """
     try:
         async with asyncio.timeout(limit):
             return await call
     except TimeoutError:
-        raise EngineUnreachable(f"{member.address} took more than {limit:g} s for {doing}") from None
+        raise EngineUnreachable(
+            f"{member.address} took more than {limit:g} s for {doing}"
+        ) from None

@@ -1,8 +1,9 @@
 """Memory that engines on this machine can read, and nothing of it left behind.
 
-torch keeps a small process, `torch_shm_manager`, that removes shared files when all who used them are gone. Started
-by torch it inherits the trainer's standard error and its gloo sockets: peers of a killed trainer would go on waiting,
-and so would a pipe, for as long as an engine runs. Here it is started with neither, and ended with the run.
+torch keeps a small process, `torch_shm_manager`, that removes shared files when all who used them
+are gone. Started by torch it inherits the trainer's standard error and its gloo sockets: peers of a
+killed trainer would go on waiting, and so would a pipe, for as long as an engine runs. Here it is
+started with neither, and ended with the run.
 """
 
 from __future__ import annotations
@@ -28,13 +29,22 @@ class SharedMemory:
     def __init__(self):
         binary = Path(torch.__file__).parent / "bin" / "torch_shm_manager"
         self._manager = subprocess.Popen(
-            [str(binary)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            [str(binary)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
         self._socket = self._manager.stdout.readline().strip()
         if not self._socket:
-            raise TrainingError(f"{binary} does not start; weight_sync.transport=distributed or disk does without it")
-        self._end = weakref.finalize(self, _end_manager, self._manager, Path(os.fsdecode(self._socket)).parent)
-        # torch shares through the first manager it has met, so it must meet this one; it does when it opens a file.
+            raise TrainingError(
+                f"{binary} does not start; weight_sync.transport=distributed or disk does without "
+                "it"
+            )
+        self._end = weakref.finalize(
+            self, _end_manager, self._manager, Path(os.fsdecode(self._socket)).parent
+        )
+        # torch shares through the first manager it has met, so it must meet this one; it does when
+        # it opens a file.
         name = f"/policysplit_{uuid.uuid4().hex}"
         with open(_file(name), "xb") as file:
             file.truncate(HEADER_BYTES + 1)
@@ -52,8 +62,8 @@ class SharedMemory:
 class Buffer:
     """flat: uint8[nbytes]. name: of its file in host memory; None for memory of a GPU.
 
-    A GPU's memory is not filled again before its reader is done with it, and SGLang answers before that: such a buffer
-    is used once, and torch keeps the memory until the reader lets go of it.
+    A GPU's memory is not filled again before its reader is done with it, and SGLang answers before
+    that: such a buffer is used once, and torch keeps the memory until the reader lets go of it.
     """
 
     def __init__(self, nbytes: int, device: torch.device):
@@ -61,7 +71,8 @@ class Buffer:
         free = shutil.disk_usage(SHARED).free if host else nbytes
         if nbytes > free:  # it would end in a bus error
             raise ConfigError(
-                f"a bucket of {nbytes >> 20} MiB does not fit in {SHARED}, of which {free >> 20} MiB are free; "
+                f"a bucket of {nbytes >> 20} MiB does not fit in {SHARED}, of which {free >> 20} "
+                "MiB are free; "
                 "lower weight_sync.bucket_mib or give the machine more shared memory"
             )
         self.flat = torch.empty(nbytes, dtype=torch.uint8, device=device)
@@ -69,8 +80,8 @@ class Buffer:
         if host:
             storage = self.flat.untyped_storage()
             self.name = storage._share_filename_cpu_()[1].decode()
-            # One reader more than there are: whoever takes himself for the last removes the file, and ends his process
-            # if it is gone already. `release` removes it.
+            # One reader more than there are: whoever takes himself for the last removes the file,
+            # and ends his process if it is gone already. `release` removes it.
             storage._shared_incref()
             self._remove = weakref.finalize(self, _file(self.name).unlink, missing_ok=True)
 

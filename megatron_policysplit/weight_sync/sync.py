@@ -1,8 +1,9 @@
 """The actor's weights into every SGLang engine, and the order in which that happens.
 
-pause, begin, the weights, end, flush, set version, continue, read the version back: `session.py` for the calls
-before and after, a transport for the weights. No engine ever generates with mixed weights: one on which anything
-failed stays paused, and out of use until it has taken a full set. Engines do not wait for each other's failures.
+pause, begin, the weights, end, flush, set version, continue, read the version back: `session.py`
+for the calls before and after, a transport for the weights. No engine ever generates with mixed
+weights: one on which anything failed stays paused, and out of use until it has taken a full set.
+Engines do not wait for each other's failures.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ ABANDON_SECONDS = 10.0
 class WeightSync:
     """Built on every rank at once, and then called on every rank at once, in the main thread.
 
-    placements: of all engines, the same on every rank. members: those that this rank owns. before_load, after_load: of
-    an engine, between pause and begin, and between end and flush. read: gives a parameter's values on the rank's own
-    device.
+    placements: of all engines, the same on every rank. members: those that this rank owns.
+    before_load, after_load: of an engine, between pause and begin, and between end and flush. read:
+    gives a parameter's values on the rank's own device.
 
     Raises ConfigError on every rank if weight_sync.transport cannot reach the engines.
     """
@@ -69,41 +70,60 @@ class WeightSync:
         if transport == "disk":
             self._transport = DiskTransport(config, layout, control, actor, self.members, read)
         elif transport == "distributed":
-            self._transport = DistributedTransport(config, layout, control, actor, self.members, plan, read)
+            self._transport = DistributedTransport(
+                config, layout, control, actor, self.members, plan, read
+            )
         else:
-            self._transport = TensorTransport(config, layout, control, actor, placements, self.members, plan, read)
+            self._transport = TensorTransport(
+                config, layout, control, actor, placements, self.members, plan, read
+            )
 
     def push(self, version: int, engines: set[int] | None = None) -> dict[int, str]:
-        """Give `engines` (None: all) the actor's weights as `version`; which of them did not take them, and why.
+        """Give `engines` (None: all) the actor's weights as `version`; which of them did not take
+        them, and why.
 
-        Collective over all ranks; the same answer on each, {} if all took them. Those are SERVING then; the others are
-        QUARANTINED, or DOWN if nothing answers there any more. Engines that are STARTING or DOWN are left as they are
-        and named with their own reason. What fails besides engines (an export, a disk) is raised on every rank; the
-        engines are QUARANTINED then.
+        Collective over all ranks; the same answer on each, {} if all took them. Those are SERVING
+        then; the others are QUARANTINED, or DOWN if nothing answers there any more. Engines that
+        are STARTING or DOWN are left as they are and named with their own reason. What fails
+        besides engines (an export, a disk) is raised on every rank; the engines are QUARANTINED
+        then.
         """
-        mine = [member for index, member in self.members.items() if engines is None or index in engines]
+        mine = [
+            member for index, member in self.members.items() if engines is None or index in engines
+        ]
         absent, tried = self._absent(mine)
         mine = [member for member in mine if member.index in tried]
         try:
             failures = self._push(version, tried, mine)
         except Exception as error:
-            self._abandon({member.index: Failure(f"the weight sync was broken off ({error})") for member in mine})
+            self._abandon(
+                {
+                    member.index: Failure(f"the weight sync was broken off ({error})")
+                    for member in mine
+                }
+            )
             raise
         self._abandon(failures)
         for member in mine:
             if member.index not in failures:
                 _serve(member, version)
-        return dict(sorted((absent | {engine: failure.why for engine, failure in failures.items()}).items()))
+        return dict(
+            sorted((absent | {engine: failure.why for engine, failure in failures.items()}).items())
+        )
 
     def _push(self, version: int, tried: set[int], mine: Sequence[Member]) -> Failures:
         """The engines of `tried` that failed. mine: those of them that this rank owns."""
         begins = self._transport.has_session
 
         async def begin(member: Member) -> None:
-            await session.open_session(member, begins=begins, limit=self.limit, before_load=self._before_load)
+            await session.open_session(
+                member, begins=begins, limit=self.limit, before_load=self._before_load
+            )
 
         async def end(member: Member) -> None:
-            await session.close_session(member, version, ends=begins, limit=self.limit, after_load=self._after_load)
+            await session.close_session(
+                member, version, ends=begins, limit=self.limit, after_load=self._after_load
+            )
 
         failures = self._on_each(mine, begin)
         live = tried - set(failures)
@@ -112,28 +132,37 @@ class WeightSync:
                 if member.index in live:
                     member.version = None
             failures |= self._transport.send(version, live)
-            failures |= self._on_each([member for member in mine if member.index not in failures], end)
+            failures |= self._on_each(
+                [member for member in mine if member.index not in failures], end
+            )
         return failures
 
     @property
     def can_restore(self) -> bool:
-        """Whether `restore_from_snapshot` has something to give: after the first push with transport=disk."""
+        """Whether `restore_from_snapshot` has something to give: after the first push with
+        transport=disk.
+        """
         return isinstance(self._transport, DiskTransport) and self._transport.version is not None
 
     async def restore_from_snapshot(self, member: Member) -> None:
-        """Give one engine of this rank the newest weights without any other rank; on the control loop.
+        """Give one engine of this rank the newest weights without any other rank; on the control
+        loop.
 
-        Raises EngineError, with the engine QUARANTINED or DOWN, if it does not take them; RuntimeError unless
-        `can_restore`.
+        Raises EngineError, with the engine QUARANTINED or DOWN, if it does not take them;
+        RuntimeError unless `can_restore`.
         """
         if not self.can_restore:
             raise RuntimeError("there is no snapshot to restore an engine from")
         transport, version = self._transport, self._transport.version
         member.version = None
         try:
-            await session.open_session(member, begins=False, limit=self.limit, before_load=self._before_load)
+            await session.open_session(
+                member, begins=False, limit=self.limit, before_load=self._before_load
+            )
             await transport.load(member, version)
-            await session.close_session(member, version, ends=False, limit=self.limit, after_load=self._after_load)
+            await session.close_session(
+                member, version, ends=False, limit=self.limit, after_load=self._after_load
+            )
         except EngineError as error:
             await self._leave_paused(member, session.as_failure(error))
             raise
@@ -146,7 +175,11 @@ class WeightSync:
     def _absent(self, mine: Sequence[Member]) -> tuple[dict[int, str], set[int]]:
         """Over all ranks: the engines that cannot be tried, with their reason, and those that can."""
         own = {member.index: (member.state, member.why) for member in mine}
-        everyone = {index: found for rank in together(self.layout, lambda: own) for index, found in rank.items()}
+        everyone = {
+            index: found
+            for rank in together(self.layout, lambda: own)
+            for index, found in rank.items()
+        }
         absent = {
             index: f"it is {state.value}" + (f" ({why})" if why else "")
             for index, (state, why) in everyone.items()
@@ -158,8 +191,14 @@ class WeightSync:
         """Leave the failed engines of this rank paused, and say so in their state."""
 
         async def leave_all() -> None:
-            failed = [(self.members[index], why) for index, why in failures.items() if index in self.members]
-            await asyncio.gather(*(self._leave_paused(member, failure) for member, failure in failed))
+            failed = [
+                (self.members[index], why)
+                for index, why in failures.items()
+                if index in self.members
+            ]
+            await asyncio.gather(
+                *(self._leave_paused(member, failure) for member, failure in failed)
+            )
 
         self.control.run(leave_all())
 

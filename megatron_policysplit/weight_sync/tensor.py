@@ -1,8 +1,9 @@
 """transport=tensor: the engines read the weights from memory of the trainer, on the same machine.
 
-Engines apart from the actor: the chief gets the full tensors and puts them, bucket by bucket, into shared host memory,
-from which every rank of every engine copies its part. Colocated engines: every actor rank gets the full tensors on its
-own device and gives its engine rank a handle to them (CUDA IPC on a GPU).
+Engines apart from the actor: the chief gets the full tensors and puts them, bucket by bucket, into
+shared host memory, from which every rank of every engine copies its part. Colocated engines: every
+actor rank gets the full tensors on its own device and gives its engine rank a handle to them (CUDA
+IPC on a GPU).
 """
 
 from __future__ import annotations
@@ -51,17 +52,27 @@ class TensorTransport:
         plan: Sequence[Bucket],
         read: Read,
     ):
-        self.layout, self.control, self.members, self.plan, self.read = layout, control, members, plan, read
+        self.layout, self.control, self.members, self.plan, self.read = (
+            layout,
+            control,
+            members,
+            plan,
+            read,
+        )
         self.actor = actor
         self.limit = config.weight_sync.timeout_seconds
         self.colocated = config.rollout.colocated
-        together(layout, lambda: check_reach(config, [member.address for member in members.values()]))
+        together(
+            layout, lambda: check_reach(config, [member.address for member in members.values()])
+        )
         self._own: Placement | None = None  # the engine that runs on this rank's device
         self._group: dist.ProcessGroup | None = None
         for placement in placements if self.colocated else ():
             # An owner posts, and waits for the answer, while the other ranks wait in this group.
             group = dist.new_group(
-                list(placement.ranks), backend="gloo", timeout=timedelta(seconds=2 * self.limit + 60)
+                list(placement.ranks),
+                backend="gloo",
+                timeout=timedelta(seconds=2 * self.limit + 60),
             )
             if layout.rank in placement.ranks:
                 self._own, self._group = placement, group
@@ -69,7 +80,9 @@ class TensorTransport:
         self._kept: list[Buffer] = []  # that an engine which fell silent may still be about to read
 
     def send(self, version: int, live: set[int]) -> Failures:
-        """Give all buckets to the engines in `live`, on which a session is open. Collective over all ranks."""
+        """Give all buckets to the engines in `live`, on which a session is open. Collective over
+        all ranks.
+        """
         return merged(together(self.layout, lambda: self._send(live)))
 
     def close(self) -> None:
@@ -80,14 +93,18 @@ class TensorTransport:
     def _send(self, live: set[int]) -> Failures:
         self._release_kept()
         if self.colocated:
-            return self._consume("every_rank", lambda stream: self._give_own(stream, live), training_device())
+            return self._consume(
+                "every_rank", lambda stream: self._give_own(stream, live), training_device()
+            )
         if not self.layout.is_exported:
             return {}
         destination = "leader" if self.layout.data_rank == 0 else "nowhere"
         return self._consume(destination, lambda stream: self._give_all(stream, live), CPU)
 
     def _consume(self, destination, take, device: torch.device) -> Failures:
-        return consume_weights(self.actor.model, self.actor.hf_config, destination, take, device=device, read=self.read)
+        return consume_weights(
+            self.actor.model, self.actor.hf_config, destination, take, device=device, read=self.read
+        )
 
     def _give_all(self, stream, live: set[int]) -> Failures:
         """The chief's part: fill one buffer while the engines read the other."""
@@ -107,7 +124,9 @@ class TensorTransport:
                 receivers = [self.members[engine] for engine in sorted(live - set(failures))]
                 if not receivers:
                     return failures
-                payloads = {m.index: [payload(bucket, flat) for _ in range(m.tensor)] for m in receivers}
+                payloads = {
+                    m.index: [payload(bucket, flat) for _ in range(m.tensor)] for m in receivers
+                }
                 pending = self.control.start(self._post(receivers, payloads))
             failures.update(pending.result())
             return failures
@@ -117,7 +136,9 @@ class TensorTransport:
             self._give_back(buffers, failures)
 
     def _give_own(self, stream, live: set[int]) -> Failures:
-        """A colocated rank's part: its own copy for its own engine rank; the owner posts for all of them."""
+        """A colocated rank's part: its own copy for its own engine rank; the owner posts for all of
+        them.
+        """
         placement = self._own
         if placement is None or placement.index not in live:
             return {}
@@ -145,11 +166,18 @@ class TensorTransport:
         finally:
             self._give_back([buffer] if buffer is not None else [], failures)
 
-    def _post_together(self, placement: Placement, mine: str | Exception) -> tuple[Failure | None, bool]:
-        """Gather the payloads of an engine's ranks to its owner and post them: why the engine failed, and whether a
-        rank did."""
-        given: list[str | None] | None = [None] * len(placement.ranks) if self.layout.rank == placement.owner else None
-        dist.gather_object(None if isinstance(mine, Exception) else mine, given, placement.owner, self._group)
+    def _post_together(
+        self, placement: Placement, mine: str | Exception
+    ) -> tuple[Failure | None, bool]:
+        """Gather the payloads of an engine's ranks to its owner and post them: why the engine
+        failed, and whether a rank did.
+        """
+        given: list[str | None] | None = (
+            [None] * len(placement.ranks) if self.layout.rank == placement.owner else None
+        )
+        dist.gather_object(
+            None if isinstance(mine, Exception) else mine, given, placement.owner, self._group
+        )
         verdict: list = [None, True]
         if given is not None and None not in given:
             member = self.members[placement.index]
@@ -158,15 +186,21 @@ class TensorTransport:
         dist.broadcast_object_list(verdict, placement.owner, self._group)
         return verdict[0], verdict[1]
 
-    async def _post(self, members: Sequence[Member], payloads: Mapping[int, Sequence[str]]) -> Failures:
+    async def _post(
+        self, members: Sequence[Member], payloads: Mapping[int, Sequence[str]]
+    ) -> Failures:
         async def update(member: Member) -> None:
-            await member.client.update_from_tensor(payloads[member.index], timeout_seconds=self.limit)
+            await member.client.update_from_tensor(
+                payloads[member.index], timeout_seconds=self.limit
+            )
 
         return session.explained(await session.each(members, update))
 
     def _give_back(self, buffers: Sequence[Buffer], failures: Failures) -> None:
-        """SGLang ends when the memory that it is told to read is gone, so an engine that may yet come to it keeps it
-        until the next sync, which starts only once that engine has answered or been given up."""
+        """SGLang ends when the memory that it is told to read is gone, so an engine that may yet
+        come to it keeps it until the next sync, which starts only once that engine has answered or
+        been given up.
+        """
         if any(failure.silent for failure in failures.values()):
             self._kept += buffers
         else:
@@ -188,13 +222,15 @@ def check_reach(config: Config, addresses: Sequence[str]) -> None:
     for address in addresses:
         if not is_this_machine(address):
             raise ConfigError(
-                f"weight_sync.transport=tensor shares memory, but {address} is not on this machine; set {OTHER}"
+                f"weight_sync.transport=tensor shares memory, but {address} is not on this "
+                f"machine; set {OTHER}"
             )
     ours = installed_version("torch")
     if config.rollout.addresses:
         if config.rollout.colocated:
             raise ConfigError(
-                f"weight_sync.transport=tensor cannot tell which torch the servers in rollout.addresses run, and GPU "
+                "weight_sync.transport=tensor cannot tell which torch the servers in "
+                "rollout.addresses run, and GPU "
                 f"memory is shared between equal versions only ({ours} here); set {OTHER}"
             )
         return
@@ -205,8 +241,10 @@ def check_reach(config: Config, addresses: Sequence[str]) -> None:
     theirs = _torch_version(python)
     if _release(theirs) != _release(ours):
         raise ConfigError(
-            f"weight_sync.transport=tensor shares memory between equal versions of torch only; rollout.server.python="
-            f"{python} has torch {theirs}, the trainer {ours}; set {other} or install the same version"
+            "weight_sync.transport=tensor shares memory between equal versions of torch only; "
+            "rollout.server.python="
+            f"{python} has torch {theirs}, the trainer {ours}; set {other} or install the same "
+            "version"
         )
 
 
@@ -218,7 +256,9 @@ def _torch_version(python: str) -> str:
         raise ConfigError(f"rollout.server.python={python} cannot be run ({error})") from error
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ConfigError(f"rollout.server.python={python} has no torch ({reason}); install SGLang there")
+        raise ConfigError(
+            f"rollout.server.python={python} has no torch ({reason}); install SGLang there"
+        )
     return done.stdout.strip()
 
 

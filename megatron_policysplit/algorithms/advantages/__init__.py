@@ -1,6 +1,12 @@
-"""What every method is made of: the batch it sees, statistics within groups, and what it gives back. No Megatron."""
+"""What every method is made of: the batch it sees, statistics within groups, and what it gives
+back. No Megatron.
+"""
 
-from megatron_policysplit.algorithms.advantages.batch import AdvantageBatch, TokenStatistics, make_batch
+from megatron_policysplit.algorithms.advantages.batch import (
+    AdvantageBatch,
+    TokenStatistics,
+    make_batch,
+)
 from megatron_policysplit.algorithms.advantages.groups import (
     EPSILON,
     centered,

@@ -14,14 +14,16 @@ from megatron_policysplit.rows import Row
 
 @dataclass
 class TokenStatistics:
-    """Per response token of one row, fp32, nats: log-prob [T] and entropy [T] of the policy before the update.
+    """Per response token of one row, fp32, nats: log-prob [T] and entropy [T] of the policy before
+    the update.
 
-    kl: by the name of another training mode, KL(this row's mode || that mode) [T] at the same tokens, where asked
-    for. prompt_logprob: mean of the log-probs of the prompt's tokens but the first (0 for a prompt of one), where the
-    method asks for it.
-    nucleus_entropy, nucleus_threshold [T]: nats, and a logit (`vocab_parallel.Nucleus`), where it asks for these.
-    scored: False for a row that nothing needed to score; everything is 0 then, unless the row was compared with the
-    engine.
+    kl: by the name of another training mode, KL(this row's mode || that mode) [T] at the same
+    tokens, where asked for. prompt_logprob: mean of the log-probs of the prompt's tokens but the
+    first (0 for a prompt of one), where the method asks for it.
+    nucleus_entropy, nucleus_threshold [T]: nats, and a logit (`vocab_parallel.Nucleus`), where it
+    asks for these.
+    scored: False for a row that nothing needed to score; everything is 0 then, unless the row was
+    compared with the engine.
     """
 
     logprobs: Tensor
@@ -37,16 +39,18 @@ class TokenStatistics:
 class AdvantageBatch:
     """R rows with T response tokens in all; row r's tokens are [offsets[r], offsets[r + 1]).
 
-    rewards [R] fp32. group [R] int64: rows of one question under one training mode. modes [R]: names of the rows'
-    training modes. others [R, M - 1] int64: the rows of the same response under the other modes (of M in all), filled
-    up with -1. auxiliary [R] bool: of a second rollout at another temperature, in groups of its own; its log-probs are
-    at the mode's temperature all the same.
-    logprobs, entropy [T] fp32 nats under the row's own prompt, by the weights before the update. mask [T] bool: tokens
-    that are trained, and over which statistics are taken. old_logprobs [T]: those of the ratio, which differ from
-    `logprobs` only where algorithm.statistics=step took new ones before a later optimizer step. clip_low, clip_high:
-    the loss's clip of their ratio. seed: of what a method draws at random. prompt_logprob [R] fp32: the mean log-prob
-    of the tokens of the row's prompt but the first, if the method asks for it (`Method.prompt_logprobs`).
-    nucleus_entropy [T] nats, of the distribution renormalised over the nucleus, likewise (`Method.nucleus`).
+    rewards [R] fp32. group [R] int64: rows of one question under one training mode. modes [R]:
+    names of the rows' training modes. others [R, M - 1] int64: the rows of the same response under
+    the other modes (of M in all), filled up with -1. auxiliary [R] bool: of a second rollout at
+    another temperature, in groups of its own; its log-probs are at the mode's temperature all the
+    same. logprobs, entropy [T] fp32 nats under the row's own prompt, by the weights before the
+    update. mask [T] bool: tokens that are trained, and over which statistics are taken.
+    old_logprobs [T]: those of the ratio, which differ from `logprobs` only where
+    algorithm.statistics=step took new ones before a later optimizer step. clip_low, clip_high: the
+    loss's clip of their ratio. seed: of what a method draws at random. prompt_logprob [R] fp32: the
+    mean log-prob of the tokens of the row's prompt but the first, if the method asks for it
+    (`Method.prompt_logprobs`). nucleus_entropy [T] nats, of the distribution renormalised over the
+    nucleus, likewise (`Method.nucleus`).
     """
 
     rewards: Tensor
@@ -100,21 +104,31 @@ class AdvantageBatch:
         return torch.tensor([name == mode for name in self.modes], dtype=torch.bool)
 
     def at_others(self, values: Tensor) -> Tensor:
-        """[T]: for each token, the mean of `values` at the same token of the response over the rows of other modes.
+        """[T]: for each token, the mean of `values` at the same token of the response over the rows
+        of other modes.
 
-        Raises ValueError if a row has not one of every other mode or rows of a response differ in length.
+        Raises ValueError if a row has not one of every other mode or rows of a response differ in
+        length.
         """
         if self.others.shape[1] == 0 or (self.others < 0).any():
-            raise ValueError("a row has no partner: this method needs every response under the prompts of all modes")
+            raise ValueError(
+                "a row has no partner: this method needs every response under the prompts of all "
+                "modes"
+            )
         lengths = self.offsets.diff()
         if not torch.equal(lengths[:, None].expand_as(self.others), lengths[self.others]):
-            raise ValueError("a row and its partner differ in length: the response tokens were not shared exactly")
+            raise ValueError(
+                "a row and its partner differ in length: the response tokens were not shared "
+                "exactly"
+            )
         row = self.row_of_token
         position = torch.arange(len(row)) - self.offsets[row]
         return values[self.offsets[self.others[row]] + position[:, None]].mean(1)
 
 
-def make_batch(rows: Sequence[Row], statistics: Sequence[TokenStatistics], masks: Sequence[Tensor]) -> AdvantageBatch:
+def make_batch(
+    rows: Sequence[Row], statistics: Sequence[TokenStatistics], masks: Sequence[Tensor]
+) -> AdvantageBatch:
     """Rows (in any order) and their statistics as one `AdvantageBatch`; masks[r] is bool [T_r]."""
     lengths = torch.tensor([row.response_length for row in rows])
     logprobs = torch.cat([s.logprobs for s in statistics])
@@ -139,11 +153,15 @@ def make_batch(rows: Sequence[Row], statistics: Sequence[TokenStatistics], masks
 def group_numbers(rows: Sequence[Row]) -> Tensor:
     """[R] int64: equal for rows of one advantage group (`RowKey.group`), counted from 0."""
     groups: dict[tuple, int] = {}
-    return torch.tensor([groups.setdefault(row.key.group, len(groups)) for row in rows], dtype=torch.int64)
+    return torch.tensor(
+        [groups.setdefault(row.key.group, len(groups)) for row in rows], dtype=torch.int64
+    )
 
 
 def _others(rows: Sequence[Row]) -> Tensor:
-    """[R, M - 1] int64: for each row the other rows of its response, in their order, filled up with -1."""
+    """[R, M - 1] int64: for each row the other rows of its response, in their order, filled up with
+    -1.
+    """
     together: dict[tuple, list[int]] = {}
     for index, row in enumerate(rows):
         together.setdefault(row.rollout.key, []).append(index)

@@ -1,4 +1,6 @@
-"""Statistics within groups, and what rewards alone say of a response: [N] values, [N] int64 groups, fp64 inside."""
+"""Statistics within groups, and what rewards alone say of a response: [N] values, [N] int64 groups,
+fp64 inside.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def zscore(rewards: Tensor, group: Tensor) -> Tensor:
 
 
 def centered(rewards: Tensor, group: Tensor) -> Tensor:
-    """Dr. GRPO: r_i - mean r within each group; [R] -> [R] fp32, exactly 0 where rewards are all equal."""
+    """Dr. GRPO: r_i - mean r within each group; [R] -> [R] fp32, exactly 0 where rewards are all
+    equal.
+    """
     total, count = group_sums(rewards, group)
     return (rewards.double() - total / count).where(_differ(rewards, group), 0.0).float()
 

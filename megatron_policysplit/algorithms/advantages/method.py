@@ -1,4 +1,6 @@
-"""What a method is: a pure function from a batch to what each token is trained with, and what it needs for that."""
+"""What a method is: a pure function from a batch to what each token is trained with, and what it
+needs for that.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,15 @@ State = dict[str, float]
 
 @dataclass
 class TokenSignals:
-    """What the loss of each response token is made of, [T] fp32 each, nothing with a gradient; None: none of it.
+    """What the loss of each response token is made of, [T] fp32 each, nothing with a gradient;
+    None: none of it.
 
-    advantages: 0 outside the mask. scale: multiplies the policy term (None: 1), importance weight included.
+    advantages: 0 outside the mask. scale: multiplies the policy term (None: 1), importance weight
+    included.
     entropy_coef: weight of the token's differentiable entropy, besides algorithm.entropy_coef.
-    drift_coef: weight of |log pi - log pi_old|. nucleus_coef: weight of the token's differentiable nucleus entropy in
-    the mean over the step's rows of the sums over their tokens, whatever the loss aggregation (`Method.nucleus`).
+    drift_coef: weight of |log pi - log pi_old|. nucleus_coef: weight of the token's differentiable
+    nucleus entropy in the mean over the step's rows of the sums over their tokens, whatever the
+    loss aggregation (`Method.nucleus`).
     """
 
     advantages: Tensor
@@ -58,8 +63,9 @@ def all_rows(rewards: Tensor, group: Tensor, options: Any) -> Tensor:
 class Selection:
     """Dynamic sampling: which questions a batch is made of.
 
-    keeps(rewards): whether a question is trained, from the rewards of all its responses, in whatever mode. max_rounds:
-    how many times data.batch_questions questions are drawn, until as many are kept.
+    keeps(rewards): whether a question is trained, from the rewards of all its responses, in
+    whatever mode. max_rounds: how many times data.batch_questions questions are drawn, until as
+    many are kept.
     """
 
     keeps: Callable[[Sequence[float]], bool]
@@ -70,31 +76,40 @@ class Selection:
 class Method:
     """A method and what it needs from the trainer.
 
-    signals(batch, options, state): one TokenSignals. `batch` is of the whole rollout batch; which tokens its statistics
-    are over, and how fresh they are, is `algorithm.scope` and `algorithm.statistics`, and no affair of the function.
-    options: dataclass of the keys under algorithm.options, made with `config.key`, with the paper's defaults.
-    source: where it comes from. loss: the method's defaults of keys of `algorithm` that the configuration leaves null.
-    sampling_modes: modes that sample, by their shares. training_modes: prompts each response is trained under.
+    signals(batch, options, state): one TokenSignals. `batch` is of the whole rollout batch; which
+    tokens its statistics are over, and how fresh they are, is `algorithm.scope` and
+    `algorithm.statistics`, and no affair of the function.
+    options: dataclass of the keys under algorithm.options, made with `config.key`, with the paper's
+    defaults.
+    source: where it comes from. loss: the method's defaults of keys of `algorithm` that the
+    configuration leaves null.
+    sampling_modes: modes that sample, by their shares. training_modes: prompts each response is
+    trained under.
     other_modes: whether those of `modes.others` sample and train too.
-    check(options, modes): raises ConfigError for options that do not fit a run whose modes have these names.
-    length_reward(lengths, longest, options): [R] fp32, added to the rewards of responses of `lengths` [R] tokens, of at
-    most `longest`, before anything else is made of them. None: nothing is.
+    check(options, modes): raises ConfigError for options that do not fit a run whose modes have
+    these names.
+    length_reward(lengths, longest, options): [R] fp32, added to the rewards of responses of
+    `lengths` [R] tokens, of at most `longest`, before anything else is made of them. None: nothing
+    is.
     selection(options): which questions are trained; None: those that are drawn.
-    second_rollout(options, state, questions, samples): what to sample besides a batch of `questions` questions with
-    `samples` responses each, by the state after the batch trained last. Its right responses, at most `most`, become
-    auxiliary rows (`AdvantageBatch.auxiliary`); the others are forgotten.
-    auxiliary_aggregation: of the loss of auxiliary rows, over the number of *other* rows; None: they are aggregated
-    with the others, as `algorithm.loss_aggregation` says.
-    live(rewards, group, options): [R] bool, rows that can change the weights; the others have a zero loss at every
-    token whatever their statistics, and are not trained. It is not asked about auxiliary rows, which are all trained.
-    within_questions: whether the signals of a token come from the rows of its question alone, so that a question whose
-    rows are all dead needs no statistics.
-    engine_logprobs(options): whether the engine's log-probs of what it sampled can take the place of the actor's
-    (algorithm.old_logprobs): signals and state read nothing else of the policy, and no term of the loss has a kink
-    where the two are equal.
-    begin(options), next_state(state, batch, options): state that the method carries from one optimizer step to the
-    next, and through checkpoints; `batch` holds the statistics that the step's signals were made from.
-    prompt_logprobs: whether score passes take the log-probs of prompts too, for `AdvantageBatch.prompt_logprob`.
+    second_rollout(options, state, questions, samples): what to sample besides a batch of
+    `questions` questions with `samples` responses each, by the state after the batch trained last.
+    Its right responses, at most `most`, become auxiliary rows (`AdvantageBatch.auxiliary`); the
+    others are forgotten.
+    auxiliary_aggregation: of the loss of auxiliary rows, over the number of *other* rows; None:
+    they are aggregated with the others, as `algorithm.loss_aggregation` says.
+    live(rewards, group, options): [R] bool, rows that can change the weights; the others have a
+    zero loss at every token whatever their statistics, and are not trained. It is not asked about
+    auxiliary rows, which are all trained.
+    within_questions: whether the signals of a token come from the rows of its question alone, so
+    that a question whose rows are all dead needs no statistics.
+    engine_logprobs(options): whether the engine's log-probs of what it sampled can take the place
+    of the actor's (algorithm.old_logprobs): signals and state read nothing else of the policy, and
+    no term of the loss has a kink where the two are equal. begin(options), next_state(state, batch,
+    options): state that the method carries from one optimizer step to the next, and through
+    checkpoints; `batch` holds the statistics that the step's signals were made from.
+    prompt_logprobs: whether score passes take the log-probs of prompts too, for
+    `AdvantageBatch.prompt_logprob`.
     nucleus(options): the probability mass of the nuclei whose entropies score passes take too, for
     `AdvantageBatch.nucleus_entropy` and `TokenSignals.nucleus_coef`; None: of none.
     """

@@ -1,4 +1,5 @@
-"""Adaptive entropy control (Skywork-OR1, arXiv 2505.22312): a bonus whose coefficient climbs while entropy is too low.
+"""Adaptive entropy control (Skywork-OR1, arXiv 2505.22312): a bonus whose coefficient climbs while
+entropy is too low.
 
 With H the mean entropy over all trained tokens and c_0 = 0, at each optimizer step
 
@@ -12,7 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_policysplit.algorithms.advantages import AdvantageBatch, Method, State, TokenSignals, all_rows, zscore
+from megatron_policysplit.algorithms.advantages import (
+    AdvantageBatch,
+    Method,
+    State,
+    TokenSignals,
+    all_rows,
+    zscore,
+)
 from megatron_policysplit.config import key
 
 

@@ -1,12 +1,15 @@
-"""AER, adaptive entropy regularisation (after arXiv 2510.10959): a bonus for hard questions that holds a set entropy.
+"""AER, adaptive entropy regularisation (after arXiv 2510.10959): a bonus for hard questions that
+holds a set entropy.
 
-UNVERIFIED RECONSTRUCTION. The paper's equations were not found. That a question's coefficient comes from its
-difficulty, that the target is a ratio tau of the initial entropy, about 0.4, and that a global scale is moved at every
-step to stay there, is told of it; the formulas and the other defaults are ours:
+UNVERIFIED RECONSTRUCTION. The paper's equations were not found. That a question's coefficient comes
+from its difficulty, that the target is a ratio tau of the initial entropy, about 0.4, and that a
+global scale is moved at every step to stay there, is told of it; the formulas and the other
+defaults are ours:
 
-    p_q  = share of right answers in the question's group       w_q = max(0, rho - p_q) / rho
-    loss - c_k w_q H_t for each token of question q             c_0 = 0, H_0 = mean entropy of the run's first batch
-    c_{k+1} = c_k + rate (tau H_0 - H_k), within [0, coef_max]   H_k = mean entropy at optimizer step k
+    p_q  = share of right answers in the question's group       w_q = max(0, rho - p_q) / rho loss -
+    c_k w_q H_t for each token of question q             c_0 = 0, H_0 = mean entropy of the run's
+    first batch c_{k+1} = c_k + rate (tau H_0 - H_k), within [0, coef_max]   H_k = mean entropy at
+    optimizer step k
 
 Means of entropies are over all trained tokens, in nats; c and H_0 are state.
 """
@@ -33,8 +36,14 @@ from megatron_policysplit.config import key
 @dataclass(frozen=True)
 class Options:
     tau: float = key(0.4, "Target entropy, as a share of that of the run's first batch.", above=0.0)
-    rho: float = key(0.5, "Share of right answers from which a question gets no bonus (a guess).", above=0.0)
-    rate: float = key(0.005, "How fast the scale follows the distance to the target, per nat (a guess).", above=0.0)
+    rho: float = key(
+        0.5, "Share of right answers from which a question gets no bonus (a guess).", above=0.0
+    )
+    rate: float = key(
+        0.005,
+        "How fast the scale follows the distance to the target, per nat (a guess).",
+        above=0.0,
+    )
     coef_max: float = key(0.05, "Bound of the scale (a guess).", above=0.0)
 
 

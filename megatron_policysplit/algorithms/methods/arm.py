@@ -1,14 +1,16 @@
-"""ARM, advantage re-weighting by confidence, as in ProGRPO (arXiv 2602.05281): what the policy is sure of gains less.
+"""ARM, advantage re-weighting by confidence, as in ProGRPO (arXiv 2602.05281): what the policy is
+sure of gains less.
 
 With A_i GRPO's advantage, in groups whose rewards are not all equal,
 
-    A~_i   = A_i + alpha (c(q) - c(o_i | q))
-    c(o|q) = exp(mean log pi) over the `share` of the response's trained tokens that have the lowest probability
-    c(q)   = exp(mean log pi) over the prompt's tokens but the first, which nothing predicts
+    A~_i   = A_i + alpha (c(q) - c(o_i | q)) c(o|q) = exp(mean log pi) over the `share` of the
+    response's trained tokens that have the lowest probability c(q)   = exp(mean log pi) over the
+    prompt's tokens but the first, which nothing predicts
 
-UNVERIFIED in two places: the paper's alpha was not found, and its c(q) was found to come from the prompt's perplexity,
-but not how; the formula above and the default of alpha are ours. Log-probs are those of the score pass, at the sampling
-temperature, prompts included; nothing of them carries a gradient.
+UNVERIFIED in two places: the paper's alpha was not found, and its c(q) was found to come from the
+prompt's perplexity, but not how; the formula above and the default of alpha are ours. Log-probs are
+those of the score pass, at the sampling temperature, prompts included; nothing of them carries a
+gradient.
 """
 
 from __future__ import annotations
@@ -34,12 +36,16 @@ from megatron_policysplit.config import key
 class Options:
     alpha: float = key(0.3, "Weight of the confidences' difference (a guess).", minimum=0.0)
     share: float = key(
-        0.2, "Share of a response's tokens, those of lowest probability, that its confidence is of.", above=0.0
+        0.2,
+        "Share of a response's tokens, those of lowest probability, that its confidence is of.",
+        above=0.0,
     )
 
 
 def response_confidence(batch: AdvantageBatch, share: float) -> Tensor:
-    """c(o|q) [R], over ceil(share T) of the T trained tokens of each response; 1 for one that has none."""
+    """c(o|q) [R], over ceil(share T) of the T trained tokens of each response; 1 for one that has
+    none.
+    """
     lengths = batch.offsets.diff().tolist()
     rows = zip(batch.logprobs.split(lengths), batch.mask.split(lengths), strict=True)
     return torch.stack([_lowest_mean(logprobs[mask], share) for logprobs, mask in rows]).exp()
@@ -59,7 +65,9 @@ def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSigna
         raise ValueError("the batch has no log-probs of prompts, which this method needs")
     surprise = batch.prompt_logprob.exp() - response_confidence(batch, options.share)
     mixed = in_mixed_groups(batch.rewards, batch.group, options)
-    return TokenSignals(batch.on_tokens(zscore(batch.rewards, batch.group) + options.alpha * surprise * mixed))
+    return TokenSignals(
+        batch.on_tokens(zscore(batch.rewards, batch.group) + options.alpha * surprise * mixed)
+    )
 
 
 METHOD = Method(

@@ -1,10 +1,12 @@
-"""AsymGRPO (arXiv 2604.04894): a group's success rate p weighs right and wrong answers, each with its exponent.
+"""AsymGRPO (arXiv 2604.04894): a group's success rate p weighs right and wrong answers, each with
+its exponent.
 
     A_i = ((1 - p) / p)^beta_pos   where the answer is right
     A_i = -(p / (1 - p))^beta_neg  where it is wrong
 
-At 0.5 and 0.5 that is GRPO with the population's standard deviation and no epsilon; at 0 and 0 it is +1 and -1. The
-formula is known to us from notes on the paper, which agree, not from its text; no official code was found.
+At 0.5 and 0.5 that is GRPO with the population's standard deviation and no epsilon; at 0 and 0 it
+is +1 and -1. The formula is known to us from notes on the paper, which agree, not from its text; no
+official code was found.
 """
 
 from __future__ import annotations
@@ -28,12 +30,18 @@ from megatron_policysplit.config import key
 
 @dataclass(frozen=True)
 class Options:
-    beta_pos: float = key(0.9, "Exponent of right answers; larger amplifies rare successes.", minimum=0.0)
-    beta_neg: float = key(0.4, "Exponent of wrong answers; larger concentrates blame on easy questions.", minimum=0.0)
+    beta_pos: float = key(
+        0.9, "Exponent of right answers; larger amplifies rare successes.", minimum=0.0
+    )
+    beta_neg: float = key(
+        0.4, "Exponent of wrong answers; larger concentrates blame on easy questions.", minimum=0.0
+    )
 
 
 def response_advantages(rewards: Tensor, group: Tensor, options: Options) -> Tensor:
-    """[R] fp32; rewards [R] count as right above 0.5. A group that is all right or all wrong gets 0."""
+    """[R] fp32; rewards [R] count as right above 0.5. A group that is all right or all wrong gets
+    0.
+    """
     right = rewards > RIGHT
     rights, count = group_sums(right, group)
     odds = (count - rights) / rights  # of failure; unused where the group is all alike
@@ -46,5 +54,9 @@ def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSigna
 
 
 METHOD = Method(
-    signals, source="arXiv 2604.04894", options=Options, live=in_mixed_groups, engine_logprobs=lambda options: True
+    signals,
+    source="arXiv 2604.04894",
+    options=Options,
+    live=in_mixed_groups,
+    engine_logprobs=lambda options: True,
 )

@@ -1,7 +1,9 @@
-"""Clip-Cov (arXiv 2505.22617): a few tokens whose log-prob and advantage rise together lose their gradient.
+"""Clip-Cov (arXiv 2505.22617): a few tokens whose log-prob and advantage rise together lose their
+gradient.
 
-With C_t = (A_t - mean A)(log pi_t - mean log pi) over all trained tokens, max(1, floor(ratio N)) of the N tokens are
-drawn at random among those with low < C_t < high that PPO's clip leaves alone, and their loss is multiplied by 0.
+With C_t = (A_t - mean A)(log pi_t - mean log pi) over all trained tokens, max(1, floor(ratio N)) of
+the N tokens are drawn at random among those with low < C_t < high that PPO's clip leaves alone, and
+their loss is multiplied by 0.
 """
 
 from __future__ import annotations
@@ -11,13 +13,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_policysplit.algorithms.advantages import AdvantageBatch, Method, State, TokenSignals, zscore
+from megatron_policysplit.algorithms.advantages import (
+    AdvantageBatch,
+    Method,
+    State,
+    TokenSignals,
+    zscore,
+)
 from megatron_policysplit.config import key
 
 
 @dataclass(frozen=True)
 class Options:
-    ratio: float = key(2e-4, "Share of the trained tokens that is cut, at least one of them.", above=0.0)
+    ratio: float = key(
+        2e-4, "Share of the trained tokens that is cut, at least one of them.", above=0.0
+    )
     low: float = key(1.0, "Tokens with less covariance are no candidates.")
     high: float = key(5.0, "Nor are those with more.")
 
@@ -33,7 +43,12 @@ def covariance(batch: AdvantageBatch, advantages: Tensor) -> Tensor:
 def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSignals:
     advantages = batch.on_tokens(zscore(batch.rewards, batch.group))
     products = covariance(batch, advantages)
-    candidates = batch.mask & (products > options.low) & (products < options.high) & ~batch.clipped(advantages)
+    candidates = (
+        batch.mask
+        & (products > options.low)
+        & (products < options.high)
+        & ~batch.clipped(advantages)
+    )
     (places,) = candidates.nonzero(as_tuple=True)
     wanted = max(1, int(options.ratio * int(batch.mask.sum())))
     drawn = places[torch.randperm(len(places), generator=batch.generator())[:wanted]]

@@ -1,12 +1,23 @@
-"""Dr. GRPO (arXiv 2503.20783): GRPO without the division by the standard deviation and by a response's own length."""
+"""Dr. GRPO (arXiv 2503.20783): GRPO without the division by the standard deviation and by a
+response's own length.
+"""
 
 from __future__ import annotations
 
-from megatron_policysplit.algorithms.advantages import AdvantageBatch, Method, NoOptions, State, TokenSignals, centered
+from megatron_policysplit.algorithms.advantages import (
+    AdvantageBatch,
+    Method,
+    NoOptions,
+    State,
+    TokenSignals,
+    centered,
+)
 
 
 def signals(batch: AdvantageBatch, options: NoOptions, state: State) -> TokenSignals:
-    """A_i = r_i - mean r; the constant length is the loss aggregation's (rollout.max_response_tokens)."""
+    """A_i = r_i - mean r; the constant length is the loss aggregation's
+    (rollout.max_response_tokens).
+    """
     return TokenSignals(batch.on_tokens(centered(batch.rewards, batch.group)))
 
 

@@ -1,9 +1,10 @@
-"""EDGE-GRPO's entropy-driven advantage (arXiv 2507.21848): responses of low entropy get the larger advantage.
+"""EDGE-GRPO's entropy-driven advantage (arXiv 2507.21848): responses of low entropy get the larger
+advantage.
 
     A^_i = A_i / H^_i,  H^_i = the response's mean entropy / the mean of those of its group
 
-UNVERIFIED: the paper's normaliser was not found; dividing by the group's mean is our reading. The paper's other half,
-guided error correction, is not here.
+UNVERIFIED: the paper's normaliser was not found; dividing by the group's mean is our reading. The
+paper's other half, guided error correction, is not here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_policysplit.algorithms.advantages import AdvantageBatch, Method, State, TokenSignals, group_sums, zscore
+from megatron_policysplit.algorithms.advantages import (
+    AdvantageBatch,
+    Method,
+    State,
+    TokenSignals,
+    group_sums,
+    zscore,
+)
 from megatron_policysplit.config import key
 
 
@@ -23,7 +31,9 @@ class Options:
 
 
 def normalized_entropy(batch: AdvantageBatch) -> Tensor:
-    """H^ [R]: mean entropy of each response over that of its group's responses; 1 where the group has none."""
+    """H^ [R]: mean entropy of each response over that of its group's responses; 1 where the group
+    has none.
+    """
     row = batch.row_of_token[batch.mask]
     total = batch.rewards.new_zeros(len(batch.rewards)).index_add(0, row, batch.entropy[batch.mask])
     tokens = total.new_zeros(len(total)).index_add(0, row, total.new_ones(len(row)))

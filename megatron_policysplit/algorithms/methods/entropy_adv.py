@@ -1,9 +1,10 @@
-"""Entropy-Adv (arXiv 2506.14758): each token's advantage grows with its entropy, by at most |A| / kappa.
+"""Entropy-Adv (arXiv 2506.14758): each token's advantage grows with its entropy, by at most |A| /
+kappa.
 
     A~_t = A_t + min(alpha H_t, |A_t| / kappa)
 
-H_t is the exact entropy of the policy, without a gradient. The bonus strengthens right answers and weakens the blame of
-wrong ones; the paper finds that entropy *falls* with it.
+H_t is the exact entropy of the policy, without a gradient. The bonus strengthens right answers and
+weakens the blame of wrong ones; the paper finds that entropy *falls* with it.
 """
 
 from __future__ import annotations
@@ -12,14 +13,22 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_policysplit.algorithms.advantages import AdvantageBatch, Method, State, TokenSignals, zscore
+from megatron_policysplit.algorithms.advantages import (
+    AdvantageBatch,
+    Method,
+    State,
+    TokenSignals,
+    zscore,
+)
 from megatron_policysplit.config import key
 
 
 @dataclass(frozen=True)
 class Options:
     alpha: float = key(0.4, "Scale of the entropy.", minimum=0.0)
-    kappa: float = key(2.0, "The bonus is at most |advantage| / kappa; above 1 it cannot change a sign.", above=0.0)
+    kappa: float = key(
+        2.0, "The bonus is at most |advantage| / kappa; above 1 it cannot change a sign.", above=0.0
+    )
 
 
 @torch.no_grad()
@@ -30,5 +39,8 @@ def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSigna
 
 
 METHOD = Method(
-    signals, source="arXiv 2506.14758", options=Options, loss={"clip_high": 0.28, "loss_aggregation": "token_mean"}
+    signals,
+    source="arXiv 2506.14758",
+    options=Options,
+    loss={"clip_high": 0.28, "loss_aggregation": "token_mean"},
 )

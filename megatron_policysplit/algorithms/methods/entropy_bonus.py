@@ -1,4 +1,6 @@
-"""GRPO with a plain entropy bonus: minus coef times the token's entropy, differentiable, over the whole vocabulary."""
+"""GRPO with a plain entropy bonus: minus coef times the token's entropy, differentiable, over the
+whole vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,24 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_policysplit.algorithms.advantages import AdvantageBatch, Method, State, TokenSignals, all_rows, zscore
+from megatron_policysplit.algorithms.advantages import (
+    AdvantageBatch,
+    Method,
+    State,
+    TokenSignals,
+    all_rows,
+    zscore,
+)
 from megatron_policysplit.config import key
 
 
 @dataclass(frozen=True)
 class Options:
-    coef: float = key(0.003, "Weight of the entropy; 0.003 is what Policy Split's authors tuned it to.", minimum=0.0)
+    coef: float = key(
+        0.003,
+        "Weight of the entropy; 0.003 is what Policy Split's authors tuned it to.",
+        minimum=0.0,
+    )
 
 
 def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSignals:

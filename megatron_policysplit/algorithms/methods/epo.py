@@ -1,21 +1,25 @@
-"""EPO, entropy-regularised policy optimisation with smoothing (arXiv 2509.22576), for responses of a single turn.
+"""EPO, entropy-regularised policy optimisation with smoothing (arXiv 2509.22576), for responses of
+a single turn.
 
-GRPO with an entropy bonus and a penalty on tokens whose entropy leaves a band around the run's own past. At optimizer
-step k, with H_t a token's entropy and H^ the mean over the steps before k of the batches' mean entropies,
+GRPO with an entropy bonus and a penalty on tokens whose entropy leaves a band around the run's own
+past. At optimizer step k, with H_t a token's entropy and H^ the mean over the steps before k of the
+batches' mean entropies,
 
-    loss - coef (mean_t H_t - smoothing w_k mean_t P_t)
-    P_t = d_t^2,  d_t = how far H_t lies outside [kappa_low H^, kappa_high H^];  no penalty at the first step
-    w_k = 1 - 0.2 (1 - exp(-2 k / h)) for k <= h = decay_steps / 2, then 0.8 exp(-3 (k - h) / (decay_steps - h))
+    loss - coef (mean_t H_t - smoothing w_k mean_t P_t) P_t = d_t^2,  d_t = how far H_t lies outside
+    [kappa_low H^, kappa_high H^];  no penalty at the first step w_k = 1 - 0.2 (1 - exp(-2 k / h))
+    for k <= h = decay_steps / 2, then 0.8 exp(-3 (k - h) / (decay_steps - h))
 
-In the released code P_t is a constant outside the band and 0 within. That depends on no weight, so there the smoothing
-term has no gradient and the plain bonus alone acts: `penalty: released` trains just so. `penalty: squared`, the
-default, is not the authors' formula but what the term is for: a penalty that draws entropies back to the band, by
-dP/dH_t = 2 (H_t - kappa_high H^) above it, 2 (H_t - kappa_low H^) below. With H_t of the score pass the derivative of
-the whole term is a number a token, and the loss has that gradient as the weight of the differentiable entropy:
-entropy_coef_t = coef (1 - smoothing w_k dP/dH_t).
+In the released code P_t is a constant outside the band and 0 within. That depends on no weight, so
+there the smoothing term has no gradient and the plain bonus alone acts: `penalty: released` trains
+just so. `penalty: squared`, the default, is not the authors' formula but what the term is for: a
+penalty that draws entropies back to the band, by dP/dH_t = 2 (H_t - kappa_high H^) above it, 2 (H_t
+- kappa_low H^) below. With H_t of the score pass the derivative of the whole term is a number a
+token, and the loss has that gradient as the weight of the differentiable entropy: entropy_coef_t =
+coef (1 - smoothing w_k dP/dH_t).
 
-H^ and k are state. The authors train agents of many turns: they keep a history for each turn, count w in epochs of
-rollouts, and leave the first turns without the term. Here a response is one turn and a step is an optimizer step.
+H^ and k are state. The authors train agents of many turns: they keep a history for each turn, count
+w in epochs of rollouts, and leave the first turns without the term. Here a response is one turn and
+a step is an optimizer step.
 """
 
 from __future__ import annotations
@@ -26,7 +30,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_policysplit.algorithms.advantages import AdvantageBatch, Method, State, TokenSignals, all_rows, zscore
+from megatron_policysplit.algorithms.advantages import (
+    AdvantageBatch,
+    Method,
+    State,
+    TokenSignals,
+    all_rows,
+    zscore,
+)
 from megatron_policysplit.config import key
 
 
@@ -34,12 +45,17 @@ from megatron_policysplit.config import key
 class Options:
     coef: float = key(0.001, "Weight of the bonus and, with it, of the penalty.", minimum=0.0)
     smoothing: float = key(1.0, "Weight of the penalty within them.", minimum=0.0)
-    kappa_low: float = key(0.0, "Lower end of the band, times the mean entropy of the steps before.", minimum=0.0)
+    kappa_low: float = key(
+        0.0, "Lower end of the band, times the mean entropy of the steps before.", minimum=0.0
+    )
     kappa_high: float = key(2.0, "Upper end of the band, likewise.", minimum=0.0)
-    decay_steps: int = key(150, "Optimizer steps until the penalty's weight ends its fall.", minimum=2)
+    decay_steps: int = key(
+        150, "Optimizer steps until the penalty's weight ends its fall.", minimum=2
+    )
     penalty: str = key(
         "squared",
-        "Squared distance to the band; `released`: a constant, as published, which has no gradient.",
+        "Squared distance to the band; `released`: a constant, as published, which has no "
+        "gradient.",
         choices=("squared", "released"),
     )
 
@@ -53,7 +69,9 @@ def smoothing_weight(step: int, decay_steps: int) -> float:
 
 
 def penalty_slope(entropy: Tensor, history: float, options: Options) -> Tensor:
-    """dP/dH [T] of the squared penalty, at entropies [T] and the mean entropy of earlier steps (nats)."""
+    """dP/dH [T] of the squared penalty, at entropies [T] and the mean entropy of earlier steps
+    (nats).
+    """
     low, high = options.kappa_low * history, options.kappa_high * history
     return 2 * (entropy - high).clamp(min=0) - 2 * (low - entropy).clamp(min=0)
 
@@ -73,7 +91,10 @@ def next_state(state: State, batch: AdvantageBatch, options: Options) -> State:
     if not batch.mask.any():
         return state
     steps = state["steps"] + 1
-    return {"steps": steps, "history": state["history"] + (batch.mean_entropy() - state["history"]) / steps}
+    return {
+        "steps": steps,
+        "history": state["history"] + (batch.mean_entropy() - state["history"]) / steps,
+    }
 
 
 METHOD = Method(

@@ -1,8 +1,9 @@
-"""Forking tokens, the 80/20 rule (arXiv 2506.01939): only the tokens of highest entropy carry the policy gradient.
+"""Forking tokens, the 80/20 rule (arXiv 2506.01939): only the tokens of highest entropy carry the
+policy gradient.
 
-A token's term counts if its entropy is at least the (1 - share)-quantile of the entropies of all trained tokens of the
-batch. The loss is still divided by all tokens. The paper trains on top of DAPO; here the mask is on top of GRPO with
-DAPO's clip and token mean.
+A token's term counts if its entropy is at least the (1 - share)-quantile of the entropies of all
+trained tokens of the batch. The loss is still divided by all tokens. The paper trains on top of
+DAPO; here the mask is on top of GRPO with DAPO's clip and token mean.
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_policysplit.algorithms.advantages import AdvantageBatch, Method, State, TokenSignals, zscore
+from megatron_policysplit.algorithms.advantages import (
+    AdvantageBatch,
+    Method,
+    State,
+    TokenSignals,
+    zscore,
+)
 from megatron_policysplit.config import key
 
 
@@ -22,7 +29,9 @@ class Options:
 
 
 def threshold(entropy: Tensor, share: float) -> float:
-    """The entropy that a `share` of the tokens [N] reaches: the ceil(share N)-th largest; of no tokens, infinity."""
+    """The entropy that a `share` of the tokens [N] reaches: the ceil(share N)-th largest; of no
+    tokens, infinity.
+    """
     if not len(entropy):
         return float("inf")
     kept = max(1, min(len(entropy), -int(-share * len(entropy) // 1)))

@@ -1,23 +1,27 @@
-"""Policy Split (arXiv 2604.11510): correctness for both modes, a clamped entropy bonus for the high-entropy one.
+"""Policy Split (arXiv 2604.11510): correctness for both modes, a clamped entropy bonus for the
+high-entropy one.
 
 For a response token t of response i in a group, under the training mode m, with m' the other mode:
 
-    b[t]  = alpha * s_m[t] + (1 - alpha) * s_m'[t]                      Eq. 6; s is -log pi, or the exact entropy
-    B[t]  = (b[t] - mean b) / (std b + 1e-6) over the group's tokens     Eq. 4
-    A~[t] = A_i + eta * clip(B[t], -|A_i| / kappa, +|A_i| / kappa)       Eq. 3, `clamp_order: paper`
-    A~[t] = A_i + clip(eta * B[t], -|A_i| / kappa, +|A_i| / kappa)       `clamp_order: code`
+    b[t]  = alpha * s_m[t] + (1 - alpha) * s_m'[t]                      Eq. 6; s is -log pi, or the
+    exact entropy B[t]  = (b[t] - mean b) / (std b + 1e-6) over the group's tokens     Eq. 4 A~[t] =
+    A_i + eta * clip(B[t], -|A_i| / kappa, +|A_i| / kappa)       Eq. 3, `clamp_order: paper` A~[t] =
+    A_i + clip(eta * B[t], -|A_i| / kappa, +|A_i| / kappa)       `clamp_order: code`
 
-eta is `eta` in the high-entropy mode and `eta_normal` (0 by default) in the normal mode. The authors'
-released code clamps after scaling and, because two names share one tensor, adds the bonus twice;
-`variant: authors_code` does both. A_i is GRPO's, or with `correctness` that of another method.
+eta is `eta` in the high-entropy mode and `eta_normal` (0 by default) in the normal mode. The
+authors' released code clamps after scaling and, because two names share one tensor, adds the bonus
+twice; `variant: authors_code` does both. A_i is GRPO's, or with `correctness` that of another
+method.
 
-The loss has a dual clip of 3 unless `algorithm.dual_clip` says otherwise. The paper's equation has none; verl, on which
-the authors built, has it by default. With one optimizer step a batch all ratios are 1 and it does nothing; with two,
-training broke without it in three of five runs of our study (docs/study_results.md).
+The loss has a dual clip of 3 unless `algorithm.dual_clip` says otherwise. The paper's equation has
+none; verl, on which the authors built, has it by default. With one optimizer step a batch all
+ratios are 1 and it does nothing; with two, training broke without it in three of five runs of our
+study (docs/study_results.md).
 
-With `modes.others` there are more modes than two (not in the paper): every response is trained under all of their
-prompts, s_m'[t] is the mean over the modes besides m, and eta is `eta` in every mode but the normal one. What `modes`
-says of a mode wins there: {careful: {eta: -0.02, kappa: 4}} is a mode that is rewarded for what is likely.
+With `modes.others` there are more modes than two (not in the paper): every response is trained
+under all of their prompts, s_m'[t] is the mean over the modes besides m, and eta is `eta` in every
+mode but the normal one. What `modes` says of a mode wins there: {careful: {eta: -0.02, kappa: 4}}
+is a mode that is rewarded for what is likely.
 
 With an `eta_schedule` (not in the paper, where eta is constant) optimizer step k, from 0, has, with
 x = min(k / eta_steps, 1), but in modes whose eta `modes` gives,
@@ -67,7 +71,9 @@ class ModeOptions:
     eta: float | None = key(None, "Scale of the bonus; below 0 it rewards what is likely.")
     alpha: float | None = key(None, "Weight of the mode's own log-prob in the bonus.")
     kappa: float | None = key(None, "Clamp of the bonus.", above=0.0)
-    correctness: str | None = key(None, "Whose advantage the bonus is added to.", choices=CORRECTNESS)
+    correctness: str | None = key(
+        None, "Whose advantage the bonus is added to.", choices=CORRECTNESS
+    )
     beta_pos: float | None = key(None, "As of asym_grpo.", minimum=0.0)
     beta_neg: float | None = key(None, "As of asym_grpo.", minimum=0.0)
 
@@ -75,18 +81,27 @@ class ModeOptions:
 @dataclass(frozen=True)
 class Options:
     alpha: float = key(0.5, "Weight of the mode's own log-prob in the bonus (Eq. 6).")
-    eta: float = key(0.03, "Scale of the bonus in the high-entropy mode (Eq. 3) and in other modes.")
+    eta: float = key(
+        0.03, "Scale of the bonus in the high-entropy mode (Eq. 3) and in other modes."
+    )
     eta_schedule: str = key(
-        "constant", "How eta moves to eta_end by optimizer step.", choices=("constant", "linear", "cosine")
+        "constant",
+        "How eta moves to eta_end by optimizer step.",
+        choices=("constant", "linear", "cosine"),
     )
     eta_end: float = key(0.0, "Scale of the bonus at the end of the schedule.")
     eta_steps: int = key(
-        100, "Optimizer steps of the schedule: train.steps * train.optimizer_steps_per_batch is a whole run.", minimum=1
+        100,
+        "Optimizer steps of the schedule: train.steps * train.optimizer_steps_per_batch is a whole "
+        "run.",
+        minimum=1,
     )
     eta_normal: float = key(0.0, "Scale of the bonus in the normal mode (the paper's ablation).")
     kappa: float = key(2.0, "The bonus is clamped to |advantage| / kappa (Eq. 3).", above=0.0)
     normalization: str = key(
-        "zscore", "Normalisation of the bonus over a question's tokens (Eq. 4).", choices=("zscore", "mean", "none")
+        "zscore",
+        "Normalisation of the bonus over a question's tokens (Eq. 4).",
+        choices=("zscore", "mean", "none"),
     )
     entropy_estimate: str = key(
         "logprob",
@@ -94,12 +109,18 @@ class Options:
         choices=("logprob", "entropy"),
     )
     variant: str = key(
-        "paper", "`authors_code` sets clamp_order=code and double_bonus=true.", choices=("paper", "authors_code")
+        "paper",
+        "`authors_code` sets clamp_order=code and double_bonus=true.",
+        choices=("paper", "authors_code"),
     )
     clamp_order: str | None = key(
-        None, "`paper` is eta*clip(B), `code` is clip(eta*B); null follows the variant.", choices=("paper", "code")
+        None,
+        "`paper` is eta*clip(B), `code` is clip(eta*B); null follows the variant.",
+        choices=("paper", "code"),
     )
-    double_bonus: bool | None = key(None, "Add the bonus twice, as the authors' code does; null: the variant.")
+    double_bonus: bool | None = key(
+        None, "Add the bonus twice, as the authors' code does; null: the variant."
+    )
     correctness: str = key(
         "grpo",
         "Whose advantage the bonus is added to.",
@@ -107,11 +128,14 @@ class Options:
     )
     beta_pos: float = key(0.9, "As of asym_grpo, with correctness=asym_grpo.", minimum=0.0)
     beta_neg: float = key(0.4, "As of asym_grpo, with correctness=asym_grpo.", minimum=0.0)
-    dynamic_sampling: bool = key(False, "As of dapo; a question is mixed if its responses of all modes are.")
+    dynamic_sampling: bool = key(
+        False, "As of dapo; a question is mixed if its responses of all modes are."
+    )
     max_rounds: int = key(10, "As of dapo, with dynamic_sampling=true.", minimum=1)
     modes: dict[str, Any] = key(
         dict,
-        "Advantages of single modes, `MODE: {KEY: VALUE}` with the keys eta, alpha, kappa, correctness, beta_pos and "
+        "Advantages of single modes, `MODE: {KEY: VALUE}` with the keys eta, alpha, kappa, "
+        "correctness, beta_pos and "
         "beta_neg.",
     )
 
@@ -131,7 +155,9 @@ def scheduled_eta(options: Options, step: int) -> float:
 
 
 def state_at(options: Options, step: int) -> State:
-    """Of a schedule, whose `step` it is that counts: eta is there to be logged. Without one there is none."""
+    """Of a schedule, whose `step` it is that counts: eta is there to be logged. Without one there
+    is none.
+    """
     if options.eta_schedule == "constant":
         return {}
     return {"step": float(step), "eta": scheduled_eta(options, step)}
@@ -145,15 +171,23 @@ def advantages(batch: AdvantageBatch, options: Options) -> Tensor:
 
 def options_in(mode: str, options: Options) -> Options:
     """The options with `eta` that of the mode, and the others as `modes` has them."""
-    given = {name: value for name, value in vars(mode_options(mode, options)).items() if value is not None}
-    return replace(options, **({"eta": options.eta_normal} if mode == Mode.NORMAL.value else {}) | given)
+    given = {
+        name: value
+        for name, value in vars(mode_options(mode, options)).items()
+        if value is not None
+    }
+    return replace(
+        options, **({"eta": options.eta_normal} if mode == Mode.NORMAL.value else {}) | given
+    )
 
 
 def mode_options(mode: str, options: Options) -> ModeOptions:
     """What `modes` says of a mode. Raises ConfigError for a key or a value that it cannot have."""
     if mode not in options.modes:
         return ModeOptions()
-    return read_keys(ModeOptions, options.modes[mode], f"algorithm.options.policy_split.modes.{mode}.", "a mode")
+    return read_keys(
+        ModeOptions, options.modes[mode], f"algorithm.options.policy_split.modes.{mode}.", "a mode"
+    )
 
 
 def check(options: Options, modes: Sequence[str]) -> None:
@@ -161,9 +195,14 @@ def check(options: Options, modes: Sequence[str]) -> None:
     for mode, given in options.modes.items():
         name = f"algorithm.options.policy_split.modes.{mode}"
         if mode not in modes:
-            raise ConfigError(f"{name}: the modes of this run are {', '.join(modes)}; name the mode in modes.others")
+            raise ConfigError(
+                f"{name}: the modes of this run are {', '.join(modes)}; name the mode in "
+                "modes.others"
+            )
         if not isinstance(given, dict):
-            raise ConfigError(f"{name}={given} is not a mapping of keys to values, such as {{eta: 0.1}}")
+            raise ConfigError(
+                f"{name}={given} is not a mapping of keys to values, such as {{eta: 0.1}}"
+            )
         mode_options(mode, options)
 
 
@@ -171,7 +210,9 @@ def correctness(batch: AdvantageBatch, options: Options) -> Tensor:
     """A_i of every row, [R] fp32, by the rule of its mode."""
     result = torch.zeros_like(batch.rewards)
     for mode in dict.fromkeys(batch.modes):
-        result = torch.where(batch.rows_in(mode), _correctness(batch, options_in(mode, options)), result)
+        result = torch.where(
+            batch.rows_in(mode), _correctness(batch, options_in(mode, options)), result
+        )
     return result
 
 
@@ -185,7 +226,10 @@ def _correctness(batch: AdvantageBatch, options: Options) -> Tensor:
 
 def bonus(batch: AdvantageBatch, correctness: Tensor, options: Options) -> Tensor:
     """[T] fp32: what Policy Split adds to the correctness advantage [T] of each token."""
-    row, modes = batch.row_of_token, {mode: options_in(mode, options) for mode in dict.fromkeys(batch.modes)}
+    row, modes = (
+        batch.row_of_token,
+        {mode: options_in(mode, options) for mode in dict.fromkeys(batch.modes)},
+    )
     alpha, rest, eta, kappa = (
         torch.tensor([value(modes[mode]) for mode in batch.modes])[row]
         for value in (lambda o: o.alpha, lambda o: 1 - o.alpha, lambda o: o.eta, lambda o: o.kappa)
@@ -227,7 +271,9 @@ def clamp_order(options: Options) -> str:
 
 def double_bonus(options: Options) -> bool:
     """`double_bonus` if given, otherwise what `variant` says."""
-    return options.variant == "authors_code" if options.double_bonus is None else options.double_bonus
+    return (
+        options.variant == "authors_code" if options.double_bonus is None else options.double_bonus
+    )
 
 
 def live(rewards: Tensor, group: Tensor, options: Options) -> Tensor:
@@ -245,7 +291,9 @@ METHOD = Method(
     training_modes=MODES,
     other_modes=True,
     check=check,
-    selection=lambda options: Selection(dapo.mixed, options.max_rounds) if options.dynamic_sampling else None,
+    selection=lambda options: (
+        Selection(dapo.mixed, options.max_rounds) if options.dynamic_sampling else None
+    ),
     live=live,
     within_questions=True,
     engine_logprobs=lambda options: options.entropy_estimate != "entropy",

@@ -15,8 +15,9 @@ from megatron_policysplit.algorithms.advantages import (
 def signals(batch: AdvantageBatch, options: NoOptions, state: State) -> TokenSignals:
     """A_i = r_i - mean_{j != i} r_j = G / (G - 1) (r_i - mean r).
 
-    The paper's gradient is that of the unclipped log-likelihood; with one optimizer step per batch the clipped loss has
-    the same, up to the aggregation, which sums over a response's tokens divided by a constant.
+    The paper's gradient is that of the unclipped log-likelihood; with one optimizer step per batch
+    the clipped loss has the same, up to the aggregation, which sums over a response's tokens
+    divided by a constant.
     """
     return TokenSignals(batch.on_tokens(leave_one_out(batch.rewards, batch.group)))
 

@@ -4,9 +4,9 @@ To first order a token's step changes the entropy in proportion to
 
     Omega_t = A_t / pi_old(t) * pi(t) (1 - pi(t)) (log pi(t) + H_t)
 
-and its loss is multiplied by w_t: with `variant: exp`, clip(exp(-k |Omega_t|), low, 1) with
-k = -ln low / max(max |Omega|, 0.02); with `variant: linear`, from `high` where |Omega| is smallest down to `low` where
-it is largest. Nothing of w carries a gradient. Formulas from the authors' code.
+and its loss is multiplied by w_t: with `variant: exp`, clip(exp(-k |Omega_t|), low, 1) with k = -ln
+low / max(max |Omega|, 0.02); with `variant: linear`, from `high` where |Omega| is smallest down to
+`low` where it is largest. Nothing of w carries a gradient. Formulas from the authors' code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_policysplit.algorithms.advantages import AdvantageBatch, Method, State, TokenSignals, zscore
+from megatron_policysplit.algorithms.advantages import (
+    AdvantageBatch,
+    Method,
+    State,
+    TokenSignals,
+    zscore,
+)
 from megatron_policysplit.config import key
 
 LEAST_RANGE = 0.02
@@ -27,14 +33,19 @@ LEAST_RANGE = 0.02
 class Options:
     variant: str = key("exp", "How the weight falls with |Omega|.", choices=("exp", "linear"))
     low: float = key(0.8, "Weight of the token whose step changes the entropy most.", above=0.0)
-    high: float = key(1.2, "Weight of the one whose step changes it least, with variant=linear.", above=0.0)
+    high: float = key(
+        1.2, "Weight of the one whose step changes it least, with variant=linear.", above=0.0
+    )
 
 
 def entropy_change(batch: AdvantageBatch, advantages: Tensor) -> Tensor:
     """Omega [T]."""
     probability = batch.logprobs.exp()
     return (
-        advantages * (batch.logprobs - batch.old_logprobs).exp() * (1 - probability) * (batch.logprobs + batch.entropy)
+        advantages
+        * (batch.logprobs - batch.old_logprobs).exp()
+        * (1 - probability)
+        * (batch.logprobs + batch.entropy)
     )
 
 
@@ -56,7 +67,11 @@ def weights(change: Tensor, mask: Tensor, options: Options) -> Tensor:
 @torch.no_grad()
 def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSignals:
     advantages = batch.on_tokens(zscore(batch.rewards, batch.group))
-    return TokenSignals(advantages, scale=weights(entropy_change(batch, advantages), batch.mask, options))
+    return TokenSignals(
+        advantages, scale=weights(entropy_change(batch, advantages), batch.mask, options)
+    )
 
 
-METHOD = Method(signals, source="arXiv 2510.10150", options=Options, loss={"clip_high": 0.28, "dual_clip": 10.0})
+METHOD = Method(
+    signals, source="arXiv 2510.10150", options=Options, loss={"clip_high": 0.28, "dual_clip": 10.0}
+)
