@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_policysplit.config import Config
+from megatron_policysplit.config import TrainConfig
 
 
 @dataclass
@@ -25,12 +25,11 @@ class StepResult:
 class PolicyOptimizer:
     """AdamW over fp32 master weights, global-norm clipping and the schedule, all Megatron-Core's."""
 
-    def __init__(self, model: torch.nn.Module, config: Config):
+    def __init__(self, model: torch.nn.Module, train: TrainConfig, dtype: torch.dtype):
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-        train = config.train
-        bf16 = config.model.dtype == "bfloat16"
+        bf16 = dtype == torch.bfloat16
         self.megatron = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -42,7 +41,7 @@ class PolicyOptimizer:
                 adam_eps=train.adam_eps,
                 clip_grad=train.clip_grad,
                 bf16=bf16,
-                params_dtype=torch.bfloat16 if bf16 else torch.float32,
+                params_dtype=dtype,
                 use_distributed_optimizer=train.distributed_optimizer,
             ),
             [model],

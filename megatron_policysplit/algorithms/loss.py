@@ -12,133 +12,125 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from megatron_policysplit.algorithms.token_signals import TokenSignals
 from megatron_policysplit.config import AlgorithmConfig
 
 
 @dataclass
-class LossInputs:
-    """[T] fp32 each, over the response tokens of some rows; nats where they are log-probs or
-    entropies.
-
-    weights: share of each token in the step's loss (`token_weight`), 0 for tokens that are not
-    trained.
-    importance: truncated actor/engine weights (1 where none are taken).
-    entropy: differentiable if an entropy bonus is on. reference_logprobs: only with a KL term.
-    scale, entropy_coef, drift_coef: of methods that have them (`advantages.TokenSignals`).
-    nucleus_coef: likewise, the step's denominator in it, so that it is not multiplied by `weights`;
-    nucleus_entropy: differentiable.
-    """
+class PolicyTokens:
+    """What the policy that is trained says of T response tokens, [T] fp32 nats, with gradient."""
 
     logprobs: Tensor
-    old_logprobs: Tensor
-    advantages: Tensor
-    importance: Tensor
-    weights: Tensor
     entropy: Tensor
-    reference_logprobs: Tensor | None = None
-    scale: Tensor | None = None
-    entropy_coef: Tensor | None = None
-    drift_coef: Tensor | None = None
-    nucleus_coef: Tensor | None = None
-    nucleus_entropy: Tensor | None = None
+    nucleus_entropy: Tensor | None = None  # for a method with `TokenSignals.nucleus_coef`
 
 
 @dataclass
-class LossOutputs:
-    """loss: scalar with gradient. The rest are detached sums over trained tokens (ratio_off_one:
-    the largest).
+class LossMetrics:
+    """What is logged of the tokens of a chunk, a micro-batch or an optimizer step; scalars.
+
+    In `policy_loss`'s answer `loss` has a gradient. The rest are sums over trained tokens, but for
+    the last.
     """
 
     loss: Tensor
-    ratio_sum: Tensor
-    ratio_off_one: Tensor
-    clipped_tokens: Tensor
-    tokens: Tensor
+    ratio_sum: Tensor  # of pi / pi_old
+    clipped_tokens: Tensor  # tokens whose loss PPO's clip changes
+    tokens: Tensor  # trained tokens
+    ratio_off_one: Tensor  # the largest |pi / pi_old - 1|
 
     @classmethod
-    def over(cls, parts: Sequence[LossOutputs]) -> LossOutputs:
-        """Of all tokens, from those of their parts."""
+    def over(cls, parts: Sequence[LossMetrics]) -> LossMetrics:
+        """The metrics of all tokens from those of their parts."""
         columns = {
             field.name: torch.stack([getattr(part, field.name) for part in parts])
             for field in fields(cls)
         }
-        return cls(
-            **{name: c.max() if name == "ratio_off_one" else c.sum() for name, c in columns.items()}
-        )
+        largest = columns.pop("ratio_off_one").max()
+        return cls(**{name: c.sum() for name, c in columns.items()}, ratio_off_one=largest)
+
+    def vector(self) -> Tensor:
+        """[5] fp64 without gradient, in the fields' order: what travels between ranks."""
+        return torch.stack([getattr(self, field.name).detach().double() for field in fields(self)])
+
+    @classmethod
+    def of_vectors(cls, vectors: Sequence[Tensor]) -> LossMetrics:
+        """The metrics of all tokens from the `vector` of each part, on the CPU; zeros of none."""
+        if not vectors:
+            return cls(*torch.zeros(len(fields(cls)), dtype=torch.float64).unbind())
+        table = torch.stack(list(vectors)).cpu()
+        return cls(*table[:, :-1].sum(0).unbind(), ratio_off_one=table[:, -1].max())
 
 
-def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> LossOutputs:
+def policy_loss(
+    signals: TokenSignals, policy: PolicyTokens, config: AlgorithmConfig
+) -> LossMetrics:
     """PPO's clipped loss under the training prompt (paper Eq. 7-8), plus what `config` switches on.
 
     l = max(-A r, -A clip(r, 1 - low, 1 + high)) with r = exp(logprob - old logprob); with dual
     clip, for A < 0, l = min(l, -A dual_clip). Times the importance weight and the method's scale.
     Then + kl_coef * k3 KL to the reference policy, - (entropy_coef + the method's) * entropy, and +
-    the method's drift_coef * |log r|. To the sum comes - nucleus_coef * nucleus entropy.
+    the method's drift_coef * |log r|. The loss is the sum of these, each times its token's weight,
+    - nucleus_coef * nucleus entropy.
+
+    signals, policy: of the same T tokens, `signals` as the builder has filled them.
     """
-    trained = inputs.weights > 0
-    inputs = _zero_where_untrained(inputs, trained)
-    ratio = torch.exp(inputs.logprobs - inputs.old_logprobs)
+    trained = signals.weights > 0
+    # Untrained tokens may hold anything, NaN too; left in, 0 * NaN would reach the gradient.
+    signals = signals.map(lambda value: value.where(trained, 0.0))
+    logprobs, entropy = policy.logprobs.where(trained, 0.0), policy.entropy.where(trained, 0.0)
+
+    ratio = torch.exp(logprobs - signals.old_logprobs)
     clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    plain, clipped = -inputs.advantages * ratio, -inputs.advantages * clipped_ratio
+    plain, clipped = -signals.advantages * ratio, -signals.advantages * clipped_ratio
     token_loss = torch.maximum(plain, clipped)
     if config.dual_clip is not None:
-        bounded = torch.minimum(token_loss, -inputs.advantages * config.dual_clip)
-        token_loss = torch.where(inputs.advantages < 0, bounded, token_loss)
-    token_loss = token_loss * inputs.importance
-    if inputs.scale is not None:
-        token_loss = token_loss * inputs.scale
+        bounded = torch.minimum(token_loss, -signals.advantages * config.dual_clip)
+        token_loss = torch.where(signals.advantages < 0, bounded, token_loss)
+    token_loss = token_loss * signals.importance
+    if signals.scale is not None:
+        token_loss = token_loss * signals.scale
     if config.kl_coef > 0:
-        token_loss = token_loss + config.kl_coef * k3(inputs.logprobs, inputs.reference_logprobs)
+        token_loss = token_loss + config.kl_coef * k3(logprobs, signals.reference_logprobs)
     if config.entropy_coef > 0:
-        token_loss = token_loss - config.entropy_coef * inputs.entropy
-    if inputs.entropy_coef is not None:
-        token_loss = token_loss - inputs.entropy_coef * inputs.entropy
-    if inputs.drift_coef is not None:
-        token_loss = token_loss + inputs.drift_coef * (inputs.logprobs - inputs.old_logprobs).abs()
-    loss = (token_loss * inputs.weights).sum()
-    if inputs.nucleus_coef is not None:
-        loss = loss - (inputs.nucleus_coef * inputs.nucleus_entropy).sum()
+        token_loss = token_loss - config.entropy_coef * entropy
+    if signals.entropy_coef is not None:
+        token_loss = token_loss - signals.entropy_coef * entropy
+    if signals.drift_coef is not None:
+        drift = (logprobs - signals.old_logprobs).abs()
+        token_loss = token_loss + signals.drift_coef * drift
+    loss = (token_loss * signals.weights).sum()
+    if signals.nucleus_coef is not None:
+        nucleus_entropy = policy.nucleus_entropy.where(trained, 0.0)
+        loss = loss - (signals.nucleus_coef * nucleus_entropy).sum()
+
     with torch.no_grad():
-        return LossOutputs(
+        off_one = ((ratio - 1).abs() * trained).max() if len(ratio) else ratio.sum()
+        return LossMetrics(
             loss=loss,
             ratio_sum=(ratio * trained).sum(),
-            ratio_off_one=((ratio - 1).abs() * trained).max() if len(ratio) else ratio.sum(),
             clipped_tokens=((clipped > plain) & trained).sum(),
             tokens=trained.sum(),
+            ratio_off_one=off_one,
         )
 
 
-def _zero_where_untrained(inputs: LossInputs, trained: Tensor) -> LossInputs:
-    """Untrained tokens may hold anything, NaN too; left in, 0 * NaN would reach the gradient."""
-    values = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
-    return LossInputs(
-        **{
-            name: None if value is None else value.where(trained, 0.0)
-            for name, value in values.items()
-        }
-    )
-
-
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Per-token estimate of KL(policy || reference): exp(d) - d - 1 with d = reference - logprob;
-    >= 0.
-    """
+    """Per-token estimate of KL(policy || reference), >= 0: exp(d) - d - 1, d = reference - logprob."""
     difference = reference - logprobs
     return torch.exp(difference) - difference - 1
 
 
 @dataclass(frozen=True)
 class Denominators:
-    """Over all rows of one optimizer step, skipped rows included: trained tokens, and rows that
-    have any.
-    """
+    """What the loss of one optimizer step is divided by, over all its rows, skipped ones included."""
 
-    tokens: int
-    rows: int
+    tokens: int  # trained tokens
+    rows: int  # rows that have any
 
 
 def denominators(trained_tokens: Sequence[int]) -> Denominators:
-    """From the number of trained tokens of every row of the step."""
+    """The denominators of a step from the number of trained tokens of each of its rows."""
     return Denominators(sum(trained_tokens), sum(count > 0 for count in trained_tokens))
 
 

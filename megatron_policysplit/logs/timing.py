@@ -20,6 +20,10 @@ class Phases:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
+    def named(self) -> dict[str, float]:
+        """The seconds by the names that logs have them under."""
+        return {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
+
     def add(self, other: Phases) -> None:
         """Add the seconds that were measured elsewhere, in a thread of its own."""
         for name, seconds in other.seconds.items():

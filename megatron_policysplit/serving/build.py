@@ -1,12 +1,9 @@
-"""Builds what serves rollouts: the engine of a leader and, with rollout.engine=sglang, the fleet
-behind it.
-"""
+"""Builds the SGLang engines of a run (rollout.engine=sglang) and opens the fleet of them."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
@@ -23,7 +20,7 @@ from megatron_policysplit.distributed.device import gpu_count
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.rollout.sglang_http import SglangClient
-from megatron_policysplit.serving.fleet import Fleet
+from megatron_policysplit.serving.fleet import EngineSet, Fleet
 from megatron_policysplit.serving.identity import Identity
 from megatron_policysplit.serving.members import Member, Placement
 from megatron_policysplit.serving.placement import place_engines
@@ -35,19 +32,13 @@ def place(config: Config, layout: Layout) -> list[Placement]:
     """Where the engines stand; the same on every rank."""
     rollout = config.rollout
     local = os.environ.get("LOCAL_WORLD_SIZE")
-    started = (
-        not rollout.addresses or len(rollout.addresses) > 1
-    )  # servers, or a router in front of given ones
-    if (
-        started
-        and local
-        and int(local) < dist.get_world_size()
-        and is_loopback(rollout.server.host)
-    ):
+    # The run starts servers, or a router in front of several given ones.
+    starts_something = not rollout.addresses or len(rollout.addresses) > 1
+    several_nodes = bool(local) and int(local) < dist.get_world_size()
+    if starts_something and several_nodes and is_loopback(rollout.server.host):
         raise ConfigError(
             f"rollout.server.host={rollout.server.host} cannot be reached from the other nodes of "
-            "this run; set it to "
-            "0.0.0.0, and rollout.api_key_variable"
+            "this run; set it to 0.0.0.0, and rollout.api_key_variable"
         )
     return place_engines(
         dist.get_world_size(),
@@ -59,23 +50,14 @@ def place(config: Config, layout: Layout) -> list[Placement]:
     )
 
 
-def build_fleet(
-    config: Config,
-    layout: Layout,
-    control: Control,
-    placements: list[Placement],
-    log: Callable[[str], None],
-) -> Fleet:
-    """The fleet of this rank, nothing started yet. Raises ConfigError or EngineError (a port that
-    is taken).
+def build_engines(config: Config, layout: Layout) -> EngineSet:
+    """The engines as this rank has them, with their ports held and nothing started yet.
+
+    Raises ConfigError, or EngineError for a port that is taken, on this rank alone.
     """
-    rollout, key = config.rollout, api_key(config)
-    if (
-        not rollout.addresses
-        and not rollout.colocated
-        and not rollout.server.devices
-        and layout.is_chief
-    ):
+    rollout, key, placements = config.rollout, api_key(config), place(config, layout)
+    apart = not rollout.addresses and not rollout.colocated
+    if apart and not rollout.server.devices and layout.is_chief:
         config = _on_other_gpus(config, len(placements))
     members, servers = [], {}
     for placement in placements:
@@ -85,39 +67,40 @@ def build_fleet(
             address = rollout.addresses[placement.index]
         else:
             gpus = [_local_rank(rank) for rank in placement.ranks] if rollout.colocated else []
-            server = servers[placement.index] = Server(
-                server_spec(config, placement.index, local_gpus=gpus)
-            )
+            server = Server(server_spec(config, placement.index, local_gpus=gpus))
             server.hold_ports(1)
-            address = server.address
+            servers[placement.index], address = server, server.address
         client = SglangClient(address, key, timeout_seconds=config.weight_sync.timeout_seconds)
         members.append(Member(placement, client, rollout.server.tensor))
     router = None
     if layout.is_chief and len(placements) > 1:
-        server = rollout.server
-        router = Router(
-            server.python or sys.executable,
-            server.host,
-            server.port + len(placements) if server.port else 0,
-            key,
-            Path(config.run.dir) / "logs" / "sglang_router.log",
-            request_seconds=rollout.request_seconds,
-        )
+        router = _router(config, key, len(placements))
         router.hold_ports(1)
     identity = None
     if members:
         longest = config.data.max_prompt_tokens + rollout.max_response_tokens
-        identity = Identity.of(
-            read_hf_config(config.model.path), load_tokenizer(config.model.path), longest
-        )
-    if not layout.is_chief:
-        log = _to_stderr
-    return Fleet(config, layout, control, members, servers, router, identity, log)
+        tokenizer = load_tokenizer(config.model.path)
+        identity = Identity.of(read_hf_config(config.model.path), tokenizer, longest)
+    return EngineSet(placements, members, servers, router, identity)
+
+
+def _router(config: Config, key: str | None, engines: int) -> Router:
+    """The router in front of several engines; its port, if it has a fixed one, follows theirs."""
+    server = config.rollout.server
+    return Router(
+        server.python or sys.executable,
+        server.host,
+        server.port + engines if server.port else 0,
+        key,
+        Path(config.run.dir) / "logs" / "sglang_router.log",
+        request_seconds=config.rollout.request_seconds,
+    )
 
 
 def _on_other_gpus(config: Config, count: int) -> Config:
-    """The configuration with the GPUs after the actor's for the servers; ConfigError if there are
-    too few.
+    """The configuration with the GPUs after the actor's as the servers'.
+
+    Raises ConfigError if there are too few.
     """
     gpus = gpu_count()
     if gpus == 0:
@@ -127,10 +110,8 @@ def _on_other_gpus(config: Config, count: int) -> Config:
     if gpus < actors + needed:
         raise ConfigError(
             f"{count} servers of rollout.server.tensor={config.rollout.server.tensor} need "
-            f"{needed} GPUs beside the "
-            f"{actors} of the actor, but this machine has {gpus}; set rollout.colocated=true, "
-            "rollout.addresses, "
-            "or rollout.server.devices"
+            f"{needed} GPUs beside the {actors} of the actor, but this machine has {gpus}; set "
+            "rollout.colocated=true, rollout.addresses, or rollout.server.devices"
         )
     config = deepcopy(config)
     config.rollout.server.devices = list(range(actors, actors + needed))
@@ -138,8 +119,7 @@ def _on_other_gpus(config: Config, count: int) -> Config:
 
 
 def open_fleet(fleet: Fleet, layout: Layout, control: Control, resources: ExitStack) -> str:
-    """Start all servers and wait for them (collective over all ranks); the address that requests go
-    to.
+    """Start all servers and wait for them; the address that requests go to (over all ranks).
 
     Raises EngineError on every rank if a server cannot start or is not the one that is needed;
     StopRequested.
@@ -158,7 +138,3 @@ def open_fleet(fleet: Fleet, layout: Layout, control: Control, resources: ExitSt
 def _local_rank(rank: int) -> int:
     """The number of a rank on its node; ranks are numbered node by node."""
     return rank % int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-
-
-def _to_stderr(text: str) -> None:
-    print(f"rank {dist.get_rank()}: {text}", file=sys.stderr, flush=True)

@@ -15,13 +15,13 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from megatron_policysplit.config import Config
+from megatron_policysplit.config import ServerConfig
 from megatron_policysplit.distributed.control import Control, Work
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import EngineError, EngineLost
 from megatron_policysplit.serving.colocation import Colocation
 from megatron_policysplit.serving.identity import Identity, check_identity
-from megatron_policysplit.serving.members import Member, State
+from megatron_policysplit.serving.members import Member, Placement, State
 from megatron_policysplit.serving.router import Router
 from megatron_policysplit.serving.servers import Server
 
@@ -49,36 +49,47 @@ class Sighting:
     state: State
 
 
+@dataclass(frozen=True)
+class EngineSet:
+    """The engines of a run as one rank has them, before anything is started."""
+
+    placements: Sequence[Placement]  # of all engines, the same on every rank
+    members: Sequence[Member]  # the engines that this rank owns
+    servers: Mapping[int, Server]  # by engine, those of them that the run starts itself
+    router: Router | None  # on the chief, where there are several engines
+    identity: Identity | None  # what an engine must be to serve this run; None without members
+
+
 class Fleet:
-    """members: the engines this rank owns. servers: by engine, those that the run starts itself.
+    """The engines of a run, as the rank that owns some of them tends them.
 
-    router: on the chief, where there are several engines. colocation: where they share GPUs with
-    the actor. log: takes one line of text. `weights` is set once the weight sync exists.
-    actor_version: of the weights that the actor has now, by default those of the last sync.
-    tell_version: tells this rank's engine which version is the newest. Implements
-    `control.Service`.
+    It can answer `control.Service`'s question (`wanted`); the answer is `resync`, with a version.
     """
-
-    weights: Weights
 
     def __init__(
         self,
-        config: Config,
+        server: ServerConfig,
         layout: Layout,
         control: Control,
-        members: Sequence[Member],
-        servers: Mapping[int, Server],
-        router: Router | None,
-        identity: Identity | None,
+        engines: EngineSet,
+        weights: Weights,
         log: Callable[[str], None],
+        *,
+        colocation: Colocation | None = None,
     ):
-        self.config, self.layout, self.control, self.log = config, layout, control, log
-        self.members, self.servers, self.router = list(members), dict(servers), router
-        self.colocation: Colocation | None = None
-        self.version = -1
-        self.actor_version: Callable[[], int] = lambda: self.version
-        self.tell_version: Callable[[int], None] = lambda version: None
-        self._identity = identity
+        """Take over engines of which none is started yet.
+
+        server: rollout.server, for the limits on health and restarts.
+        weights: the weight sync over all engines.
+        log: takes one line of text.
+        colocation: where the engines share GPUs with the actor.
+        """
+        self.layout, self.control, self.log = layout, control, log
+        self.server_config, self.weights, self.colocation = server, weights, colocation
+        self.members, self.servers = list(engines.members), dict(engines.servers)
+        self.router = engines.router
+        self.version = -1  # of the last sync
+        self._identity = engines.identity
         self._restarts = dict.fromkeys(self.servers, 0)
         self._retry_at: dict[int, float] = {}
         self._behind: set[str] = set()  # addresses that belong behind the router
@@ -86,7 +97,7 @@ class Fleet:
         self._routing = asyncio.Lock()
         self._trouble = ""  # why it could not be told, as said in the log
         self._news = False  # a loss that the chief, whose router should know, has not heard of
-        self._locks = {member.index: asyncio.Lock() for member in members}
+        self._locks = {member.index: asyncio.Lock() for member in self.members}
         self._probes: dict[int, asyncio.Task] = {}
         self._tending: list[Work] = []
 
@@ -144,16 +155,9 @@ class Fleet:
                 raise work.failed()
         return self._news or any(self._lacks_weights(member) for member in self.members)
 
-    def serve(self) -> None:
-        """RESYNC: weights for the engines that lack them, while the others go on (collective over
-        all ranks).
-
-        With rollout.overlap the actor may be a version ahead of the engines; what it has now is
-        what it can give.
-        """
-        version = self.actor_version()
+    def resync(self, version: int) -> None:
+        """Give the engines that lack weights `version`, while the others go on (over all ranks)."""
         self._give(version, [member for member in self.members if self._lacks_weights(member)])
-        self.tell_version(version)
 
     def sync(self, version: int) -> None:
         """Weights for every engine that answers (collective over all ranks).
@@ -276,9 +280,7 @@ class Fleet:
                         silent_since = None
                     elif silent_since is None:
                         silent_since = time.monotonic()
-                    elif (
-                        time.monotonic() - silent_since > self.config.rollout.server.health_seconds
-                    ):
+                    elif time.monotonic() - silent_since > self.server_config.health_seconds:
                         await self._lose(member, f"it does not generate any more ({problem})")
                 if member.state is not State.SERVING:
                     silent_since = None
@@ -289,7 +291,7 @@ class Fleet:
         """What is wrong with a serving engine; None if nothing is, or if a sync would not wait for
         the answer.
         """
-        limit = min(PROBE_SECONDS, self.config.rollout.server.health_seconds)
+        limit = min(PROBE_SECONDS, self.server_config.health_seconds)
         probe = self._probes[member.index] = asyncio.ensure_future(self._ask(member, limit))
         try:
             await asyncio.wait({probe})
@@ -328,7 +330,7 @@ class Fleet:
             if server is not None:
                 # A sync that it did not answer may have found it lost, though it runs.
                 server.kill()
-                limit = self.config.rollout.server.restarts
+                limit = self.server_config.restarts
                 if self._restarts[member.index] >= limit:
                     raise EngineLost(
                         f"engine {member.index} ({member.address}) was started again {limit} times "

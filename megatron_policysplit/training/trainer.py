@@ -1,52 +1,66 @@
-"""The training loop: generate, grade, share, score, update, sync, log, evaluate, save."""
+"""The training loop: questions, rollouts, rewards, rows, log-probs, advantages, update, sync, log."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from megatron_policysplit.actor import checkpoint
-from megatron_policysplit.actor.checkpoint_files import checkpoint_path
-from megatron_policysplit.algorithms.signals import live_rows, scored_rows
-from megatron_policysplit.config import Config
-from megatron_policysplit.config.modes import modes_of
+from torch import Tensor
+
+from megatron_policysplit.actor.actor import UpdateMetrics
+from megatron_policysplit.actor.placed_batch import PlacedBatch
+from megatron_policysplit.algorithms.advantages import TokenStatistics
+from megatron_policysplit.algorithms.signals import (
+    RowSettings,
+    SignalBuilder,
+    live_rows,
+    scored_rows,
+)
 from megatron_policysplit.distributed.device import peak_memory_bytes
-from megatron_policysplit.distributed.stop_signal import StopRequested, StopSignal
+from megatron_policysplit.distributed.stop_signal import StopRequested
 from megatron_policysplit.errors import DONE, STOPPED, TrainingError
-from megatron_policysplit.evaluation.verdicts import judge_metrics, with_verdicts
 from megatron_policysplit.logs.timing import Phases
 from megatron_policysplit.rollout.staleness import check_staleness, staleness_metrics
-from megatron_policysplit.rows import Mode, Rollout, Row, share_rollouts
-from megatron_policysplit.training import run as runs
+from megatron_policysplit.rows import Rollout, Row, share_rollouts
 from megatron_policysplit.training.agreement.diagnosis import Probe
 from megatron_policysplit.training.agreement.gate import AgreementGate
-from megatron_policysplit.training.build import start
-from megatron_policysplit.training.metrics import (
-    evaluation_metrics,
-    prompt_metrics,
-    training_metrics,
-)
+from megatron_policysplit.training.evaluator import Evaluator
+from megatron_policysplit.training.metrics import training_metrics
 from megatron_policysplit.training.rollout_batch import PendingBatch
+from megatron_policysplit.training.run import Run
+
+
+@dataclass
+class ScoredRows:
+    """The rows of a batch with what the policy says of them before the update; on leaders."""
+
+    version: int  # of the weights before the update
+    rows: Sequence[Row]
+    live: Sequence[bool]  # rows that can change the weights
+    scored: Sequence[bool]  # rows whose statistics something reads
+    placed: PlacedBatch  # on every rank, as the actor takes it
+    old: Sequence[TokenStatistics]  # of every row, by the weights before the update
+    reference: Sequence[Tensor] | None  # log-probs of the initial policy, with algorithm.kl_coef
 
 
 class Trainer:
-    """One rank's view of a run. Every method is collective over all ranks."""
+    """One rank's view of the training of a run. Every method is collective over all ranks."""
 
-    def __init__(self, config: Config, stop: StopSignal):
-        self.config = config
-        self.run = run = start(config, stop)
-        probe = Probe(run.layout, run.actor, run.engine_log_probs, self.resync)
-        self.gate = AgreementGate(config, probe, run.log)
-        self.ahead: PendingBatch | None = (
-            None  # with rollout.overlap, the batch that is generated while one is trained
-        )
+    def __init__(self, run: Run):
+        self.run, self.config = run, run.config
+        self.row_settings = RowSettings.of(run.config)
+        self.evaluator = Evaluator(run)
+        probe = Probe(run.layout, run.actor, run.rollouts.engine_log_probs, self.resync)
+        self.gate = AgreementGate(run.config, probe, run.journal)
+        # With rollout.overlap, the batch that is generated while the one before is trained.
+        self.ahead: PendingBatch | None = None
 
     def train(self) -> int:
         """Train to `train.steps`; returns DONE, or STOPPED after a signal (state saved)."""
         run, config = self.run, self.config
         gc.collect()
-        # A million objects of the libraries, which collections in the middle of steps need not
-        # visit again.
+        # The libraries made a million objects, which no collection need visit again.
         gc.freeze()
         try:
             self.sync()
@@ -55,12 +69,12 @@ class Trainer:
                 self.step()
                 self.evaluate_and_save()
             if config.checkpoint.hugging_face:
-                run.export("hf")
+                run.journal.export("hf")
             return DONE
         except StopRequested:
             self._forget_ahead()
             self.save()
-            run.log.message(
+            run.journal.message(
                 f"stopped by a signal after step {run.state.step}; run the same command to go on"
             )
             return STOPPED
@@ -70,68 +84,87 @@ class Trainer:
             run.close()
 
     def step(self) -> None:
-        """One rollout batch. Nothing of the run's state changes before its update.
+        """Generate one rollout batch and train on it.
 
-        With rollout.overlap the engines get the weights that this batch is about to change, and
-        generate the next batch with them meanwhile: its samples are one version behind when it is
-        trained (importance weights correct).
+        Nothing of the run's state changes before the update. With rollout.overlap the engines get
+        the weights that this batch is about to change, and generate the next batch with them
+        meanwhile: its samples are one version behind when it is trained, which importance weights
+        correct.
         """
-        run, config, phases = self.run, self.config, Phases()
-        batch, batch_version = run.state.step, run.state.weight_version
+        run, overlap, phases = self.run, self.config.rollout.overlap, Phases()
+        batch, version = run.state.step, run.state.weight_version
         with phases.measure("step"):
-            with run.engines_awake():
-                asked, self.ahead = self.ahead or self.ask(batch), None
-                rollouts = asked.finish(phases)
-            check_staleness(rollouts, batch_version, config.rollout)
-            if config.rollout.overlap and batch + 1 < config.train.steps:
+            with run.rollouts.awake():
+                pending, self.ahead = self.ahead or self.ask(batch), None
+                rollouts = pending.finish(phases)
+            check_staleness(rollouts, version, self.config.rollout)
+            if overlap and batch + 1 < self.config.train.steps:
                 self.sync(phases)
                 self.ahead = self.ask(batch + 1)
-            rows = share_rollouts(rollouts, run.prompts, run.training_modes)
-            live = live_rows(rows, run.algorithm, config)
-            scored = scored_rows(rows, live, run.algorithm, config)
-            due = self.gate.due(batch)
-            compared = [
-                due and row.on_policy and not there for row, there in zip(rows, scored, strict=True)
-            ]
+
+            rows = share_rollouts(rollouts, run.questions.prompts, run.training_modes)
             with phases.measure("score"):
-                seed = config.run.seed * 1_000_003 + batch
-                placed = run.actor.place(rows, live, seed, scored=scored, compared=compared)
-                old = run.actor.log_probs(placed)
-                reference = (
-                    run.actor.reference_log_probs(placed) if config.algorithm.kl_coef > 0 else None
-                )
-            agreement = self.gate.check(batch, rows, old, batch_version, run.served)
-            # Replicas score for different times, and the control group does not wait long.
+                scored = self.log_probs(rows)
+            agreement = self.gate.check(batch, rows, scored.old, version, run.rollouts.served)
+            # Replicas score for different times, which the control group would not wait for.
             run.layout.barrier()
-            run.control.check()  # a stop signal need not wait for the longest phase
+            run.control.check()  # the last look for a stop signal before the longest phase
+
             with phases.measure("update"):
-                signals = run.signals(rows, old, placed.plan, reference)
-                update = run.actor.update(placed, signals)
-            run.state.method = run.layout.broadcast_from_chief(signals and signals.state)
-            run.state.step += 1
-            run.state.stream = asked.cursor
-            run.state.optimizer_steps = run.actor.optimizer.steps_taken
-            run.state.weight_version += 1
-            if not config.rollout.overlap:
+                advantages, updates = self.advantages(scored), []
+                for k in range(scored.placed.optimizer_steps):
+                    current = self.log_probs_again(scored, k)
+                    signals = advantages.for_step(k, current)
+                    updates.append(run.actor.update(scored.placed, k, signals))
+            self._move_on(pending, advantages, updates)
+            if not overlap:
                 self.sync(phases)
-        run.state.bad_steps += update.bad_steps
-        run.state.bad_steps_in_a_row = run.state.bad_steps_in_a_row + 1 if update.bad_steps else 0
-        memory = run.layout.all_reduce_max(peak_memory_bytes())
-        if run.layout.is_chief:
-            metrics = (
-                training_metrics(rows, old, live)
-                | update.named()
-                | _speed(rows, live, scored, asked, phases)
-            )
-            metrics |= agreement | staleness_metrics(rollouts, batch_version) | signals.metrics()
-            metrics |= {"actor/unscored_rows": float(len(scored) - sum(scored))}
-            metrics |= {
-                "memory/peak_gib": memory / 2**30,
-                "actor/bad_steps_total": float(run.state.bad_steps),
-            }
-            run.log.log(run.state.step, metrics | asked.metrics)
-            run.log.rollouts(run.state.step, run.records([*rollouts, *asked.unused]))
+        update = UpdateMetrics.over(updates)
+        self._log(pending, rollouts, scored, agreement, advantages, update, phases)
         self._stop_if_bad(rollouts)
+
+    def ask(self, batch: int) -> PendingBatch:
+        """Draw the questions of batch `batch` and start to generate."""
+        return PendingBatch(self.run, batch)
+
+    def log_probs(self, rows: Sequence[Row]) -> ScoredRows:
+        """Log-probs, entropies and KL of the rows, by the weights before the update."""
+        run, batch = self.run, self.run.state.step
+        live = live_rows(rows, run.algorithm, self.row_settings)
+        scored = scored_rows(rows, live, run.algorithm, self.row_settings)
+        due = self.gate.due(batch)
+        compared = [
+            due and row.on_policy and not is_scored
+            for row, is_scored in zip(rows, scored, strict=True)
+        ]
+        placed = run.actor.place(rows, live, run.seed(batch), scored=scored, compared=compared)
+        old = run.actor.log_probs(placed)
+        reference = None
+        if self.config.algorithm.kl_coef > 0:
+            reference = run.actor.reference_log_probs(placed)
+        return ScoredRows(run.state.weight_version, rows, live, scored, placed, old, reference)
+
+    def advantages(self, scored: ScoredRows) -> SignalBuilder:
+        """What makes the batch's advantages, one optimizer step after the other."""
+        return SignalBuilder(
+            scored.rows,
+            scored.old,
+            scored.placed.plan,
+            self.run.algorithm,
+            self.row_settings,
+            state=self.run.state.method or None,
+            reference=scored.reference,
+            seed=self.run.seed(self.run.state.step),
+        )
+
+    def log_probs_again(self, scored: ScoredRows, step: int) -> dict[int, TokenStatistics] | None:
+        """Statistics of a step's rows by the weights as they are, with algorithm.statistics=step.
+
+        None at the first optimizer step, whose weights are those of the score pass.
+        """
+        if self.config.algorithm.statistics != "step" or step == 0:
+            return None
+        return self.run.actor.step_log_probs(scored.placed, step)
 
     def evaluate_and_save(self) -> None:
         """What is due after the batches trained so far, at the start of a run and at its end too.
@@ -148,127 +181,96 @@ class Trainer:
         if state.step > 0 and (at_end or _due(state.step, config.checkpoint.every)):
             self.save()
 
-    def ask(self, batch: int) -> PendingBatch:
-        """Start to generate the next batch of questions."""
-        return PendingBatch(self.run, batch)
+    def evaluate(self) -> None:
+        """Evaluate the weights; keep them as `run.dir/best` if no others were better."""
+        if not self.run.eval_questions.questions:
+            return
+        if self.ahead is not None:
+            self.ahead.finish(Phases())  # it stays as it is; the engines are needed
+        self.sync()
+        accuracy = self.evaluator.evaluate()
+        if accuracy > self.run.state.best:
+            self.run.state.best = accuracy
+            if self.config.checkpoint.hugging_face and self.run.state.step > 0:
+                self.run.journal.export("best")
+
+    def save(self) -> None:
+        """Save a checkpoint of the state after the last trained batch."""
+        self.run.rollouts.sleep()
+        self.run.journal.save()
 
     def sync(self, phases: Phases | None = None) -> None:
         """Give the engines the actor's weights, unless they have them."""
         with (phases or Phases()).measure("sync"):
-            self.run.load_engines(self.run.state.weight_version)
+            self.run.rollouts.load()
 
     def resync(self) -> None:
-        """Give the engines the actor's weights, whatever they have; the gate does so before it ends
-        the run.
-        """
+        """Give the engines the actor's weights, whatever they have, before the gate ends the run."""
         self._forget_ahead()
-        self.run.load_engines(self.run.state.weight_version, again=True)
+        self.run.rollouts.load(again=True)
 
     def _forget_ahead(self) -> None:
         if self.ahead is not None:
             self.ahead.cancel()
             self.ahead = None
 
-    def evaluate(self) -> None:
-        """Sample every evaluation question in all modes and under eval.prompts; judge; keep the
-        best weights.
-        """
-        run, phases = self.run, Phases()
-        if not run.eval_questions:
-            return
-        samples = self.config.eval.samples
-        if self.ahead is not None:
-            self.ahead.finish(Phases())  # it stays as it is; the engines are needed
-        self.sync()
-        variety, others = self.config.eval.variety, {}
-        with phases.measure("eval"):
-            modes = modes_of(self.config.modes)
-            rollouts, rows, scores = self._answers(run.eval_prompts, modes)
-            answers = {
-                mode.value: [rollout for rollout in rollouts if rollout.mode == mode]
-                for mode in modes
-            }
-            for name, prompts in run.other_prompts.items():
-                answers[name], *sampled = self._answers(prompts, (Mode.NORMAL,))
-                if run.layout.is_chief:
-                    others |= prompt_metrics(name, *sampled, run.text, samples, variety=variety)
-        metrics, verdicts = None, {}
-        if run.judging is not None:
-            with phases.measure("judge"):
-                verdicts = run.judging.verdicts(answers, run.eval_questions, run.text)
-        if run.layout.is_chief:
-            metrics = (
-                evaluation_metrics(rows, scores, run.text, samples, variety=variety)
-                | others
-                | _seconds(phases)
-            )
-            metrics |= judge_metrics(verdicts)
-            run.log.evaluation(run.state.step, metrics)
-            run.log.eval_rollouts(
-                run.state.step, with_verdicts(run.eval_records(rollouts), verdicts)
-            )
-        accuracy = run.layout.broadcast_from_chief(metrics and metrics["eval/normal/accuracy"])
-        if accuracy > run.state.best:
-            run.state.best = accuracy
-            if self.config.checkpoint.hugging_face and run.state.step > 0:
-                run.export("best")
-
-    def _answers(
-        self, prompts: runs.Prompts, modes: Sequence[Mode]
-    ) -> tuple[list[Rollout], list[Row], list]:
-        """Graded responses to the evaluation questions under `prompts` in each of `modes`, their
-        rows and scores.
-        """
+    def _move_on(self, pending: PendingBatch, advantages: SignalBuilder, updates: Sequence) -> None:
+        """The state after a trained batch: what a checkpoint taken now would have."""
         run = self.run
-        with run.engines_awake():
-            rollouts = run.driver.generate(
-                run.state.step,
-                run.eval_questions,
-                prompts,
-                dict.fromkeys(modes, self.config.eval.samples),
-                purpose="evaluation",
-                phases=Phases(),
-            )
-        rows = share_rollouts(rollouts, prompts, modes)
-        return (
-            rollouts,
-            rows,
-            run.actor.log_probs(run.actor.place(rows, [False] * len(rows), seed=0)),
-        )
+        bad_steps = sum(not update.result.stepped for update in updates)
+        run.state.method = run.layout.broadcast_from_chief(advantages.state)
+        run.state.step += 1
+        run.state.stream = pending.cursor
+        run.state.optimizer_steps = run.actor.optimizer.steps_taken
+        run.state.weight_version += 1
+        run.state.bad_steps += bad_steps
+        run.state.bad_steps_in_a_row = run.state.bad_steps_in_a_row + 1 if bad_steps else 0
 
-    def save(self) -> None:
-        """Save a checkpoint of the state after the last trained batch, unless it is there already."""
-        run, phases = self.run, Phases()
-        run.wake_actor()
-        if run.layout.broadcast_from_chief(
-            checkpoint_path(run.checkpoints, run.state.step).exists()
-        ):
+    def _log(
+        self,
+        pending: PendingBatch,
+        rollouts: Sequence[Rollout],
+        scored: ScoredRows,
+        agreement: dict[str, float],
+        advantages: SignalBuilder,
+        update: UpdateMetrics,
+        phases: Phases,
+    ) -> None:
+        """Metrics and rollouts of a trained batch, on the chief (one all-reduce over the world)."""
+        run, rows = self.run, scored.rows
+        memory = run.layout.all_reduce_max(peak_memory_bytes())
+        if not run.layout.is_chief:
             return
-        with phases.measure("checkpoint"):
-            path = checkpoint.save(
-                run.actor, run.state, run.checkpoints, self.config.checkpoint.keep
-            )
-        run.log.message(f"saved {path} in {phases.seconds['checkpoint']:.1f} s")
+        metrics = training_metrics(rows, scored.old, scored.live) | update.named()
+        metrics |= _throughput(scored, pending, phases) | agreement
+        metrics |= staleness_metrics(rollouts, scored.version) | advantages.metrics()
+        metrics |= {
+            "actor/unscored_rows": float(len(scored.scored) - sum(scored.scored)),
+            "memory/peak_gib": memory / 2**30,
+            "actor/bad_steps_total": float(run.state.bad_steps),
+        }
+        metrics |= pending.metrics
+        records = run.questions.records([*rollouts, *pending.unused], run.leader)
+        run.journal.log.log(run.state.step, metrics)
+        run.journal.log.rollouts(run.state.step, records)
 
-    def _stop_if_bad(self, rollouts) -> None:
-        """Say that an update was skipped; stop after `train.max_bad_steps` batches in a row, the
-        last one dumped.
-        """
+    def _stop_if_bad(self, rollouts: Sequence[Rollout]) -> None:
+        """Say that an update was skipped; stop after train.max_bad_steps in a row, and dump."""
         run, limit = self.run, self.config.train.max_bad_steps
         if not run.state.bad_steps_in_a_row:
             return
-        run.log.message(
-            f"step {run.state.step}: the loss or the gradient was not finite; the update was "
-            "skipped"
+        step = run.state.step
+        run.journal.message(
+            f"step {step}: the loss or the gradient was not finite; the update was skipped"
         )
         if run.state.bad_steps_in_a_row >= limit:
-            dump = run.directory / f"bad_batch_step_{run.state.step:06d}.jsonl"
+            name = f"bad_batch_step_{step:06d}.jsonl"
             if run.layout.is_chief:
-                run.dump(dump, run.records(rollouts))
+                run.journal.dump(name, run.questions.records(rollouts, run.leader))
             raise TrainingError(
                 f"the loss or the gradient was NaN or infinite {limit} steps in a row "
-                "(train.max_bad_steps); the last "
-                f"batch is in {dump}; lower train.learning_rate, or look at the batch"
+                f"(train.max_bad_steps); the last batch is in {run.journal.directory / name}; "
+                "lower train.learning_rate, or look at the batch"
             )
 
 
@@ -276,21 +278,16 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _seconds(phases: Phases) -> dict[str, float]:
-    return {f"time/{name}_s": seconds for name, seconds in phases.seconds.items()}
-
-
-def _speed(rows, live, scored, asked: PendingBatch, phases: Phases) -> dict[str, float]:
-    """Seconds per phase; tokens per second of generation (responses), score (rows scored), update
-    (rows trained).
-    """
+def _throughput(scored: ScoredRows, pending: PendingBatch, phases: Phases) -> dict[str, float]:
+    """Seconds per phase, and tokens per second of generation, score and update."""
+    lengths = [row.length for row in scored.rows]
     tokens = {
-        "generate": asked.generated_tokens,
-        "score": sum(row.length for row, there in zip(rows, scored, strict=True) if there),
-        "update": sum(row.length for row, trained in zip(rows, live, strict=True) if trained),
+        "generate": pending.generated_tokens,
+        "score": sum(n for n, is_scored in zip(lengths, scored.scored, strict=True) if is_scored),
+        "update": sum(n for n, is_live in zip(lengths, scored.live, strict=True) if is_live),
     }
     speed = {
         f"throughput/{name}_tokens_per_s": count / phases.seconds[name]
         for name, count in tokens.items()
     }
-    return _seconds(phases) | speed
+    return phases.named() | speed

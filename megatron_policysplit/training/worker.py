@@ -45,9 +45,11 @@ def main(argv: list[str]) -> int:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+        from megatron_policysplit.training.build import build_run
         from megatron_policysplit.training.trainer import Trainer
 
-        return Trainer(load_config(argv[0], argv[1:]), stop).train()
+        config = load_config(argv[0], argv[1:])
+        return Trainer(build_run(config, stop)).train()
     except StopRequested:  # before the first weights were loaded: there is nothing to save
         return STOPPED
     except (TrainingError, EngineLost) as error:

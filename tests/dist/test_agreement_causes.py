@@ -13,7 +13,7 @@ from megatron_policysplit.training.agreement.diagnosis import Probe
 from megatron_policysplit.config import Config, RunConfig
 from megatron_policysplit.errors import TrainingError
 from megatron_policysplit.rows import MODES, Mode, share_rollouts
-from megatron_policysplit.training.build import SilentLog
+from megatron_policysplit.training.journal import SilentLog
 from tests.support.dist import run_distributed
 from tests.support.hf_models import make_model
 

@@ -19,7 +19,7 @@ from tests.dist.test_training_step import (
 )
 from tests.support.dist import run_distributed
 from tests.support.hf_models import make_model
-from tests.support.training_cases import CASES, SEED, VOCAB
+from tests.support.training_cases import CASES, SEED, VOCAB, update_batch
 from tests.support.training_outcomes import as_numpy, hf_model, run_reference
 
 LAYOUTS = [(1, 1, 1, 1), (1, 1, 2, 1), (1, 1, 2, 2), (2, 1, 1, 1), (1, 2, 2, 2), (2, 1, 2, 2)]  # TP, PP, DP, EP
@@ -179,8 +179,6 @@ def fresh_actor(shape, path, distributed):
 
 
 def train(actor, case, batch):
-    from megatron_policysplit.algorithms.signals import live_rows
-
     rows = case.rows(batch) if actor.layout.is_leader else []
-    placed = actor.place(rows, live_rows(rows, case.algorithm, actor.config), seed=SEED + batch)
-    actor.update(placed, case.signals(rows, actor.log_probs(placed), placed, actor.config))
+    placed = actor.place(rows, case.live(rows, actor.config), seed=SEED + batch)
+    update_batch(actor, placed, case.builder(rows, actor.log_probs(placed), placed, actor.config))

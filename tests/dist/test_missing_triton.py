@@ -41,15 +41,15 @@ def test_a_machine_without_a_gpu_misses_nothing(monkeypatch, triton):
 
 def start(rank, file, directory, reason):
     """Every rank starts a run on a machine of which `missing_triton` gives `reason`."""
-    from megatron_policysplit.training.build import start
     from megatron_policysplit.actor import parallel
     from megatron_policysplit.config.load import load_config
     from megatron_policysplit.distributed.stop_signal import StopSignal
+    from megatron_policysplit.training import build
 
     if reason is not None:
-        missing_triton = lambda: reason
+        build.missing_triton = lambda: reason
     overrides = ["parallel.tensor=1", "parallel.pipeline=2", f"run.dir={directory}", "log.console=false"]
-    run = start(load_config(str(file), overrides), StopSignal())
+    run = build.build_run(load_config(str(file), overrides), StopSignal())
     run.close()
     parallel.shutdown()
 

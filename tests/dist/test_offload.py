@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.dist import run_distributed
 from tests.support.hf_models import make_model
-from tests.support.training_cases import SEED, VOCAB, Case
+from tests.support.training_cases import SEED, VOCAB, Case, update_batch
 
 BATCHES = 3
 CHUNK_BYTES = 1000  # no multiple of anything: storages lie across chunks, some across many
@@ -72,13 +72,11 @@ def run(rank, setup, path):
 
 def outcome(actor, case, layout, batch):
     """One step: per row the statistics, and the update's metrics, as plain numbers."""
-    from megatron_policysplit.algorithms.signals import live_rows
-
     rows = case.rows(batch) if layout.is_leader else []
-    placed = actor.place(rows, live_rows(rows, case.algorithm, actor.config), seed=SEED + batch)
+    placed = actor.place(rows, case.live(rows, actor.config), seed=SEED + batch)
     old = actor.log_probs(placed)
     reference = actor.reference_log_probs(placed) if actor.config.algorithm.kl_coef > 0 else None
-    update = actor.update(placed, case.signals(rows, old, placed, actor.config, reference))
+    update = update_batch(actor, placed, case.builder(rows, old, placed, actor.config, reference))
     return [(row.logprobs.tolist(), row.entropy.tolist()) for row in old], update
 
 

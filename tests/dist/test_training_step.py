@@ -4,20 +4,19 @@ Each layout runs all cases in one set of processes. The reference (`tests/refere
 fp64, one row at a time.
 """
 
-import copy
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_policysplit.rows.plan import make_plan
-from megatron_policysplit.algorithms.signals import live_rows, scored_rows
+from megatron_policysplit.rows.plan import Plan, make_plan
+from megatron_policysplit.algorithms.signals import RowSettings, scored_rows
 from tests.reference import plain_step
 from tests.support.dist import run_distributed
 from tests.support.hf_models import make_model
-from tests.support.training_cases import CASES, SEED, VOCAB
+from tests.support.training_cases import CASES, SEED, VOCAB, update_batch
 from tests.support.training_outcomes import Outcome, as_numpy, hf_model, partition, run_reference
 
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (2, 1, 1, "sequence"), (2, 2, 1, "sequence")]
@@ -51,17 +50,17 @@ def run_case(case, path, layout, poison=False):
     outcome = Outcome([], [], [], [], [], [], [], {}, 0)
     for batch in range(case.batches):
         rows = case.rows(batch) if layout.is_leader else []
-        live = live_rows(rows, case.algorithm, config)
-        scored = scored_rows(rows, live, case.algorithm, config)
+        live = case.live(rows, config)
+        scored = scored_rows(rows, live, case.algorithm, RowSettings.of(config))
         # The second batch is compared with the engine, which must change nothing.
         compared = [batch == 1 and row.on_policy and not there for row, there in zip(rows, scored, strict=True)]
         placed = actor.place(rows, live, seed=SEED + batch, scored=scored, compared=compared)
         old = actor.log_probs(placed)
         reference = actor.reference_log_probs(placed) if config.algorithm.kl_coef > 0 else None
-        signals = case.signals(rows, old, placed, config, reference)
         if poison:
-            outcome.bad_steps.append(poisoned_update(actor, placed, signals, live))
-        update = actor.update(placed, signals)
+            builder = case.builder(rows, old, placed, config, reference)
+            outcome.bad_steps.append(poisoned_update(actor, placed, builder, live))
+        update = update_batch(actor, placed, case.builder(rows, old, placed, config, reference))
         outcome.loss.append(update.loss)
         outcome.grad_norm.append(update.grad_norm)
         outcome.first_ratio_off_one.append(update.first_ratio_off_one)
@@ -75,31 +74,40 @@ def run_case(case, path, layout, poison=False):
                 for s, there, apart in zip(old, scored, compared, strict=True)
             ]
         )
-        trained = case.signals(rows, old, placed, config, reference).at(0) if signals is not None else []
-        outcome.advantages.append([as_numpy(signal.advantages) for signal in trained])
+        outcome.advantages.append(advantages_by_row(case, rows, old, placed, config))
         outcome.plans.append(placed.plan)
     outcome.weights = exported(actor)
     outcome.steps_taken = actor.optimizer.steps_taken
     return outcome
 
 
+def advantages_by_row(case, rows, old, placed, config):
+    """Of every row of the batch, by the statistics before its first optimizer step; [] without a plan."""
+    if placed.plan is None:
+        return []
+    whole = Plan([list(range(len(rows)))], placed.plan.micro_batches[:1])
+    signals = case.builder(rows, old, replace(placed, plan=whole), config).for_step(0)
+    return [as_numpy(signals[row].advantages) for row in range(len(rows))]
+
+
 class Poisoned:
-    """Signals in which one token of row `row` has a NaN advantage."""
+    """A builder's signals in which one token of row `row` has a NaN advantage."""
 
-    def __init__(self, signals, row):
-        self.signals, self.row = copy.deepcopy(signals), row
+    def __init__(self, builder, row):
+        self.builder, self.row = builder, row
 
-    def at(self, step, now=None):
-        made = self.signals.at(step, now)
-        made[self.row].advantages[0] = float("nan")
-        return made
+    def for_step(self, step, current=None):
+        signals = self.builder.for_step(step, current)
+        if self.row in signals:
+            signals[self.row].advantages[0] = float("nan")
+        return signals
 
 
-def poisoned_update(actor, placed, signals, live):
+def poisoned_update(actor, placed, builder, live):
     """Number of bad steps of an update in which one token of one row has a NaN advantage."""
     before = exported(actor)
-    poisoned = signals and Poisoned(signals, live.index(True))
-    update = actor.update(placed, poisoned)
+    poisoned = Poisoned(builder, live.index(True)) if live else builder
+    update = update_batch(actor, placed, poisoned)
     after = exported(actor)
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert actor.optimizer.steps_taken == 0

@@ -11,7 +11,7 @@ import torch
 from tests.support.dist import run_distributed
 from tests.support.hf_models import make_model
 from tests.support.sglang import interpreter
-from tests.support.training_cases import SEED, VOCAB, Case
+from tests.support.training_cases import SEED, VOCAB, Case, update_batch
 
 GIB = 2**30
 CYCLES = 3
@@ -53,12 +53,9 @@ def build(path, **settings):
 
 
 def train(actor, case, batch):
-    from megatron_policysplit.algorithms.signals import live_rows
-
     rows = case.rows(batch)
-    placed = actor.place(rows, live_rows(rows, case.algorithm, actor.config), seed=SEED + batch)
-    signals = case.signals(rows, actor.log_probs(placed), placed, actor.config)
-    update = actor.update(placed, signals)
+    placed = actor.place(rows, case.live(rows, actor.config), seed=SEED + batch)
+    update = update_batch(actor, placed, case.builder(rows, actor.log_probs(placed), placed, actor.config))
     assert update.bad_steps == 0
 
 

@@ -16,7 +16,7 @@ from megatron_policysplit.distributed.stop_signal import StopSignal
 from megatron_policysplit.errors import EngineError
 from megatron_policysplit.rollout.sglang_http import EngineTimedOut, EngineUnreachable
 from megatron_policysplit.serving import fleet as fleets
-from megatron_policysplit.serving.fleet import Fleet
+from megatron_policysplit.serving.fleet import EngineSet, Fleet
 from megatron_policysplit.serving.identity import PROBE, Identity
 from megatron_policysplit.serving.members import Member, Placement, State
 
@@ -270,8 +270,11 @@ class Turns:
 
 @dataclass
 class Rig:
-    """A fleet on one rank and all that it deals with. log: what happened to engines and router, in order. told: the
-    versions that a RESYNC gave."""
+    """A fleet on one rank and all that it deals with; the service that a run's rollouts are.
+
+    log: what happened to engines and router, in order. told: the versions that a RESYNC gave. actor_version: of the
+    weights that the actor has; None: those of the last sync.
+    """
 
     fleet: Fleet
     control: Control
@@ -281,7 +284,16 @@ class Rig:
     router: FakeRouter | None
     log: list[str]
     said: list[str]
-    told: list[int]
+    told: list[int] = field(default_factory=list)
+    actor_version: int | None = None
+
+    def wanted(self) -> bool:
+        return self.fleet.wanted()
+
+    def serve(self) -> None:
+        version = self.fleet.version if self.actor_version is None else self.actor_version
+        self.fleet.resync(version)
+        self.told.append(version)
 
     @property
     def members(self) -> list[Member]:
@@ -292,7 +304,7 @@ class Rig:
 
     def attend(self, condition: Callable[[], bool] | None) -> None:
         """As while leaders generate, until the condition holds; for ranks without one, until the others are done."""
-        self.control.attend(None if condition is None else until(condition), self.fleet)
+        self.control.attend(None if condition is None else until(condition), self)
 
     def tended(self) -> None:
         """Wait until every engine of this rank has been looked at several times."""
@@ -348,12 +360,10 @@ def make_rig(
     has_router = layout.is_chief and (len(owners) > 1 if router is None else router)
     front = FakeRouter(log) if has_router else None
     control = Control(layout.control, StopSignal(), HEARTBEAT_SECONDS)
-    fleet = Fleet(config, layout, control, members, servers, front, IDENTITY, said.append)
-    fleet.colocation = turns
-    fleet.weights = FakeWeights(members, layout, log)
-    told: list[int] = []
-    fleet.actor_version, fleet.tell_version = lambda: fleet.version, told.append
-    return Rig(fleet, control, fleet.weights, servers, engines, front, log, said, told)
+    weights = FakeWeights(members, layout, log)
+    engine_set = EngineSet(placements, members, servers, front, IDENTITY)
+    fleet = Fleet(config.rollout.server, layout, control, engine_set, weights, said.append, colocation=turns)
+    return Rig(fleet, control, weights, servers, engines, front, log, said)
 
 
 def make_layout(rank: int, world_size: int, chief: int = 0) -> Layout:

@@ -26,9 +26,10 @@ from megatron_policysplit.rollout.engine import Request
 from megatron_policysplit.rollout.sglang import SglangEngine
 from megatron_policysplit.rows import Rollout
 from megatron_policysplit.serving import fleet as fleets
+from megatron_policysplit.serving.build import open_fleet
 from megatron_policysplit.serving.fleet import Fleet
 from megatron_policysplit.serving.members import Member
-from megatron_policysplit.training.build import _fleet
+from megatron_policysplit.training.rollouts import build_fleet
 from tests.support.sglang import Reference
 
 HEARTBEAT_SECONDS = 0.05
@@ -65,18 +66,16 @@ class OneRank:
         """As the driver does: in lots, engines that come back served meanwhile."""
         lots = iter(split_lots(requests, lot_questions=2))
         work = collect(self.engine, lambda: next(lots, None), concurrency=3)
-        rollouts, _ = self.control.attend(work, self.fleet)
+        rollouts, _ = self.control.attend(work, self)
         return rollouts
 
+    def wanted(self) -> bool:
+        return self.fleet.wanted()
 
-@dataclass
-class Said:
-    """A log that keeps its messages."""
-
-    lines: list[str]
-
-    def message(self, text: str) -> None:
-        self.lines.append(text)
+    def serve(self) -> None:
+        """As a run's rollouts do, for an engine that came back."""
+        self.fleet.resync(self.version)
+        self.engine.serve_version(self.version)
 
 
 @contextmanager
@@ -118,12 +117,11 @@ def one_rank(
         control = Control(layout.control, StopSignal(), HEARTBEAT_SECONDS)
         resources.callback(control.close)
         actor = Actor(config, read_hf_config(reference.path), layout)
-        fleet, url = _fleet(config, layout, control, actor, Said(said), resources)
+        fleet = build_fleet(config, layout, control, actor, said.append, resources)
+        url = open_fleet(fleet, layout, control, resources)
         engine = sglang_engine(config, url, load_tokenizer(reference.path))
         engine._backoff_seconds *= patience
         resources.callback(lambda: control.run(engine.aclose()))
         weights = directory / "weights_of_the_actor"
         shutil.copytree(reference.path, weights)
-        rank = OneRank(config, reference, actor, control, fleet, engine, weights, said)
-        fleet.actor_version, fleet.tell_version = lambda: rank.version, engine.serve_version
-        yield rank
+        yield OneRank(config, reference, actor, control, fleet, engine, weights, said)

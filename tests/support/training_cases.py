@@ -9,7 +9,7 @@ from typing import Any
 from megatron_policysplit.algorithms.advantages import Method
 from megatron_policysplit.algorithms.methods import Algorithm, build_algorithm
 from megatron_policysplit.algorithms.modes import samples_per_mode, training_modes
-from megatron_policysplit.algorithms.signals import SignalBuilder
+from megatron_policysplit.algorithms.signals import RowSettings, SignalBuilder, live_rows
 from megatron_policysplit.config import Config
 from megatron_policysplit.config.modes import modes_of
 from megatron_policysplit.rows import Mode, Rollout, Row, share_rollouts
@@ -18,6 +18,18 @@ VOCAB = 67  # odd, so that tensor parallelism pads it
 MAX_RESPONSE_TOKENS = 12
 SEED = 17
 SYSTEM = {"normal": [], "high_entropy": [3, 1, 4, 1, 5], "third": [2, 7]}  # before the question's own prompt
+
+
+def update_batch(actor, placed, builder):
+    """Every optimizer step of a batch, as `Trainer.step` trains them; an `UpdateMetrics`."""
+    from megatron_policysplit.actor.actor import UpdateMetrics
+
+    updates = []
+    for step in range(placed.optimizer_steps):
+        again = actor.config.algorithm.statistics == "step" and step > 0
+        current = actor.step_log_probs(placed, step) if again else None
+        updates.append(actor.update(placed, step, builder.for_step(step, current)))
+    return UpdateMetrics.over(updates)
 
 
 @dataclass(frozen=True)
@@ -43,13 +55,14 @@ class Case:
     def method(self) -> Method:
         return self.algorithm.method
 
-    def signals(self, rows, old, placed, config, reference=None, state=None) -> SignalBuilder | None:
-        """For `Actor.update`: on leaders, which have a plan."""
-        if placed.plan is None:
-            return None
-        return SignalBuilder(
-            rows, old, placed.plan, self.algorithm, config, state=state, reference=reference, seed=SEED
-        )
+    def builder(self, rows, old, placed, config, reference=None, state=None) -> SignalBuilder:
+        """What makes the batch's advantages, as the trainer has it; of nothing on ranks that do not lead."""
+        settings = RowSettings.of(config)
+        rest = {"state": state, "reference": reference, "seed": SEED}
+        return SignalBuilder(rows, old, placed.plan, self.algorithm, settings, **rest)
+
+    def live(self, rows, config) -> list[bool]:
+        return live_rows(rows, self.algorithm, RowSettings.of(config))
 
     def config(self, model_path: str) -> Config:
         config = Config()

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_policysplit.algorithms.signals import live_rows
 from megatron_policysplit.rows.plan import make_plan
 from tests.reference import plain_step
 from tests.support.training_cases import SEED
@@ -91,7 +90,7 @@ def partition(case, config, rows, batch):
     """Row indices of each optimizer step, which no layout may change: those of a plan for one replica."""
     return make_plan(
         rows,
-        live_rows(rows, case.algorithm, config),
+        case.live(rows, config),
         replicas=1,
         optimizer_steps=config.train.optimizer_steps_per_batch,
         max_tokens=10**6,

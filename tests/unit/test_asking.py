@@ -10,6 +10,7 @@ from megatron_policysplit.algorithms.modes import samples_per_mode
 from megatron_policysplit.config import Config
 from megatron_policysplit.data.questions import Question, QuestionStream
 from megatron_policysplit.rows import MODES, Rollout, SecondRollout
+from megatron_policysplit.training.questions import TrainingQuestions
 from megatron_policysplit.training.rollout_batch import PendingBatch
 
 QUESTIONS, BATCH = 10, 3
@@ -68,17 +69,17 @@ def run_with(grade, method="dapo", options=None, state=None, told=None, leads=Tr
         said.append(value if told is None else told[len(said)])
         return said[-1]
 
+    by_id, driver = {question.id: question for question in questions}, Driver(grade, leads)
     return SimpleNamespace(
         config=config,
         algorithm=algorithm,
         samples_per_mode=samples_per_mode(config, algorithm.method),
-        stream=QuestionStream(questions, BATCH, seed=1),
-        questions={question.id: question for question in questions},
-        prompts={},
+        questions=TrainingQuestions(by_id, {}, QuestionStream(questions, BATCH, seed=1)),
         state=state or TrainerState(),
-        driver=Driver(grade, leads),
+        rollouts=SimpleNamespace(driver=driver),
+        driver=driver,
         layout=SimpleNamespace(broadcast_from_chief=broadcast_from_chief),
-        log=SimpleNamespace(message=messages.append),
+        journal=SimpleNamespace(message=messages.append),
         said=said,
         messages=messages,
     )
@@ -100,7 +101,7 @@ def test_questions_are_drawn_until_enough_are_mixed(method):
     assert len(run.driver.asked) > 1 and len(set(drawn)) == len(drawn)
     before = [question for question in drawn[: -len(run.driver.asked[-1])] if question in MIXED]
     assert len(before) < BATCH <= len(mixed)
-    assert asked.cursor == run.stream.state() and not run.messages
+    assert asked.cursor == run.questions.cursor and not run.messages
     zeros, responses = len(mixed), 4 * len(drawn)
     assert asked.metrics == pytest.approx(
         {
@@ -137,7 +138,7 @@ def test_batches_after_a_stop_are_those_of_a_run_without():
     expected = PendingBatch(straight, 1)
     found = expected.finish(None)
     resumed = run_with(equal_but_for(MIXED))
-    resumed.stream.restore(cursor)
+    resumed.questions.stream.restore(cursor)
     again = PendingBatch(resumed, 1)
     assert again.finish(None) == found and again.cursor == expected.cursor != cursor
 

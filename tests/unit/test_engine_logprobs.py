@@ -8,7 +8,7 @@ import torch
 from megatron_policysplit.algorithms.advantages import TokenStatistics
 from megatron_policysplit.algorithms.checks import check_method
 from megatron_policysplit.algorithms.methods import build_algorithm
-from megatron_policysplit.algorithms.signals import SignalBuilder, live_rows, scored_rows
+from megatron_policysplit.algorithms.signals import RowSettings, SignalBuilder, live_rows, scored_rows
 from megatron_policysplit.config import METHOD_NAMES, Config
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.rows import Mode, Rollout, share_rollouts
@@ -53,12 +53,13 @@ def actor_statistics(rows):
 def signals(rows, old, given):
     chosen = build_algorithm(given.algorithm)
     plan = make_plan(rows, [True] * len(rows), replicas=1, optimizer_steps=1, max_tokens=1000, seed=0)
-    return SignalBuilder(rows, old, plan, chosen, given).at(0)
+    return list(SignalBuilder(rows, old, plan, chosen, RowSettings.of(given)).for_step(0).values())
 
 
 def spared(rows, given):
     chosen = build_algorithm(given.algorithm)
-    scored = scored_rows(rows, live_rows(rows, chosen, given), chosen, given)
+    settings = RowSettings.of(given)
+    scored = scored_rows(rows, live_rows(rows, chosen, settings), chosen, settings)
     return {row.key for row, there in zip(rows, scored, strict=True) if not there}
 
 

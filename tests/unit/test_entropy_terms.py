@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from megatron_policysplit.algorithms.advantages import TokenStatistics, zscore
-from megatron_policysplit.algorithms.loss import LossInputs, policy_loss
+from megatron_policysplit.algorithms.loss import PolicyTokens, policy_loss
 from megatron_policysplit.algorithms.methods import build_algorithm
-from megatron_policysplit.algorithms.signals import SignalBuilder
+from megatron_policysplit.algorithms.signals import RowSettings, SignalBuilder
+from megatron_policysplit.algorithms.token_signals import TokenSignals
 from megatron_policysplit.config import AlgorithmConfig, Config
 from megatron_policysplit.rows.plan import make_plan
 from tests.support.advantage_batches import random_batch
@@ -38,18 +39,14 @@ def entropy_gradient(chosen, state, plain_term):
 
     def loss(terms):
         logprobs = logits.log_softmax(-1)[:, 0]
-        return policy_loss(
-            LossInputs(
-                logprobs=logprobs,
-                old_logprobs=logprobs.detach(),
-                advantages=signals.advantages.double(),
-                importance=torch.ones_like(now),
-                weights=batch.mask / batch.mask.sum(),
-                entropy=entropies(logits),
-                **terms,
-            ),
-            chosen.config,
-        ).loss
+        given = TokenSignals(
+            old_logprobs=logprobs.detach(),
+            advantages=signals.advantages.double(),
+            importance=torch.ones_like(now),
+            weights=batch.mask / batch.mask.sum(),
+            **terms,
+        )
+        return policy_loss(given, PolicyTokens(logprobs, entropies(logits)), chosen.config).loss
 
     (whole,) = torch.autograd.grad(loss({"entropy_coef": signals.entropy_coef}), logits)
     (without,) = torch.autograd.grad(loss({}), logits)
@@ -97,16 +94,14 @@ def test_sirens_term_has_the_gradient_of_its_formula():
     rows = batch.row_of_token[batch.mask].unique().tolist()
     logprobs = batch.logprobs.double()
     out = policy_loss(
-        LossInputs(
-            logprobs=logprobs,
+        TokenSignals(
             old_logprobs=logprobs,
             advantages=signals.advantages.double(),
             importance=torch.ones_like(logprobs),
             weights=batch.mask / batch.mask.sum(),
-            entropy=batch.entropy.double(),
             nucleus_coef=signals.nucleus_coef / len(rows),
-            nucleus_entropy=inner,
         ),
+        PolicyTokens(logprobs, batch.entropy.double(), inner),
         chosen.config,
     )
     (found,) = torch.autograd.grad(out.loss, inner)
@@ -170,8 +165,8 @@ def after(chosen, measured, state=None):
     plan = make_plan(rows, [True] * len(rows), replicas=1, optimizer_steps=1, max_tokens=1000, seed=0)
     made = None
     for entropy in measured:
-        made = SignalBuilder(rows, scored(rows, entropy), plan, chosen, Config(), state=state)
-        signals, state = made.at(0), made.state
+        made = SignalBuilder(rows, scored(rows, entropy), plan, chosen, RowSettings.of(Config()), state=state)
+        signals, state = made.for_step(0), made.state
     return state, signals, made
 
 
@@ -186,7 +181,9 @@ def test_a_state_taken_up_again_goes_on_as_if_nothing_had_been(name):
     again, repeated, _ = after(chosen, measured[2:], state=dict(first))
     assert again == straight and first != straight
     field = "nucleus_coef" if name == "siren" else "entropy_coef"
-    found, expected = (torch.cat([getattr(signal, field) for signal in each]) for each in (repeated, signals))
+    found, expected = (
+        torch.cat([getattr(signal, field) for signal in each]) for each in (repeated.values(), signals.values())
+    )
     assert torch.equal(found, expected) and found.any()
     assert {key: made.metrics()[f"method/{key}"] for key in straight} == straight
 
@@ -209,9 +206,11 @@ def test_aers_scale_follows_the_distance_to_a_share_of_the_first_batchs_entropy(
 def test_sirens_anchor_is_of_the_first_batch():
     state, signals, _ = after(algorithm("siren", {"beta": 1.0}), [0.5, 0.7, 0.9])
     assert state == pytest.approx({"anchor": 0.5, "entropy": 0.9})
-    for signal in signals:
-        kept = int(signal.mask.sum())  # all entropies of a response are equal here
-        expected = -2 * (0.9 - 0.5) / max(kept, 1) * signal.mask
+    trained = [signal.weights > 0 for signal in signals.values()]
+    rows = sum(bool(mask.any()) for mask in trained)  # the mean is over the step's rows
+    for signal, mask in zip(signals.values(), trained, strict=True):
+        # All entropies of a response are equal here.
+        expected = -2 * (0.9 - 0.5) / max(int(mask.sum()), 1) * mask / rows
         torch.testing.assert_close(signal.nucleus_coef, expected)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from megatron_policysplit.algorithms.advantages import TokenStatistics
 from megatron_policysplit.algorithms.methods import build_algorithm, policy_split
-from megatron_policysplit.algorithms.signals import SignalBuilder
+from megatron_policysplit.algorithms.signals import RowSettings, SignalBuilder
 from megatron_policysplit.config import AlgorithmConfig, Config
 from megatron_policysplit.rows.plan import make_plan
 from tests.support.advantage_batches import random_batch
@@ -30,7 +30,14 @@ def source(chosen, state=None):
     lengths = batch.offsets.diff().tolist()
     old = [TokenStatistics(*s) for s in zip(batch.logprobs.split(lengths), batch.entropy.split(lengths), strict=True)]
     plan = make_plan(rows, [True] * len(rows), replicas=1, optimizer_steps=2, max_tokens=1000, seed=0)
-    return SignalBuilder(rows, old, plan, chosen, Config(), state=state), batch
+    return SignalBuilder(rows, old, plan, chosen, RowSettings.of(Config()), state=state), batch
+
+
+def advantages_of(batch, eta, rows):
+    """Policy Split's with a constant eta, of the tokens of these rows."""
+    whole = policy_split.advantages(batch, policy_split.Options(eta=eta))
+    by_row = whole.split(batch.offsets.diff().tolist())
+    return torch.cat([by_row[row] for row in rows])
 
 
 @pytest.mark.parametrize("schedule", PLAIN)
@@ -39,8 +46,9 @@ def test_each_optimizer_step_has_the_eta_of_its_number_also_after_a_resume(sched
     for _ in range(3):  # batches of two steps; the state goes through what a checkpoint holds
         made, batch = source(chosen, dict(state) if state else None)
         for step in (0, 1):
-            found = torch.cat([signal.advantages for signal in made.at(step)])
-            with_eta = {eta: policy_split.advantages(batch, policy_split.Options(eta=eta)) for eta in PLAIN[schedule]}
+            signals = made.for_step(step)
+            found = torch.cat([signal.advantages for signal in signals.values()])
+            with_eta = {eta: advantages_of(batch, eta, signals) for eta in PLAIN[schedule]}
             used.append(min(with_eta, key=lambda eta: (with_eta[eta] - found).abs().max()))
             torch.testing.assert_close(found, with_eta[used[-1]], rtol=1e-6, atol=1e-7)
         state = made.state

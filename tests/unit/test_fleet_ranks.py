@@ -70,13 +70,13 @@ def raised(work) -> str:
 def killed(rank: int, layout) -> dict:
     """Rank 0's server dies, and is not ready before a service without it has told the chief's router."""
     rig = opened(rank, layout)
-    serve = rig.fleet.serve
+    serve = rig.serve
 
     def noted():
         serve()
         rig.log.append("served")
 
-    rig.fleet.serve = noted
+    rig.serve = noted
     if rank == 0:
         rig.servers[0].ready_when = lambda: "served" in rig.log
         rig.servers[0].kill()

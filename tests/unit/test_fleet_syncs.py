@@ -118,7 +118,7 @@ def test_no_probe_is_judged_during_a_sync(serve):
 
 def test_a_sync_does_not_wait_for_a_probe(serve, monkeypatch):
     rig = serve(1)
-    rig.fleet.config.rollout.server.health_seconds = 120.0
+    rig.fleet.server_config.health_seconds = 120.0
     monkeypatch.setattr(fleets, "PROBE_SECONDS", 60.0)
     rig.wait_for(lambda: rig.engines[0].probing == 0)
     rig.engines[0].generates = False
@@ -137,7 +137,7 @@ def test_an_engine_that_dies_between_the_wish_and_the_service(serve):
     rig.servers[0].ready_when = lambda: False
     rig.servers[0].kill()
     rig.wait_for(lambda: rig.members[0].state is State.STARTING)
-    rig.fleet.serve()
+    rig.serve()
     assert rig.weights.pushes == []
     assert rig.router.workers == {"http://engine-1"}
     rig.servers[0].ready_when = lambda: True
@@ -159,7 +159,7 @@ def test_an_engine_that_dies_after_it_was_chosen(serve):
         return chosen
 
     rig.fleet._lacks_weights = at_the_last_moment
-    rig.fleet.serve()
+    rig.serve()
     assert rig.weights.pushes == []
 
 
@@ -181,7 +181,7 @@ def test_an_engine_that_dies_while_another_is_given_weights(serve):
 def test_an_engine_that_comes_back_gets_what_the_actor_has_by_then(serve):
     """With generation beside training the actor may be a version ahead: its weights keep their own name."""
     rig = serve(2)
-    rig.fleet.actor_version = lambda: 8
+    rig.actor_version = 8
     rig.servers[0].kill()
     rig.attend(lambda: rig.back(version=8))
     assert rig.weights.pushes == [(8, [0])] and rig.told == [8]

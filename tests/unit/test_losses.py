@@ -2,13 +2,14 @@
 
 import math
 import random
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from megatron_policysplit.algorithms.loss import (
     Denominators,
-    LossInputs,
+    PolicyTokens,
     denominators,
     importance_weights,
     k3,
@@ -16,6 +17,7 @@ from megatron_policysplit.algorithms.loss import (
     token_weight,
 )
 from megatron_policysplit.algorithms.methods import build_algorithm
+from megatron_policysplit.algorithms.token_signals import TokenSignals
 from megatron_policysplit.config import AlgorithmConfig
 
 NAN = float("nan")
@@ -26,18 +28,28 @@ def filled(**settings):
     return build_algorithm(AlgorithmConfig(name="grpo", **settings)).config
 
 
-def inputs(ratios, advantages, weights=None, **settings):
+class Inputs(NamedTuple):
+    """The first two arguments of `policy_loss`."""
+
+    signals: TokenSignals
+    policy: PolicyTokens
+
+    def tensor(self, field):
+        return getattr(self.policy if hasattr(self.policy, field) else self.signals, field)
+
+
+def inputs(ratios, advantages, weights=None, **signals):
     """Tokens with the given ratios to an old policy of log-prob -1."""
     count = len(ratios)
-    values = {
-        "logprobs": torch.tensor([math.log(ratio) - 1 for ratio in ratios], dtype=torch.float64).requires_grad_(),
+    given = {
         "old_logprobs": torch.full((count,), -1.0, dtype=torch.float64),
         "advantages": torch.tensor(advantages, dtype=torch.float64),
         "importance": torch.ones(count, dtype=torch.float64),
         "weights": torch.tensor(weights or [1.0] * count, dtype=torch.float64),
-        "entropy": torch.full((count,), 0.5, dtype=torch.float64).requires_grad_(),
     }
-    return LossInputs(**(values | settings))
+    logprobs = torch.tensor([math.log(ratio) - 1 for ratio in ratios], dtype=torch.float64).requires_grad_()
+    entropy = torch.full((count,), 0.5, dtype=torch.float64).requires_grad_()
+    return Inputs(TokenSignals(**(given | signals)), PolicyTokens(logprobs, entropy))
 
 
 def plain_token_loss(ratio, advantage, config):
@@ -65,10 +77,10 @@ def plain_token_loss(ratio, advantage, config):
 )
 def test_clip(ratio, advantage, loss, slope):
     given = inputs([ratio], [advantage])
-    out = policy_loss(given, filled(clip_low=0.1, clip_high=0.3))
+    out = policy_loss(*given, filled(clip_low=0.1, clip_high=0.3))
     out.loss.backward()
     assert out.loss.item() == pytest.approx(loss)
-    assert given.logprobs.grad.item() == pytest.approx(slope)
+    assert given.policy.logprobs.grad.item() == pytest.approx(slope)
     assert out.clipped_tokens.item() == (slope == 0.0 and advantage != 0.0)
 
 
@@ -83,17 +95,17 @@ def test_clip(ratio, advantage, loss, slope):
 )
 def test_dual_clip(ratio, advantage, loss, slope):
     given = inputs([ratio], [advantage])
-    out = policy_loss(given, filled(dual_clip=3.0))
+    out = policy_loss(*given, filled(dual_clip=3.0))
     out.loss.backward()
     assert out.loss.item() == pytest.approx(loss)
-    assert given.logprobs.grad.item() == pytest.approx(slope)
+    assert given.policy.logprobs.grad.item() == pytest.approx(slope)
 
 
 def test_gradient_at_ratio_one_is_whole():
     """Both branches are equal there; their gradients must not be halved or doubled."""
     given = inputs([1.0, 1.0], [2.0, -3.0])
-    policy_loss(given, filled()).loss.backward()
-    assert given.logprobs.grad.tolist() == [-2.0, 3.0]
+    policy_loss(*given, filled()).loss.backward()
+    assert given.policy.logprobs.grad.tolist() == [-2.0, 3.0]
 
 
 @pytest.mark.parametrize("dual_clip", [None, 1.5])
@@ -105,7 +117,7 @@ def test_random_tokens_against_a_loop(dual_clip):
     weights = [draw.choice([0.0, draw.random()]) for _ in ratios]
     importance = [draw.random() for _ in ratios]
     out = policy_loss(
-        inputs(ratios, advantages, weights, importance=torch.tensor(importance, dtype=torch.float64)), config
+        *inputs(ratios, advantages, weights, importance=torch.tensor(importance, dtype=torch.float64)), config
     )
     terms = zip(ratios, advantages, weights, importance, strict=True)
     assert out.loss.item() == pytest.approx(sum(plain_token_loss(r, a, config) * w * i for r, a, w, i in terms))
@@ -144,7 +156,7 @@ def test_aggregations_over_any_packing(how, cuts):
         losses = [loss for row in part for loss in row]
         weights = [token_weight(len(row), step, how, 8) for row in part for _ in row]
         # At ratio 1 a token's loss is minus its advantage.
-        total += policy_loss(inputs([1.0] * len(losses), [-loss for loss in losses], weights), filled()).loss
+        total += policy_loss(*inputs([1.0] * len(losses), [-loss for loss in losses], weights), filled()).loss
     assert total.item() == pytest.approx(plain_aggregate(how, 8))
 
 
@@ -162,13 +174,13 @@ def test_skipped_rows_stay_in_the_denominators():
     """A row whose advantages are all 0 adds nothing, but the mean is over it too: skipping it changes nothing."""
     step = denominators([2, 3])
     whole = [token_weight(2, step, "token_mean", 8)] * 2 + [token_weight(3, step, "token_mean", 8)] * 3
-    both = policy_loss(inputs([1.0, 1.2, 1.0, 0.7, 2.0], [1.0, -2.0, 0.0, 0.0, 0.0], whole), filled())
-    alone = policy_loss(inputs([1.0, 1.2], [1.0, -2.0], whole[:2]), filled())
+    both = policy_loss(*inputs([1.0, 1.2, 1.0, 0.7, 2.0], [1.0, -2.0, 0.0, 0.0, 0.0], whole), filled())
+    alone = policy_loss(*inputs([1.0, 1.2], [1.0, -2.0], whole[:2]), filled())
     assert both.loss.item() == pytest.approx(alone.loss.item()) == pytest.approx((-1.0 + 2.4) / 5)
 
 
 def test_no_tokens_at_all():
-    out = policy_loss(inputs([], []), filled(entropy_coef=0.1))
+    out = policy_loss(*inputs([], []), filled(entropy_coef=0.1))
     out.loss.backward()
     assert [value.item() for value in (out.loss, out.tokens, out.clipped_tokens, out.ratio_off_one)] == [0, 0, 0, 0]
 
@@ -193,30 +205,30 @@ def test_k3_estimates_the_kl():
 def test_kl_term():
     reference = torch.tensor([-2.0, -0.3], dtype=torch.float64)
     given = inputs([1.0, 1.1], [0.0, 0.0], [0.25, 0.5], reference_logprobs=reference)
-    out = policy_loss(given, filled(kl_coef=0.7))
+    out = policy_loss(*given, filled(kl_coef=0.7))
     out.loss.backward()
     differences = [-2.0 + 1.0, -0.3 - (math.log(1.1) - 1)]
     assert out.loss.item() == pytest.approx(
         sum(0.7 * w * (math.exp(d) - d - 1) for d, w in zip(differences, (0.25, 0.5), strict=True))
     )
     expected = [0.7 * w * (1 - math.exp(d)) for d, w in zip(differences, (0.25, 0.5), strict=True)]
-    torch.testing.assert_close(given.logprobs.grad.tolist(), expected)
+    torch.testing.assert_close(given.policy.logprobs.grad.tolist(), expected)
 
 
 def test_entropy_bonus_has_a_gradient_and_is_off_by_default():
     given = inputs([1.0, 1.0], [1.0, -1.0], [0.25, 0.75])
-    out = policy_loss(given, filled(entropy_coef=0.2))
+    out = policy_loss(*given, filled(entropy_coef=0.2))
     assert out.loss.requires_grad
     out.loss.backward()
-    assert given.entropy.grad.tolist() == pytest.approx([-0.2 * 0.25, -0.2 * 0.75])
+    assert given.policy.entropy.grad.tolist() == pytest.approx([-0.2 * 0.25, -0.2 * 0.75])
     assert out.loss.item() == pytest.approx(-0.25 + 0.75 - 0.2 * 0.5)
     given = inputs([1.0, 1.0], [1.0, -1.0])
-    policy_loss(given, filled()).loss.backward()
-    assert given.entropy.grad is None or (given.entropy.grad == 0).all()
+    policy_loss(*given, filled()).loss.backward()
+    assert given.policy.entropy.grad is None or (given.policy.entropy.grad == 0).all()
 
 
 def test_metrics_carry_no_gradient():
-    out = policy_loss(inputs([1.1], [1.0]), filled())
+    out = policy_loss(*inputs([1.1], [1.0]), filled())
     assert not any(value.requires_grad for value in (out.ratio_sum, out.ratio_off_one, out.clipped_tokens, out.tokens))
 
 
@@ -235,24 +247,29 @@ def test_untrained_tokens_reach_neither_loss_nor_gradient(poison, field):
         given = inputs([1.1, 1.3, 0.9], [1.0, -1.0, 2.0], [0.4, 0.0, 0.6], reference_logprobs=reference)
         if value is not None:
             with torch.no_grad():
-                getattr(given, field)[1] = value
-        out = policy_loss(given, config)
+                given.tensor(field)[1] = value
+        out = policy_loss(*given, config)
         out.loss.backward()
         return out, given
 
     (clean, clean_inputs), (out, given) = run(None), run(poison)
     for name in ("loss", "ratio_sum", "ratio_off_one", "clipped_tokens", "tokens"):
         assert getattr(out, name).item() == getattr(clean, name).item(), name
-    assert torch.equal(given.logprobs.grad, clean_inputs.logprobs.grad) and given.logprobs.grad[1] == 0
-    assert torch.equal(given.entropy.grad, clean_inputs.entropy.grad) and given.entropy.grad[1] == 0
+    assert (
+        torch.equal(given.policy.logprobs.grad, clean_inputs.policy.logprobs.grad)
+        and given.policy.logprobs.grad[1] == 0
+    )
+    assert (
+        torch.equal(given.policy.entropy.grad, clean_inputs.policy.entropy.grad) and given.policy.entropy.grad[1] == 0
+    )
 
 
 @pytest.mark.parametrize("field", ["logprobs", "old_logprobs", "advantages", "importance"])
 def test_nan_in_a_trained_token_is_not_hidden(field):
     given = inputs([1.0, 1.0], [1.0, -1.0])
     with torch.no_grad():
-        getattr(given, field)[0] = NAN
-    assert policy_loss(given, filled()).loss.isnan()
+        given.tensor(field)[0] = NAN
+    assert policy_loss(*given, filled()).loss.isnan()
 
 
 # --- importance weights ------------------------------------------------------------------------------

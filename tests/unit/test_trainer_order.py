@@ -1,24 +1,27 @@
 """What the trainer does when: with generation beside training and without, around evaluations, stops and checkpoints.
 
-The run is a real `Run` (its `load_engines`, `engines_awake` and `engine_log_probs` are under test) of parts that only
-remember what was asked of them.
+The run is a real `Run` with real `Rollouts` (their `load`, `awake` and `engine_log_probs` are under test) of parts that
+only remember what was asked of them.
 """
 
-from contextlib import contextmanager
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
 
 from megatron_policysplit.actor.checkpoint import TrainerState
+from megatron_policysplit.algorithms.loss import LossMetrics
 from megatron_policysplit.algorithms.methods import build_algorithm
 from megatron_policysplit.config import Config
 from megatron_policysplit.distributed.stop_signal import StopRequested
 from megatron_policysplit.errors import DONE, STOPPED, EngineError, EngineLost
 from megatron_policysplit.training import trainer as trainers
-from megatron_policysplit.training.build import SilentLog
+from megatron_policysplit.training.journal import Journal, SilentLog
+from megatron_policysplit.training.questions import EvaluationQuestions, TrainingQuestions
+from megatron_policysplit.training.rollouts import Rollouts
 from megatron_policysplit.training.run import Run
 
-FAR = {"live_rows": [], "share_rollouts": [], "check_staleness": None}
+FAR = {"live_rows": [], "check_staleness": None}
 
 
 class Stream:
@@ -81,16 +84,17 @@ class Parts:
         return []
 
     def place(self, rows, live, seed, scored=None, compared=None):
-        return SimpleNamespace(plan=None)
+        return SimpleNamespace(plan=None, optimizer_steps=1)
 
     def log_probs(self, placed):
         self.log.append("score")
         return []
 
-    def update(self, placed, signals):
+    def update(self, placed, step, signals):
         self.log.append("update")
         self.optimizer.steps_taken += 1
-        return SimpleNamespace(bad_steps=0, named=dict)
+        result = SimpleNamespace(stepped=True, grad_norm=0.0, learning_rate=0.0)
+        return SimpleNamespace(metrics=LossMetrics.of_vectors([]), result=result)
 
     def sync(self, version):
         self.log.append(f"sync {version}")
@@ -102,7 +106,7 @@ class Parts:
         self._stop_if_signalled()
 
     def attend(self, work, service):
-        assert service is self
+        assert isinstance(service, Rollouts) and service.fleet is self
         self._stop_if_signalled()
         return work
 
@@ -126,6 +130,19 @@ LAYOUT = SimpleNamespace(
 )
 
 
+class FakeJournal(Journal):
+    """Where a run stands, without a disk: what is saved is a line of `lines`."""
+
+    def __init__(self, config, lines, state):
+        self.log, self.directory, self.state, self.lines = SilentLog(), config.run.dir, state, lines
+        self.saved = set()
+
+    def save(self):
+        if self.state.step not in self.saved:
+            self.saved.add(self.state.step)
+            self.lines.append(f"save {self.state.step} at {self.state.stream.get('drawn', 0)}")
+
+
 @pytest.fixture
 def build(tmp_path, monkeypatch):
     """build(overlap, steps, eval_every, ...) -> trainer, parts; `parts.log` has what happens."""
@@ -139,35 +156,31 @@ def build(tmp_path, monkeypatch):
         config.eval.every, config.checkpoint.every, config.checkpoint.hugging_face = eval_every, save_every, False
         log = []
         parts = Parts(log)
+        parts.colocation = parts if colocated else None
+        resources = ExitStack()
+        resources.callback(log.append, "close")
+        journal = FakeJournal(config, log, state or TrainerState())
+        leader = SimpleNamespace(engine=parts)
+        rollouts = Rollouts(config, LAYOUT, parts, parts, journal.state, leader, parts)
+        rollouts.driver.begin, rollouts.driver.finish, rollouts.driver.generate = (
+            parts.begin,
+            parts.finish,
+            parts.generate,
+        )
         run = Run(
             config=config,
             layout=LAYOUT,
             control=parts,
-            actor=parts,
             algorithm=build_algorithm(config.algorithm),
-            driver=parts,
-            leader=SimpleNamespace(engine=parts),
-            log=SilentLog(),
-            stream=Stream(),
-            questions={},
-            prompts={},
-            eval_questions=[1] if eval_every else [],
-            eval_prompts={},
-            state=state or TrainerState(),
-            fleet=parts,
-            colocation=parts if colocated else None,
+            actor=parts,
+            rollouts=rollouts,
+            journal=journal,
+            questions=TrainingQuestions(stream=Stream()),
+            eval_questions=EvaluationQuestions({1: 1} if eval_every else {}),
+            judge=None,
+            resources=resources,
         )
-        run.resources.callback(log.append, "close")
-
-        def save(actor, state, directory, keep):
-            log.append(f"save {state.step} at {state.stream.get('drawn', 0)}")
-            path = directory / f"step_{state.step:06d}"
-            path.mkdir(parents=True)
-            return path
-
-        monkeypatch.setattr(trainers.checkpoint, "save", save)
-        monkeypatch.setattr(trainers.runs, "start", lambda config, stop: run)
-        return trainers.Trainer(config, None), parts
+        return trainers.Trainer(run), parts
 
     return make
 
@@ -260,7 +273,7 @@ def test_a_run_that_goes_on_asks_for_the_batch_that_was_cancelled(build):
     trainer.train()
     state = trainer.run.state
     again, parts = build(True, steps=4, state=state)
-    again.run.stream.drawn = state.stream["drawn"]
+    again.run.questions.stream.drawn = state.stream["drawn"]
     again.train()
     assert told(parts, "save").startswith("sync 1, ask 1, finish 1, ask 2, score, update, finish 2")
 
@@ -318,27 +331,17 @@ def test_a_stop_before_the_engines_first_turn_ends(build):
     assert told(parts).endswith("give up starting, to training, save 0 at 0")
 
 
-@contextmanager
-def only(run, **changes):
-    before = {name: getattr(run, name) for name in changes}
-    for name, value in changes.items():
-        setattr(run, name, value)
-    yield
-    for name, value in before.items():
-        setattr(run, name, value)
-
-
 def test_an_engine_is_asked_for_scores_in_its_turn(build):
     trainer, parts = build(colocated=True)
-    run = trainer.run
+    rollouts = trainer.run.rollouts
     parts.log_probs = lambda sequences: [[-0.5] for _ in sequences]
-    assert run.engine_log_probs(["a", "b"]) == [[-0.5], [-0.5]]
+    assert rollouts.engine_log_probs(["a", "b"]) == [[-0.5], [-0.5]]
     assert told(parts) == "to generation, sync 0, to training"
     parts.log.clear()
-    with only(run, colocation=None):
-        assert run.engine_log_probs(["a"]) == [[-0.5]]
-        with only(run, leader=None):
-            assert run.engine_log_probs(["a"]) == []
+    rollouts.colocation = None
+    assert rollouts.engine_log_probs(["a"]) == [[-0.5]]
+    rollouts.leader = None
+    assert rollouts.engine_log_probs(["a"]) == []
     assert parts.log == []
 
 

@@ -7,7 +7,7 @@ import torch
 
 from megatron_policysplit.algorithms.advantages import TokenStatistics, make_batch
 from megatron_policysplit.algorithms.methods import build_algorithm, method_named, policy_split
-from megatron_policysplit.algorithms.signals import SignalBuilder, live_rows, scored_rows, token_weights, trained_mask
+from megatron_policysplit.algorithms.signals import RowSettings, SignalBuilder, live_rows, scored_rows, trained_mask
 from megatron_policysplit.config import Config
 from megatron_policysplit.rows import MODES, Mode, Rollout, share_rollouts
 from megatron_policysplit.rows.plan import make_plan
@@ -49,7 +49,12 @@ def algorithm(settings, method="policy_split"):
 def train_signals(rows, old, settings, method="policy_split", reference=None):
     live = [True] * len(rows)
     plan = make_plan(rows, live, replicas=1, optimizer_steps=1, max_tokens=1000, seed=0)
-    return SignalBuilder(rows, old, plan, algorithm(settings, method), settings, reference=reference).at(0)
+    builder = builder_of(rows, old, plan, settings, method, reference=reference)
+    return list(builder.for_step(0).values())
+
+
+def builder_of(rows, old, plan, settings, method, **rest):
+    return SignalBuilder(rows, old, plan, algorithm(settings, method), RowSettings.of(settings), **rest)
 
 
 def batch(method, *answers):
@@ -66,7 +71,7 @@ def batch(method, *answers):
 def live(rows, method="policy_split", **settings):
     """{(question, sample)} of the live rows; both rows of a response must agree."""
     given = config(**settings)
-    flags = live_rows(rows, algorithm(given, method), given)
+    flags = live_rows(rows, algorithm(given, method), RowSettings.of(given))
     assert len(flags) == len(rows)
     by_rollout = {}
     for row, flag in zip(rows, flags, strict=True):
@@ -132,7 +137,7 @@ def test_overlong_responses_are_live_only_when_graded():
     # Its reward still counts in its group: the other response keeps its advantage.
     signals = train_signals(rows, score(rows), config(train__overlong="mask"))
     for row, signal in zip(rows, signals, strict=True):
-        assert signal.mask.any() == (signal.advantages != 0).all() == (row.key.sample == 0)
+        assert (signal.weights > 0).any() == (signal.advantages != 0).all() == (row.key.sample == 0)
 
 
 def test_a_punishment_of_length_makes_equal_grades_unequal_and_comes_before_the_groups():
@@ -160,14 +165,14 @@ def test_the_methods_promise_holds(method, variant):
     rows = batch(method, MIXED, EQUAL, CENTRED)
     options = {"eta": 0.9, "eta_normal": 0.4, "variant": variant}
     settings = config(algorithm__options={"policy_split": options})
-    flags = live_rows(rows, algorithm(settings, method), settings)
+    flags = live_rows(rows, algorithm(settings, method), RowSettings.of(settings))
     for flag, signal in zip(flags, train_signals(rows, score(rows), settings, method), strict=True):
         assert flag == bool((signal.advantages != 0).any())
 
 
 def test_no_rows():
     """Ranks that are not leaders hold none."""
-    assert live_rows([], algorithm(config()), config()) == []
+    assert live_rows([], algorithm(config()), RowSettings.of(config())) == []
     assert train_signals([], [], config()) == []
 
 
@@ -182,12 +187,13 @@ def test_signals_follow_their_rows():
     assert len(signals) == len(rows)
     for row, statistics, initial, signal in zip(rows, old, reference, signals, strict=True):
         assert signal.old_logprobs is statistics.logprobs and signal.reference_logprobs is initial
-        assert signal.mask.tolist() == [bool(m) for m in row.rollout.loss_mask]
+        trained = signal.weights > 0
+        assert trained.tolist() == [bool(m) for m in row.rollout.loss_mask]
         assert signal.advantages.shape == signal.importance.shape == (row.response_length,)
-        assert (signal.advantages[~signal.mask] == 0).all()
+        assert (signal.advantages[~trained] == 0).all()
         assert (signal.importance == 1).all()
         expected = math.copysign(1.0, row.rollout.reward - 0.5)
-        assert (signal.advantages[signal.mask].sign() == expected).all()
+        assert (signal.advantages[trained].sign() == expected).all()
     assert train_signals(rows, old, config())[0].reference_logprobs is None
 
 
@@ -235,11 +241,10 @@ def test_auxiliary_rows_are_live_but_in_no_group():
     signals = dict(zip((row.key for row in rows), train_signals(rows, score(rows), settings, "scope"), strict=True))
     alone = train_signals(without, score(without), settings, "scope")
     for row, signal in zip(without, alone, strict=True):
-        assert torch.equal(signals[row.key].advantages, signal.advantages) and signal.apart is None
+        assert torch.equal(signals[row.key].advantages, signal.advantages)
     for row in rows:
         if row.auxiliary:
-            assert signals[row.key].advantages.tolist() == [1.0, 1.0, 0.0, 1.0]
-            assert signals[row.key].apart == "sequence_mean_token_mean" and not row.on_policy
+            assert signals[row.key].advantages.tolist() == [1.0, 1.0, 0.0, 1.0] and not row.on_policy
 
 
 def test_auxiliary_rows_have_no_importance_weight():
@@ -248,31 +253,32 @@ def test_auxiliary_rows_have_no_importance_weight():
     old = [TokenStatistics(torch.full((row.response_length,), -0.5), torch.ones(row.response_length)) for row in rows]
     plan = make_plan(rows, [True] * 3, replicas=1, optimizer_steps=1, max_tokens=1000, seed=0)
     settings = config(algorithm__importance_cap=10.0)
-    signals = SignalBuilder(rows, old, plan, algorithm(settings, "aepo"), settings)
-    importance = [signal.importance.tolist() for signal in signals.at(0)]
+    signals = builder_of(rows, old, plan, settings, "aepo")
+    importance = [signal.importance.tolist() for signal in signals.for_step(0).values()]
     assert importance == [pytest.approx([math.exp(0.5)] * 3)] * 2 + [[1.0] * 4]
     found = signals.metrics()
     assert found["importance/min"] == found["importance/max"] == pytest.approx(math.exp(0.5))
 
 
+def weights(rows, method, aggregation):
+    """Of each row's tokens, where a response has 10 tokens at most."""
+    given = config(algorithm__loss_aggregation=aggregation, rollout__max_response_tokens=10)
+    return [signal.weights.tolist() for signal in train_signals(rows, score(rows), given, method)]
+
+
 def test_rows_apart_weigh_by_the_number_of_the_others():
     """Two ordinary rows of 3 and 1 trained tokens, and an auxiliary one of 3 of its 4."""
     rows = batch("scope", [{"reward": 1.0}, {"reward": 0.0, "mask": (1, 0)}, SECOND])
-    signals = train_signals(rows, score(rows), config(), "scope")
     for aggregation, first, second in (
         ("token_mean", 1 / 4, 1 / 4),
         ("sequence_mean_token_mean", 1 / 6, 1 / 2),
         ("sequence_mean_token_sum_norm", 1 / 20, 1 / 20),
     ):
-        weights = token_weights(signals, [0, 1, 2], aggregation, 10)
         expected = [[first] * 3, [second, 0.0], [1 / 6, 1 / 6, 0.0, 1 / 6]]
-        assert [weights[i].tolist() for i in range(3)] == [pytest.approx(values) for values in expected]
-    assert not token_weights(signals, [2], "token_mean", 10)[2].any()  # a step without any ordinary row
-    together = train_signals(rows, score(rows), config(), "aepo")
-    weights = token_weights(together, [0, 1, 2], "token_mean", 10)
-    assert [weights[i].tolist() for i in range(3)] == [
-        pytest.approx(values) for values in ([1 / 7] * 3, [1 / 7, 0.0], [1 / 7, 1 / 7, 0.0, 1 / 7])
-    ]
+        assert weights(rows, "scope", aggregation) == [pytest.approx(values) for values in expected]
+    assert not any(weights(rows[2:], "scope", "token_mean")[0])  # a step without any ordinary row
+    expected = ([1 / 7] * 3, [1 / 7, 0.0], [1 / 7, 1 / 7, 0.0, 1 / 7])
+    assert weights(rows, "aepo", "token_mean") == [pytest.approx(values) for values in expected]
 
 
 # --- optimizer steps and micro-batches -----------------------------------------------------------------
@@ -280,25 +286,30 @@ def test_rows_apart_weigh_by_the_number_of_the_others():
 
 def source(rows, old, settings, method, *, steps=1, max_tokens=1000, replicas=1):
     plan = make_plan(rows, [True] * len(rows), replicas=replicas, optimizer_steps=steps, max_tokens=max_tokens, seed=0)
-    return SignalBuilder(rows, old, plan, algorithm(settings, method), settings), plan
+    return builder_of(rows, old, plan, settings, method), plan
 
 
 def test_a_state_moves_on_with_every_optimizer_step():
     rows = batch("adaptive_entropy", MIXED, CENTRED)
     settings = config(algorithm__options={"adaptive_entropy": {"target": 100.0, "delta": 0.25}})
     signals, _ = source(rows, score(rows), settings, "adaptive_entropy", steps=3)
-    assert [signals.at(step)[0].entropy_coef[0].item() for step in range(3)] == [0.0, 0.25, 0.5]
+    steps = [next(iter(signals.for_step(step).values())) for step in range(3)]
+    assert [signal.entropy_coef[0].item() for signal in steps] == [0.0, 0.25, 0.5]
     assert signals.state == {"coef": 0.75} and signals.metrics()["method/coef"] == 0.75
-    later = SignalBuilder(rows, score(rows), signals.plan, signals.algorithm, settings, state=signals.state)
-    assert later.at(0)[0].entropy_coef[0].item() == 0.75
+    later = builder_of(rows, score(rows), signals.plan, settings, "adaptive_entropy", state=signals.state)
+    assert next(iter(later.for_step(0).values())).entropy_coef[0].item() == 0.75
 
 
-def kept_entropies(rows, signals, statistics):
+def kept_entropies(signals, statistics):
     """Row -> entropies of the tokens that forking_tokens keeps."""
-    return [
-        {round(h, 5) for h, kept in zip(s.entropy.tolist(), signal.scale.tolist(), strict=True) if kept}
-        for signal, s in zip(signals, statistics, strict=True)
-    ]
+    return {
+        row: {
+            round(h, 5)
+            for h, is_kept in zip(statistics[row].entropy.tolist(), signal.scale.tolist(), strict=True)
+            if is_kept
+        }
+        for row, signal in signals.items()
+    }
 
 
 def top(values, share):
@@ -312,17 +323,17 @@ def test_quantiles_are_over_all_tokens_or_those_of_a_micro_batch(replicas):
     old = score(rows)
     everything = [h for s in old for h in s.entropy.tolist()]
     whole, _ = source(rows, old, config(algorithm__options=given), "forking_tokens", max_tokens=10, replicas=replicas)
-    found = set().union(*kept_entropies(rows, whole.at(0), old))
+    found = set().union(*kept_entropies(whole.for_step(0), old).values())
     assert found == top(everything, 0.4)
     settings = config(algorithm__options=given, algorithm__scope="micro")
     micro, plan = source(rows, old, settings, "forking_tokens", max_tokens=10, replicas=replicas)
-    kept = kept_entropies(rows, micro.at(0), old)
+    kept = kept_entropies(micro.for_step(0), old)
     parts = [part for share in plan.micro_batches[0] for part in share.train]
     assert len(parts) >= 3
     for part in parts:
         mine = [h for index in part for h in old[index].entropy.tolist()]
         assert set().union(*(kept[index] for index in part)) == top(mine, 0.4)
-    assert set().union(*kept) != found
+    assert set().union(*kept.values()) != found
 
 
 def test_new_statistics_are_over_the_rows_of_their_step():
@@ -331,13 +342,15 @@ def test_new_statistics_are_over_the_rows_of_their_step():
     old, new = score(rows), score(rows, seed=1)
     settings = config(algorithm__options=given, algorithm__statistics="step")
     signals, plan = source(rows, old, settings, "forking_tokens", steps=2)
-    first = signals.at(0)
-    second = signals.at(1, {index: new[index] for index in plan.steps[1]})
+    signals.for_step(0)
+    second = signals.for_step(1, {index: new[index] for index in plan.steps[1]})
+    assert set(second) == set(plan.steps[1])
+    alike = train_signals(rows, old, settings, "forking_tokens")  # in a single step
     mine = [h for index in plan.steps[1] for h in new[index].entropy.tolist()]
-    kept = kept_entropies(rows, second, new)
+    kept = kept_entropies(second, new)
     assert set().union(*(kept[index] for index in plan.steps[1])) == top(mine, 0.4)
     for index in plan.steps[1]:
-        assert torch.equal(second[index].advantages, first[index].advantages)
+        assert torch.equal(second[index].advantages, alike[index].advantages)
         assert second[index].old_logprobs is old[index].logprobs
 
 
@@ -350,7 +363,8 @@ def test_rows_that_nothing_reads_are_not_scored():
     def left_out(method="policy_split", **settings):
         asked = config(**settings)
         chosen = algorithm(asked, method)
-        there = scored_rows(rows, live_rows(rows, chosen, asked), chosen, asked)
+        row_settings = RowSettings.of(asked)
+        there = scored_rows(rows, live_rows(rows, chosen, row_settings), chosen, row_settings)
         return {row.key for row, scored in zip(rows, there, strict=True) if not scored}
 
     assert left_out(log__kl_tokens="none") == unread

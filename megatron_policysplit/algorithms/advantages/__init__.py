@@ -1,6 +1,4 @@
-"""What every method is made of: the batch it sees, statistics within groups, and what it gives
-back. No Megatron.
-"""
+"""What every method is made of: the batch it sees, statistics within groups, what it returns."""
 
 from megatron_policysplit.algorithms.advantages.batch import (
     AdvantageBatch,
@@ -21,11 +19,11 @@ from megatron_policysplit.algorithms.advantages.method import (
     NoOptions,
     Selection,
     State,
-    TokenSignals,
     all_rows,
     in_mixed_groups,
     with_advantage,
 )
+from megatron_policysplit.algorithms.token_signals import TokenSignals
 from megatron_policysplit.rows import RIGHT, SecondRollout
 
 __all__ = [
