@@ -21,11 +21,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron_policysplit.distributed.agree import exchange
 from megatron_policysplit.distributed.stop_signal import StopRequested, StopSignal
-from megatron_policysplit.errors import TrainingError, UserError
 
 HEARTBEAT_SECONDS = 2.0
 MISSING_SECONDS = 10.0
+FAILURE = "generation failed on rank {rank} ({error})"
 
 T = TypeVar("T")
 
@@ -125,13 +126,13 @@ class Control:
                 if service is not None and failure is None:
                     try:
                         wanted = service.wanted()
-                    except Exception as error:  # raised by `_failure` below, on every rank
+                    except Exception as error:  # raised by `exchange` below, on every rank
                         failure = error
                 busy, stopped, failures, wants = self._tick(
                     [not done, self.stop.received is not None, failure is not None, wanted]
                 )
                 if failures:
-                    raise self._failure(failure)
+                    exchange(self.group, None, failure, FAILURE)
                 if stopped:
                     raise StopRequested
                 if not busy:
@@ -163,20 +164,6 @@ class Control:
         total = torch.tensor(status, dtype=torch.int64)
         dist.all_reduce(total, group=self.group)
         return total.tolist()
-
-    def _failure(self, own: BaseException | None) -> BaseException:
-        """What this rank raises after work failed somewhere. One all-gather of the errors."""
-        said = own if own is None or isinstance(own, UserError) else f"{type(own).__name__}: {own}"
-        errors: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(errors, said, group=self.group)
-        if own is not None:
-            return own
-        rank, error = next((rank, error) for rank, error in enumerate(errors) if error is not None)
-        return (
-            error
-            if isinstance(error, UserError)
-            else TrainingError(f"generation failed on rank {rank} ({error})")
-        )
 
 
 def missing_ranks(rank: int, world_size: int) -> str:

@@ -26,7 +26,7 @@ from megatron_policysplit.data.questions import (
     load_questions,
 )
 from megatron_policysplit.data.tokenizer import load_tokenizer
-from megatron_policysplit.distributed.agree import _agreed
+from megatron_policysplit.distributed.agree import raise_on_all_ranks
 from megatron_policysplit.distributed.control import Control
 from megatron_policysplit.distributed.device import missing_triton, use_triton
 from megatron_policysplit.distributed.layout import Layout
@@ -76,7 +76,7 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
     resources.callback(control.close)
     control.check()
 
-    log = _agreed(layout, lambda: _log(config, layout))
+    log = raise_on_all_ranks(layout.world, lambda: _log(config, layout))
     resources.callback(log.close)
     judging = (
         EvaluationJudge(config, layout, control, log.message)
@@ -89,7 +89,7 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
     found = complete(Path(config.run.dir) / "checkpoints")
     found = layout.broadcast_from_chief(found[-1] if found else None)
     state = checkpoint.load(actor, found) if found else TrainerState()
-    _agreed(layout, lambda: log.start(state.step))
+    raise_on_all_ranks(layout.world, lambda: log.start(state.step))
     if found:
         log.message(f"resumed from {found}")
     if (slower := missing_triton()) is not None:
@@ -104,7 +104,9 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
     fleet, url = None, None
     if config.rollout.engine == "sglang":
         fleet, url = _fleet(config, layout, control, actor, log, resources)
-    leader = _agreed(layout, lambda: _leader(config, url) if layout.is_leader else None)
+    leader = raise_on_all_ranks(
+        layout.world, lambda: _leader(config, url) if layout.is_leader else None
+    )
     builder = None
     if leader is not None:
         resources.callback(leader.rewards.close)
@@ -128,8 +130,8 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
         if dropped:
             log.message(f"dropped {dropped} evaluation questions, as over-long as that")
         eval_questions = eval_questions[: config.eval.questions]
-        other_prompts = _agreed(
-            layout, lambda: _other_prompts(config, eval_questions, leader, state.date)
+        other_prompts = raise_on_all_ranks(
+            layout.world, lambda: _other_prompts(config, eval_questions, leader, state.date)
         )
 
     stream = QuestionStream(questions, config.data.batch_questions, config.run.seed)
@@ -165,8 +167,10 @@ def _fleet(
     config: Config, layout: Layout, control: Control, actor: Actor, log: Any, resources: ExitStack
 ) -> tuple[Fleet, str]:
     """SGLang engines, ready but without the run's weights, and the address that requests go to."""
-    placements = _agreed(layout, lambda: place(config, layout))
-    fleet = _agreed(layout, lambda: build_fleet(config, layout, control, placements, log.message))
+    placements = raise_on_all_ranks(layout.world, lambda: place(config, layout))
+    fleet = raise_on_all_ranks(
+        layout.world, lambda: build_fleet(config, layout, control, placements, log.message)
+    )
     options = {}
     if config.rollout.colocated:
         offload = Offload(actor.ddp, actor.optimizer, actor.reference or ())
@@ -220,7 +224,7 @@ def _questions(
         }
         return [q.id for q in drop_overlong(questions, lengths, config.data.max_prompt_tokens)[0]]
 
-    kept = layout.broadcast_from_chief(_agreed(layout, build_and_drop))
+    kept = layout.broadcast_from_chief(raise_on_all_ranks(layout.world, build_and_drop))
     if len(kept) < config.data.batch_questions and path == config.data.path:
         raise ConfigError(
             f"data.batch_questions={config.data.batch_questions} is more than the {len(kept)} "

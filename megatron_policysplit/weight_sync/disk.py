@@ -16,12 +16,11 @@ from checkpoints_conv import write_hf
 from megatron_policysplit.actor.actor import Actor
 from megatron_policysplit.actor.weights import Read, consume_weights
 from megatron_policysplit.config import Config
-from megatron_policysplit.distributed.agree import together
 from megatron_policysplit.distributed.control import Control
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.serving.members import Member
 from megatron_policysplit.weight_sync import session
-from megatron_policysplit.weight_sync.outcome import Failures, merged
+from megatron_policysplit.weight_sync.outcome import Failures, merged, results_of_all_ranks
 
 KEPT = 2
 NAME = re.compile(
@@ -62,7 +61,7 @@ class DiskTransport:
         Collective over all.
         """
         if version != self.version:
-            together(self.layout, lambda: self._write(version))
+            results_of_all_ranks(self.layout, lambda: self._write(version))
             self.version = version
 
         async def load(member: Member) -> None:
@@ -70,7 +69,7 @@ class DiskTransport:
 
         members = [self.members[engine] for engine in sorted(live) if engine in self.members]
         failures = merged(
-            together(self.layout, lambda: self.control.run(session.each(members, load)))
+            results_of_all_ranks(self.layout, lambda: self.control.run(session.each(members, load)))
         )
         return session.explained(failures)
 

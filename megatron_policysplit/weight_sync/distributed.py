@@ -22,7 +22,7 @@ import torch
 from megatron_policysplit.actor.actor import Actor
 from megatron_policysplit.actor.weights import Read, consume_weights
 from megatron_policysplit.config import Config
-from megatron_policysplit.distributed.agree import PeerFailed, together
+from megatron_policysplit.distributed.agree import PeerFailed
 from megatron_policysplit.distributed.control import Control
 from megatron_policysplit.distributed.device import backend, training_device
 from megatron_policysplit.distributed.layout import Layout
@@ -31,7 +31,7 @@ from megatron_policysplit.serving.members import Member
 from megatron_policysplit.weight_sync import session
 from megatron_policysplit.weight_sync.bucket import Bucket
 from megatron_policysplit.weight_sync.groups import Abort, BroadcastFailed, SenderGroup, own_address
-from megatron_policysplit.weight_sync.outcome import Failure, Failures
+from megatron_policysplit.weight_sync.outcome import Failure, Failures, results_of_all_ranks
 
 ATTEMPTS = 3
 ALIVE_SECONDS = 10.0  # for a scheduler that may have to give up a receive first
@@ -148,7 +148,7 @@ class DistributedTransport:
             f"policysplit-{self._run}-stage{stage}-{self._made}"
             for stage in range(self.layout.pipeline)
         ]
-        found = together(self.layout, lambda: self._listen(offer))
+        found = results_of_all_ranks(self.layout, lambda: self._listen(offer))
         places = dict(place for place in found if place is not None)
         self._joined = offer
 
@@ -206,7 +206,7 @@ class DistributedTransport:
                     work.wait()
             return work.result() if work is not None else Attempt({}, broken)
 
-        answers = together(self.layout, run)
+        answers = results_of_all_ranks(self.layout, run)
         attempt = answers[self.layout.chief]
         broken = attempt.broken or next((answer.broken for answer in answers if answer.broken), "")
         if broken or attempt.failures:
@@ -372,6 +372,6 @@ class DistributedTransport:
 
     def _from_chief(self, work):
         """The chief's `work()` on every rank."""
-        return together(self.layout, lambda: work() if self.layout.is_chief else None)[
+        return results_of_all_ranks(self.layout, lambda: work() if self.layout.is_chief else None)[
             self.layout.chief
         ]

@@ -16,7 +16,6 @@ from torch import Tensor
 from megatron_policysplit.actor.actor import Actor
 from megatron_policysplit.actor.weights import Read, exported_tensors
 from megatron_policysplit.config import Config
-from megatron_policysplit.distributed.agree import together
 from megatron_policysplit.distributed.control import Control
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import EngineError
@@ -25,7 +24,7 @@ from megatron_policysplit.weight_sync import session
 from megatron_policysplit.weight_sync.bucket import plan_buckets
 from megatron_policysplit.weight_sync.disk import DiskTransport
 from megatron_policysplit.weight_sync.distributed import DistributedTransport
-from megatron_policysplit.weight_sync.outcome import Failure, Failures, merged
+from megatron_policysplit.weight_sync.outcome import Failure, Failures, merged, results_of_all_ranks
 from megatron_policysplit.weight_sync.session import Hook
 from megatron_policysplit.weight_sync.tensor import TensorTransport
 
@@ -177,7 +176,7 @@ class WeightSync:
         own = {member.index: (member.state, member.why) for member in mine}
         everyone = {
             index: found
-            for rank in together(self.layout, lambda: own)
+            for rank in results_of_all_ranks(self.layout, lambda: own)
             for index, found in rank.items()
         }
         absent = {
@@ -208,7 +207,9 @@ class WeightSync:
         member.state, member.why = State.QUARANTINED if answered else State.DOWN, failure.why
 
     def _on_each(self, members: Sequence[Member], step: Callable) -> Failures:
-        return merged(together(self.layout, lambda: self.control.run(session.each(members, step))))
+        return merged(
+            results_of_all_ranks(self.layout, lambda: self.control.run(session.each(members, step)))
+        )
 
 
 def _serve(member: Member, version: int) -> None:

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from megatron_policysplit.actor.actor import Actor
 from megatron_policysplit.actor.weights import CPU, Read, consume_weights
 from megatron_policysplit.config import Config
-from megatron_policysplit.distributed.agree import together
 from megatron_policysplit.distributed.control import Control, Work
 from megatron_policysplit.distributed.device import training_device
 from megatron_policysplit.distributed.layout import Layout
@@ -30,7 +29,7 @@ from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.serving.members import Member, Placement
 from megatron_policysplit.weight_sync import session
 from megatron_policysplit.weight_sync.bucket import Bucket, payload
-from megatron_policysplit.weight_sync.outcome import Failure, Failures, merged
+from megatron_policysplit.weight_sync.outcome import Failure, Failures, merged, results_of_all_ranks
 from megatron_policysplit.weight_sync.shared_memory import Buffer, SharedMemory
 
 OTHER = "weight_sync.transport=distributed"
@@ -62,7 +61,7 @@ class TensorTransport:
         self.actor = actor
         self.limit = config.weight_sync.timeout_seconds
         self.colocated = config.rollout.colocated
-        together(
+        results_of_all_ranks(
             layout, lambda: check_reach(config, [member.address for member in members.values()])
         )
         self._own: Placement | None = None  # the engine that runs on this rank's device
@@ -83,7 +82,7 @@ class TensorTransport:
         """Give all buckets to the engines in `live`, on which a session is open. Collective over
         all ranks.
         """
-        return merged(together(self.layout, lambda: self._send(live)))
+        return merged(results_of_all_ranks(self.layout, lambda: self._send(live)))
 
     def close(self) -> None:
         self._release_kept()
