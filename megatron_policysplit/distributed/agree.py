@@ -98,11 +98,16 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def _sendable(error: BaseException | None) -> UserError | str | None:
-    """An error as the other ranks get it: a UserError itself, of any other its type and message."""
-    if isinstance(error, UserError):
-        try:
-            pickle.loads(pickle.dumps(error))
-            return error
-        except Exception:  # its constructor wants more than a message: the message goes alone
-            pass
-    return None if error is None else f"{type(error).__name__}: {error}"
+    """Return an error as the other ranks get it: a UserError itself, of others type and message."""
+    if error is None or (isinstance(error, UserError) and _is_picklable(error)):
+        return error
+    return f"{type(error).__name__}: {error}"
+
+
+def _is_picklable(error: UserError) -> bool:
+    # Both ways: one whose constructor wants more than the message fails where it is loaded.
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True

@@ -42,7 +42,7 @@ from megatron_policysplit.serving.build import build_fleet, open_fleet, place
 from megatron_policysplit.serving.colocation import Colocation
 from megatron_policysplit.serving.fleet import Fleet
 from megatron_policysplit.training.run import Prompts, Run
-from megatron_policysplit.weight_sync.sync import WeightSync
+from megatron_policysplit.weight_sync import WeightSync, sync_settings
 
 
 class SilentLog:
@@ -183,7 +183,9 @@ def _fleet(
             "after_load": fleet.colocation.after_load,
             "read": offload.read,
         }
-    fleet.weights = WeightSync(config, layout, control, actor, placements, fleet.members, **options)
+    fleet.weights = WeightSync(
+        sync_settings(config), layout, control, actor, placements, fleet.members, **options
+    )
     resources.callback(fleet.weights.close)
     if fleet.colocation is not None:
         fleet.colocation.to_generation()  # servers start with all of their memory

@@ -19,19 +19,16 @@ from typing import Any
 
 import torch
 
-from megatron_policysplit.actor.actor import Actor
-from megatron_policysplit.actor.weights import Read, consume_weights
-from megatron_policysplit.config import Config
+from megatron_policysplit.actor.weights import consume_weights
 from megatron_policysplit.distributed.agree import PeerFailed
-from megatron_policysplit.distributed.control import Control
 from megatron_policysplit.distributed.device import backend, training_device
-from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import ConfigError, EngineError
 from megatron_policysplit.serving.members import Member
 from megatron_policysplit.weight_sync import session
 from megatron_policysplit.weight_sync.bucket import Bucket
 from megatron_policysplit.weight_sync.groups import Abort, BroadcastFailed, SenderGroup, own_address
 from megatron_policysplit.weight_sync.outcome import Failure, Failures, results_of_all_ranks
+from megatron_policysplit.weight_sync.transport import TransportContext
 
 ATTEMPTS = 3
 ALIVE_SECONDS = 10.0  # for a scheduler that may have to give up a receive first
@@ -68,26 +65,21 @@ class DistributedTransport:
     """Built on all ranks at once."""
 
     has_session = True
+    snapshot = None
 
-    def __init__(
-        self,
-        config: Config,
-        layout: Layout,
-        control: Control,
-        actor: Actor,
-        members: Mapping[int, Member],
-        plan: Sequence[Bucket],
-        read: Read,
-    ):
-        if config.rollout.colocated:
+    def __init__(self, context: TransportContext):
+        settings, layout = context.settings, context.layout
+        if settings.colocated:
             raise ConfigError(
                 "weight_sync.transport=distributed cannot reach engines on the actor's own GPUs "
                 "(rollout.colocated=true): NCCL wants a GPU of its own for every process; use "
                 "tensor"
             )
-        self.config, self.layout, self.control, self.members = config, layout, control, members
-        self.actor, self.plan, self.read = actor, plan, read
-        self.limit = config.weight_sync.timeout_seconds
+        self.layout, self.control, self.actor = layout, context.control, context.actor
+        self.members, self.read = context.members, context.read
+        self.plan = context.plan_buckets(per_stage=True)
+        self.limit = settings.weight_sync.timeout_seconds
+        self.master_address = settings.weight_sync.master_address
         self.sends = layout.data_rank == 0 and layout.tensor_rank == 0
         self._joined: Offer | None = None  # the engines in the current groups, on every rank
         self._names: list[str] = []
@@ -163,7 +155,7 @@ class DistributedTransport:
         if not self.sends:
             return None
         host = own_address(
-            self.config.weight_sync.master_address,
+            self.master_address,
             offer.addresses,
             beside_chief=socket.gethostname() == offer.host,
             chief_host=offer.host,

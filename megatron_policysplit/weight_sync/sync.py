@@ -14,19 +14,25 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from megatron_policysplit.actor.actor import Actor
-from megatron_policysplit.actor.weights import Read, exported_tensors
-from megatron_policysplit.config import Config
+from megatron_policysplit.actor.weights import Read
 from megatron_policysplit.distributed.control import Control
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import EngineError
 from megatron_policysplit.serving.members import Member, Placement, State
 from megatron_policysplit.weight_sync import session
-from megatron_policysplit.weight_sync.bucket import plan_buckets
 from megatron_policysplit.weight_sync.disk import DiskTransport
 from megatron_policysplit.weight_sync.distributed import DistributedTransport
 from megatron_policysplit.weight_sync.outcome import Failure, Failures, merged, results_of_all_ranks
 from megatron_policysplit.weight_sync.session import Hook
 from megatron_policysplit.weight_sync.tensor import TensorTransport
+from megatron_policysplit.weight_sync.transport import SyncSettings, Transport, TransportContext
+
+# By weight_sync.transport of the configuration, whose choices are these (config/schema.py).
+TRANSPORTS: dict[str, Callable[[TransportContext], Transport]] = {
+    "tensor": TensorTransport,
+    "distributed": DistributedTransport,
+    "disk": DiskTransport,
+}
 
 ABSENT = (State.STARTING, State.DOWN)
 ABANDON_SECONDS = 10.0
@@ -44,7 +50,7 @@ class WeightSync:
 
     def __init__(
         self,
-        config: Config,
+        settings: SyncSettings,
         layout: Layout,
         control: Control,
         actor: Actor,
@@ -57,25 +63,10 @@ class WeightSync:
     ):
         self.layout, self.control = layout, control
         self.members = {member.index: member for member in members}
-        self.limit = config.weight_sync.timeout_seconds
+        self.limit = settings.weight_sync.timeout_seconds
         self._before_load, self._after_load = before_load, after_load
-        transport = config.weight_sync.transport
-        plan = plan_buckets(
-            exported_tensors(actor.hf_config, layout.pipeline),
-            next(actor.model.parameters()).dtype,
-            config.weight_sync.bucket_mib << 20,
-            per_stage=transport == "distributed",
-        )
-        if transport == "disk":
-            self._transport = DiskTransport(config, layout, control, actor, self.members, read)
-        elif transport == "distributed":
-            self._transport = DistributedTransport(
-                config, layout, control, actor, self.members, plan, read
-            )
-        else:
-            self._transport = TensorTransport(
-                config, layout, control, actor, placements, self.members, plan, read
-            )
+        context = TransportContext(settings, layout, control, actor, placements, self.members, read)
+        self._transport = TRANSPORTS[settings.weight_sync.transport](context)
 
     def push(self, version: int, engines: set[int] | None = None) -> dict[int, str]:
         """Give `engines` (None: all) the actor's weights as `version`; which of them did not take
@@ -141,7 +132,7 @@ class WeightSync:
         """Whether `restore_from_snapshot` has something to give: after the first push with
         transport=disk.
         """
-        return isinstance(self._transport, DiskTransport) and self._transport.version is not None
+        return self._transport.snapshot is not None
 
     async def restore_from_snapshot(self, member: Member) -> None:
         """Give one engine of this rank the newest weights without any other rank; on the control
@@ -150,22 +141,22 @@ class WeightSync:
         Raises EngineError, with the engine QUARANTINED or DOWN, if it does not take them;
         RuntimeError unless `can_restore`.
         """
-        if not self.can_restore:
+        snapshot = self._transport.snapshot  # the main thread may replace it meanwhile
+        if snapshot is None:
             raise RuntimeError("there is no snapshot to restore an engine from")
-        transport, version = self._transport, self._transport.version
         member.version = None
         try:
             await session.open_session(
                 member, begins=False, limit=self.limit, before_load=self._before_load
             )
-            await transport.load(member, version)
+            await snapshot.load(member)
             await session.close_session(
-                member, version, ends=False, limit=self.limit, after_load=self._after_load
+                member, snapshot.version, ends=False, limit=self.limit, after_load=self._after_load
             )
         except EngineError as error:
             await self._leave_paused(member, session.as_failure(error))
             raise
-        _serve(member, version)
+        _serve(member, snapshot.version)
 
     def close(self) -> None:
         """Give up what the transport holds: groups, shared memory. Engines keep their weights."""

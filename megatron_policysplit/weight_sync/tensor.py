@@ -19,18 +19,16 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from megatron_policysplit.actor.actor import Actor
-from megatron_policysplit.actor.weights import CPU, Read, consume_weights
-from megatron_policysplit.config import Config
-from megatron_policysplit.distributed.control import Control, Work
+from megatron_policysplit.actor.weights import CPU, consume_weights
+from megatron_policysplit.distributed.control import Work
 from megatron_policysplit.distributed.device import training_device
-from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.serving.members import Member, Placement
 from megatron_policysplit.weight_sync import session
-from megatron_policysplit.weight_sync.bucket import Bucket, payload
+from megatron_policysplit.weight_sync.bucket import payload
 from megatron_policysplit.weight_sync.outcome import Failure, Failures, merged, results_of_all_ranks
 from megatron_policysplit.weight_sync.shared_memory import Buffer, SharedMemory
+from megatron_policysplit.weight_sync.transport import SyncSettings, TransportContext
 
 OTHER = "weight_sync.transport=distributed"
 
@@ -39,34 +37,20 @@ class TensorTransport:
     """Built on all ranks at once: it creates a group for every colocated engine."""
 
     has_session = True
+    snapshot = None
 
-    def __init__(
-        self,
-        config: Config,
-        layout: Layout,
-        control: Control,
-        actor: Actor,
-        placements: Sequence[Placement],
-        members: Mapping[int, Member],
-        plan: Sequence[Bucket],
-        read: Read,
-    ):
-        self.layout, self.control, self.members, self.plan, self.read = (
-            layout,
-            control,
-            members,
-            plan,
-            read,
-        )
-        self.actor = actor
-        self.limit = config.weight_sync.timeout_seconds
-        self.colocated = config.rollout.colocated
-        results_of_all_ranks(
-            layout, lambda: check_reach(config, [member.address for member in members.values()])
-        )
+    def __init__(self, context: TransportContext):
+        settings, layout = context.settings, context.layout
+        self.layout, self.control, self.actor = layout, context.control, context.actor
+        self.members, self.read = context.members, context.read
+        self.plan = context.plan_buckets(per_stage=False)
+        self.limit = settings.weight_sync.timeout_seconds
+        self.colocated = settings.colocated
+        addresses = [member.address for member in self.members.values()]
+        results_of_all_ranks(layout, lambda: check_reach(settings, addresses))
         self._own: Placement | None = None  # the engine that runs on this rank's device
         self._group: dist.ProcessGroup | None = None
-        for placement in placements if self.colocated else ():
+        for placement in context.placements if self.colocated else ():
             # An owner posts, and waits for the answer, while the other ranks wait in this group.
             group = dist.new_group(
                 list(placement.ranks),
@@ -216,7 +200,7 @@ class TensorTransport:
         return self._memory.buffer(nbytes, device)
 
 
-def check_reach(config: Config, addresses: Sequence[str]) -> None:
+def check_reach(settings: SyncSettings, addresses: Sequence[str]) -> None:
     """ConfigError if engines at `addresses` cannot read this process's memory, with the way out."""
     for address in addresses:
         if not is_this_machine(address):
@@ -225,16 +209,16 @@ def check_reach(config: Config, addresses: Sequence[str]) -> None:
                 f"machine; set {OTHER}"
             )
     ours = installed_version("torch")
-    if config.rollout.addresses:
-        if config.rollout.colocated:
+    if settings.external_servers:
+        if settings.colocated:
             raise ConfigError(
                 "weight_sync.transport=tensor cannot tell which torch the servers in "
                 "rollout.addresses run, and GPU "
                 f"memory is shared between equal versions only ({ours} here); set {OTHER}"
             )
         return
-    other = "weight_sync.transport=disk" if config.rollout.colocated else OTHER
-    python = config.rollout.server.python
+    other = "weight_sync.transport=disk" if settings.colocated else OTHER
+    python = settings.server_python
     if python is None or python == sys.executable:
         return
     theirs = _torch_version(python)
