@@ -1,8 +1,7 @@
-"""transport=disk: the chief writes a Hugging Face directory, which every engine reads from a file
-system they share.
+"""transport=disk: the chief writes a Hugging Face directory, and every engine reads it.
 
-SGLang reads it outside of a weight-update session. The newest two directories are kept: an engine
-that comes back gets the current one without any other rank.
+On a file system that they share. SGLang reads it outside of a weight-update session. The newest two
+directories are kept: an engine that comes back gets the current one without any other rank.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from megatron_policysplit.weight_sync import session
 from megatron_policysplit.weight_sync.outcome import Failures, merged, results_of_all_ranks
 from megatron_policysplit.weight_sync.transport import TransportContext
 
-RETAINED = 2  # the current snapshot, and the one that a slow engine may still be reading
+RETAINED = 2  # snapshots: the current one, and one that an engine may still be reading
 # A snapshot, or what a writer that was killed left beside it.
 NAME = re.compile(r"version-\d{8}|\.version-\d{8}\.(partial|previous)")
 
@@ -53,7 +52,10 @@ class DiskTransport:
         self._written: list[Path] = []
 
     def send(self, version: int, live: set[int]) -> Failures:
-        """Write `version`, unless it was written last, and have the engines in `live` read it."""
+        """Write `version`, unless it was written last, and have the engines in `live` read it.
+
+        Beside the export one all-gather of an object over the world for each of the two.
+        """
         if self.snapshot is None or self.snapshot.version != version:
             results_of_all_ranks(self.layout, lambda: self._write(version))
             # All ranks have heard from the chief by now, so the directory is complete.
@@ -68,6 +70,7 @@ class DiskTransport:
         """Snapshots stay: engines that run on may be asked to read them."""
 
     def _write(self, version: int) -> None:
+        """Export the weights; as the chief write them, and delete what is older than two."""
         if not self.layout.is_exported:
             return
         path = self._path(version)

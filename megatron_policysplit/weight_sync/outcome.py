@@ -1,4 +1,4 @@
-"""What became of an engine, and how all ranks come to know it."""
+"""Which engines did not take the weights and why, and how all ranks come to know it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an engine did not take the weights. silent: it did not answer, rather than refuse."""
+    """Why an engine did not take the weights."""
 
     why: str
-    silent: bool = False
+    silent: bool = False  # it did not answer, rather than refuse
 
 
 Failures = dict[int, Failure]  # by engine index
 
 
 def merged(reports: Iterable[Mapping[int, Failure]]) -> Failures:
-    """The failures of all ranks in one mapping."""
+    """Return the failures of all ranks in one mapping."""
     return {index: failure for report in reports for index, failure in report.items()}
 
 
