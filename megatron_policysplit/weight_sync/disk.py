@@ -15,7 +15,7 @@ from checkpoints_conv import write_hf
 from megatron_policysplit.actor.weights import consume_weights
 from megatron_policysplit.serving.members import Member
 from megatron_policysplit.weight_sync import session
-from megatron_policysplit.weight_sync.outcome import Failures, merged, results_of_all_ranks
+from megatron_policysplit.weight_sync.outcome import Failures, merge, results_of_all_ranks
 from megatron_policysplit.weight_sync.transport import TransportContext
 
 RETAINED = 2  # snapshots: the current one, and one that an engine may still be reading
@@ -49,7 +49,7 @@ class DiskTransport:
         self.model_path, self.limit = settings.model_path, settings.weight_sync.timeout_seconds
         directory = settings.weight_sync.directory or Path(settings.run_dir) / "weights"
         self.directory = Path(directory).resolve()
-        self._written: list[Path] = []
+        self._paths: list[Path] = []
 
     def send(self, version: int, live: set[int]) -> Failures:
         """Write `version`, unless it was written last, and have the engines in `live` read it.
@@ -62,9 +62,9 @@ class DiskTransport:
             self.snapshot = DiskSnapshot(version, self._path(version), self.limit)
         members = [self.members[engine] for engine in sorted(live) if engine in self.members]
         failures = results_of_all_ranks(
-            self.layout, lambda: self.control.run(session.each(members, self.snapshot.load))
+            self.layout, lambda: self.control.run(session.call_each(members, self.snapshot.load))
         )
-        return session.explained(merged(failures))
+        return session.add_hint(merge(failures))
 
     def close(self) -> None:
         """Snapshots stay: engines that run on may be asked to read them."""
@@ -86,10 +86,10 @@ class DiskTransport:
             self._delete_old(path)
 
     def _delete_old(self, newest: Path) -> None:
-        written = [*(path for path in self._written if path != newest), newest]
-        self._written = written[-RETAINED:]
+        written = [*(path for path in self._paths if path != newest), newest]
+        self._paths = written[-RETAINED:]
         for path in self.directory.iterdir():
-            if NAME.fullmatch(path.name) and path not in self._written:
+            if NAME.fullmatch(path.name) and path not in self._paths:
                 shutil.rmtree(path)
 
     def _path(self, version: int) -> Path:

@@ -86,14 +86,14 @@ class DistributedTransport:
         self.limit = settings.weight_sync.timeout_seconds
         self.master_address = settings.weight_sync.master_address
         self.sends = layout.data_rank == 0 and layout.tensor_rank == 0
-        self._joined: Offer | None = None  # the engines in the current groups, on every rank
+        self._group_offer: Offer | None = None  # the engines in the current groups, on every rank
         self._names: list[str] = []  # of the current groups, by stage
         # Groups made, and attempts begun; both the same on every rank, and part of names.
         self._groups_made = self._attempts = 0
         # An engine may still know the groups of another run, whose names have another id.
         self._run = layout.broadcast_from_chief(secrets.token_hex(4))
         self._group: SenderGroup | None = None  # of this rank's stage, on its sender
-        self._left: list[SenderGroup] = []  # groups in which a broadcast is not over yet
+        self._old_groups: list[SenderGroup] = []  # groups in which a broadcast is not over yet
 
     def send(self, version: int, live: set[int]) -> Failures:
         """Give all buckets to the engines in `live`.
@@ -118,19 +118,19 @@ class DistributedTransport:
 
     def close(self) -> None:
         """As the chief have the engines leave the groups, as a sender leave this rank's."""
-        if self._joined is not None and self.layout.is_chief:
-            self.control.run(self._destroy(sorted(self._joined.engines)))
+        if self._group_offer is not None and self.layout.is_chief:
+            self.control.run(self._destroy(sorted(self._group_offer.engines)))
         self._leave()
 
     def _attempt(self, live: set[int]) -> Attempt:
         """Send everything once, after making groups if the engines are others than in the last."""
-        offer = self._from_chief(lambda: self.control.run(self._offer(live)))
+        offer = self._run_on_chief(lambda: self._make_offer(live))
         if set(offer.engines) != live:
             silent = Failure("it does not answer", silent=True)
             return Attempt(
                 {engine: silent for engine in live - set(offer.engines)}, "an engine is gone"
             )
-        if self._joined is None or self._joined.engines != offer.engines:
+        if self._group_offer is None or self._group_offer.engines != offer.engines:
             attempt = self._join(offer)
             if attempt.broken:
                 return attempt
@@ -138,8 +138,8 @@ class DistributedTransport:
 
     def _join(self, offer: Offer) -> Attempt:
         """Leave the current groups, and make a group of every stage with the engines of `offer`."""
-        if self._joined is not None:
-            self._from_chief(lambda: self.control.run(self._destroy(sorted(self._joined.engines))))
+        if self._group_offer is not None:
+            self._run_on_chief(lambda: self._destroy(sorted(self._group_offer.engines)))
         self._leave()
         self._groups_made += 1
         self._names = [
@@ -149,7 +149,7 @@ class DistributedTransport:
         # All stores are open before any engine is told to come to one.
         stages = results_of_all_ranks(self.layout, lambda: self._listen(offer))
         places = dict(stage for stage in stages if stage is not None)
-        self._joined = offer
+        self._group_offer = offer
 
         def join(abort: Abort) -> None:
             if self._group is not None:
@@ -243,12 +243,12 @@ class DistributedTransport:
             read=self.read,
         )
 
-    async def _offer(self, live: set[int]) -> Offer:
+    async def _make_offer(self, live: set[int]) -> Offer:
         """As the chief ask the engines in `live` who they are; those that answer."""
         engines, addresses = {}, []
-        for member in self._live(live):
+        for member in self._members_of_rank(live):
             try:
-                info = await session.within(
+                info = await session.with_limit(
                     self.limit, member, "answering", member.client.server_info()
                 )
             except EngineError:
@@ -303,7 +303,7 @@ class DistributedTransport:
 
         async def post(member: Member, step) -> None:
             try:
-                await session.within(self.limit, member, "a weight update", call(member, step))
+                await session.with_limit(self.limit, member, "a weight update", call(member, step))
             except EngineError as error:
                 reasons[member.index] = session.as_failure(error)
                 if abort.reason() is None:  # the first: later errors are its consequences
@@ -314,7 +314,7 @@ class DistributedTransport:
         watch = asyncio.ensure_future(self._destroy_on(abort, engines))
         try:
             for step in steps:
-                if await session.each(members, lambda member, step=step: post(member, step)):
+                if await session.call_each(members, lambda member, step=step: post(member, step)):
                     break
         finally:
             if abort.reason() is None:
@@ -337,7 +337,7 @@ class DistributedTransport:
     async def _answers(self, member: Member) -> bool:
         """Return whether the engine's scheduler, not only its HTTP front, answers a question."""
         try:
-            await session.within(
+            await session.with_limit(
                 min(self.limit, ALIVE_SECONDS), member, "answering", member.client.server_info()
             )
         except EngineError:
@@ -359,13 +359,13 @@ class DistributedTransport:
 
         async def destroy(member: Member, name: str) -> None:
             limit = min(self.limit, ALIVE_SECONDS)
-            await session.within(
+            await session.with_limit(
                 limit, member, "leaving a group", member.client.destroy_group(name)
             )
 
-        members = self._live(set(engines))
+        members = self._members_of_rank(set(engines))
         for name in self._names:  # an engine that is gone or never joined has nothing to leave
-            await session.each(members, lambda member, name=name: destroy(member, name))
+            await session.call_each(members, lambda member, name=name: destroy(member, name))
 
     def _begin_again(self, live: set[int]) -> Failures:
         """Open a new session on the engines in `live`; return those on which that failed."""
@@ -373,25 +373,25 @@ class DistributedTransport:
         async def begin(member: Member) -> None:
             await session.begin(member, self.limit)
 
-        return self._from_chief(lambda: self.control.run(session.each(self._live(live), begin)))
+        return self._run_on_chief(lambda: session.call_each(self._members_of_rank(live), begin))
 
     def _leave(self) -> None:
         """Leave this rank's group, if it has one; the next attempt makes new ones."""
-        self._joined = None
+        self._group_offer = None
         if self._group is not None:
             self._group.leave()
-            self._left.append(self._group)
+            self._old_groups.append(self._group)
             self._group = None
         # Dropping a group earlier would wait for its broadcast (`SenderGroup.over`).
-        self._left = [group for group in self._left if not group.over]
+        self._old_groups = [group for group in self._old_groups if not group.over]
 
-    def _live(self, live: set[int]) -> list[Member]:
+    def _members_of_rank(self, live: set[int]) -> list[Member]:
         """Return the engines in `live` that this rank owns."""
         return [self.members[engine] for engine in sorted(live) if engine in self.members]
 
-    def _from_chief(self, work: Callable[[], T]) -> T:
-        """Return the chief's `work()` on every rank (one all-gather)."""
+    def _run_on_chief(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run `call()` on the chief; return its result on every rank (one all-gather)."""
         results = results_of_all_ranks(
-            self.layout, lambda: work() if self.layout.is_chief else None
+            self.layout, lambda: self.control.run(call()) if self.layout.is_chief else None
         )
         return results[self.layout.chief]

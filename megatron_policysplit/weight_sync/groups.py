@@ -86,7 +86,7 @@ class SenderGroup:
                 master_listen_fd=listener.detach(),
             )
         self._group: dist.ProcessGroup | None = None
-        self._unfinished: list[tuple[dist.Work, torch.Tensor]] = []
+        self._broadcasts: list[tuple[dist.Work, torch.Tensor]] = []
 
     def join(self, abort: Abort) -> None:
         """Wait until all engines have joined; BroadcastFailed if they do not, or on `abort`."""
@@ -122,7 +122,7 @@ class SenderGroup:
         try:
             # Asynchronous, so that `abort` is seen while an engine does not take its part.
             work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
-            self._unfinished = [(work, flat)]
+            self._broadcasts = [(work, flat)]
             self._wait(
                 work.is_completed, abort, f"the engines did not take a bucket from {self.name}"
             )
@@ -133,14 +133,14 @@ class SenderGroup:
             raise BroadcastFailed(
                 f"a broadcast in {self.name} failed: {str(error).splitlines()[0]}"
             ) from error
-        self._unfinished = []
+        self._broadcasts = []
 
     def leave(self) -> None:
         """Destroy the group; engines that wait in it get an error."""
         self._server = None
         if self._group is None:
             return
-        if self._unfinished:  # destroying would wait for the broadcast that nobody takes
+        if self._broadcasts:  # destroying would wait for the broadcast that nobody takes
             c10d._abort_process_group(self._group)
         else:
             dist.destroy_process_group(self._group)
@@ -153,7 +153,7 @@ class SenderGroup:
         gloo cannot cut an operation short: it ends when its peer goes or its time-out comes, and
         whoever drops the group before that waits for it.
         """
-        return all(work.is_completed() for work, _ in self._unfinished)
+        return all(work.is_completed() for work, _ in self._broadcasts)
 
     def _wait(self, done: Callable[[], bool], abort: Abort, why: str) -> None:
         """Wait until `done()`; BroadcastFailed at the time-out (with `why`) or on `abort`."""

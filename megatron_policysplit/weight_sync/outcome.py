@@ -23,7 +23,7 @@ class Failure:
 Failures = dict[int, Failure]  # by engine index
 
 
-def merged(reports: Iterable[Mapping[int, Failure]]) -> Failures:
+def merge(reports: Iterable[Mapping[int, Failure]]) -> Failures:
     """Return the failures of all ranks in one mapping."""
     return {index: failure for report in reports for index, failure in report.items()}
 

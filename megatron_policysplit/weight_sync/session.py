@@ -36,9 +36,9 @@ async def open_session(
     begins: whether the transport has a session. limit: seconds for each call. before_load: what a
     colocated engine needs before it has memory for weights. Raises EngineError if a call fails.
     """
-    await within(limit, member, "pausing", member.client.pause())
+    await with_limit(limit, member, "pausing", member.client.pause())
     if before_load is not None:
-        await within(limit, member, "getting ready for weights", before_load(member))
+        await with_limit(limit, member, "getting ready for weights", before_load(member))
     if begins:
         await begin(member, limit)
     else:
@@ -51,19 +51,21 @@ async def begin(member: Member, limit: float) -> None:
     A trainer that died leaves one open, and so does an attempt that failed.
     """
     try:
-        await within(limit, member, "opening a weight update", member.client.begin_update())
+        await with_limit(limit, member, "opening a weight update", member.client.begin_update())
     except EngineRefused as refused:
         try:
-            await within(limit, member, "ending an older weight update", member.client.end_update())
+            await with_limit(
+                limit, member, "ending an older weight update", member.client.end_update()
+            )
         except EngineRefused:
             raise refused from None  # none was open, so it was for another reason
-        await within(limit, member, "opening a weight update", member.client.begin_update())
+        await with_limit(limit, member, "opening a weight update", member.client.begin_update())
 
 
 async def end_if_open(member: Member, limit: float) -> None:
     """End a session that was left open; SGLang refuses when there is none, which is as good."""
     try:
-        await within(limit, member, "ending an older weight update", member.client.end_update())
+        await with_limit(limit, member, "ending an older weight update", member.client.end_update())
     except EngineRefused:
         return
 
@@ -79,14 +81,14 @@ async def close_session(
     """
     client = member.client
     if ends:
-        await within(limit, member, "ending the weight update", client.end_update())
+        await with_limit(limit, member, "ending the weight update", client.end_update())
     if after_load is not None:
-        await within(limit, member, "getting ready to generate", after_load(member))
+        await with_limit(limit, member, "getting ready to generate", after_load(member))
     await _flush(member, limit)
-    await within(limit, member, "setting the version", client.set_version(str(version)))
-    await within(limit, member, "continuing", client.proceed())
+    await with_limit(limit, member, "setting the version", client.set_version(str(version)))
+    await with_limit(limit, member, "continuing", client.proceed())
     try:
-        served = await within(limit, member, "reading the version back", client.version())
+        served = await with_limit(limit, member, "reading the version back", client.version())
         if served != str(version):
             raise EngineRefused(
                 f"{member.address} says weight version {served!r} after version {version} was set",
@@ -94,7 +96,7 @@ async def close_session(
             )
     except EngineError:
         # It generates already, maybe with other weights than the run's.
-        await within(limit, member, "pausing", client.pause())
+        await with_limit(limit, member, "pausing", client.pause())
         raise
 
 
@@ -108,7 +110,7 @@ async def abandon(member: Member, *, ends: bool, limit: float) -> bool:
     calls = [member.client.pause, *([member.client.end_update] if ends else [])]
     for call in calls:
         try:
-            await within(limit, member, "giving up a weight update", call())
+            await with_limit(limit, member, "giving up a weight update", call())
             answered = True
         except EngineRefused:  # it is paused already, or no session is open
             answered = True
@@ -125,14 +127,14 @@ async def _flush(member: Member, limit: float) -> None:
     deadline = asyncio.get_running_loop().time() + limit
     while True:
         try:
-            return await within(limit, member, "flushing its cache", member.client.flush())
+            return await with_limit(limit, member, "flushing its cache", member.client.flush())
         except EngineRefused:
             if asyncio.get_running_loop().time() > deadline:
                 raise
         await asyncio.sleep(FLUSH_AGAIN_SECONDS)
 
 
-async def each(members: Sequence[Member], step: Step) -> Failures:
+async def call_each(members: Sequence[Member], step: Step) -> Failures:
     """Call `step` on all members at the same time; return those on which it failed."""
     failures = await asyncio.gather(*(_attempt(member, step) for member in members))
     return {
@@ -150,7 +152,7 @@ async def _attempt(member: Member, step: Step) -> Failure | None:
     return None
 
 
-def explained(failures: Failures) -> Failures:
+def add_hint(failures: Failures) -> Failures:
     """Add to silent failures why an engine may have ended while it took a bucket or snapshot."""
     hint = "(SGLang ends when tensors do not fit the model that it serves; its log says so)"
     return {
@@ -164,7 +166,7 @@ def as_failure(error: EngineError) -> Failure:
     return Failure(str(error), silent=isinstance(error, EngineUnreachable))
 
 
-async def within(limit: float, member: Member, doing: str, call: Awaitable[Any]) -> Any:
+async def with_limit(limit: float, member: Member, doing: str, call: Awaitable[Any]) -> Any:
     """Await `call` for at most `limit` seconds; past them EngineUnreachable says `doing`."""
     try:
         async with asyncio.timeout(limit):

@@ -22,7 +22,7 @@ from megatron_policysplit.serving.members import Member, Placement, State
 from megatron_policysplit.weight_sync import session
 from megatron_policysplit.weight_sync.disk import DiskTransport
 from megatron_policysplit.weight_sync.distributed import DistributedTransport
-from megatron_policysplit.weight_sync.outcome import Failure, Failures, merged, results_of_all_ranks
+from megatron_policysplit.weight_sync.outcome import Failure, Failures, merge, results_of_all_ranks
 from megatron_policysplit.weight_sync.session import Hook, Step
 from megatron_policysplit.weight_sync.tensor import TensorTransport
 from megatron_policysplit.weight_sync.transport import SyncSettings, Transport, TransportContext
@@ -121,14 +121,14 @@ class WeightSync:
                 member, version, ends=begins, limit=self.limit, after_load=self._after_load
             )
 
-        failures = self._on_each(members, begin)
+        failures = self._call_each(members, begin)
         live = present - set(failures)
         if live:
             for member in members:
                 if member.index in live:
                     member.version = None  # mixed weights, from the first bucket on
             failures |= self._transport.send(version, live)
-            failures |= self._on_each(
+            failures |= self._call_each(
                 [member for member in members if member.index not in failures], end
             )
         return failures
@@ -204,10 +204,12 @@ class WeightSync:
         answered = await session.abandon(member, ends=self._transport.has_session, limit=limit)
         member.state, member.why = State.QUARANTINED if answered else State.DOWN, failure.why
 
-    def _on_each(self, members: Sequence[Member], step: Step) -> Failures:
+    def _call_each(self, members: Sequence[Member], step: Step) -> Failures:
         """Call `step` on this rank's members; return all ranks' failures (one all-gather)."""
-        return merged(
-            results_of_all_ranks(self.layout, lambda: self.control.run(session.each(members, step)))
+        return merge(
+            results_of_all_ranks(
+                self.layout, lambda: self.control.run(session.call_each(members, step))
+            )
         )
 
 

@@ -28,7 +28,7 @@ from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.serving.members import Member, Placement
 from megatron_policysplit.weight_sync import session
 from megatron_policysplit.weight_sync.bucket import payload
-from megatron_policysplit.weight_sync.outcome import Failure, Failures, merged, results_of_all_ranks
+from megatron_policysplit.weight_sync.outcome import Failure, Failures, merge, results_of_all_ranks
 from megatron_policysplit.weight_sync.shared_memory import Buffer, SharedMemory
 from megatron_policysplit.weight_sync.transport import SyncSettings, TransportContext
 
@@ -75,7 +75,7 @@ class TensorTransport:
         Beside the export one all-gather of an object over the world; if colocated, per bucket one
         gather and one broadcast of objects over the ranks of each engine.
         """
-        return merged(results_of_all_ranks(self.layout, lambda: self._send(live)))
+        return merge(results_of_all_ranks(self.layout, lambda: self._send(live)))
 
     def close(self) -> None:
         """Release all shared memory, and end the process that guards it."""
@@ -88,19 +88,19 @@ class TensorTransport:
         self._release_retained()
         if self.colocated:
             return self._consume(
-                "every_rank", lambda stream: self._give_own(stream, live), training_device()
+                "every_rank", lambda stream: self._share_colocated(stream, live), training_device()
             )
         if not self.layout.is_exported:
             return {}
         destination = "leader" if self.layout.data_rank == 0 else "nowhere"
-        return self._consume(destination, lambda stream: self._give_all(stream, live), CPU)
+        return self._consume(destination, lambda stream: self._share_from_chief(stream, live), CPU)
 
     def _consume(self, destination, take, device: torch.device) -> Failures:
         return consume_weights(
             self.actor.model, self.actor.hf_config, destination, take, device=device, read=self.read
         )
 
-    def _give_all(self, stream, live: set[int]) -> Failures:
+    def _share_from_chief(self, stream, live: set[int]) -> Failures:
         """As the chief, fill one buffer while the engines read the other."""
         if not self.layout.is_chief:
             return {}
@@ -128,9 +128,9 @@ class TensorTransport:
         finally:
             if pending is not None:
                 pending.wait()  # also after an error: engines may be reading the buffer
-            self._give_back(buffers, failures)
+            self._release_buffers(buffers, failures)
 
-    def _give_own(self, stream, live: set[int]) -> Failures:
+    def _share_colocated(self, stream, live: set[int]) -> Failures:
         """As a rank with a colocated engine, fill a buffer for the engine rank on this device.
 
         The owner posts for all ranks of the engine.
@@ -160,7 +160,7 @@ class TensorTransport:
                     break
             return failures
         finally:
-            self._give_back([buffer] if buffer is not None else [], failures)
+            self._release_buffers([buffer] if buffer is not None else [], failures)
 
     def _gather_and_post(
         self, placement: Placement, handle: str | Exception
@@ -195,9 +195,9 @@ class TensorTransport:
                 payloads[member.index], timeout_seconds=self.limit
             )
 
-        return session.explained(await session.each(members, update))
+        return session.add_hint(await session.call_each(members, update))
 
-    def _give_back(self, buffers: Sequence[Buffer], failures: Failures) -> None:
+    def _release_buffers(self, buffers: Sequence[Buffer], failures: Failures) -> None:
         """Release the buffers, unless an engine may still come to read them.
 
         SGLang ends when memory that it is told to read is gone. What a silent engine was told to
@@ -229,25 +229,25 @@ def check_reach(settings: SyncSettings, addresses: Sequence[str]) -> None:
                 f"machine; set {REMEDY}"
             )
     # A handle is torch's own description of memory, which differs from release to release.
-    ours = installed_version("torch")
+    trainer_torch = installed_version("torch")
     if settings.external_servers:
         if settings.colocated:
             raise ConfigError(
                 "weight_sync.transport=tensor cannot tell which torch the servers in "
                 "rollout.addresses run, and GPU memory is shared between equal versions only "
-                f"({ours} here); set {REMEDY}"
+                f"({trainer_torch} here); set {REMEDY}"
             )
         return
     remedy = "weight_sync.transport=disk" if settings.colocated else REMEDY
     python = settings.server_python
     if python is None or python == sys.executable:
         return
-    theirs = _torch_version(python)
-    if _release(theirs) != _release(ours):
+    server_torch = _torch_version(python)
+    if _release(server_torch) != _release(trainer_torch):
         raise ConfigError(
             "weight_sync.transport=tensor shares memory between equal versions of torch only; "
-            f"rollout.server.python={python} has torch {theirs}, the trainer {ours}; "
-            f"set {remedy} or install the same version"
+            f"rollout.server.python={python} has torch {server_torch}, "
+            f"the trainer {trainer_torch}; set {remedy} or install the same version"
         )
 
 

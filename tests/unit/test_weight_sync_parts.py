@@ -243,7 +243,7 @@ def test_another_version_than_the_one_set_is_a_failure_and_the_engine_is_paused(
 
 def test_a_call_that_takes_too_long_says_what_the_engine_was_doing():
     async def run():
-        await session.within(0.01, member(Recorder()), "flushing its cache", asyncio.sleep(60))
+        await session.with_limit(0.01, member(Recorder()), "flushing its cache", asyncio.sleep(60))
 
     with pytest.raises(EngineUnreachable, match="127.0.0.1:1 took more than 0.01 s for flushing its cache"):
         asyncio.run(run())
