@@ -176,14 +176,14 @@ def _pusher(
 
     from megatron_policysplit.rollout.sglang_http import SglangClient
     from megatron_policysplit.serving.members import Member, Placement, State
-    from megatron_policysplit.weight_sync import WeightSync
+    from megatron_policysplit.weight_sync import WeightSync, sync_settings
 
     config = copy.deepcopy(config)
     config.weight_sync.transport = transport
     client = SglangClient(address, timeout_seconds=config.weight_sync.timeout_seconds)
     resources.callback(lambda: control.run(client.close()))
     member = Member(Placement(0, 0, (0,)), client, 1, state=State.WAITING)
-    sync = WeightSync(config, layout, control, actor, [member.placement], [member])
+    sync = WeightSync(sync_settings(config), layout, control, actor, [member.placement], [member])
     resources.callback(sync.close)
     version = 0
 

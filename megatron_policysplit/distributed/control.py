@@ -1,12 +1,13 @@
 """The control group: how all ranks agree on what happens next while only some of them work.
 
 While leaders generate, which may take an hour, no collective of the training groups is pending.
-Every rank meets the others on a gloo group of its own, with a short time-out, once per heartbeat,
-and all of them learn the same four things: is anyone still busy, did anyone get a stop signal, did
-anyone fail, does anyone need all ranks to serve it (an engine that came back wants the weights).
+Instead all ranks meet once per heartbeat on the control group, a gloo group with a short time-out:
+one all-reduce tells every rank the same four things. Is any rank still busy? Did any get a stop
+signal? Did any fail? Does any need all ranks to serve it (an engine that came back wants weights)?
+A rank that is gone is thus noticed by the short time-out, not by that of a training collective.
 
-Coroutines run on a loop in a thread of its own, so that requests go on while the main thread
-trains.
+Coroutines run on the control loop, an event loop in a thread that lives as long as the run, so that
+requests go on while the main thread trains.
 """
 
 from __future__ import annotations
@@ -21,27 +22,32 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron_policysplit.distributed.agree import exchange
 from megatron_policysplit.distributed.stop_signal import StopRequested, StopSignal
-from megatron_policysplit.errors import TrainingError, UserError
 
 HEARTBEAT_SECONDS = 2.0
-MISSING_SECONDS = 10.0
+MISSING_SECONDS = 10.0  # how long `missing_ranks` waits for a rank's key
+FAILURE = "generation failed on rank {rank} ({error})"
 
 T = TypeVar("T")
 
 
 class Service(Protocol):
-    """Something that may need all ranks while leaders generate."""
+    """Something that may need all ranks while leaders generate, such as `serving.fleet.Fleet`."""
 
     def wanted(self) -> bool:
-        """Whether this rank wants `serve` to be called; raises a UserError if the run cannot go on."""
+        """Whether this rank wants `serve` to be called; asked at every heartbeat.
+
+        In the main thread. Raises a UserError if the run cannot go on: `Control.attend` raises it
+        on every rank.
+        """
 
     def serve(self) -> None:
-        """Collective over all ranks, in the main thread, once any of them wanted it."""
+        """Do what was wanted. Collective over all ranks, in the main thread, once any wanted it."""
 
 
 class Work(Generic[T]):
-    """A coroutine under way on the control loop."""
+    """A coroutine that runs on the control loop while the main thread does something else."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop):
         self._loop = loop
@@ -51,16 +57,16 @@ class Work(Generic[T]):
 
     async def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         self._task = asyncio.ensure_future(coroutine)
-        if self._cancelled:
+        if self._cancelled:  # `cancel` came before the loop got here
             self._task.cancel()
         return await self._task
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait until it is done, at most so long; whether it is."""
+        """Wait until it is done, at most `seconds` (None: for ever); return whether it is."""
         return bool(concurrent.futures.wait({self._future}, seconds).done)
 
     def failed(self) -> BaseException | None:
-        """What it raised, once done; a CancelledError (of concurrent.futures) if it was cancelled."""
+        """Return what it raised, once done; if cancelled, concurrent.futures' CancelledError."""
         return (
             concurrent.futures.CancelledError()
             if self._future.cancelled()
@@ -68,7 +74,7 @@ class Work(Generic[T]):
         )
 
     def result(self) -> T:
-        """Its result, once done, or what it raised."""
+        """Return its result, once done, or raise what it raised."""
         return self._future.result()
 
     def cancel(self) -> None:
@@ -79,12 +85,18 @@ class Work(Generic[T]):
             if self._task is not None:
                 self._task.cancel()
 
+        # The task is cancelled, not the future: a future that is cancelled is done at once, while
+        # the coroutine still cleans up.
         self._loop.call_soon_threadsafe(stop)
         self.wait()
 
 
 class Control:
-    """One per rank. All ranks call the same methods in the same order."""
+    """The control group and the control loop of a rank.
+
+    `attend` and `check` are collective over all ranks: all call them in the same order, in the main
+    thread. `start` and `run` concern this rank alone.
+    """
 
     def __init__(
         self,
@@ -100,38 +112,50 @@ class Control:
         self._thread.start()
 
     def start(self, work: Coroutine[Any, Any, T]) -> Work[T]:
-        """Begin a coroutine of this rank on the control loop; `attend` or `Work.cancel` ends it."""
+        """Start a coroutine of this rank on the control loop; `attend` or `Work.cancel` ends it."""
         return Work(work, self.loop)
 
     def attend(
         self, work: Work[T] | Coroutine[Any, Any, T] | None, service: Service | None = None
     ) -> T | None:
-        """Wait until every rank's work is done (None on ranks that only wait); returns this rank's
-        result.
+        """Wait until every rank's work is done; return the result of this rank's.
 
-        service: the same kind on every rank; it is served in between, as often as any rank wants
-        it. Raises StopRequested on every rank if any got a stop signal. If work failed somewhere,
-        the failed ranks raise their own errors, the others the same UserError or else a
-        TrainingError that names the rank. RuntimeError (of the backend) if a rank is gone.
-        Unfinished work is cancelled.
+        Collective over all ranks, in the main thread. One all-reduce of four integers over the
+        control group per heartbeat, at least one; if work failed, one all-gather of an object more.
+        Whatever is raised, unfinished work of this rank is cancelled first.
+
+        Args:
+            work: this rank's, started or not; None on a rank that only waits.
+            service: None or the same kind on every rank. All ranks call its `serve` between two
+                heartbeats, as often as any rank wants it.
+
+        Raises:
+            StopRequested: on every rank if any got a stop signal.
+            Exception: if work, or `service.wanted`, failed on a rank. That rank raises its own
+                error, the others the same UserError or else a TrainingError that names the rank
+                (`distributed.agree`).
+            RuntimeError: of the backend, if a rank is gone.
         """
         if work is not None and not isinstance(work, Work):
             work = self.start(work)
         try:
             while True:
+                # A rank without work does not wait here but in the all-reduce, for those that do.
                 done = work is None or work.wait(self.heartbeat_seconds)
                 failure = work.failed() if done and work is not None else None
                 wanted = False
                 if service is not None and failure is None:
                     try:
                         wanted = service.wanted()
-                    except Exception as error:  # raised by `_failure` below, on every rank
+                    except Exception as error:  # raised by `exchange` below, on every rank
                         failure = error
+                # Four flags in one all-reduce. All ranks see the same sums, so that all take the
+                # same branch below: none is left alone in a collective.
                 busy, stopped, failures, wants = self._tick(
                     [not done, self.stop.received is not None, failure is not None, wanted]
                 )
                 if failures:
-                    raise self._failure(failure)
+                    exchange(self.group, None, failure, FAILURE)
                 if stopped:
                     raise StopRequested
                 if not busy:
@@ -143,16 +167,18 @@ class Control:
                 work.cancel()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine of this rank alone, on the loop that engines live on."""
+        """Return the result of a coroutine of this rank alone, run on the control loop."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
     def check(self) -> None:
-        """Raise StopRequested on every rank if any has been signalled. One all-reduce of four
-        integers.
+        """Raise StopRequested on every rank if any got a stop signal.
+
+        Collective over all ranks: one all-reduce of four integers over the control group.
         """
         self.attend(None)
 
     def close(self) -> None:
+        """End the control loop and its thread. This rank alone; nothing may run on it any more."""
         self.run(self.loop.shutdown_asyncgens())
         self.run(self.loop.shutdown_default_executor())
         self.loop.call_soon_threadsafe(self.loop.stop)
@@ -160,27 +186,18 @@ class Control:
         self.loop.close()
 
     def _tick(self, status: list[bool]) -> list[int]:
+        """Return over how many ranks each flag is set."""
         total = torch.tensor(status, dtype=torch.int64)
         dist.all_reduce(total, group=self.group)
         return total.tolist()
 
-    def _failure(self, own: BaseException | None) -> BaseException:
-        """What this rank raises after work failed somewhere. One all-gather of the errors."""
-        said = own if own is None or isinstance(own, UserError) else f"{type(own).__name__}: {own}"
-        errors: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(errors, said, group=self.group)
-        if own is not None:
-            return own
-        rank, error = next((rank, error) for rank, error in enumerate(errors) if error is not None)
-        return (
-            error
-            if isinstance(error, UserError)
-            else TrainingError(f"generation failed on rank {rank} ({error})")
-        )
-
 
 def missing_ranks(rank: int, world_size: int) -> str:
-    """After a collective failed: say which ranks no longer answer, as far as the store can tell."""
+    """Say which ranks no longer answer, as far as the store can tell; after a collective failed.
+
+    Every rank that fails sets a key in the default store, and waits MISSING_SECONDS for each other
+    rank's. Not a collective: it works when ranks are gone.
+    """
     if world_size == 1:
         return "no other rank takes part in this run"
     store = dist.distributed_c10d._get_default_store()

@@ -30,9 +30,7 @@ def use_transformer_engine() -> bool:
 
 
 def head_chunk_tokens() -> int:
-    """Tokens whose logits are made at a time, unless the configuration says. Enough to keep the
-    device busy.
-    """
+    """Tokens whose logits are made at a time by default; enough to keep the device busy."""
     return 256 if on_cpu() else 1024
 
 
@@ -42,20 +40,22 @@ def use_triton() -> bool:
 
 
 def missing_triton() -> str | None:
-    """Why a GPU computes the LM head in plain torch, and what to do; None if its kernels can run,
-    or without a GPU.
+    """Return why a GPU computes the LM head in plain torch, and what to do; None if it need not.
 
-    They need Triton 3.4, which torch 2.8 brings.
+    The kernels need Triton 3.4, which torch 2.8 brings. None also without a GPU.
     """
     if on_cpu():
         return None
     if importlib.util.find_spec("triton") is None:
-        found = "is not installed"
+        problem = "is not installed"
     elif tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 4):
-        found = f"{importlib.metadata.version('triton')} is too old for its kernels"
+        problem = f"{importlib.metadata.version('triton')} is too old for its kernels"
     else:
         return None
-    return f"the LM head is computed in plain torch: triton {found}; pip install 'triton>=3.4' (torch 2.8 brings it)"
+    return (
+        f"the LM head is computed in plain torch: triton {problem}; "
+        "pip install 'triton>=3.4' (torch 2.8 brings it)"
+    )
 
 
 def gpu_count() -> int:
@@ -70,37 +70,34 @@ def set_device(local_rank: int) -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory of this rank: allocated on the GPU, or resident on the CPU."""
+    """Peak memory of this rank in bytes: allocated on the GPU, or resident on the CPU."""
     if not on_cpu():
         return torch.cuda.max_memory_allocated()
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def free_memory_bytes() -> float:
-    """Memory of this rank's GPU that no process holds; infinite on the CPU, where nothing shares
-    one with engines.
-    """
+    """Bytes of this rank's GPU that no process holds; infinite on the CPU, which nobody shares."""
     return math.inf if on_cpu() else float(torch.cuda.mem_get_info()[0])
 
 
 def return_freed_memory() -> None:
-    """Finish what is queued on the GPU, and let other processes have the memory that this one
-    freed.
-    """
+    """Let other processes have the GPU memory that this one has freed, once its work is done."""
     if not on_cpu():
+        # Kernels still queued may use the memory: torch's cache gives back only what is idle.
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
 def host_memory(nbytes: int) -> torch.Tensor:
-    """uint8[nbytes] on the host, pinned where there is a GPU to copy from."""
+    """Allocate uint8[nbytes] on the host, pinned where there is a GPU to copy from."""
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=not on_cpu())
 
 
 def rng_states() -> dict[str, torch.Tensor]:
-    """Generator states of this rank (uint8 tensors): the CPU's and, on a GPU, the device's."""
+    """Return this rank's generator states (uint8 tensors): the CPU's and, on a GPU, the GPU's."""
     states = {"cpu": torch.get_rng_state()}
     if not on_cpu():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -108,7 +105,7 @@ def rng_states() -> dict[str, torch.Tensor]:
 
 
 def restore_rng_states(states: dict[str, torch.Tensor]) -> None:
-    """Inverse of `rng_states`."""
+    """Set this rank's generators to what `rng_states` returned."""
     torch.set_rng_state(states["cpu"])
     if not on_cpu():
         torch.cuda.set_rng_state(states["cuda"])

@@ -5,7 +5,7 @@ ranks 30 seconds after a signal where saving a checkpoint may take longer, and k
 ranks as soon as one fails, before they can say what they saw. What is needed here fits in this
 file, in the standard library.
 
-Under torchrun or srun somebody else starts the ranks; `started_environment` tells.
+Where torchrun or srun starts the ranks, `started_environment` says so and nothing is started here.
 """
 
 from __future__ import annotations
@@ -30,13 +30,11 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds: to save and exit after a signal, to end after another rank failed, from SIGTERM to
-    SIGKILL.
-    """
+    """How many seconds the ranks of `launch` have to end."""
 
-    save: float = 1800.0
-    peers: float = 45.0
-    terminate: float = 5.0
+    save: float = 1800.0  # to save and exit after a signal
+    peers: float = 45.0  # to notice that another rank failed, and exit
+    terminate: float = 5.0  # from SIGTERM to SIGKILL
 
 
 def launch(
@@ -45,15 +43,15 @@ def launch(
     command: Sequence[str] = (sys.executable, "-m", "megatron_policysplit.training.worker"),
     patience: Patience = Patience(),  # noqa: B008
 ) -> int:
-    """Runs `command ARGS` as `nproc` ranks of one group on this machine and returns the exit code.
+    """Run `command ARGS` as `nproc` ranks of one group on this machine; return the exit code.
 
     - SIGTERM or SIGINT is forwarded once; the ranks have `patience.save` seconds to save and exit.
     - A rank that fails is named on stderr; the others have `patience.peers` seconds to notice by
-      their
-      collectives, then get SIGTERM and `patience.terminate` seconds later SIGKILL.
+      their collectives, then get SIGTERM and `patience.terminate` seconds later SIGKILL.
     - If this process is killed, the kernel kills the ranks.
 
-    The exit code is the ranks' own where all agree, else FAILED. Must be called in the main thread.
+    The exit code is that of the ranks where all have the same, else FAILED; STOPPED if all saved
+    and stopped after a signal. Must be called in the main thread, which takes the signals.
     """
     group = _Group(config_argv, nproc, command, patience)
     previous = {number: signal.signal(number, group.stop) for number in _STOP_SIGNALS}
@@ -70,26 +68,30 @@ def launch(
 
 
 class _Group:
-    """The rank processes. Every rank leads a session, so that a terminal's Ctrl-C reaches it
-    through us alone.
+    """The rank processes of one `launch`.
+
+    Every rank leads a session of its own, so that a terminal's Ctrl-C reaches it only through
+    `signal_all`: once, and all ranks alike.
     """
 
     def __init__(self, argv: Sequence[str], nproc: int, command: Sequence[str], patience: Patience):
         self.argv, self.nproc, self.command, self.patience = argv, nproc, command, patience
         self.ranks: list[subprocess.Popen] = []
-        self.stop_signal: int | None = None
-        self.forwarded_at: float | None = None
-        self.failed_at: float | None = None
+        # Times are of time.monotonic; None until it happens.
+        self.stop_signal: int | None = None  # the first that came
+        self.forwarded_at: float | None = None  # the signal, to the ranks
+        self.failed_at: float | None = None  # the first rank that failed
         self.failed_rank = -1
-        self.announced = False
-        self.terminated_at: float | None = None
-        self.stopped_early = False
+        self.announced = False  # whether that rank has been named on stderr
+        self.terminated_at: float | None = None  # SIGTERM to ranks that are late
+        self.stopped_early = False  # the signal came before there was anything to save
 
     def stop(self, number: int, frame) -> None:
         """Signal handler: remembers the first signal; `watch` forwards it."""
         self.stop_signal = self.stop_signal or number
 
     def start(self) -> None:
+        """Start all ranks, with this machine's cores shared out among their threads."""
         port = free_port()
         threads = str(max(1, len(os.sched_getaffinity(0)) // self.nproc))
         die_with_parent = partial(_die_with, os.getpid(), ctypes.CDLL(None).prctl)
@@ -109,9 +111,11 @@ class _Group:
             )
 
     def running(self) -> bool:
+        """Whether any rank runs. Every rank is looked at, so that none is left unreaped."""
         return not all([ended(process) for process in self.ranks])
 
     def watch(self) -> None:
+        """Do what is due now: forward a signal, name a rank that failed, end late ranks."""
         now = time.monotonic()
         if self.stop_signal is not None and self.forwarded_at is None:
             self.forwarded_at = now
@@ -124,8 +128,8 @@ class _Group:
         if self.stop_signal is not None and any(
             p.returncode == -self.stop_signal for p in self.ranks
         ):
-            # It had no handler yet, so the group had not met and there is nothing to save: nobody
-            # need wait.
+            # A rank died of the signal: it had no handler yet, so the ranks had not met and there
+            # is nothing to save.
             self.stopped_early = True
             self.signal_all(signal.SIGKILL)
             return
@@ -137,18 +141,19 @@ class _Group:
                     self.failed_at, self.failed_rank = now, rank
                     break
         if self.failed_at is not None and not self.announced:
-            # Ranks that fail alike have printed one error for all: only a rank that differs is
-            # named.
-            alike = self.ranks[self.failed_rank].returncode in (FAILED, BAD_INPUT, STOPPED)
-            if not alike or now - self.failed_at > 2:
+            # A rank that ended with one of these codes has printed its error, and the others are
+            # about to end with the same one. It is named only if they do not follow.
+            reported = self.ranks[self.failed_rank].returncode in (FAILED, BAD_INPUT, STOPPED)
+            if not reported or now - self.failed_at > 2:
                 self.announce()
         self.end_late_ranks(now)
 
     def stopped_as_asked(self, code: int | None) -> bool:
-        """Saved and stopped, or was stopped while starting, before there was anything to save."""
+        """Whether a rank with this exit code saved and stopped, or was stopped while it started."""
         return self.stop_signal is not None and code in (STOPPED, -self.stop_signal)
 
     def end_late_ranks(self, now: float) -> None:
+        """SIGTERM, then SIGKILL, to ranks that still run when the time they had is over."""
         deadlines = []
         if self.forwarded_at is not None:
             deadlines.append(self.forwarded_at + self.patience.save)
@@ -165,10 +170,12 @@ class _Group:
             self.signal_all(signal.SIGKILL)
 
     def signal_all(self, number: int) -> None:
+        """Send a signal to every rank that runs."""
         for process in self.ranks:
             process.send_signal(number)  # does nothing where the process has ended
 
     def announce(self) -> None:
+        """Say on stderr which rank failed first, and how."""
         self.announced = True
         process = self.ranks[self.failed_rank]
         code = process.returncode
@@ -180,8 +187,8 @@ class _Group:
         _say(f"rank {self.failed_rank} (pid {process.pid}) {how}")
 
     def verdict(self) -> int:
-        """The exit code of the whole group, once no rank runs."""
-        self.watch()
+        """Return the exit code of the whole group, once no rank runs."""
+        self.watch()  # a rank may have failed since the last look
         codes = {process.returncode for process in self.ranks}
         if (
             self.stopped_early
@@ -189,10 +196,10 @@ class _Group:
             and all(self.stopped_as_asked(code) for code in codes)
         ):
             return STOPPED
-        agreed = codes.pop() if len(codes) == 1 else None
-        if self.failed_at is not None and not self.announced and agreed is None:
+        common = codes.pop() if len(codes) == 1 else None
+        if self.failed_at is not None and not self.announced and common is None:
             self.announce()
-        return FAILED if agreed is None or agreed < 0 else agreed
+        return FAILED if common is None or common < 0 else common  # < 0: killed by a signal
 
     def kill(self) -> None:
         """SIGKILL to every rank that still runs, however this launcher came to its end."""
@@ -203,16 +210,17 @@ class _Group:
 
 
 def ended(process: subprocess.Popen) -> bool:
-    """Whether a rank has ended; what it left running in its session, such as graders, is then
-    killed.
+    """Return whether a rank has ended; if so, kill what it left running in its session.
+
+    Such as graders. Also used for servers (`serving/processes.py`).
     """
     if process.returncode is not None:
         return True
+    # WNOWAIT looks without reaping. Until the process is reaped its id is nobody else's, so the
+    # group that is killed is certainly its own.
     if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         return False
-    os.killpg(
-        process.pid, signal.SIGKILL
-    )  # before it is reaped: until then its id is nobody else's
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     return True
 
@@ -224,6 +232,7 @@ def forks_die_with_us() -> None:
     What is forked by a thread ends with that thread. Does not concern processes started by
     subprocess or the spawn method.
     """
+    # prctl is looked up now, and the parent's id kept over the fork: a forked child may do little.
     prctl, forking = ctypes.CDLL(None).prctl, []
     os.register_at_fork(
         before=lambda: forking.append(os.getpid()),
@@ -233,10 +242,9 @@ def forks_die_with_us() -> None:
 
 
 def _die_with(parent: int, prctl) -> None:
-    """In a new process: SIGKILL as soon as the thread that made it ends; at once if that is already
-    so.
-    """
+    """Have the kernel send SIGKILL to this new process once the thread that made it ends."""
     prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # If the parent ended before that call, the signal never comes.
     if os.getppid() != parent:
         os._exit(FAILED)
 
@@ -246,16 +254,14 @@ def _say(message: str) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that was free on 127.0.0.1 a moment ago."""
+    """Return a TCP port that was free on 127.0.0.1 a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def rank_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
-    """The environment variables by which torch.distributed finds the group; all ranks are on this
-    machine.
-    """
+    """Return the variables by which torch.distributed finds the group on this machine."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -267,22 +273,21 @@ def rank_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
 
 
 def started_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
-    """The rank variables if torchrun or srun has started this process as one of several ranks, else
-    None.
+    """Return the rank variables if torchrun or srun started this process as one of several ranks.
 
-    From srun's variables they are derived: MASTER_ADDR is the first host of the allocation,
-    MASTER_PORT depends on the job id; both can be given. In a batch script outside srun the answer
-    is None.
+    None if not, also in a batch script outside srun. torchrun sets the variables itself. From
+    srun's they are derived: MASTER_ADDR is the first host of the allocation, MASTER_PORT depends on
+    the job id; both can be given. Raises ConfigError if one is missing that cannot be derived.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        given = {name: environ[name] for name in ("RANK", "WORLD_SIZE")}
+        variables = {name: environ[name] for name in ("RANK", "WORLD_SIZE")}
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in environ:
                 raise ConfigError(
                     f"RANK={environ['RANK']} is set but {name} is not; set it, or unset RANK"
                 )
-            given[name] = environ[name]
-        return given | {"LOCAL_RANK": environ.get("LOCAL_RANK", given["RANK"])}
+            variables[name] = environ[name]
+        return variables | {"LOCAL_RANK": environ.get("LOCAL_RANK", variables["RANK"])}
     tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
     if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ or tasks == "1":
         return None
@@ -298,7 +303,7 @@ def started_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
 
 
 def _slurm_tasks_of_node(environ: Mapping[str, str], tasks: str) -> str:
-    """Ranks of the first node, as in "8(x4)" or "8,4"; all of them if Slurm does not say."""
+    """Return the ranks of the first node, 8 in "8(x4)" or "8,4"; all of them if Slurm is silent."""
     per_node = (
         environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or tasks
     )
@@ -306,6 +311,7 @@ def _slurm_tasks_of_node(environ: Mapping[str, str], tasks: str) -> str:
 
 
 def _first_slurm_host(environ: Mapping[str, str]) -> str:
+    """Return the first host of the allocation, as scontrol spells SLURM_JOB_NODELIST out."""
     nodes = environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         raise ConfigError(
@@ -329,14 +335,13 @@ def _first_slurm_host(environ: Mapping[str, str]) -> str:
 
 
 def check_world(config, started: Mapping[str, str]) -> None:
-    """Raises ConfigError unless as many ranks were started as the layout has."""
+    """Raise ConfigError unless as many ranks were started as the layout has."""
     parallel = config.parallel
-    wanted = parallel.tensor * parallel.pipeline * parallel.data
-    if int(started["WORLD_SIZE"]) != wanted:
+    ranks = parallel.tensor * parallel.pipeline * parallel.data
+    if int(started["WORLD_SIZE"]) != ranks:
         raise ConfigError(
             f"WORLD_SIZE={started['WORLD_SIZE']} ranks were started, but "
-            f"parallel.tensor={parallel.tensor} x "
-            f"parallel.pipeline={parallel.pipeline} x parallel.data={parallel.data} = {wanted}; "
-            f"start {wanted} "
-            "ranks, change the layout, or unset RANK and WORLD_SIZE to let policysplit start them"
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} x "
+            f"parallel.data={parallel.data} = {ranks}; start {ranks} ranks, change the layout, or "
+            "unset RANK and WORLD_SIZE to let policysplit start them"
         )

@@ -1,4 +1,8 @@
-"""Where a rank stands among all ranks, and the gloo groups over which rows and decisions travel."""
+"""Where a rank stands among all ranks, and the gloo groups over which rows and decisions travel.
+
+A **replica** is one copy of the model: `tensor` x `pipeline` ranks. Its **leader** is tensor rank 0
+of the last pipeline stage. The **chief** is the leader of replica 0.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +15,22 @@ import torch.distributed as dist
 
 @dataclass
 class Layout:
-    """Where this rank stands, and the gloo groups it needs.
+    """Where this rank stands, and our own gloo groups. Made by `actor.parallel.initialize`."""
 
-    world: all ranks. control: all ranks again, with a short time-out (`control.py`).
-    replica: the TP x PP ranks of this replica. leaders: the leaders of all replicas; None on other
-    ranks.
-    sequence: whether hidden states are split over the tensor-parallel ranks by position. expert:
-    replicas in a row that share one copy of the experts.
-    """
-
-    rank: int
-    tensor: int
-    pipeline: int
-    data: int
+    rank: int  # in the world; equal to the rank in `control`
+    tensor: int  # tensor-parallel size
+    pipeline: int  # pipeline-parallel size
+    data: int  # number of replicas
     tensor_rank: int
     pipeline_rank: int
-    data_rank: int
-    world: dist.ProcessGroup
-    control: dist.ProcessGroup
-    replica: dist.ProcessGroup
-    leaders: dist.ProcessGroup | None
-    leader_ranks: list[int]
-    sequence: bool = False
-    expert: int = 1
+    data_rank: int  # number of this rank's replica
+    world: dist.ProcessGroup  # all ranks, with torch's time-out (30 minutes)
+    control: dist.ProcessGroup  # all ranks again, with a short time-out (`control.py`)
+    replica: dist.ProcessGroup  # the ranks of this replica
+    leaders: dist.ProcessGroup | None  # the leaders of all replicas; None on other ranks
+    leader_ranks: list[int]  # global rank of each replica's leader
+    sequence: bool = False  # hidden states are split over the tensor-parallel ranks by position
+    expert: int = 1  # so many replicas in a row share one copy of the experts
 
     @property
     def is_leader(self) -> bool:
@@ -55,9 +52,7 @@ class Layout:
 
     @property
     def is_exported(self) -> bool:
-        """Whether this replica is the first, or has experts of the first: whose weights the chief
-        exports.
-        """
+        """Whether the chief's export needs this replica: the first, and those with its experts."""
         return self.data_rank < self.expert
 
     @property
@@ -69,28 +64,34 @@ class Layout:
         return self.pipeline_rank == self.pipeline - 1
 
     def broadcast_from_leader(self, value: Any) -> Any:
-        """The leader's `value` on every rank of the replica (a broadcast; collective over the
-        replica).
+        """Return the leader's `value` on every rank of its replica.
+
+        One broadcast of an object over the replica, which is two collectives (size, bytes).
         """
         return _broadcast(value, self.leader, self.replica)
 
     def broadcast_from_chief(self, value: Any) -> Any:
-        """The chief's `value` on every rank (a broadcast; collective over the world)."""
+        """Return the chief's `value` on every rank.
+
+        One broadcast of an object over the world, which is two collectives (size, bytes).
+        """
         return _broadcast(value, self.chief, self.world)
 
     def barrier(self) -> None:
-        """Wait for all ranks, however long one was busy writing (a barrier over the world)."""
+        """Wait for all ranks, however long one is busy (one barrier over the world)."""
         dist.barrier(group=self.world)
 
     def all_reduce_max(self, value: float) -> float:
-        """The largest `value` of all ranks (one all-reduce over the world)."""
+        """Return the largest `value` of all ranks (one all-reduce over the world)."""
         box = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.world)
         return box.item()
 
     def all_gather_leaders(self, value: Any) -> list[Any]:
-        """Every leader's `value` in replica order, on leaders (an all-gather over leaders); []
-        elsewhere.
+        """Return every leader's `value` in replica order on leaders, [] on other ranks.
+
+        With several replicas one all-gather of an object over leaders, which is two collectives;
+        other ranks take no part and need not call it.
         """
         if self.leaders is None:
             return []

@@ -33,10 +33,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch.distributed as dist
-
+from megatron_policysplit.distributed.agree import raise_on_all_ranks
 from megatron_policysplit.distributed.control import Control
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import EngineError
@@ -143,9 +142,9 @@ class Colocation:
         """
         if not self._engines_turn:
             raise RuntimeError("the GPUs are not the engines'")
-        free_with_engines = self.offload.free_bytes()
-        self._agreed(lambda: self.control.run(self._release_all()))
-        self._agreed(lambda: self._wait_for_memory(free_with_engines))
+        free_with_engines, world = self.offload.free_bytes(), self.layout.world
+        raise_on_all_ranks(world, lambda: self.control.run(self._release_all()))
+        raise_on_all_ranks(world, lambda: self._wait_for_memory(free_with_engines))
         self.offload.restore_parameters()
         self.offload.restore_gradients()
         self.offload.restore_optimizer()
@@ -243,20 +242,3 @@ class Colocation:
                     "does another process use that GPU?"
                 )
             time.sleep(POLL_SECONDS)
-
-    def _agreed(self, work: Callable[[], Any]) -> None:
-        """Run `work`; an EngineError on any rank is raised on every rank (an all-gather over the
-        world).
-        """
-        error: EngineError | None = None
-        try:
-            work()
-        except EngineError as raised:
-            error = raised
-        said: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(said, None if error is None else str(error), group=self.layout.world)
-        if error is not None:
-            raise error
-        for text in said:
-            if text is not None:
-                raise EngineError(text)

@@ -17,7 +17,7 @@ from megatron_policysplit.actor.checkpoint_files import checkpoint_path, complet
 from megatron_policysplit.actor.weights import consume_weights
 from megatron_policysplit.config import Config
 from megatron_policysplit.config.load import to_dict
-from megatron_policysplit.distributed.agree import _agreed
+from megatron_policysplit.distributed.agree import raise_on_all_ranks
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.logs import Logger
 from megatron_policysplit.logs.timing import Phases
@@ -44,7 +44,7 @@ def open_log(config: Config, layout: Layout) -> Logger | SilentLog:
             return SilentLog()
         return Logger(config.log, config.run.dir, config.train.steps, to_dict(config))
 
-    return _agreed(layout, make)
+    return raise_on_all_ranks(layout.world, make)
 
 
 class Journal:
@@ -61,7 +61,7 @@ class Journal:
         checkpoints = complete(self._checkpoints)
         newest = layout.broadcast_from_chief(checkpoints[-1] if checkpoints else None)
         self.state = checkpoint.load(actor, newest) if newest else TrainerState()
-        _agreed(layout, lambda: log.start(self.state.step))
+        raise_on_all_ranks(layout.world, lambda: log.start(self.state.step))
         if newest:
             log.message(f"resumed from {newest}")
         today = datetime.date.today().isoformat()

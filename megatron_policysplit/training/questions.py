@@ -14,7 +14,7 @@ from megatron_policysplit.data.questions import (
     drop_overlong,
     load_questions,
 )
-from megatron_policysplit.distributed.agree import _agreed
+from megatron_policysplit.distributed.agree import raise_on_all_ranks
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.rollout.driver import Leader
@@ -110,8 +110,8 @@ def load_evaluation_questions(
     if dropped:
         message(f"dropped {dropped} evaluation questions, as over-long as that")
     questions = dict(list(fitting.questions.items())[: settings.questions])
-    other_prompts = _agreed(
-        layout, lambda: _other_prompts(config, list(questions.values()), leader, date)
+    other_prompts = raise_on_all_ranks(
+        layout.world, lambda: _other_prompts(config, list(questions.values()), leader, date)
     )
     return EvaluationQuestions(questions, fitting.prompts, other_prompts)
 
@@ -141,7 +141,8 @@ def _load_fitting(
         fitting, _ = drop_overlong(questions, lengths, data.max_prompt_tokens)
         return [question.id for question in fitting]
 
-    fitting = set(layout.broadcast_from_chief(_agreed(layout, build_and_drop)))
+    fitting = raise_on_all_ranks(layout.world, build_and_drop)
+    fitting = set(layout.broadcast_from_chief(fitting))
     by_id = {question.id: question for question in questions if question.id in fitting}
     return QuestionSet(by_id, prompts), len(questions) - len(fitting)
 

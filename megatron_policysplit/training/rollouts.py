@@ -13,7 +13,7 @@ from megatron_policysplit.actor.checkpoint import TrainerState
 from megatron_policysplit.actor.offload import Offload
 from megatron_policysplit.config import Config
 from megatron_policysplit.data.tokenizer import load_tokenizer
-from megatron_policysplit.distributed.agree import _agreed
+from megatron_policysplit.distributed.agree import raise_on_all_ranks
 from megatron_policysplit.distributed.control import Control
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.distributed.stop_signal import StopRequested
@@ -23,8 +23,8 @@ from megatron_policysplit.rollout.driver import Driver, Leader
 from megatron_policysplit.serving.build import build_engines, open_fleet
 from megatron_policysplit.serving.colocation import Colocation
 from megatron_policysplit.serving.fleet import Fleet
+from megatron_policysplit.weight_sync import WeightSync, sync_settings
 from megatron_policysplit.weight_sync.in_process import load_in_process
-from megatron_policysplit.weight_sync.sync import WeightSync
 
 
 class Rollouts:
@@ -143,7 +143,9 @@ def build_rollouts(
     if config.rollout.engine == "sglang":
         fleet = build_fleet(config, layout, control, actor, message, resources)
         url = open_fleet(fleet, layout, control, resources)
-    leader = _agreed(layout, lambda: _leader(config, url) if layout.is_leader else None)
+    leader = raise_on_all_ranks(
+        layout.world, lambda: _leader(config, url) if layout.is_leader else None
+    )
     if leader is not None:
         resources.callback(leader.rewards.close)
         if fleet is not None:
@@ -164,7 +166,7 @@ def build_fleet(
     With rollout.colocated the actor's GPUs are free afterwards: servers start with all of their
     memory.
     """
-    engines = _agreed(layout, lambda: build_engines(config, layout))
+    engines = raise_on_all_ranks(layout.world, lambda: build_engines(config, layout))
     colocation, options = None, {}
     if config.rollout.colocated:
         offload = Offload(actor.ddp, actor.optimizer, actor.reference or ())
@@ -178,7 +180,13 @@ def build_fleet(
             "read": offload.read,
         }
     weights = WeightSync(
-        config, layout, control, actor, engines.placements, engines.members, **options
+        sync_settings(config),
+        layout,
+        control,
+        actor,
+        engines.placements,
+        engines.members,
+        **options,
     )
     resources.callback(weights.close)
     if colocation is not None:

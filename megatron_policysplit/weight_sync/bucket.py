@@ -25,23 +25,21 @@ from torch.multiprocessing import get_sharing_strategy, reductions, set_sharing_
 if TYPE_CHECKING:
     from megatron_policysplit.actor.weights import Exported
 
-DEVICE_ARGUMENT = 6  # of torch's rebuild_cuda_tensor: the device that the memory is on
+DEVICE_ARGUMENT = 6  # position of the device among the arguments of torch's rebuild_cuda_tensor
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors that travel together, all of one dtype. stage: the pipeline stage that owns them, the
-    first if several do.
-    """
+    """Consecutive tensors of one dtype that travel together. Made by `plan_buckets`."""
 
-    stage: int
-    names: tuple[str, ...]
+    stage: int  # the pipeline stage that owns them; the first one's if they belong to several
+    names: tuple[str, ...]  # Hugging Face names, in the order of the export
     shapes: tuple[tuple[int, ...], ...]
     dtype: torch.dtype
 
     @cached_property
     def ends(self) -> list[int]:
-        """Where each tensor ends, in bytes."""
+        """Offset in bytes at which each tensor ends; the next begins there."""
         ends, end = [], 0
         for shape in self.shapes:
             end += prod(shape) * self.dtype.itemsize
@@ -50,11 +48,13 @@ class Bucket:
 
     @property
     def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
         return self.ends[-1]
 
     def fill(self, stream: Iterator[tuple[str, Tensor]], flat: Tensor) -> None:
-        """Copy this bucket's tensors from `stream` to the beginning of flat (uint8[nbytes or
-        more]).
+        """Take this bucket's tensors from `stream` and copy them into flat (uint8[nbytes or more]).
+
+        Raises ValueError if the next tensors of the stream are others than planned.
         """
         start = 0
         for expected, shape, end in zip(self.names, self.shapes, self.ends, strict=True):
@@ -71,23 +71,23 @@ class Bucket:
 def plan_buckets(
     tensors: Sequence[Exported], dtype: torch.dtype, limit_bytes: int, *, per_stage: bool
 ) -> list[Bucket]:
-    """Consecutive tensors in buckets of at most `limit_bytes`; a larger tensor goes alone.
+    """Put consecutive tensors in buckets of at most `limit_bytes`; a larger tensor goes alone.
 
     per_stage: no bucket holds tensors of two pipeline stages.
     """
     groups: list[list[Exported]] = []
-    held = 0
+    filled = 0  # bytes of the last group
     for tensor in tensors:
         nbytes = prod(tensor.shape) * dtype.itemsize
         if (
             not groups
-            or held + nbytes > limit_bytes
+            or filled + nbytes > limit_bytes
             or (per_stage and groups[-1][-1].stage != tensor.stage)
         ):
             groups.append([])
-            held = 0
+            filled = 0
         groups[-1].append(tensor)
-        held += nbytes
+        filled += nbytes
     return [
         Bucket(
             group[0].stage,
@@ -100,10 +100,10 @@ def plan_buckets(
 
 
 def payload(bucket: Bucket, flat: Tensor) -> str:
-    """What one tensor-parallel rank of an engine needs to read `flat` (uint8[nbytes]), in base64.
+    """Return what one tensor-parallel rank of an engine needs to read `flat` (uint8[nbytes]).
 
-    It names the memory; the bytes stay where they are, so the sender keeps `flat` until the engine
-    has answered. Each payload is for one receiver: torch counts them.
+    A pickle in base64. It names the memory; the bytes stay where they are, so the sender keeps
+    `flat` until the engine has answered. Each payload is for one receiver: torch counts them.
     """
     starts = [0, *bucket.ends[:-1]]
     metadata = [
@@ -126,10 +126,9 @@ def payload(bucket: Bucket, flat: Tensor) -> str:
 
 
 class _Pickler(ForkingPickler):
-    """torch's pickler of shared tensors, with GPUs named by UUID, because the engine may number
-    them otherwise.
+    """torch's pickler of shared tensors, with a GPU's UUID in the place of its number.
 
-    SGLang's receiver takes a UUID in the place of the device's number.
+    The engine may number GPUs otherwise (CUDA_VISIBLE_DEVICES). SGLang's receiver takes a UUID.
     """
 
     def reducer_override(self, value):
@@ -146,8 +145,10 @@ class _Pickler(ForkingPickler):
 
 @contextmanager
 def _named_files():
-    """Share host memory as named files. torch's default, a descriptor sent from process to process,
-    only works between a process and its children; another receiver (an SGLang server) dies of it.
+    """Share host memory as named files while the context lasts.
+
+    torch's default, a descriptor sent from process to process, only works between a process and its
+    children; another receiver (an SGLang server) dies of it.
     """
     before = get_sharing_strategy()
     set_sharing_strategy("file_system")

@@ -1,11 +1,13 @@
-"""transport=distributed: one sender a pipeline stage broadcasts its stage's weights to all engines
-at once.
+"""transport=distributed: each pipeline stage broadcasts its weights to all engines at once.
 
-The chief posts every bucket to every engine, which then receives it, while TP rank 0 of the stage
-that owns it broadcasts. Neither waits for the other except in the broadcast, so each can stop the
-other (`groups.Abort`). A group lasts from sync to sync, as long as the engines are the same. It
-breaks when one engine fails; all others then fail with it, so a group without that engine is made
-and all weights are sent again.
+The **sender** of a stage is its tensor rank 0 in replica 0. The chief posts every bucket to every
+engine, which then waits to receive it, while the sender of the stage that owns it broadcasts. The
+chief waits for the engines' answers and the sender for its broadcast; neither waits for the other,
+so that each can stop the other through a key in the store (`groups.Abort`).
+
+A group lasts from sync to sync, as long as the engines are the same processes. It breaks when one
+engine fails: the broadcast then fails for all others, too. So it is left, a group without that
+engine is made, and all weights are sent again, at most ATTEMPTS times.
 """
 
 from __future__ import annotations
@@ -15,96 +17,94 @@ import secrets
 import socket
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from megatron_policysplit.actor.actor import Actor
-from megatron_policysplit.actor.weights import Read, consume_weights
-from megatron_policysplit.config import Config
-from megatron_policysplit.distributed.agree import PeerFailed, together
-from megatron_policysplit.distributed.control import Control
+from megatron_policysplit.actor.weights import consume_weights
+from megatron_policysplit.distributed.agree import PeerFailed
 from megatron_policysplit.distributed.device import backend, training_device
-from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import ConfigError, EngineError
 from megatron_policysplit.serving.members import Member
 from megatron_policysplit.weight_sync import session
 from megatron_policysplit.weight_sync.bucket import Bucket
 from megatron_policysplit.weight_sync.groups import Abort, BroadcastFailed, SenderGroup, own_address
-from megatron_policysplit.weight_sync.outcome import Failure, Failures
+from megatron_policysplit.weight_sync.outcome import Failure, Failures, results_of_all_ranks
+from megatron_policysplit.weight_sync.transport import TransportContext
+
+T = TypeVar("T")
 
 ATTEMPTS = 3
-ALIVE_SECONDS = 10.0  # for a scheduler that may have to give up a receive first
-WATCH_SECONDS = 0.1
+ALIVE_SECONDS = 10.0  # to answer: a scheduler may have to give up a receive first
+WATCH_SECONDS = 0.1  # between two looks at the abort key while engines are posted to
 
 
 @dataclass(frozen=True)
 class Offer:
-    """Whom the chief sends to. engines: index -> (start time of its process, tensor-parallel size)."""
+    """The engines that a group is made for. Made by the chief, the same on every rank."""
 
+    # engine index -> (start time of its process, tensor-parallel size). A process that was started
+    # again has another start time, and is not in the group any more.
     engines: dict[int, tuple[float, int]]
-    addresses: tuple[str, ...]
-    host: str
+    addresses: tuple[str, ...]  # their URLs
+    host: str  # name of the chief's machine
 
     @property
     def world_size(self) -> int:
+        """Size of a stage's group: its sender, and every rank of every engine."""
         return 1 + sum(tensor for _, tensor in self.engines.values())
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """How an attempt ended, as the chief sees it. broken: why all must be sent again; "" if nothing
-    must.
-    """
+    """How making the groups, or sending all weights once, ended."""
 
     failures: Failures
-    broken: str = ""
+    broken: str = ""  # why all must be sent again; "" if nothing must
 
 
-Posts = Callable[[Abort], Coroutine[Any, Any, Attempt]]
+Posts = Callable[[Abort], Coroutine[Any, Any, Attempt]]  # the chief's half of an attempt
 
 
 class DistributedTransport:
-    """Built on all ranks at once."""
+    """Broadcasts the weights to the engines. Implements `transport.Transport`."""
 
     has_session = True
+    snapshot = None
 
-    def __init__(
-        self,
-        config: Config,
-        layout: Layout,
-        control: Control,
-        actor: Actor,
-        members: Mapping[int, Member],
-        plan: Sequence[Bucket],
-        read: Read,
-    ):
-        if config.rollout.colocated:
+    def __init__(self, context: TransportContext):
+        settings, layout = context.settings, context.layout
+        if settings.colocated:
             raise ConfigError(
                 "weight_sync.transport=distributed cannot reach engines on the actor's own GPUs "
                 "(rollout.colocated=true): NCCL wants a GPU of its own for every process; use "
                 "tensor"
             )
-        self.config, self.layout, self.control, self.members = config, layout, control, members
-        self.actor, self.plan, self.read = actor, plan, read
-        self.limit = config.weight_sync.timeout_seconds
+        self.layout, self.control, self.actor = layout, context.control, context.actor
+        self.members, self.read = context.members, context.read
+        self.plan = context.plan_buckets(per_stage=True)
+        self.limit = settings.weight_sync.timeout_seconds
+        self.master_address = settings.weight_sync.master_address
         self.sends = layout.data_rank == 0 and layout.tensor_rank == 0
-        self._joined: Offer | None = None  # the engines in the current groups, on every rank
-        self._names: list[str] = []
-        self._made = self._begun = 0
-        self._run = layout.broadcast_from_chief(
-            secrets.token_hex(4)
-        )  # an engine may still know the groups of another run
-        self._group: SenderGroup | None = None
-        self._left: list[SenderGroup] = []
+        self._group_offer: Offer | None = None  # the engines in the current groups, on every rank
+        self._names: list[str] = []  # of the current groups, by stage
+        # Groups made, and attempts begun; both the same on every rank, and part of names.
+        self._groups_made = self._attempts = 0
+        # An engine may still know the groups of another run, whose names have another id.
+        self._run = layout.broadcast_from_chief(secrets.token_hex(4))
+        self._group: SenderGroup | None = None  # of this rank's stage, on its sender
+        self._old_groups: list[SenderGroup] = []  # groups in which a broadcast is not over yet
 
     def send(self, version: int, live: set[int]) -> Failures:
-        """Give all buckets to the engines in `live`, on which a session is open. Collective over
-        all ranks.
+        """Give all buckets to the engines in `live`.
+
+        Beside the export two all-gathers of an object over the world, two more where groups are
+        made, and one more where old groups are left; the same again, and one, per further attempt.
         """
         failures: Failures = {}
         for number in range(ATTEMPTS):
             if number:
+                # A session may hold buckets of the attempt that broke: begin ends it and opens one.
                 failures |= self._begin_again(live)
                 live = live - set(failures)
             if not live:
@@ -117,53 +117,52 @@ class DistributedTransport:
         return failures | {engine: Failure(attempt.broken) for engine in live}
 
     def close(self) -> None:
-        """Each rank for itself: the chief has the engines leave the groups, the senders leave
-        theirs.
-        """
-        if self._joined is not None and self.layout.is_chief:
-            self.control.run(self._destroy(sorted(self._joined.engines)))
+        """As the chief have the engines leave the groups, as a sender leave this rank's."""
+        if self._group_offer is not None and self.layout.is_chief:
+            self.control.run(self._destroy(sorted(self._group_offer.engines)))
         self._leave()
 
     def _attempt(self, live: set[int]) -> Attempt:
-        """Send everything once. The same answer on every rank."""
-        offer = self._from_chief(lambda: self.control.run(self._offer(live)))
+        """Send everything once, after making groups if the engines are others than in the last."""
+        offer = self._run_on_chief(lambda: self._make_offer(live))
         if set(offer.engines) != live:
-            gone = {
-                engine: Failure("it does not answer", silent=True)
-                for engine in live - set(offer.engines)
-            }
-            return Attempt(gone, "an engine is gone")
-        if self._joined is None or self._joined.engines != offer.engines:
+            silent = Failure("it does not answer", silent=True)
+            return Attempt(
+                {engine: silent for engine in live - set(offer.engines)}, "an engine is gone"
+            )
+        if self._group_offer is None or self._group_offer.engines != offer.engines:
             attempt = self._join(offer)
             if attempt.broken:
                 return attempt
-        return self._agreed(lambda abort: self._post_all(sorted(live), abort), self._broadcast)
+        return self._run_attempt(lambda abort: self._post_all(sorted(live), abort), self._broadcast)
 
     def _join(self, offer: Offer) -> Attempt:
-        if self._joined is not None:
-            self._from_chief(lambda: self.control.run(self._destroy(sorted(self._joined.engines))))
+        """Leave the current groups, and make a group of every stage with the engines of `offer`."""
+        if self._group_offer is not None:
+            self._run_on_chief(lambda: self._destroy(sorted(self._group_offer.engines)))
         self._leave()
-        self._made += 1
+        self._groups_made += 1
         self._names = [
-            f"policysplit-{self._run}-stage{stage}-{self._made}"
+            f"policysplit-{self._run}-stage{stage}-{self._groups_made}"
             for stage in range(self.layout.pipeline)
         ]
-        found = together(self.layout, lambda: self._listen(offer))
-        places = dict(place for place in found if place is not None)
-        self._joined = offer
+        # All stores are open before any engine is told to come to one.
+        stages = results_of_all_ranks(self.layout, lambda: self._listen(offer))
+        places = dict(stage for stage in stages if stage is not None)
+        self._group_offer = offer
 
         def join(abort: Abort) -> None:
             if self._group is not None:
                 self._group.join(abort)
 
-        return self._agreed(lambda abort: self._init_all(offer, places, abort), join)
+        return self._run_attempt(lambda abort: self._init_all(offer, places, abort), join)
 
     def _listen(self, offer: Offer) -> tuple[int, tuple[str, int]] | None:
-        """On a sender: its stage, and where the engines can join it."""
+        """As a sender open the group's store; return the stage, and (host, port) of the store."""
         if not self.sends:
             return None
         host = own_address(
-            self.config.weight_sync.master_address,
+            self.master_address,
             offer.addresses,
             beside_chief=socket.gethostname() == offer.host,
             chief_host=offer.host,
@@ -179,14 +178,15 @@ class DistributedTransport:
             ) from error
         return stage, (host, self._group.port)
 
-    def _agreed(self, posts: Posts, senders: Callable[[Abort], None]) -> Attempt:
-        """Run `posts(abort)` on the chief's control loop while all ranks run `senders(abort)`, and
-        agree on the end.
+    def _run_attempt(self, posts: Posts, senders: Callable[[Abort], None]) -> Attempt:
+        """Run `posts(abort)` on the chief's control loop while all ranks run `senders(abort)`.
 
-        If either fails, the groups are left and destroyed on all engines that answer.
+        Returns how it ended, the same on every rank (one all-gather). If either side fails, the
+        groups are left, and destroyed on all engines that answer.
         """
-        self._begun += 1
-        abort = Abort(f"{self._run}/{self._begun}")
+        self._attempts += 1
+        # A key of its own for each attempt: one that was set says stop for good.
+        abort = Abort(f"{self._run}/{self._attempts}")
 
         def run() -> Attempt:
             work = self.control.start(posts(abort)) if self.layout.is_chief else None
@@ -194,19 +194,25 @@ class DistributedTransport:
             try:
                 senders(abort)
             except (BroadcastFailed, PeerFailed) as error:
+                # Not an error of this rank: all ranks try again without the engine that failed. The
+                # key comes first, so that the chief stops posting; then the group is left, so that
+                # engines waiting in it get an error and can answer.
                 broken = str(error)
                 abort.set(broken)
                 self._leave()
             except BaseException as error:
+                # The chief's posts would wait for a broadcast that never comes, up to the limit.
                 abort.set(f"{type(error).__name__}: {error}")
                 self._leave()
                 raise
             finally:
+                # Whatever happened here: nothing may be on its way to the engines when ranks meet.
                 if work is not None:
                     work.wait()
             return work.result() if work is not None else Attempt({}, broken)
 
-        answers = together(self.layout, run)
+        answers = results_of_all_ranks(self.layout, run)
+        # The chief knows which engine failed; a sender only that its broadcast did.
         attempt = answers[self.layout.chief]
         broken = attempt.broken or next((answer.broken for answer in answers if answer.broken), "")
         if broken or attempt.failures:
@@ -214,7 +220,7 @@ class DistributedTransport:
         return Attempt(attempt.failures, broken)
 
     def _broadcast(self, abort: Abort) -> None:
-        """Export, and on a sender broadcast its stage's buckets."""
+        """Export the weights, and as a sender broadcast this stage's buckets."""
         if not self.layout.is_exported:
             return
 
@@ -237,12 +243,12 @@ class DistributedTransport:
             read=self.read,
         )
 
-    async def _offer(self, live: set[int]) -> Offer:
-        """Who is there; a process that was started again is not the one that joined a group."""
+    async def _make_offer(self, live: set[int]) -> Offer:
+        """As the chief ask the engines in `live` who they are; those that answer."""
         engines, addresses = {}, []
-        for member in self._live(live):
+        for member in self._members_of_rank(live):
             try:
-                info = await session.within(
+                info = await session.with_limit(
                     self.limit, member, "answering", member.client.server_info()
                 )
             except EngineError:
@@ -254,7 +260,8 @@ class DistributedTransport:
     async def _init_all(
         self, offer: Offer, places: Mapping[int, tuple[str, int]], abort: Abort
     ) -> Attempt:
-        offset, offsets = 1, {}
+        """Have every engine join every stage's group."""
+        offset, offsets = 1, {}  # rank 0 is the sender; engines follow in order
         for engine, (_, tensor) in offer.engines.items():
             offsets[engine] = offset
             offset += tensor
@@ -270,6 +277,8 @@ class DistributedTransport:
         )
 
     async def _post_all(self, engines: Sequence[int], abort: Abort) -> Attempt:
+        """Tell the engines, bucket by bucket, to receive what the senders broadcast."""
+
         async def update(member: Member, bucket: Bucket) -> None:
             await member.client.update_from_distributed(
                 bucket.names,
@@ -283,19 +292,21 @@ class DistributedTransport:
         return await self._post_stepwise(engines, self.plan, update, abort)
 
     async def _post_stepwise(self, engines: Sequence[int], steps, call, abort: Abort) -> Attempt:
-        """`call(member, step)` for each step on all engines at once; told apart who failed and who
-        only suffered.
+        """Await `call(member, step)` for each step, on all engines at once; stop if one fails.
+
+        The answer names the engines that failed, not those that failed with them: an engine in a
+        broken broadcast answers with an error, too.
         """
         members = [self.members[engine] for engine in engines]
         origin: list[Member] = []  # the engine whose failure stopped the others
-        reasons: Failures = {}
+        reasons: Failures = {}  # of all that failed
 
         async def post(member: Member, step) -> None:
             try:
-                await session.within(self.limit, member, "a weight update", call(member, step))
+                await session.with_limit(self.limit, member, "a weight update", call(member, step))
             except EngineError as error:
                 reasons[member.index] = session.as_failure(error)
-                if abort.reason() is None:
+                if abort.reason() is None:  # the first: later errors are its consequences
                     origin.append(member)
                     abort.set(str(error))
                 raise
@@ -303,31 +314,30 @@ class DistributedTransport:
         watch = asyncio.ensure_future(self._destroy_on(abort, engines))
         try:
             for step in steps:
-                if await session.each(members, lambda member, step=step: post(member, step)):
+                if await session.call_each(members, lambda member, step=step: post(member, step)):
                     break
         finally:
             if abort.reason() is None:
                 watch.cancel()
             else:
-                await watch
+                await watch  # engines leave the group before anything else is asked of them
         if not reasons and abort.reason() is None:
             return Attempt({})
-        alive = await asyncio.gather(*(self._answers(member) for member in members))
-        guilty = [
-            member for member, lives in zip(members, alive, strict=True) if not lives
-        ] or origin
+        # An engine that died or hangs need not be the first whose post failed: the others in the
+        # broadcast may notice earlier. So whoever is silent now is at fault; if all answer, it is
+        # the first that failed.
+        answers = await asyncio.gather(*(self._answers(member) for member in members))
+        silent = [member for member, answer in zip(members, answers, strict=True) if not answer]
+        unknown = Failure("it does not answer", silent=True)
         return Attempt(
-            {
-                member.index: reasons.get(member.index, Failure("it does not answer", silent=True))
-                for member in guilty
-            },
+            {member.index: reasons.get(member.index, unknown) for member in silent or origin},
             abort.reason() or "",
         )
 
     async def _answers(self, member: Member) -> bool:
-        """Whether the engine's scheduler, not only its HTTP front, answers a question."""
+        """Return whether the engine's scheduler, not only its HTTP front, answers a question."""
         try:
-            await session.within(
+            await session.with_limit(
                 min(self.limit, ALIVE_SECONDS), member, "answering", member.client.server_info()
             )
         except EngineError:
@@ -335,43 +345,53 @@ class DistributedTransport:
         return True
 
     async def _destroy_on(self, abort: Abort, engines: Sequence[int]) -> None:
-        """Once the attempt is stopped, free the engines that wait for a broadcast: each of them
-        leaves the group.
+        """Once the attempt is stopped, have the engines leave the groups.
+
+        An engine that waits for a broadcast would answer nothing until its own time-out. Runs
+        beside the posts, which wait for just that answer.
         """
         while abort.reason() is None:
             await asyncio.sleep(WATCH_SECONDS)
         await self._destroy(engines)
 
     async def _destroy(self, engines: Sequence[int]) -> None:
+        """Have the engines leave the current groups, as far as they answer."""
+
         async def destroy(member: Member, name: str) -> None:
             limit = min(self.limit, ALIVE_SECONDS)
-            await session.within(
+            await session.with_limit(
                 limit, member, "leaving a group", member.client.destroy_group(name)
             )
 
-        members = self._live(set(engines))
+        members = self._members_of_rank(set(engines))
         for name in self._names:  # an engine that is gone or never joined has nothing to leave
-            await session.each(members, lambda member, name=name: destroy(member, name))
+            await session.call_each(members, lambda member, name=name: destroy(member, name))
 
     def _begin_again(self, live: set[int]) -> Failures:
+        """Open a new session on the engines in `live`; return those on which that failed."""
+
         async def begin(member: Member) -> None:
             await session.begin(member, self.limit)
 
-        return self._from_chief(lambda: self.control.run(session.each(self._live(live), begin)))
+        return self._run_on_chief(lambda: session.call_each(self._members_of_rank(live), begin))
 
     def _leave(self) -> None:
-        self._joined = None
+        """Leave this rank's group, if it has one; the next attempt makes new ones."""
+        self._group_offer = None
         if self._group is not None:
             self._group.leave()
-            self._left.append(self._group)
+            self._old_groups.append(self._group)
             self._group = None
-        self._left = [group for group in self._left if not group.over]
+        # Dropping a group earlier would wait for its broadcast (`SenderGroup.over`).
+        self._old_groups = [group for group in self._old_groups if not group.over]
 
-    def _live(self, live: set[int]) -> list[Member]:
+    def _members_of_rank(self, live: set[int]) -> list[Member]:
+        """Return the engines in `live` that this rank owns."""
         return [self.members[engine] for engine in sorted(live) if engine in self.members]
 
-    def _from_chief(self, work):
-        """The chief's `work()` on every rank."""
-        return together(self.layout, lambda: work() if self.layout.is_chief else None)[
-            self.layout.chief
-        ]
+    def _run_on_chief(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run `call()` on the chief; return its result on every rank (one all-gather)."""
+        results = results_of_all_ranks(
+            self.layout, lambda: self.control.run(call()) if self.layout.is_chief else None
+        )
+        return results[self.layout.chief]

@@ -1,7 +1,7 @@
-"""The process groups of transport=distributed: one pipeline stage's sender and every rank of the
-engines.
+"""The process groups of transport=distributed, and how their sides stop each other.
 
-They are made beside the trainer's own groups, the way SGLang makes its half of them.
+A group is one pipeline stage's sender (rank 0) and every rank of the engines. It is made beside the
+trainer's own groups, the way SGLang makes its half of it.
 """
 
 from __future__ import annotations
@@ -20,49 +20,62 @@ import torch.distributed.distributed_c10d as c10d
 from megatron_policysplit.distributed.device import backend
 
 POLL_SECONDS = 0.005
-# An engine that has not come to the store yet would look for it for half an hour once it is gone.
+POLLS_PER_ABORT_CHECK = 10  # the key is in the store, which one process serves for all ranks
+# How long a group's store stays after its making was broken off: an engine that has not come to it
+# yet would look for it for half an hour if it were gone.
 LATE_SECONDS = 3.0
 
 
 class BroadcastFailed(RuntimeError):
-    """A sender could not reach all engines, or was told to stop; the attempt is over on all ranks."""
+    """A sender could not reach all engines, or was told to stop: the attempt is over everywhere."""
 
 
 class Abort:
-    """Lets the chief and the senders stop each other while none of them may wait for another: a key
-    of the default store. The first reason stays.
+    """Lets the chief and the senders of one attempt stop each other, each looking when it can.
+
+    A key of the default store, not a collective: the chief waits for engines, the engines for the
+    senders' broadcasts and the senders for the engines, so that none of them may also wait for
+    another rank. Each reads the key while it waits for its own.
+
+    name: of the attempt, the same on every rank, and never used again: a key that was set stays.
     """
 
     def __init__(self, name: str):
         self._store = c10d._get_default_store()
         self._key = f"policysplit/weight_sync/{name}"
-        self._own: str | None = None
+        self._reason: str | None = None  # once known, the store is asked no more
 
     def set(self, why: str) -> None:
+        """Stop the attempt on all ranks, unless it is stopped: the first reason stays."""
         if self.reason() is None:
-            self._own = why
+            self._reason = why
             self._store.set(self._key, why)
 
     def reason(self) -> str | None:
-        if self._own is None and self._store.check([self._key]):
-            self._own = self._store.get(self._key).decode()
-        return self._own
+        """Return why the attempt was stopped, None while it goes on. Does not wait for any rank."""
+        # `check` first: `get` alone would wait until somebody sets the key.
+        if self._reason is None and self._store.check([self._key]):
+            self._reason = self._store.get(self._key).decode()
+        return self._reason
 
 
 class SenderGroup:
-    """A sender's side of a stage's group; it is rank 0. address, port: where the engines find the
-    group's store.
+    """A sender's side of a stage's group, as its rank 0.
 
-    The store's server is an object of its own: dropping it ends every wait for it, here and in the
-    engines.
+    The constructor opens the group's store at (`host`, `port`), where the engines find it; `join`
+    waits for them. timeout_seconds: of the store, and of each wait for the engines. Raises OSError
+    if `host` is not an address of this machine.
     """
 
     def __init__(self, name: str, host: str, world_size: int, timeout_seconds: float):
         self.name, self.host, self.world_size = name, host, world_size
         self.timeout = timedelta(seconds=timeout_seconds)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        # The port is taken before the store is made, so that nobody else can have it.
         with socket.create_server((host, 0), family=family) as listener:
             self.port = listener.getsockname()[1]
+            # The store's server, an object of its own beside the group's client of it: dropping it
+            # ends every wait for the store, here and in the engines.
             self._server: dist.TCPStore | None = dist.TCPStore(
                 host,
                 self.port,
@@ -73,10 +86,10 @@ class SenderGroup:
                 master_listen_fd=listener.detach(),
             )
         self._group: dist.ProcessGroup | None = None
-        self._unfinished: list[tuple[dist.Work, torch.Tensor]] = []
+        self._broadcasts: list[tuple[dist.Work, torch.Tensor]] = []
 
     def join(self, abort: Abort) -> None:
-        """Wait until all engines have joined. Raises BroadcastFailed if they do not, or on `abort`."""
+        """Wait until all engines have joined; BroadcastFailed if they do not, or on `abort`."""
         failure: list[Exception] = []
 
         def make() -> None:
@@ -87,6 +100,8 @@ class SenderGroup:
             except Exception as error:  # raised again below, in the main thread
                 failure.append(error)
 
+        # In a thread, because making the group waits for the engines and cannot be interrupted: on
+        # an abort the thread is left behind, and ends when the server is dropped.
         thread = threading.Thread(target=make, name=self.name, daemon=True)
         thread.start()
         try:
@@ -94,36 +109,38 @@ class SenderGroup:
                 lambda: not thread.is_alive(), abort, f"the engines did not join {self.name}"
             )
         except BroadcastFailed:
-            time.sleep(LATE_SECONDS)
+            time.sleep(LATE_SECONDS)  # the caller drops the store next
             raise
         if failure:
             raise BroadcastFailed(f"{self.name} could not be made: {failure[0]}")
 
     def broadcast(self, flat: torch.Tensor, abort: Abort) -> None:
-        """Send `flat` to all engines. Raises BroadcastFailed if that fails or takes too long, or on
-        `abort`.
+        """Send `flat` to all engines.
+
+        Raises BroadcastFailed if that fails or takes longer than the time-out, or on `abort`.
         """
         try:
+            # Asynchronous, so that `abort` is seen while an engine does not take its part.
             work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
-            self._unfinished = [(work, flat)]
+            self._broadcasts = [(work, flat)]
             self._wait(
                 work.is_completed, abort, f"the engines did not take a bucket from {self.name}"
             )
-            work.wait()
+            work.wait()  # raises what went wrong
         except BroadcastFailed:
             raise
         except RuntimeError as error:  # torch's own errors are of this kind
             raise BroadcastFailed(
                 f"a broadcast in {self.name} failed: {str(error).splitlines()[0]}"
             ) from error
-        self._unfinished = []
+        self._broadcasts = []
 
     def leave(self) -> None:
         """Destroy the group; engines that wait in it get an error."""
         self._server = None
         if self._group is None:
             return
-        if self._unfinished:
+        if self._broadcasts:  # destroying would wait for the broadcast that nobody takes
             c10d._abort_process_group(self._group)
         else:
             dist.destroy_process_group(self._group)
@@ -131,18 +148,20 @@ class SenderGroup:
 
     @property
     def over(self) -> bool:
-        """Whether nothing is under way any more, so that the group's memory may go. gloo cannot cut
-        an operation short; it ends when its peer goes or its time-out comes, and who drops it
-        before that waits for it.
+        """Whether nothing is under way any more, so that the group may be dropped.
+
+        gloo cannot cut an operation short: it ends when its peer goes or its time-out comes, and
+        whoever drops the group before that waits for it.
         """
-        return all(work.is_completed() for work, _ in self._unfinished)
+        return all(work.is_completed() for work, _ in self._broadcasts)
 
     def _wait(self, done: Callable[[], bool], abort: Abort, why: str) -> None:
+        """Wait until `done()`; BroadcastFailed at the time-out (with `why`) or on `abort`."""
         deadline = time.monotonic() + self.timeout.total_seconds()
-        checks = 0
+        polls = 0
         while not done():
-            checks += 1
-            if checks % 10 == 0 and abort.reason() is not None:
+            polls += 1
+            if polls % POLLS_PER_ABORT_CHECK == 0 and abort.reason() is not None:
                 raise BroadcastFailed(abort.reason())
             if time.monotonic() > deadline:
                 raise BroadcastFailed(f"{why} in {self.timeout.total_seconds():g} s")
@@ -152,6 +171,10 @@ class SenderGroup:
 def _make_group(
     name: str, host: str, port: int, world_size: int, timeout: timedelta
 ) -> dist.ProcessGroup:
+    """Make rank 0's half of the group; waits for the halves of the engines' ranks.
+
+    With torch's internals, as SGLang does: `dist.new_group` knows ranks of the default group only.
+    """
     store = dist.TCPStore(host, port, world_size, False, timeout=timeout, wait_for_workers=False)
     group, _ = c10d._new_process_group_helper(
         world_size,
@@ -162,6 +185,7 @@ def _make_group(
         group_name=name,
         timeout=timeout,
     )
+    # `dist.broadcast` looks ranks up here.
     c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
     return group
 
@@ -169,26 +193,26 @@ def _make_group(
 def own_address(
     master_address: str | None, engines: Sequence[str], *, beside_chief: bool, chief_host: str
 ) -> str:
-    """The address at which engines reach this process. engines: their URLs, as the chief knows
-    them.
+    """Return the address at which engines reach this process.
 
-    beside_chief: whether this process runs on the chief's machine. chief_host: that machine's name.
+    master_address: the configuration's; taken as it is. engines: their URLs, as the chief knows
+    them. beside_chief: whether this process runs on the chief's machine. chief_host: that machine's
+    name.
     """
     if master_address is not None:
         return master_address
     hosts = [urlsplit(engine).hostname for engine in engines]
-    far = next((host for host in hosts if not _is_loopback(host)), None)
-    if far is None and beside_chief:
+    remote = next((host for host in hosts if not _is_loopback(host)), None)
+    if remote is None and beside_chief:
         return "127.0.0.1"
     # An engine on the chief's loopback is reached where the chief is.
-    family, kind, _, _, place = socket.getaddrinfo(far or chief_host, 9, type=socket.SOCK_DGRAM)[0]
+    target = remote or chief_host
+    family, kind, _, _, address = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
-        probe.connect(place)  # sends nothing; it picks the interface
+        probe.connect(address)  # sends nothing; it picks the interface
         return probe.getsockname()[0]
 
 
 def _is_loopback(host: str) -> bool:
-    return all(
-        place[4][0].startswith("127.") or place[4][0] == "::1"
-        for place in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    )
+    addresses = [info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    return all(address.startswith("127.") or address == "::1" for address in addresses)

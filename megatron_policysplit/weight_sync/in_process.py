@@ -1,6 +1,4 @@
-"""Weights for engines that live in the trainer's own processes (`local`, `replay`): one beside
-every leader.
-"""
+"""Weights for engines in the trainer's own processes (`local`, `replay`), one in every leader's."""
 
 from __future__ import annotations
 
@@ -12,13 +10,15 @@ from megatron_policysplit.rollout.engine import InProcessEngine
 
 
 def load_in_process(actor: Actor, engine: InProcessEngine | None, version: int) -> None:
-    """Stream the weights into the leader's engine (None on other ranks). Collective over all ranks.
+    """Stream the weights into the leader's engine (None on other ranks), as `version`.
 
-    In the main thread, as every collective: `Engine.load` reads the stream in the thread that it
-    runs in, so it gets an event loop of its own here, not the one on which it generates.
+    Collective over all ranks, in the main thread (`consume_weights`). If the engine fails on one
+    rank, all ranks raise.
     """
 
     def take(stream) -> None:
+        # Each step of the stream is a collective, which only the main thread may call. So `load`
+        # gets an event loop of its own here, not the control loop, on which the engine generates.
         if engine is not None:
             asyncio.run(engine.load(stream, version))
 

@@ -1,8 +1,14 @@
 """One engine through one weight sync: the calls before the weights, and those after them.
 
-Order: pause, begin, (the weights), end, flush, set version, continue, read the version back. SGLang
-has no way back from a session that fails half-way, so an engine on which any call fails stays
-paused.
+Order: pause, begin, (the weights), end, flush, set version, continue, read the version back.
+
+Pause comes first, so that no request is answered with mixed weights. The flush comes before the
+engine continues: its prefix cache holds what the old weights computed. The version is set last,
+when all else has succeeded; it is read back because a server that was started again meanwhile has
+other weights, and says so.
+
+SGLang has no way back from a session that fails half-way, so an engine on which any call fails
+stays paused.
 """
 
 from __future__ import annotations
@@ -25,12 +31,14 @@ Step = Callable[[Member], Coroutine[Any, Any, None]]
 async def open_session(
     member: Member, *, begins: bool, limit: float, before_load: Hook | None
 ) -> None:
-    """Pause the engine and, if `begins`, open a weight-update session. limit: seconds for each
-    call.
+    """Pause the engine, call `before_load`, and open a weight-update session if `begins`.
+
+    begins: whether the transport has a session. limit: seconds for each call. before_load: what a
+    colocated engine needs before it has memory for weights. Raises EngineError if a call fails.
     """
-    await within(limit, member, "pausing", member.client.pause())
+    await with_limit(limit, member, "pausing", member.client.pause())
     if before_load is not None:
-        await within(limit, member, "getting ready for weights", before_load(member))
+        await with_limit(limit, member, "getting ready for weights", before_load(member))
     if begins:
         await begin(member, limit)
     else:
@@ -38,23 +46,26 @@ async def open_session(
 
 
 async def begin(member: Member, limit: float) -> None:
-    """Open a session; one that is open already, of a trainer that died or of a failed attempt, is
-    ended first.
+    """Open a session; one that is open already is ended first.
+
+    A trainer that died leaves one open, and so does an attempt that failed.
     """
     try:
-        await within(limit, member, "opening a weight update", member.client.begin_update())
+        await with_limit(limit, member, "opening a weight update", member.client.begin_update())
     except EngineRefused as refused:
         try:
-            await within(limit, member, "ending an older weight update", member.client.end_update())
+            await with_limit(
+                limit, member, "ending an older weight update", member.client.end_update()
+            )
         except EngineRefused:
             raise refused from None  # none was open, so it was for another reason
-        await within(limit, member, "opening a weight update", member.client.begin_update())
+        await with_limit(limit, member, "opening a weight update", member.client.begin_update())
 
 
 async def end_if_open(member: Member, limit: float) -> None:
     """End a session that was left open; SGLang refuses when there is none, which is as good."""
     try:
-        await within(limit, member, "ending an older weight update", member.client.end_update())
+        await with_limit(limit, member, "ending an older weight update", member.client.end_update())
     except EngineRefused:
         return
 
@@ -62,62 +73,69 @@ async def end_if_open(member: Member, limit: float) -> None:
 async def close_session(
     member: Member, version: int, *, ends: bool, limit: float, after_load: Hook | None
 ) -> None:
-    """Make the engine generate with the weights it has taken; it then says that it has `version`.
+    """Make the engine generate with the weights it has taken, and say that it has `version`.
 
-    Raises EngineError, with the engine paused, if it does not.
+    ends: whether a session is open. limit: seconds for each call. after_load: what a colocated
+    engine needs before it can generate. Raises EngineError if a call fails or the engine says
+    another version; an engine that was continued is paused again.
     """
     client = member.client
     if ends:
-        await within(limit, member, "ending the weight update", client.end_update())
+        await with_limit(limit, member, "ending the weight update", client.end_update())
     if after_load is not None:
-        await within(limit, member, "getting ready to generate", after_load(member))
+        await with_limit(limit, member, "getting ready to generate", after_load(member))
     await _flush(member, limit)
-    await within(limit, member, "setting the version", client.set_version(str(version)))
-    await within(limit, member, "continuing", client.proceed())
+    await with_limit(limit, member, "setting the version", client.set_version(str(version)))
+    await with_limit(limit, member, "continuing", client.proceed())
     try:
-        served = await within(limit, member, "reading the version back", client.version())
+        served = await with_limit(limit, member, "reading the version back", client.version())
         if served != str(version):
             raise EngineRefused(
                 f"{member.address} says weight version {served!r} after version {version} was set",
                 200,
             )
     except EngineError:
-        await within(limit, member, "pausing", client.pause())
+        # It generates already, maybe with other weights than the run's.
+        await with_limit(limit, member, "pausing", client.pause())
         raise
 
 
 async def abandon(member: Member, *, ends: bool, limit: float) -> bool:
-    """After a failure, as far as the engine still answers: have it paused, and no session open into
-    which a bucket that is late could be loaded. Whether it answered.
+    """Leave a failed engine paused and without a session; return whether it answered.
+
+    Into a session that stays open a bucket that is late could still be loaded. ends: whether the
+    transport has a session. limit: seconds for each call. Raises nothing if the engine is gone.
     """
     answered = False
-    for call in (member.client.pause, member.client.end_update) if ends else (member.client.pause,):
+    calls = [member.client.pause, *([member.client.end_update] if ends else [])]
+    for call in calls:
         try:
-            await within(limit, member, "giving up a weight update", call())
+            await with_limit(limit, member, "giving up a weight update", call())
             answered = True
-        except EngineRefused:
+        except EngineRefused:  # it is paused already, or no session is open
             answered = True
         except EngineUnreachable:
-            continue
+            continue  # the other call may get through all the same
     return answered
 
 
 async def _flush(member: Member, limit: float) -> None:
-    """Empty the prefix cache, which the old weights filled; aborted requests may take a moment to
-    be gone.
+    """Empty the prefix cache, which the old weights filled.
+
+    An engine refuses while requests run, and those that the pause aborted take a moment to be gone.
     """
     deadline = asyncio.get_running_loop().time() + limit
     while True:
         try:
-            return await within(limit, member, "flushing its cache", member.client.flush())
+            return await with_limit(limit, member, "flushing its cache", member.client.flush())
         except EngineRefused:
             if asyncio.get_running_loop().time() > deadline:
                 raise
         await asyncio.sleep(FLUSH_AGAIN_SECONDS)
 
 
-async def each(members: Sequence[Member], step: Step) -> Failures:
-    """`step` on all members at the same time; those on which it failed."""
+async def call_each(members: Sequence[Member], step: Step) -> Failures:
+    """Call `step` on all members at the same time; return those on which it failed."""
     failures = await asyncio.gather(*(_attempt(member, step) for member in members))
     return {
         member.index: failure
@@ -134,8 +152,8 @@ async def _attempt(member: Member, step: Step) -> Failure | None:
     return None
 
 
-def explained(failures: Failures) -> Failures:
-    """Of a bucket or a snapshot: why an engine may have ended while it took that."""
+def add_hint(failures: Failures) -> Failures:
+    """Add to silent failures why an engine may have ended while it took a bucket or snapshot."""
     hint = "(SGLang ends when tensors do not fit the model that it serves; its log says so)"
     return {
         index: Failure(f"{failure.why} {hint}", silent=True) if failure.silent else failure
@@ -144,13 +162,12 @@ def explained(failures: Failures) -> Failures:
 
 
 def as_failure(error: EngineError) -> Failure:
+    """Return the error of a call to an engine as what becomes of the engine."""
     return Failure(str(error), silent=isinstance(error, EngineUnreachable))
 
 
-async def within(limit: float, member: Member, doing: str, call: Awaitable[Any]) -> Any:
-    """`call` with a time limit in seconds; past it, EngineUnreachable says what the engine was
-    doing.
-    """
+async def with_limit(limit: float, member: Member, doing: str, call: Awaitable[Any]) -> Any:
+    """Await `call` for at most `limit` seconds; past them EngineUnreachable says `doing`."""
     try:
         async with asyncio.timeout(limit):
             return await call

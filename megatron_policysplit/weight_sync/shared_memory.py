@@ -1,4 +1,4 @@
-"""Memory that engines on this machine can read, and nothing of it left behind.
+"""Memory that engines on this machine can read, and that is gone when the run ends.
 
 torch keeps a small process, `torch_shm_manager`, that removes shared files when all who used them
 are gone. Started by torch it inherits the trainer's standard error and its gloo sockets: peers of a
@@ -24,7 +24,7 @@ HEADER_BYTES = 4096  # more than what torch keeps in front of a shared file's da
 
 
 class SharedMemory:
-    """Buffers of one process, and the manager that outlives it if it is killed."""
+    """Makes the buffers of one process, and keeps torch's manager, which outlives it if killed."""
 
     def __init__(self):
         binary = Path(torch.__file__).parent / "bin" / "torch_shm_manager"
@@ -40,6 +40,7 @@ class SharedMemory:
                 f"{binary} does not start; weight_sync.transport=distributed or disk does without "
                 "it"
             )
+        # A finalizer also runs at the end of the process, without a `close`.
         self._end = weakref.finalize(
             self, _end_manager, self._manager, Path(os.fsdecode(self._socket)).parent
         )
@@ -51,46 +52,50 @@ class SharedMemory:
         torch.UntypedStorage._new_shared_filename_cpu(self._socket, name.encode(), 1)
 
     def buffer(self, nbytes: int, device: torch.device) -> Buffer:
-        """Memory on `device` that other processes can read."""
+        """Allocate memory on `device` that other processes can read."""
         return Buffer(nbytes, device)
 
     def close(self) -> None:
-        """End the manager; it is done at the end of the process too."""
+        """End the manager; done at the end of the process too."""
         self._end()
 
 
 class Buffer:
-    """flat: uint8[nbytes]. name: of its file in host memory; None for memory of a GPU.
+    """Memory that an engine can read: `flat`, uint8[nbytes], on the host or on a GPU.
 
-    A GPU's memory is not filled again before its reader is done with it, and SGLang answers before
-    that: such a buffer is used once, and torch keeps the memory until the reader lets go of it.
+    Raises ConfigError if host memory of that size is not free.
     """
 
     def __init__(self, nbytes: int, device: torch.device):
         host = device == torch.device("cpu")
         free = shutil.disk_usage(SHARED).free if host else nbytes
-        if nbytes > free:  # it would end in a bus error
+        if nbytes > free:  # writing to it would end in a bus error
             raise ConfigError(
                 f"a bucket of {nbytes >> 20} MiB does not fit in {SHARED}, of which {free >> 20} "
-                "MiB are free; "
-                "lower weight_sync.bucket_mib or give the machine more shared memory"
+                "MiB are free; lower weight_sync.bucket_mib or give the machine more shared memory"
             )
         self.flat = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self.name: str | None = None
+        self.name: str | None = None  # of its file in host memory; None for memory of a GPU
         if host:
             storage = self.flat.untyped_storage()
             self.name = storage._share_filename_cpu_()[1].decode()
-            # One reader more than there are: whoever takes himself for the last removes the file,
-            # and ends his process if it is gone already. `release` removes it.
+            # Counts one reader more than there are. A reader that takes itself for the last one
+            # removes the file, and its process ends if the file is gone already. So none may take
+            # itself for the last; `release` removes the file.
             storage._shared_incref()
             self._remove = weakref.finalize(self, _file(self.name).unlink, missing_ok=True)
 
     @property
     def reusable(self) -> bool:
+        """Whether it may be filled again once its readers have answered.
+
+        Not memory of a GPU: SGLang answers before it is done with it. Such a buffer is used once,
+        and torch keeps the memory until the reader lets go of it.
+        """
         return self.name is not None
 
     def release(self) -> None:
-        """Give the memory back, also where a reader has died; done at the end of the process too."""
+        """Give the memory back, also after a reader died; done at the end of the process too."""
         self.flat = torch.empty(0, dtype=torch.uint8)
         if self.name is not None:
             self._remove()
@@ -98,6 +103,7 @@ class Buffer:
             torch.cuda.ipc_collect()
 
 
+# Not a method: a finalizer that refers to its object would keep it alive.
 def _end_manager(manager: subprocess.Popen, directory: Path) -> None:
     manager.terminate()
     manager.wait()

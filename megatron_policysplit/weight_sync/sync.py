@@ -1,9 +1,9 @@
 """The actor's weights into every SGLang engine, and the order in which that happens.
 
-pause, begin, the weights, end, flush, set version, continue, read the version back: `session.py`
-for the calls before and after, a transport for the weights. No engine ever generates with mixed
-weights: one on which anything failed stays paused, and out of use until it has taken a full set.
-Engines do not wait for each other's failures.
+Order: pause, begin, the weights, end, flush, set version, continue, read the version back.
+`session.py` has the calls before and after, a transport (`transport.py`) gives the weights. No
+engine ever generates with mixed weights: one on which anything failed stays paused, and out of use
+until it has taken a full set. The others go on without it.
 """
 
 from __future__ import annotations
@@ -14,38 +14,51 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from megatron_policysplit.actor.actor import Actor
-from megatron_policysplit.actor.weights import Read, exported_tensors
-from megatron_policysplit.config import Config
-from megatron_policysplit.distributed.agree import together
+from megatron_policysplit.actor.weights import Read
 from megatron_policysplit.distributed.control import Control
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import EngineError
 from megatron_policysplit.serving.members import Member, Placement, State
 from megatron_policysplit.weight_sync import session
-from megatron_policysplit.weight_sync.bucket import plan_buckets
 from megatron_policysplit.weight_sync.disk import DiskTransport
 from megatron_policysplit.weight_sync.distributed import DistributedTransport
-from megatron_policysplit.weight_sync.outcome import Failure, Failures, merged
-from megatron_policysplit.weight_sync.session import Hook
+from megatron_policysplit.weight_sync.outcome import Failure, Failures, merge, results_of_all_ranks
+from megatron_policysplit.weight_sync.session import Hook, Step
 from megatron_policysplit.weight_sync.tensor import TensorTransport
+from megatron_policysplit.weight_sync.transport import SyncSettings, Transport, TransportContext
 
-ABSENT = (State.STARTING, State.DOWN)
-ABANDON_SECONDS = 10.0
+# By weight_sync.transport of the configuration, whose choices are these (config/schema.py).
+TRANSPORTS: dict[str, Callable[[TransportContext], Transport]] = {
+    "tensor": TensorTransport,
+    "distributed": DistributedTransport,
+    "disk": DiskTransport,
+}
+
+ABSENT = (State.STARTING, State.DOWN)  # states in which an engine is given no weights
+ABANDON_SECONDS = 10.0  # for each call to an engine that has failed
 
 
 class WeightSync:
-    """Built on every rank at once, and then called on every rank at once, in the main thread.
+    """Gives the actor's weights to the engines. One per rank; `serving.fleet.Fleet` uses it.
 
-    placements: of all engines, the same on every rank. members: those that this rank owns.
-    before_load, after_load: of an engine, between pause and begin, and between end and flush. read:
-    gives a parameter's values on the rank's own device.
+    The constructor, `push` and nothing else are collective over all ranks, in the main thread.
+    The constructor raises ConfigError, on every rank, if the transport cannot reach the engines.
 
-    Raises ConfigError on every rank if weight_sync.transport cannot reach the engines.
+    Args:
+        settings: of the configuration (`sync_settings`).
+        layout: where this rank stands.
+        control: on whose loop engines are called.
+        actor: whose weights they are.
+        placements: of all engines, the same on every rank.
+        members: the engines that this rank owns, often none.
+        before_load: called for each engine between pause and begin.
+        after_load: called for each engine between end and flush.
+        read: gives a parameter's values on the rank's own device.
     """
 
     def __init__(
         self,
-        config: Config,
+        settings: SyncSettings,
         layout: Layout,
         control: Control,
         actor: Actor,
@@ -58,61 +71,44 @@ class WeightSync:
     ):
         self.layout, self.control = layout, control
         self.members = {member.index: member for member in members}
-        self.limit = config.weight_sync.timeout_seconds
+        self.limit = settings.weight_sync.timeout_seconds
         self._before_load, self._after_load = before_load, after_load
-        transport = config.weight_sync.transport
-        plan = plan_buckets(
-            exported_tensors(actor.hf_config, layout.pipeline),
-            next(actor.model.parameters()).dtype,
-            config.weight_sync.bucket_mib << 20,
-            per_stage=transport == "distributed",
-        )
-        if transport == "disk":
-            self._transport = DiskTransport(config, layout, control, actor, self.members, read)
-        elif transport == "distributed":
-            self._transport = DistributedTransport(
-                config, layout, control, actor, self.members, plan, read
-            )
-        else:
-            self._transport = TensorTransport(
-                config, layout, control, actor, placements, self.members, plan, read
-            )
+        context = TransportContext(settings, layout, control, actor, placements, self.members, read)
+        self._transport = TRANSPORTS[settings.weight_sync.transport](context)
 
     def push(self, version: int, engines: set[int] | None = None) -> dict[int, str]:
-        """Give `engines` (None: all) the actor's weights as `version`; which of them did not take
-        them, and why.
+        """Give `engines` (None: all) the actor's weights as `version`; return who failed, and why.
 
-        Collective over all ranks; the same answer on each, {} if all took them. Those are SERVING
-        then; the others are QUARANTINED, or DOWN if nothing answers there any more. Engines that
-        are STARTING or DOWN are left as they are and named with their own reason. What fails
-        besides engines (an export, a disk) is raised on every rank; the engines are QUARANTINED
-        then.
+        The answer, by engine index, is the same on every rank, {} if all took the weights. Those
+        are SERVING then; the others are QUARANTINED, or DOWN if nothing answers there any more.
+        Engines that are STARTING or DOWN are left as they are and named with their own reason. What
+        fails besides engines (an export, a disk) is raised on every rank; the engines are
+        QUARANTINED then.
+
+        Collective over all ranks, in the main thread: at most three all-gathers of an object over
+        the world, and what the transport needs.
         """
-        mine = [
+        members = [
             member for index, member in self.members.items() if engines is None or index in engines
         ]
-        absent, tried = self._absent(mine)
-        mine = [member for member in mine if member.index in tried]
+        absent, present = self._split_absent(members)
+        members = [member for member in members if member.index in present]
         try:
-            failures = self._push(version, tried, mine)
+            failures = self._push(version, present, members)
         except Exception as error:
-            self._abandon(
-                {
-                    member.index: Failure(f"the weight sync was broken off ({error})")
-                    for member in mine
-                }
-            )
+            # Sessions may be open and weights mixed: no engine of this rank may go on.
+            broken_off = Failure(f"the weight sync was broken off ({error})")
+            self._abandon({member.index: broken_off for member in members})
             raise
         self._abandon(failures)
-        for member in mine:
+        for member in members:
             if member.index not in failures:
                 _serve(member, version)
-        return dict(
-            sorted((absent | {engine: failure.why for engine, failure in failures.items()}).items())
-        )
+        reasons = absent | {engine: failure.why for engine, failure in failures.items()}
+        return dict(sorted(reasons.items()))
 
-    def _push(self, version: int, tried: set[int], mine: Sequence[Member]) -> Failures:
-        """The engines of `tried` that failed. mine: those of them that this rank owns."""
+    def _push(self, version: int, present: set[int], members: Sequence[Member]) -> Failures:
+        """Return the engines of `present` that failed. members: those that this rank owns."""
         begins = self._transport.has_session
 
         async def begin(member: Member) -> None:
@@ -125,79 +121,80 @@ class WeightSync:
                 member, version, ends=begins, limit=self.limit, after_load=self._after_load
             )
 
-        failures = self._on_each(mine, begin)
-        live = tried - set(failures)
+        failures = self._call_each(members, begin)
+        live = present - set(failures)
         if live:
-            for member in mine:
+            for member in members:
                 if member.index in live:
-                    member.version = None
+                    member.version = None  # mixed weights, from the first bucket on
             failures |= self._transport.send(version, live)
-            failures |= self._on_each(
-                [member for member in mine if member.index not in failures], end
+            failures |= self._call_each(
+                [member for member in members if member.index not in failures], end
             )
         return failures
 
     @property
     def can_restore(self) -> bool:
-        """Whether `restore_from_snapshot` has something to give: after the first push with
-        transport=disk.
-        """
-        return isinstance(self._transport, DiskTransport) and self._transport.version is not None
+        """Whether the transport has a snapshot to restore from: with disk, after the first push."""
+        return self._transport.snapshot is not None
 
     async def restore_from_snapshot(self, member: Member) -> None:
-        """Give one engine of this rank the newest weights without any other rank; on the control
-        loop.
+        """Give one engine of this rank the newest weights without any other rank.
 
-        Raises EngineError, with the engine QUARANTINED or DOWN, if it does not take them;
-        RuntimeError unless `can_restore`.
+        On the control loop. Raises EngineError, with the engine QUARANTINED or DOWN, if it does not
+        take them; RuntimeError unless `can_restore`.
         """
-        if not self.can_restore:
+        snapshot = self._transport.snapshot  # the main thread may replace it meanwhile
+        if snapshot is None:
             raise RuntimeError("there is no snapshot to restore an engine from")
-        transport, version = self._transport, self._transport.version
         member.version = None
         try:
             await session.open_session(
                 member, begins=False, limit=self.limit, before_load=self._before_load
             )
-            await transport.load(member, version)
+            await snapshot.load(member)
             await session.close_session(
-                member, version, ends=False, limit=self.limit, after_load=self._after_load
+                member, snapshot.version, ends=False, limit=self.limit, after_load=self._after_load
             )
         except EngineError as error:
             await self._leave_paused(member, session.as_failure(error))
             raise
-        _serve(member, version)
+        _serve(member, snapshot.version)
 
     def close(self) -> None:
-        """Give up what the transport holds: groups, shared memory. Engines keep their weights."""
+        """Give up what the transport holds: groups, shared memory. Engines keep their weights.
+
+        Each rank for itself, not collective.
+        """
         self._transport.close()
 
-    def _absent(self, mine: Sequence[Member]) -> tuple[dict[int, str], set[int]]:
-        """Over all ranks: the engines that cannot be tried, with their reason, and those that can."""
-        own = {member.index: (member.state, member.why) for member in mine}
-        everyone = {
-            index: found
-            for rank in together(self.layout, lambda: own)
-            for index, found in rank.items()
+    def _split_absent(self, members: Sequence[Member]) -> tuple[dict[int, str], set[int]]:
+        """Return why engines cannot be tried, and which can, over all ranks (one all-gather)."""
+        local_states = {member.index: (member.state, member.why) for member in members}
+        # Exchanged, not asked again later: a state may change on the control loop meanwhile, and
+        # all ranks have to act on the same one.
+        states = {
+            index: state
+            for rank_states in results_of_all_ranks(self.layout, lambda: local_states)
+            for index, state in rank_states.items()
         }
         absent = {
             index: f"it is {state.value}" + (f" ({why})" if why else "")
-            for index, (state, why) in everyone.items()
+            for index, (state, why) in states.items()
             if state in ABSENT
         }
-        return absent, set(everyone) - set(absent)
+        return absent, set(states) - set(absent)
 
     def _abandon(self, failures: Failures) -> None:
         """Leave the failed engines of this rank paused, and say so in their state."""
 
         async def leave_all() -> None:
-            failed = [
-                (self.members[index], why)
-                for index, why in failures.items()
-                if index in self.members
-            ]
             await asyncio.gather(
-                *(self._leave_paused(member, failure) for member, failure in failed)
+                *(
+                    self._leave_paused(self.members[index], failure)
+                    for index, failure in failures.items()
+                    if index in self.members
+                )
             )
 
         self.control.run(leave_all())
@@ -207,8 +204,13 @@ class WeightSync:
         answered = await session.abandon(member, ends=self._transport.has_session, limit=limit)
         member.state, member.why = State.QUARANTINED if answered else State.DOWN, failure.why
 
-    def _on_each(self, members: Sequence[Member], step: Callable) -> Failures:
-        return merged(together(self.layout, lambda: self.control.run(session.each(members, step))))
+    def _call_each(self, members: Sequence[Member], step: Step) -> Failures:
+        """Call `step` on this rank's members; return all ranks' failures (one all-gather)."""
+        return merge(
+            results_of_all_ranks(
+                self.layout, lambda: self.control.run(session.call_each(members, step))
+            )
+        )
 
 
 def _serve(member: Member, version: int) -> None:

@@ -1,9 +1,11 @@
 """transport=tensor: the engines read the weights from memory of the trainer, on the same machine.
 
 Engines apart from the actor: the chief gets the full tensors and puts them, bucket by bucket, into
-shared host memory, from which every rank of every engine copies its part. Colocated engines: every
-actor rank gets the full tensors on its own device and gives its engine rank a handle to them (CUDA
-IPC on a GPU).
+shared host memory, from which every rank of every engine copies its part.
+
+Colocated engines: every actor rank gets the full tensors on its own device and gives its engine
+rank a handle to them (CUDA IPC on a GPU). The owner of the engine posts the handles of all its
+ranks in one request.
 """
 
 from __future__ import annotations
@@ -19,55 +21,42 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from megatron_policysplit.actor.actor import Actor
-from megatron_policysplit.actor.weights import CPU, Read, consume_weights
-from megatron_policysplit.config import Config
-from megatron_policysplit.distributed.agree import together
-from megatron_policysplit.distributed.control import Control, Work
+from megatron_policysplit.actor.weights import CPU, consume_weights
+from megatron_policysplit.distributed.control import Work
 from megatron_policysplit.distributed.device import training_device
-from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.serving.members import Member, Placement
 from megatron_policysplit.weight_sync import session
-from megatron_policysplit.weight_sync.bucket import Bucket, payload
-from megatron_policysplit.weight_sync.outcome import Failure, Failures, merged
+from megatron_policysplit.weight_sync.bucket import payload
+from megatron_policysplit.weight_sync.outcome import Failure, Failures, merge, results_of_all_ranks
 from megatron_policysplit.weight_sync.shared_memory import Buffer, SharedMemory
+from megatron_policysplit.weight_sync.transport import SyncSettings, TransportContext
 
-OTHER = "weight_sync.transport=distributed"
+REMEDY = "weight_sync.transport=distributed"
 
 
 class TensorTransport:
-    """Built on all ranks at once: it creates a group for every colocated engine."""
+    """The engines read memory of the trainer. Implements `transport.Transport`.
+
+    The constructor makes one gloo group for each colocated engine, of the ranks it runs on.
+    """
 
     has_session = True
+    snapshot = None
 
-    def __init__(
-        self,
-        config: Config,
-        layout: Layout,
-        control: Control,
-        actor: Actor,
-        placements: Sequence[Placement],
-        members: Mapping[int, Member],
-        plan: Sequence[Bucket],
-        read: Read,
-    ):
-        self.layout, self.control, self.members, self.plan, self.read = (
-            layout,
-            control,
-            members,
-            plan,
-            read,
-        )
-        self.actor = actor
-        self.limit = config.weight_sync.timeout_seconds
-        self.colocated = config.rollout.colocated
-        together(
-            layout, lambda: check_reach(config, [member.address for member in members.values()])
-        )
-        self._own: Placement | None = None  # the engine that runs on this rank's device
+    def __init__(self, context: TransportContext):
+        settings, layout = context.settings, context.layout
+        self.layout, self.control, self.actor = layout, context.control, context.actor
+        self.members, self.read = context.members, context.read
+        self.plan = context.plan_buckets(per_stage=False)
+        self.limit = settings.weight_sync.timeout_seconds
+        self.colocated = settings.colocated
+        addresses = [member.address for member in self.members.values()]
+        results_of_all_ranks(layout, lambda: check_reach(settings, addresses))
+        self._engine: Placement | None = None  # the engine that runs on this rank's device
         self._group: dist.ProcessGroup | None = None
-        for placement in placements if self.colocated else ():
+        for placement in context.placements if self.colocated else ():
+            # Every rank makes every group, as torch wants it.
             # An owner posts, and waits for the answer, while the other ranks wait in this group.
             group = dist.new_group(
                 list(placement.ranks),
@@ -75,39 +64,44 @@ class TensorTransport:
                 timeout=timedelta(seconds=2 * self.limit + 60),
             )
             if layout.rank in placement.ranks:
-                self._own, self._group = placement, group
+                self._engine, self._group = placement, group
         self._memory: SharedMemory | None = None
-        self._kept: list[Buffer] = []  # that an engine which fell silent may still be about to read
+        # Buffers that an engine which fell silent may still read.
+        self._retained: list[Buffer] = []
 
     def send(self, version: int, live: set[int]) -> Failures:
-        """Give all buckets to the engines in `live`, on which a session is open. Collective over
-        all ranks.
+        """Give all buckets to the engines in `live`.
+
+        Beside the export one all-gather of an object over the world; if colocated, per bucket one
+        gather and one broadcast of objects over the ranks of each engine.
         """
-        return merged(together(self.layout, lambda: self._send(live)))
+        return merge(results_of_all_ranks(self.layout, lambda: self._send(live)))
 
     def close(self) -> None:
-        self._release_kept()
+        """Release all shared memory, and end the process that guards it."""
+        self._release_retained()
         if self._memory is not None:
             self._memory.close()
 
     def _send(self, live: set[int]) -> Failures:
-        self._release_kept()
+        # An engine that was silent in the last sync has answered since, or is not in `live`.
+        self._release_retained()
         if self.colocated:
             return self._consume(
-                "every_rank", lambda stream: self._give_own(stream, live), training_device()
+                "every_rank", lambda stream: self._share_colocated(stream, live), training_device()
             )
         if not self.layout.is_exported:
             return {}
         destination = "leader" if self.layout.data_rank == 0 else "nowhere"
-        return self._consume(destination, lambda stream: self._give_all(stream, live), CPU)
+        return self._consume(destination, lambda stream: self._share_from_chief(stream, live), CPU)
 
     def _consume(self, destination, take, device: torch.device) -> Failures:
         return consume_weights(
             self.actor.model, self.actor.hf_config, destination, take, device=device, read=self.read
         )
 
-    def _give_all(self, stream, live: set[int]) -> Failures:
-        """The chief's part: fill one buffer while the engines read the other."""
+    def _share_from_chief(self, stream, live: set[int]) -> Failures:
+        """As the chief, fill one buffer while the engines read the other."""
         if not self.layout.is_chief:
             return {}
         failures: Failures = {}
@@ -115,10 +109,11 @@ class TensorTransport:
         pending: Work | None = None
         try:
             for index, bucket in enumerate(self.plan):
-                if index < 2:
+                if index < 2:  # two buffers in turn, each as large as the largest still to come
                     buffers.append(self._buffer(max(b.nbytes for b in self.plan[index:]), CPU))
                 flat = buffers[index % 2].flat[: bucket.nbytes]
                 bucket.fill(stream, flat)
+                # An engine takes one bucket at a time. With its answer the other buffer is free.
                 if pending is not None:
                     failures.update(pending.result())
                 receivers = [self.members[engine] for engine in sorted(live - set(failures))]
@@ -132,56 +127,62 @@ class TensorTransport:
             return failures
         finally:
             if pending is not None:
-                pending.wait()
-            self._give_back(buffers, failures)
+                pending.wait()  # also after an error: engines may be reading the buffer
+            self._release_buffers(buffers, failures)
 
-    def _give_own(self, stream, live: set[int]) -> Failures:
-        """A colocated rank's part: its own copy for its own engine rank; the owner posts for all of
-        them.
+    def _share_colocated(self, stream, live: set[int]) -> Failures:
+        """As a rank with a colocated engine, fill a buffer for the engine rank on this device.
+
+        The owner posts for all ranks of the engine.
         """
-        placement = self._own
+        placement = self._engine
         if placement is None or placement.index not in live:
             return {}
         buffer: Buffer | None = None
         failures: Failures = {}
         try:
             for bucket in self.plan:
-                mine: str | Exception
+                handle: str | Exception
                 try:
                     if buffer is None or not buffer.reusable:
                         buffer = self._buffer(max(b.nbytes for b in self.plan), training_device())
                     flat = buffer.flat[: bucket.nbytes]
                     bucket.fill(stream, flat)
-                    mine = payload(bucket, flat)
+                    handle = payload(bucket, flat)
                 except Exception as error:  # raised below, once the other ranks of the engine know
-                    mine = error
-                failure, stopped = self._post_together(placement, mine)
-                if isinstance(mine, Exception):
-                    raise mine
+                    handle = error
+                failure, stopped = self._gather_and_post(placement, handle)
+                if isinstance(handle, Exception):
+                    raise handle
                 if failure is not None:
                     failures = {placement.index: failure}
                 if stopped or failures:
                     break
             return failures
         finally:
-            self._give_back([buffer] if buffer is not None else [], failures)
+            self._release_buffers([buffer] if buffer is not None else [], failures)
 
-    def _post_together(
-        self, placement: Placement, mine: str | Exception
+    def _gather_and_post(
+        self, placement: Placement, handle: str | Exception
     ) -> tuple[Failure | None, bool]:
-        """Gather the payloads of an engine's ranks to its owner and post them: why the engine
-        failed, and whether a rank did.
+        """Gather the handles of an engine's ranks to its owner, which posts them.
+
+        Returns why the engine failed (None if it did not), and whether a rank failed: then nothing
+        was posted. One gather and one broadcast of objects over the engine's ranks.
         """
-        given: list[str | None] | None = (
-            [None] * len(placement.ranks) if self.layout.rank == placement.owner else None
-        )
+        is_owner = self.layout.rank == placement.owner
+        handles: list[str | None] | None = [None] * len(placement.ranks) if is_owner else None
+        # A rank that failed takes part all the same, or the others would wait for it.
         dist.gather_object(
-            None if isinstance(mine, Exception) else mine, given, placement.owner, self._group
+            None if isinstance(handle, Exception) else handle,
+            handles,
+            placement.owner,
+            self._group,
         )
         verdict: list = [None, True]
-        if given is not None and None not in given:
+        if handles is not None and None not in handles:
             member = self.members[placement.index]
-            failures = self.control.run(self._post([member], {member.index: given}))
+            failures = self.control.run(self._post([member], {member.index: handles}))
             verdict = [failures.get(member.index), False]
         dist.broadcast_object_list(verdict, placement.owner, self._group)
         return verdict[0], verdict[1]
@@ -194,61 +195,64 @@ class TensorTransport:
                 payloads[member.index], timeout_seconds=self.limit
             )
 
-        return session.explained(await session.each(members, update))
+        return session.add_hint(await session.call_each(members, update))
 
-    def _give_back(self, buffers: Sequence[Buffer], failures: Failures) -> None:
-        """SGLang ends when the memory that it is told to read is gone, so an engine that may yet
-        come to it keeps it until the next sync, which starts only once that engine has answered or
-        been given up.
+    def _release_buffers(self, buffers: Sequence[Buffer], failures: Failures) -> None:
+        """Release the buffers, unless an engine may still come to read them.
+
+        SGLang ends when memory that it is told to read is gone. What a silent engine was told to
+        read stays until the next sync, which starts only once that engine has answered or is given
+        up.
         """
         if any(failure.silent for failure in failures.values()):
-            self._kept += buffers
+            self._retained += buffers
         else:
             for buffer in buffers:
                 buffer.release()
 
-    def _release_kept(self) -> None:
-        while self._kept:
-            self._kept.pop().release()
+    def _release_retained(self) -> None:
+        while self._retained:
+            self._retained.pop().release()
 
     def _buffer(self, nbytes: int, device: torch.device) -> Buffer:
-        if self._memory is None:
+        if self._memory is None:  # not in the constructor: it starts a process
             self._memory = SharedMemory()
         return self._memory.buffer(nbytes, device)
 
 
-def check_reach(config: Config, addresses: Sequence[str]) -> None:
-    """ConfigError if engines at `addresses` cannot read this process's memory, with the way out."""
+def check_reach(settings: SyncSettings, addresses: Sequence[str]) -> None:
+    """Raise ConfigError if engines at `addresses` cannot read this rank's memory."""
     for address in addresses:
         if not is_this_machine(address):
             raise ConfigError(
                 f"weight_sync.transport=tensor shares memory, but {address} is not on this "
-                f"machine; set {OTHER}"
+                f"machine; set {REMEDY}"
             )
-    ours = installed_version("torch")
-    if config.rollout.addresses:
-        if config.rollout.colocated:
+    # A handle is torch's own description of memory, which differs from release to release.
+    trainer_torch = installed_version("torch")
+    if settings.external_servers:
+        if settings.colocated:
             raise ConfigError(
                 "weight_sync.transport=tensor cannot tell which torch the servers in "
-                "rollout.addresses run, and GPU "
-                f"memory is shared between equal versions only ({ours} here); set {OTHER}"
+                "rollout.addresses run, and GPU memory is shared between equal versions only "
+                f"({trainer_torch} here); set {REMEDY}"
             )
         return
-    other = "weight_sync.transport=disk" if config.rollout.colocated else OTHER
-    python = config.rollout.server.python
+    remedy = "weight_sync.transport=disk" if settings.colocated else REMEDY
+    python = settings.server_python
     if python is None or python == sys.executable:
         return
-    theirs = _torch_version(python)
-    if _release(theirs) != _release(ours):
+    server_torch = _torch_version(python)
+    if _release(server_torch) != _release(trainer_torch):
         raise ConfigError(
             "weight_sync.transport=tensor shares memory between equal versions of torch only; "
-            "rollout.server.python="
-            f"{python} has torch {theirs}, the trainer {ours}; set {other} or install the same "
-            "version"
+            f"rollout.server.python={python} has torch {server_torch}, "
+            f"the trainer {trainer_torch}; set {remedy} or install the same version"
         )
 
 
 def _torch_version(python: str) -> str:
+    """Return the version of torch that an interpreter has; ConfigError if it has none."""
     question = "from importlib.metadata import version; print(version('torch'))"
     try:
         done = subprocess.run([python, "-c", question], capture_output=True, text=True, timeout=60)
@@ -263,20 +267,20 @@ def _torch_version(python: str) -> str:
 
 
 def _release(version: str) -> str:
-    """2.13.0 of 2.13.0+cu130: builds of one release share memory."""
+    """Return 2.13.0 of 2.13.0+cu130: builds of one release share memory."""
     return version.split("+")[0]
 
 
-def is_this_machine(address: str) -> bool:
-    """Whether the host of a URL is an address of this machine."""
+def is_this_machine(url: str) -> bool:
+    """Return whether the host of a URL is an address of this machine."""
     try:
-        found = socket.getaddrinfo(urlsplit(address).hostname, None, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(urlsplit(url).hostname, None, type=socket.SOCK_STREAM)
     except OSError:
         return False
-    for family, kind, protocol, _, place in found:
+    for family, kind, protocol, _, address in addresses:
         with socket.socket(family, kind, protocol) as probe:
             try:
-                probe.bind((place[0], 0, *place[2:]))  # only an own address can be bound
+                probe.bind((address[0], 0, *address[2:]))  # only an own address can be bound
             except OSError:
                 continue
             return True

@@ -32,7 +32,7 @@ def syncing(config: Config, sizes: Sequence[int] = (), **options) -> Iterator[tu
     from megatron_policysplit.distributed.stop_signal import StopSignal
     from megatron_policysplit.rollout.sglang_http import SglangClient
     from megatron_policysplit.serving.members import Member, Placement, State
-    from megatron_policysplit.weight_sync import WeightSync
+    from megatron_policysplit.weight_sync import WeightSync, sync_settings
 
     addresses = config.rollout.addresses
     sizes = sizes or [1] * len(addresses)
@@ -52,7 +52,7 @@ def syncing(config: Config, sizes: Sequence[int] = (), **options) -> Iterator[tu
     if config.rollout.colocated:
         config.rollout.addresses = []  # colocated servers are the run's own
     actor = Actor(config, read_hf_config(config.model.path), layout)
-    sync = WeightSync(config, layout, control, actor, placements, members, **options)
+    sync = WeightSync(sync_settings(config), layout, control, actor, placements, members, **options)
     try:
         yield sync, {member.index: member for member in members}, actor, layout
     finally:

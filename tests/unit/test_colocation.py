@@ -29,6 +29,7 @@ FAILURES = {
     "it does not answer": ({1: {"fails": {"pause": "silence"}}}, "engine 1 .*did not answer"),
     "it never is idle": ({1: {"busy": 10**6}}, "engine 1 .*pending requests"),
     "both": ({number: {"fails": {"flush": "silence"}} for number in (0, 1)}, "engine [01] .*did not answer"),
+    "a defect": ({1: {"busy": "no number"}}, "unsupported operand type"),
     "it only says so": ({"rank 3": {"free": [6 * GIB]}}, r"GPU of rank 3 has 6\.00 GiB .* actor needs 40\.00 GiB"),
 }
 
@@ -173,7 +174,7 @@ def run_rank(rank, world, tensor, scenarios):
                 vars(actor).update(troubles.get(f"rank {rank}", {}) if cycle else {})
                 colocation.layout.barrier()  # generation ends
                 colocation.to_training()
-        except EngineError as error:
+        except Exception as error:
             ending = str(error)
         colocation.control.close()
         dist.barrier()

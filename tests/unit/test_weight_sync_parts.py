@@ -21,6 +21,7 @@ from megatron_policysplit.serving.members import Member, Placement
 from megatron_policysplit.weight_sync import session, shared_memory, tensor
 from megatron_policysplit.weight_sync.bucket import payload, plan_buckets
 from megatron_policysplit.weight_sync.groups import own_address
+from megatron_policysplit.weight_sync.transport import sync_settings
 from tests.support.fake_sglang import Unpickler
 
 CPU = torch.device("cpu")
@@ -242,7 +243,7 @@ def test_another_version_than_the_one_set_is_a_failure_and_the_engine_is_paused(
 
 def test_a_call_that_takes_too_long_says_what_the_engine_was_doing():
     async def run():
-        await session.within(0.01, member(Recorder()), "flushing its cache", asyncio.sleep(60))
+        await session.with_limit(0.01, member(Recorder()), "flushing its cache", asyncio.sleep(60))
 
     with pytest.raises(EngineUnreachable, match="127.0.0.1:1 took more than 0.01 s for flushing its cache"):
         asyncio.run(run())
@@ -261,7 +262,7 @@ def test_engines_elsewhere_cannot_share_memory():
     with pytest.raises(
         ConfigError, match="http://192.0.2.1:30000 is not on this machine; set weight_sync.transport=dis"
     ):
-        tensor.check_reach(Config(), ["http://192.0.2.1:30000"])
+        tensor.check_reach(sync_settings(Config()), ["http://192.0.2.1:30000"])
 
 
 def test_memory_is_shared_between_equal_versions_of_torch_only(tmp_path, monkeypatch):
@@ -275,21 +276,21 @@ def test_memory_is_shared_between_equal_versions_of_torch_only(tmp_path, monkeyp
     config.rollout.server.python = str(python)
     monkeypatch.setattr(tensor, "installed_version", lambda name: "2.13.0+cpu")
     has("2.13.0+cu130")
-    tensor.check_reach(config, [])
+    tensor.check_reach(sync_settings(config), [])
     has("2.9.1+cu128")
     with pytest.raises(ConfigError, match=r"torch 2.9.1\+cu128, the trainer 2.13.0.*set weight_sync.transport=distri"):
-        tensor.check_reach(config, [])
+        tensor.check_reach(sync_settings(config), [])
     python.write_text("#!/bin/sh\necho no such module >&2\nexit 1\n")
     with pytest.raises(ConfigError, match="has no torch .no such module."):
-        tensor.check_reach(config, [])
+        tensor.check_reach(sync_settings(config), [])
     config.rollout.server.python = str(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="nothing cannot be run"):
-        tensor.check_reach(config, [])
+        tensor.check_reach(sync_settings(config), [])
     config.rollout.addresses, config.rollout.colocated = ["http://127.0.0.1:1"], True
     with pytest.raises(ConfigError, match="cannot tell which torch"):
-        tensor.check_reach(config, [])
+        tensor.check_reach(sync_settings(config), [])
     config.rollout.colocated = False
-    tensor.check_reach(config, ["http://127.0.0.1:1"])
+    tensor.check_reach(sync_settings(config), ["http://127.0.0.1:1"])
 
 
 def test_the_address_at_which_engines_find_a_sender():
