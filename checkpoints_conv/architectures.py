@@ -1,4 +1,4 @@
-"""The supported architectures: a table of name pairs each, and their config in Megatron-Core's
+"""The supported architectures: a table of name mappings each, and their config in Megatron-Core's
 words.
 """
 
@@ -105,7 +105,7 @@ class Architecture:
             raise ModelError(f"config.json: {key}={value!r} is neither true nor false")
         return bool(value)
 
-    def pairs(self, hf_config: Mapping[str, Any]) -> list[tuple[int | None, list[ParamMapping]]]:
+    def mappings(self, hf_config: Mapping[str, Any]) -> list[tuple[int | None, list[ParamMapping]]]:
         """The table of the whole model in parts: embedding, each layer (with its number), norm and
         head.
         """
@@ -119,19 +119,19 @@ class Architecture:
 
     def _rows(self, layer: int, experts: int) -> Iterator[ParamMapping]:
         """The table of one layer; the rows of an expert stand together, one expert after the other."""
-        for per_expert, rows in groupby(self.layer, key=lambda pair: pair.per_expert):
+        for per_expert, rows in groupby(self.layer, key=lambda mapping: mapping.per_expert):
             if not per_expert:
-                yield from (pair.at(layer) for pair in rows)
+                yield from (mapping.at(layer) for mapping in rows)
                 continue
             rows = tuple(rows)
-            yield from (pair.at(layer, expert) for expert in range(experts) for pair in rows)
+            yield from (mapping.at(layer, expert) for expert in range(experts) for mapping in rows)
 
     def hf_tensors(self, hf_config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor of the model, in transformers' order; a tied head is left
         out.
         """
         sizes = self.sizes(hf_config)
-        sources = [src for _, part in self.pairs(hf_config) for src in in_hf_order(part)]
+        sources = [src for _, part in self.mappings(hf_config) for src in in_hf_order(part)]
         return {src.name: src.shape(sizes) for src in sources}
 
     def by_megatron_name(self, hf_config: Mapping[str, Any]) -> dict[str, ParamMapping]:
@@ -139,10 +139,10 @@ class Architecture:
         row.
         """
         table = {
-            name: pair
-            for _, part in self.pairs(hf_config)
-            for pair in part
-            for name in pair.megatron
+            name: mapping
+            for _, part in self.mappings(hf_config)
+            for mapping in part
+            for name in mapping.megatron
         }
         if self.sizes(hf_config).tied:
             table[TIED_HEAD.megatron[0]] = TIED_HEAD
@@ -207,8 +207,7 @@ class Architecture:
         ):
             raise ModelError(
                 "config.json: decoder_sparse_step and mlp_only_layers leave some layers without "
-                "experts; only models "
-                "with experts in every layer are supported"
+                "experts; only models with experts in every layer are supported"
             )
         return {
             "num_moe_experts": sizes.experts,
@@ -237,8 +236,7 @@ class Architecture:
             method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
             raise ModelError(
                 f"config.json has a quantization_config (quant_method={method!r}): quantized "
-                "weights are for serving "
-                "alone; give the directory that they were made from"
+                "weights are for serving alone; give the directory that they were made from"
             )
         self._refuse_window(hf_config)
         kinds = hf_config.get("layer_types")
@@ -267,8 +265,7 @@ class Architecture:
         if self._integer(hf_config, "sliding_window") < longest:
             raise ModelError(
                 f"config.json: sliding_window={window} is less than "
-                f"max_position_embeddings={longest}; sliding-window "
-                "attention is not supported"
+                f"max_position_embeddings={longest}; sliding-window attention is not supported"
             )
 
 
@@ -337,7 +334,7 @@ def in_hf_order(part: list[ParamMapping]) -> list[Source]:
     """Sources of a part in the order of transformers' state dict: a module's bias follows its
     weight.
     """
-    sources = [src for pair in part for src in pair.sources]
+    sources = [src for mapping in part for src in mapping.sources]
     modules = dict.fromkeys(src.name.rpartition(".")[0] for src in sources)
     order = {module: index for index, module in enumerate(modules)}
     return sorted(sources, key=lambda src: order[src.name.rpartition(".")[0]])

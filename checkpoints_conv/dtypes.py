@@ -41,6 +41,6 @@ def check_cast(dtypes: Mapping[str, str], target: str | None, allow_downcast: bo
     if rounded:
         more = f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""
         raise ModelError(
-            f"--dtype {target} would round tensor {rounded[0]} ({dtypes[rounded[0]]}){more}; "
-            "add --allow-downcast if that is meant"
+            f"--dtype {target} would round tensor {rounded[0]} ({dtypes[rounded[0]]}){more}; add "
+            "--allow-downcast if that is meant"
         )

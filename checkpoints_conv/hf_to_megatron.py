@@ -82,13 +82,13 @@ def list_chunks(
     found: dict[str, set[str]] = {}
     for parameter in parameters:
         found.setdefault(parameter.place.key, set()).update(
-            dtypes[src.name] for src in parameter.pair.sources
+            dtypes[src.name] for src in parameter.mapping.sources
         )
     chunks = []
     for parameter in parameters:
         stored = dtype or widest(found[parameter.place.key])
-        pieces = parameter.pair.pieces(sizes, 0, 1)
-        if len(pieces) == len(parameter.pair.sources) > 1:
+        pieces = parameter.mapping.pieces(sizes, 0, 1)
+        if len(pieces) == len(parameter.mapping.sources) > 1:
             chunks += [Chunk(parameter, p.offset, p.stop - p.start, (p,), stored) for p in pieces]
         else:
             chunks.append(Chunk(parameter, 0, parameter.shape[0], tuple(pieces), stored))

@@ -136,42 +136,42 @@ class ParamMapping:
         return tuple(shape)
 
 
-def replicated(pair: ParamMapping, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
+def replicated(mapping: ParamMapping, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
     """The whole tensor on every rank."""
-    return [Piece(pair.sources[0].name, 0, 0, pair.sources[0].shape(sizes)[0], 0)]
+    return [Piece(mapping.sources[0].name, 0, 0, mapping.sources[0].shape(sizes)[0], 0)]
 
 
-def vocab_parallel(pair: ParamMapping, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
+def vocab_parallel(mapping: ParamMapping, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
     """Equal shares of the padded vocabulary; padding rows, at the end, have no piece."""
     rows = sizes.padded_vocab(tensor) // tensor
     start = min(rank * rows, sizes.vocab)
     stop = min(start + rows, sizes.vocab)
-    return [Piece(pair.sources[0].name, 0, start, stop, 0)] if stop > start else []
+    return [Piece(mapping.sources[0].name, 0, start, stop, 0)] if stop > start else []
 
 
-def row_parallel(pair: ParamMapping, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
+def row_parallel(mapping: ParamMapping, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
     """Equal shares of the input dimension (row-parallel linear)."""
-    width = pair.sources[0].shape(sizes)[1] // tensor
-    return [Piece(pair.sources[0].name, 1, rank * width, (rank + 1) * width, 0)]
+    width = mapping.sources[0].shape(sizes)[1] // tensor
+    return [Piece(mapping.sources[0].name, 1, rank * width, (rank + 1) * width, 0)]
 
 
-def gate_up(pair: ParamMapping, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
+def gate_up(mapping: ParamMapping, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
     """Each rank's share of the gate above its share of the up projection."""
-    rows = pair.sources[0].shape(sizes)[0] // tensor
+    rows = mapping.sources[0].shape(sizes)[0] // tensor
     return [
         Piece(src.name, 0, rank * rows, (rank + 1) * rows, index * rows)
-        for index, src in enumerate(pair.sources)
+        for index, src in enumerate(mapping.sources)
     ]
 
 
-def qkv(pair: ParamMapping, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
+def qkv(mapping: ParamMapping, sizes: Sizes, rank: int, tensor: int) -> list[Piece]:
     """Query groups one after the other: the group's query heads, its key head, its value head."""
     groups = sizes.kv_heads // tensor
     query_rows = sizes.heads // sizes.kv_heads * sizes.head_dim
     pieces, offset = [], 0
     for group in range(rank * groups, (rank + 1) * groups):
         for src, rows in zip(
-            pair.sources, (query_rows, sizes.head_dim, sizes.head_dim), strict=True
+            mapping.sources, (query_rows, sizes.head_dim, sizes.head_dim), strict=True
         ):
             pieces.append(Piece(src.name, 0, group * rows, (group + 1) * rows, offset))
             offset += rows

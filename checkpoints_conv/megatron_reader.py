@@ -101,7 +101,7 @@ class MegatronCheckpoint:
 
     def hf_dtypes(self) -> dict[str, str]:
         """Name -> stored dtype of every Hugging Face tensor, in transformers' order."""
-        dtypes = {src.name: self.dtype(p) for p in self.parameters for src in p.pair.sources}
+        dtypes = {src.name: self.dtype(p) for p in self.parameters for src in p.mapping.sources}
         return {
             name: dtypes[name]
             for name in find_architecture(self.hf_config).hf_tensors(self.hf_config)
@@ -116,12 +116,12 @@ class MegatronCheckpoint:
         import torch
 
         sizes = find_architecture(self.hf_config).sizes(self.hf_config)
-        pieces = parameter.pair.pieces(sizes, 0, 1)
+        pieces = parameter.mapping.pieces(sizes, 0, 1)
         dtypes = dtypes or dict.fromkeys(
-            (src.name for src in parameter.pair.sources), self.dtype(parameter)
+            (src.name for src in parameter.mapping.sources), self.dtype(parameter)
         )
         if len(pieces) == len(
-            parameter.pair.sources
+            parameter.mapping.sources
         ):  # each source lies in one block: read that alone
             for piece in pieces:
                 shape = list(parameter.shape)
@@ -133,7 +133,7 @@ class MegatronCheckpoint:
         fused = self.read(
             parameter, [0] * len(parameter.shape), parameter.shape, self.dtype(parameter)
         )
-        for src in in_hf_order([parameter.pair]):
+        for src in in_hf_order([parameter.mapping]):
             tensor = torch.empty(src.shape(sizes), dtype=torch_dtype(dtypes[src.name]))
             for piece in (piece for piece in pieces if piece.source == src.name):
                 length = piece.stop - piece.start
@@ -237,8 +237,8 @@ class MegatronCheckpoint:
         padded = parameter.is_vocabulary and found[1:] == wanted[1:] and found[0] >= wanted[0]
         if found != wanted and not padded:
             raise CheckpointError(
-                f"tensor {key} in {self.path} has shape {list(found)}, "
-                f"but config.json of {self.hf} makes it {list(wanted)}"
+                f"tensor {key} in {self.path} has shape {list(found)}, but config.json of "
+                f"{self.hf} makes it {list(wanted)}"
             )
 
     def _check_chunks(self, key: str) -> None:

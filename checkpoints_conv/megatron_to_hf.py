@@ -60,10 +60,12 @@ def megatron_to_hf(
 
         def write() -> None:
             with progress(
-                sum(plan[src.name].nbytes for p in mine for src in p.pair.sources)
+                sum(plan[src.name].nbytes for p in mine for src in p.mapping.sources)
             ) as advance:
                 tensors = (
-                    pair for parameter in mine for pair in checkpoint.hf_tensors(parameter, dtypes)
+                    mapping
+                    for parameter in mine
+                    for mapping in checkpoint.hf_tensors(parameter, dtypes)
                 )
                 for name, tensor in read_ahead(tensors):
                     files.write(name, tensor)

@@ -39,10 +39,10 @@ KEY = "quantization_config"
 def weight_groups(hf_config: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The weights that are quantized; those that serving fuses into one matrix stand together."""
     return [
-        tuple(src.name for src in pair.sources)
-        for _, part in find_architecture(hf_config).pairs(hf_config)
-        for pair in part
-        if pair.rule in (qkv, gate_up, row_parallel) and len(pair.sources[0].dims) == 2
+        tuple(src.name for src in mapping.sources)
+        for _, part in find_architecture(hf_config).mappings(hf_config)
+        for mapping in part
+        if mapping.rule in (qkv, gate_up, row_parallel) and len(mapping.sources[0].dims) == 2
     ]
 
 
@@ -89,8 +89,7 @@ def check_blocks(hf_config: Mapping[str, Any]) -> None:
         if size % BLOCK:
             raise ModelError(
                 f"--format fp8-block cuts matrices into blocks of {BLOCK} x {BLOCK}, but "
-                f"{key}={size} of the model is "
-                f"no multiple of {BLOCK}; use --format fp8"
+                f"{key}={size} of the model is no multiple of {BLOCK}; use --format fp8"
             )
 
 
@@ -128,8 +127,7 @@ def read_format(hf_config: Mapping[str, Any]) -> str:
     method = found.get("quant_method") if isinstance(found, Mapping) else found
     raise ModelError(
         f"config.json: {KEY} with quant_method={method!r} is not one of the formats that are "
-        "known: "
-        f"{', '.join(FORMATS)} of `policysplit convert quantize`"
+        f"known: {', '.join(FORMATS)} of `policysplit convert quantize`"
     )
 
 

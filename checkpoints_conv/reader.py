@@ -133,8 +133,7 @@ def check_safetensors(path: str | Path) -> dict[str, TensorInfo]:
     if head in found and head not in wanted and not _same_bytes(found[head], found[embedding]):
         raise ModelError(
             f"{path} has a {head} that differs from {embedding}, although config.json has "
-            "tie_word_embeddings=true; "
-            "transformers does not tie them then: set it to false"
+            "tie_word_embeddings=true; transformers does not tie them then: set it to false"
         )
     return found
 
@@ -309,8 +308,7 @@ def _check_bytes(file: Path, tensors: Mapping[str, TensorInfo], data: int) -> No
         ):
             raise ModelError(
                 f"{file} is damaged: its header gives tensor {name} ({info.dtype}, shape "
-                f"{list(info.shape)}) the bytes "
-                f"{info.start} to {info.stop}"
+                f"{list(info.shape)}) the bytes {info.start} to {info.stop}"
             )
         end = info.stop
 

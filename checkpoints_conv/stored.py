@@ -38,7 +38,7 @@ class Parameter:
     """A Megatron parameter of the whole model, unsharded: one layer's, and one expert's if it is
     one of experts.
 
-    pair: its row of the mapping table. shape: without padding of the vocabulary. forms: the ways in
+    mapping: its row of the mapping table. shape: without padding of the vocabulary. forms: the ways in
     which Megatron-Core stores it, the one in which it is written first: all layers (and experts)
     stacked along first axes of one tensor; a tensor for each layer, its experts stacked
     (`non_homogeneous_layers`); a tensor for each matrix, gate and up projection apart
@@ -47,7 +47,7 @@ class Parameter:
     look for them.
     """
 
-    pair: ParamMapping
+    mapping: ParamMapping
     shape: tuple[int, ...]
     forms: tuple[tuple[Place, ...], ...]
     copy: bool = False
@@ -64,7 +64,7 @@ class Parameter:
     @property
     def is_vocabulary(self) -> bool:
         """Whether rows of padding may follow those of the vocabulary."""
-        return self.pair.rule is vocab_parallel
+        return self.mapping.rule is vocab_parallel
 
 
 def list_parameters(hf_config: Mapping[str, Any]) -> list[Parameter]:
@@ -74,13 +74,13 @@ def list_parameters(hf_config: Mapping[str, Any]) -> list[Parameter]:
     architecture = find_architecture(hf_config)
     sizes = architecture.sizes(hf_config)
     parameters = []
-    for layer, part in architecture.pairs(hf_config):
-        for pair in part:
-            parameters.append(_parameter(pair, layer, sizes))
+    for layer, part in architecture.mappings(hf_config):
+        for mapping in part:
+            parameters.append(_parameter(mapping, layer, sizes))
             if (
-                pair.rule is replicated
+                mapping.rule is replicated
                 and layer is not None
-                and pair.megatron == MOE_NORM.at(layer).megatron
+                and mapping.megatron == MOE_NORM.at(layer).megatron
             ):
                 # Megatron-Core's own layers look for it where a dense model has it.
                 parameters.append(replace(_parameter(MLP_NORM.at(layer), layer, sizes), copy=True))
@@ -114,34 +114,34 @@ def extra_state_keys(hf_config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _parameter(pair: ParamMapping, layer: int | None, sizes: Sizes) -> Parameter:
-    shape = pair.local_shape(sizes, 1)
+def _parameter(mapping: ParamMapping, layer: int | None, sizes: Sizes) -> Parameter:
+    shape = mapping.local_shape(sizes, 1)
     if layer is None:
-        return Parameter(pair, shape, (_whole(pair.megatron[-1], shape),))
+        return Parameter(mapping, shape, (_whole(mapping.megatron[-1], shape),))
     # Megatron-Core stores under Transformer Engine's names, whatever the layers are; experts under
     # names of their own.
-    stacked = single = pair.megatron[-1].removeprefix(f"{LAYERS}{layer}.")
+    stacked = single = mapping.megatron[-1].removeprefix(f"{LAYERS}{layer}.")
     layers, experts = (layer, sizes.layers), ()
-    if pair.expert is not None:
+    if mapping.expert is not None:
         module, matrix = (
-            pair.megatron[0]
+            mapping.megatron[0]
             .removeprefix(f"{LAYERS}{layer}.")
-            .split(f"local_experts.{pair.expert}.")
+            .split(f"local_experts.{mapping.expert}.")
         )
-        stacked, single = f"{module}experts.{matrix}", f"{module}experts.{pair.expert}.{matrix}"
-        experts = ((pair.expert, sizes.experts),)
+        stacked, single = f"{module}experts.{matrix}", f"{module}experts.{mapping.expert}.{matrix}"
+        experts = ((mapping.expert, sizes.experts),)
     forms = [
         _whole(f"{LAYERS}{stacked}", shape, layers, *experts),
         _whole(f"{LAYERS}{layer}.{stacked}", shape, *experts),
     ]
-    if pair.rule is gate_up:
+    if mapping.rule is gate_up:
         key, half = f"{LAYERS}{layer}.{single}", shape[0] // 2
         forms.append(
             (Place(f"{key}_w", (), (), 0, half), Place(f"{key}_v", (), (), half, shape[0]))
         )
     elif experts:
         forms.append(_whole(f"{LAYERS}{layer}.{single}", shape))
-    return Parameter(pair, shape, tuple(forms))
+    return Parameter(mapping, shape, tuple(forms))
 
 
 def _whole(key: str, shape: tuple[int, ...], *axes: tuple[int, int]) -> tuple[Place]:

@@ -78,6 +78,5 @@ def check_config(megatron: str | Path, hf: str | Path) -> None:
         if key not in ("dtype", "torch_dtype") and ours.get(key) != theirs.get(key):
             raise ModelError(
                 f"config.json: {key}={ours.get(key)!r} in {companions} but {theirs.get(key)!r} in "
-                f"{hf}; "
-                "convert again from the directory that is meant"
+                f"{hf}; convert again from the directory that is meant"
             )

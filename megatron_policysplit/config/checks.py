@@ -45,8 +45,7 @@ def _check_addresses(config: Config) -> None:
     if rollout.colocated:
         raise ConfigError(
             "rollout.colocated=true needs servers that the run starts itself; set "
-            "rollout.addresses=[] "
-            "or rollout.colocated=false"
+            "rollout.addresses=[] or rollout.colocated=false"
         )
     for address in rollout.addresses:
         parts = urlsplit(str(address))
@@ -74,16 +73,16 @@ def _check_servers(config: Config) -> None:
     if not rollout.addresses and not is_loopback(server.host) and rollout.api_key_variable is None:
         raise ConfigError(
             f"rollout.server.host={server.host} can be reached from other machines; set "
-            "rollout.api_key_variable to "
-            "the name of an environment variable that holds an API key, or listen on 127.0.0.1"
+            "rollout.api_key_variable to the name of an environment variable that holds an API "
+            "key, or listen on 127.0.0.1"
         )
     count = server.count or 1
     needed = count * server.tensor
     if server.devices and not rollout.colocated and len(server.devices) != needed:
         raise ConfigError(
             f"rollout.server.devices={server.devices} names {len(server.devices)} GPUs, but "
-            "rollout.server.count="
-            f"{count} x rollout.server.tensor={server.tensor} servers need {needed}"
+            f"rollout.server.count={count} x rollout.server.tensor={server.tensor} servers need "
+            f"{needed}"
         )
 
 
@@ -95,14 +94,12 @@ def _check_weight_sync(config: Config) -> None:
     if transport == "tensor" and elsewhere:
         raise ConfigError(
             f"weight_sync.transport=tensor works within one machine, but {elsewhere[0]} may be "
-            "another; "
-            "use weight_sync.transport=distributed"
+            "another; use weight_sync.transport=distributed"
         )
     if transport == "distributed" and rollout.colocated:
         raise ConfigError(
             "weight_sync.transport=distributed cannot reach engines on the actor's own GPUs "
-            "(rollout.colocated=true); "
-            "use weight_sync.transport=tensor"
+            "(rollout.colocated=true); use weight_sync.transport=tensor"
         )
 
 
@@ -118,14 +115,12 @@ def _check_overlap(config: Config) -> None:
     if rollout.colocated:
         raise ConfigError(
             "rollout.overlap=true needs engines beside the actor, but rollout.colocated=true "
-            "shares its GPUs; "
-            "set one of them to false"
+            "shares its GPUs; set one of them to false"
         )
     if config.algorithm.importance_cap is None:
         raise ConfigError(
             "rollout.overlap=true trains on samples of older weights; set "
-            "algorithm.importance_cap, for example 2.0, "
-            "for the importance weights that correct it"
+            "algorithm.importance_cap, for example 2.0, for the importance weights that correct it"
         )
 
 
@@ -136,8 +131,8 @@ def _check_old_logprobs(config: Config) -> None:
     if config.rollout.overlap:
         raise ConfigError(
             "algorithm.old_logprobs=engine corrects a stale sample behind the prompt it was "
-            "sampled with alone; with "
-            "rollout.overlap=true set algorithm.old_logprobs=actor and algorithm.importance_cap"
+            "sampled with alone; with rollout.overlap=true set algorithm.old_logprobs=actor and "
+            "algorithm.importance_cap"
         )
     if algorithm.statistics == "step":
         raise ConfigError(
@@ -147,8 +142,8 @@ def _check_old_logprobs(config: Config) -> None:
     if algorithm.importance_cap is not None:
         raise ConfigError(
             f"algorithm.importance_cap={algorithm.importance_cap} and "
-            "algorithm.old_logprobs=engine both correct for "
-            "the engine that sampled; set importance_cap=null or old_logprobs=actor"
+            "algorithm.old_logprobs=engine both correct for the engine that sampled; set "
+            "importance_cap=null or old_logprobs=actor"
         )
 
 
@@ -166,9 +161,8 @@ def check_config(config: Config) -> list[str]:
     if responses % train.optimizer_steps_per_batch:
         raise ConfigError(
             f"train.optimizer_steps_per_batch={train.optimizer_steps_per_batch} does not divide "
-            f"the {responses} "
-            "responses of a batch (data.batch_questions x rollout.samples_per_question); use one "
-            "of "
+            f"the {responses} responses of a batch (data.batch_questions x "
+            "rollout.samples_per_question); use one of "
             f"{_divisors_near(responses, train.optimizer_steps_per_batch)}"
         )
     if modes.high_entropy_prompt is not None and modes.high_entropy_prompt_file is not None:
@@ -183,8 +177,7 @@ def check_config(config: Config) -> list[str]:
     if rollout.engine == "replay" and config.eval.path is not None:
         raise ConfigError(
             "rollout.engine=replay holds no responses to the questions of "
-            f"eval.path={config.eval.path}; "
-            "set eval.path=null"
+            f"eval.path={config.eval.path}; set eval.path=null"
         )
     check_engines(config)
     check_judge(config)
@@ -195,22 +188,21 @@ def check_config(config: Config) -> list[str]:
     if config.parallel.data % config.parallel.expert:
         raise ConfigError(
             f"parallel.expert={config.parallel.expert} does not divide "
-            f"parallel.data={config.parallel.data}, over "
-            "whose replicas the experts are shared out; change one of them"
+            f"parallel.data={config.parallel.data}, over whose replicas the experts are shared "
+            "out; change one of them"
         )
     optimizer_steps = train.steps * train.optimizer_steps_per_batch
     if train.warmup_steps > optimizer_steps:
         raise ConfigError(
             f"train.warmup_steps={train.warmup_steps} is more than the {optimizer_steps} optimizer "
-            "steps of the run "
-            f"(train.steps x train.optimizer_steps_per_batch); use at most {optimizer_steps}"
+            "steps of the run (train.steps x train.optimizer_steps_per_batch); use at most "
+            f"{optimizer_steps}"
         )
     longest = config.data.max_prompt_tokens + rollout.max_response_tokens
     if train.max_tokens_per_micro_batch < longest:
         raise ConfigError(
             f"train.max_tokens_per_micro_batch={train.max_tokens_per_micro_batch} cannot hold one "
-            "row of "
-            f"data.max_prompt_tokens={config.data.max_prompt_tokens} + "
+            f"row of data.max_prompt_tokens={config.data.max_prompt_tokens} + "
             f"rollout.max_response_tokens={rollout.max_response_tokens} tokens; use at least "
             f"{longest}"
         )
@@ -227,8 +219,7 @@ def check_config(config: Config) -> list[str]:
     if train.min_learning_rate > train.learning_rate:
         raise ConfigError(
             f"train.min_learning_rate={train.min_learning_rate} is above "
-            f"train.learning_rate={train.learning_rate}; "
-            "use a smaller one"
+            f"train.learning_rate={train.learning_rate}; use a smaller one"
         )
     groups = {mode: "rollout" if mode in MODES else "modes.others" for mode in sampling}
     return [
@@ -278,8 +269,8 @@ def check_judge(config: Config) -> None:
     if judge.samples > config.eval.samples:
         raise ConfigError(
             f"eval.judge.samples={judge.samples} is more than the "
-            f"eval.samples={config.eval.samples} responses to a "
-            "question; lower the one or raise the other"
+            f"eval.samples={config.eval.samples} responses to a question; lower the one or raise "
+            "the other"
         )
 
 
@@ -309,8 +300,7 @@ def _check_url(url: str) -> None:
     if parts.username is not None or parts.query or parts.fragment:
         raise ConfigError(
             "eval.judge.url must hold neither a user name nor a query; use http://host:port/v1, "
-            "and "
-            "eval.judge.api_key_variable for a key"
+            "and eval.judge.api_key_variable for a key"
         )
     if not has_host:
         raise ConfigError(
@@ -333,6 +323,6 @@ def check_allocator(environment: Mapping[str, Any]) -> None:
         if settings.get("expandable_segments", "").lower() == "true":
             raise ConfigError(
                 f"rollout.server.environment has {name}={value}, but with expandable_segments "
-                "servers cannot give "
-                "memory back, which rollout.colocated=true needs; take that setting out"
+                "servers cannot give memory back, which rollout.colocated=true needs; take that "
+                "setting out"
             )

@@ -43,8 +43,8 @@ def check_layout(
         if tensor > 1 and not sequence:
             raise ConfigError(
                 f"parallel.tensor={tensor} with parallel.sequence=false: {architecture.name} has "
-                "experts, and Megatron-"
-                "Core trains them under tensor parallelism only with parallel.sequence=true"
+                "experts, and Megatron-Core trains them under tensor parallelism only with "
+                "parallel.sequence=true"
             )
     elif expert > 1:
         raise ConfigError(

@@ -44,8 +44,7 @@ def other_modes(config: ModesConfig) -> dict[Mode, OtherModeConfig]:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", str(name)) or name in RESERVED:
             raise ConfigError(
                 f"{key} cannot be a mode's name in the logs; use lower-case letters, digits and "
-                "'_', and none of "
-                f"{', '.join(RESERVED)}"
+                f"'_', and none of {', '.join(RESERVED)}"
             )
         if not isinstance(given, Mapping):
             raise ConfigError(

@@ -37,8 +37,7 @@ class ModelConfig:
     megatron: str | None = key(
         None,
         "torch_dist checkpoint of the same architecture whose weights the actor starts from: a "
-        "converted one, or "
-        "checkpoints/step_NNNNNN of another run. null takes those of model.path.",
+        "converted one, or checkpoints/step_NNNNNN of another run. null takes those of model.path.",
     )
     dtype: str = key(
         "bfloat16", "Precision of parameters and activations.", choices=("float32", "bfloat16")
@@ -99,8 +98,7 @@ class ModesConfig:
     others: dict[str, Any] = key(
         dict,
         "Further modes, `NAME: {prompt: TEXT, ...}`, which algorithm.name=policy_split samples and "
-        "trains as it does "
-        "the two (docs/modes.md).",
+        "trains as it does the two (docs/modes.md).",
     )
 
 
@@ -314,8 +312,7 @@ class AlgorithmConfig:
     statistics: str = key(
         "batch",
         "What a method's statistics are of: the weights before the batch, or before each optimizer "
-        "step, "
-        "for which every one but the first costs a pass of its own.",
+        "step, for which every one but the first costs a pass of its own.",
         choices=("batch", "step"),
     )
     scope: str = key(
@@ -353,9 +350,8 @@ class AlgorithmConfig:
     old_logprobs: str = key(
         "actor",
         "Denominator of the ratio where a response was sampled behind the row's own prompt: the "
-        "actor's log-probs, or "
-        "those that the engine returned; then such rows are scored for the logs alone "
-        "(log.kl_tokens).",
+        "actor's log-probs, or those that the engine returned; then such rows are scored for the "
+        "logs alone (log.kl_tokens).",
         choices=("actor", "engine"),
     )
     importance_cap: float | None = key(
@@ -420,8 +416,8 @@ class JudgeConfig:
     prompt: str | None = key(
         None,
         "What the judge is asked, with {question} and {response} where these belong; its reply "
-        "must end in a line "
-        "`Score: N`, N from 1 to 10. null uses our own, which asks for creativity.",
+        "must end in a line `Score: N`, N from 1 to 10. null uses our own, which asks for "
+        "creativity.",
     )
     prompt_file: str | None = key(None, "Read that prompt from this UTF-8 file instead.")
     questions: int = key(
@@ -457,8 +453,7 @@ class EvalConfig:
     prompts: dict[str, Any] = key(
         dict,
         "System prompts to evaluate under, too: `NAME: TEXT`, or `NAME: {file: PATH}`; sampled as "
-        "the normal mode, "
-        "logged as `eval/NAME/...`.",
+        "the normal mode, logged as `eval/NAME/...`.",
     )
     variety: bool = key(
         False, "Measure how varied the responses' texts are, too: distinct n-grams, self-BLEU."
@@ -487,8 +482,7 @@ class LogConfig:
     kl_tokens: str = key(
         "all",
         "Exact KL between the modes (and, with algorithm.old_logprobs=engine, entropies) for: all "
-        "responses, one per "
-        "question and sampling mode, or none. Less of it is less to score.",
+        "responses, one per question and sampling mode, or none. Less of it is less to score.",
         choices=("all", "sample", "none"),
     )
 

@@ -24,8 +24,7 @@ def read_api_key(
     if not re.fullmatch(r"[!-~]+", key):
         raise ConfigError(
             f"{named_by}={variable}: the key in it has a blank, a line end or a character that is "
-            "not "
-            "ASCII; HTTP headers cannot carry those"
+            "not ASCII; HTTP headers cannot carry those"
         )
     return key
 

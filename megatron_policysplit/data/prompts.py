@@ -24,12 +24,10 @@ from megatron_policysplit.rows import Mode
 
 DEFAULT_HIGH_ENTROPY_PROMPT = (
     "Look for a way into this problem that few others would try: choose an unfamiliar starting "
-    "point, representation "
-    "or order of steps, and work it out for yourself instead of reciting the usual method. Where "
-    "several routes look "
-    "open, pick freely among them, so that two attempts at the same question seldom read alike. "
-    "Whatever the route, "
-    "check the result, and state the final answer exactly and in the form the question asks for."
+    "point, representation or order of steps, and work it out for yourself instead of reciting the "
+    "usual method. Where several routes look open, pick freely among them, so that two attempts at "
+    "the same question seldom read alike. Whatever the route, check the result, and state the "
+    "final answer exactly and in the form the question asks for."
 )
 
 _MARK = "zqmarkersystemzq"
@@ -150,8 +148,8 @@ class PromptBuilder:
     def _read_template(self) -> str:
         if not self._tokenizer.chat_template:
             raise ModelError(
-                f"the tokenizer of {self._where} has no chat template; "
-                "put a chat_template.jinja into that directory or use an instruction-tuned model"
+                f"the tokenizer of {self._where} has no chat template; put a chat_template.jinja "
+                "into that directory or use an instruction-tuned model"
             )
         try:
             return self._tokenizer.get_chat_template()
@@ -181,8 +179,8 @@ class PromptBuilder:
         except jinja2.TemplateError as error:
             raise ModelError(
                 f"the chat template of {self._where} refuses a system message ({error}); use a "
-                "model whose template "
-                "takes one, or put a chat_template.jinja that renders it into that directory"
+                "model whose template takes one, or put a chat_template.jinja that renders it into "
+                "that directory"
             ) from error
         if _MARK not in marked:
             raise ModelError(_ignores_system(self._where))
@@ -196,8 +194,8 @@ class PromptBuilder:
             ):
                 raise ModelError(
                     f"the chat template of {self._where} changes more than its system turn when a "
-                    "system message is "
-                    "given; put a chat_template.jinja that does not into that directory"
+                    "system message is given; put a chat_template.jinja that does not into that "
+                    "directory"
                 )
             inserted = plain[len(before) : len(plain) - len(after)]
         turn = _SystemTurn(
@@ -215,8 +213,7 @@ class PromptBuilder:
             if self._apply([_system(kept + prompt), user]) != before + kept + prompt + after:
                 raise ModelError(
                     f"the chat template of {self._where} does not render the {mode.value} prompt "
-                    "verbatim; "
-                    f"change {_prompt_key(mode)} or the model's chat_template.jinja"
+                    f"verbatim; change {_prompt_key(mode)} or the model's chat_template.jinja"
                 )
         return turn
 
@@ -314,7 +311,7 @@ def read_eval_prompts(prompts: Mapping[str, Any], modes: ModesConfig) -> dict[st
         else:
             raise ConfigError(
                 f"{key}={given} is neither a text nor {{file: PATH}}; without a prompt of ours is "
-                f"the normal mode"
+                "the normal mode"
             )
         if not texts[name]:
             raise ConfigError(
@@ -343,8 +340,7 @@ def _pin_dates(template: str, today: datetime.date, where: str) -> str:
     if re.search(r"strftime_now\s*\(", pinned):
         raise ModelError(
             f"the chat template of {where} calls strftime_now with a computed format, so its date "
-            "cannot be pinned; "
-            "write the format out in its chat_template.jinja"
+            "cannot be pinned; write the format out in its chat_template.jinja"
         )
     return pinned
 
@@ -368,14 +364,13 @@ def _is_cut(short: str, long: str) -> bool:
 def _ignores_system(where: str) -> str:
     return (
         f"the chat template of {where} ignores the system message, so all modes would have the "
-        "same prompt; "
-        "use a model whose template renders it, or put a chat_template.jinja that does into that "
-        "directory"
+        "same prompt; use a model whose template renders it, or put a chat_template.jinja that "
+        "does into that directory"
     )
 
 
 def _cannot_drop(where: str, why: str) -> str:
     return (
-        f"modes.template_system=drop does not work with the chat template of {where}: {why}; "
-        "use modes.template_system=keep"
+        f"modes.template_system=drop does not work with the chat template of {where}: {why}; use "
+        "modes.template_system=keep"
     )

@@ -121,9 +121,8 @@ class QuestionStream:
             if name not in ("epoch", "position") and state[name] != now:
                 raise CheckpointError(
                     f"the checkpoint was made with {name}={state[name]} but the data now has "
-                    f"{name}={now}; "
-                    "restore the data set and the data.* and run.seed keys of the run, or start a "
-                    "new run"
+                    f"{name}={now}; restore the data set and the data.* and run.seed keys of the "
+                    "run, or start a new run"
                 )
         if state["epoch"] < 0 or not 0 <= state["position"] <= len(self._questions):
             raise CheckpointError(
@@ -182,8 +181,8 @@ def drop_overlong(
     kept = [question for question in questions if longest[question.id] <= max_prompt_tokens]
     if questions and not kept:
         raise DataError(
-            f"data.max_prompt_tokens={max_prompt_tokens} drops all {len(questions)} questions; "
-            f"the shortest needs {min(longest.values())} tokens in its longer mode"
+            f"data.max_prompt_tokens={max_prompt_tokens} drops all {len(questions)} questions; the "
+            f"shortest needs {min(longest.values())} tokens in its longer mode"
         )
     return kept, len(questions) - len(kept)
 

@@ -44,8 +44,7 @@ def load_reward(function: str) -> Reward:
     except Exception as error:
         raise ConfigError(
             f"reward.function={function} cannot be imported: {type(error).__name__}: {error}; run "
-            "in the directory "
-            "of the module, or install it"
+            "in the directory of the module, or install it"
         ) from error
     if not hasattr(module, name):
         raise ConfigError(f"reward.function={function}: the module {module_name} has no `{name}`")

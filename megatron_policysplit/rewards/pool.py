@@ -79,9 +79,8 @@ class RewardPool:
                 if rebuilds == _MAX_REBUILDS:
                     raise TrainingError(
                         f"the worker processes of reward.function={self._function} end before they "
-                        "grade anything; "
-                        "see their output above, and check that the function's module imports in a "
-                        "fresh process"
+                        "grade anything; see their output above, and check that the function's "
+                        "module imports in a fresh process"
                     )
             return results
 
