@@ -1,4 +1,4 @@
-"""One rank of a training run: `python -m megatron_policysplit.worker CONFIG [key=value ...]`.
+"""One rank of a training run: `python -m megatron_policysplit.training.worker CONFIG [key=value ...]`.
 
 Started by `policysplit train`, torchrun or srun. Imports stay inside `main`: reward workers are
 spawned processes that import this module again.

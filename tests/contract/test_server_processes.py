@@ -22,7 +22,7 @@ KEY = "sk-'quoted'-0123456789"
 OWNER = """
 import asyncio, sys
 from pathlib import Path
-from megatron_policysplit.rollout.router import Router
+from megatron_policysplit.serving.router import Router
 from megatron_policysplit.rollout.sglang_http import SglangClient
 from tests.contract.test_server_processes import Server, a_router, a_spec
 

@@ -172,7 +172,7 @@ def test_the_plan_trains_what_it_does_not_score_and_compares_it_apart():
     scored = [not row.on_policy for row in rows]
     compared = [not there for there in scored]
     sizes = {"replicas": 2, "expert": 2, "optimizer_steps": 1, "max_tokens": 15, "seed": 0}
-    (shares,) = make_plan(rows, live, scored=scored, compared=compared, **sizes).shares
+    (shares,) = make_plan(rows, live, scored=scored, compared=compared, **sizes).micro_batches
     found = {name: flat(sum((getattr(part, name) for part in shares), [])) for name in vars(shares[0])}
     everything = range(len(rows))
     assert found["train"] == [i for i in everything if live[i] and scored[i]]
@@ -183,7 +183,7 @@ def test_the_plan_trains_what_it_does_not_score_and_compares_it_apart():
         assert len({len(getattr(part, name)) for part in shares}) == 1
         for batch in (batch for part in shares for batch in getattr(part, name)):
             assert len(batch) * max((rows[i].length for i in batch), default=0) <= 15
-    (without,) = make_plan(rows, live, scored=scored, **sizes).shares
+    (without,) = make_plan(rows, live, scored=scored, **sizes).micro_batches
     for part, same in zip(shares, without, strict=True):
         assert (part.train, part.train_only, part.score_only) == (same.train, same.train_only, same.score_only)
         assert not flat(same.compared)

@@ -16,7 +16,7 @@ from megatron_policysplit.errors import ConfigError
 
 LAUNCHER = """
 import sys
-from megatron_policysplit.launch import Patience, launch
+from megatron_policysplit.distributed.launch import Patience, launch
 sys.exit(launch(sys.argv[3:], int(sys.argv[2]), [sys.executable, sys.argv[1]], Patience(save=4, peers=2, terminate=1)))
 """
 PREAMBLE = """
@@ -243,7 +243,7 @@ def test_forked_processes_die_with_a_killed_process(tmp_path):
     """As Megatron-Core's checkpoint writers do, of which each may have forked another."""
     body = """
         import os, pathlib, sys, time
-        from megatron_policysplit.launch import forks_die_with_us
+        from megatron_policysplit.distributed.launch import forks_die_with_us
         forks_die_with_us()
         for name in ("child", "grandchild"):
             if os.fork():
@@ -267,7 +267,7 @@ def test_handlers_of_the_caller_are_restored(tmp_path):
 
 
 def test_the_launcher_imports_no_torch():
-    code = "import sys, megatron_policysplit.launch; sys.exit('torch' in sys.modules)"
+    code = "import sys, megatron_policysplit.distributed.launch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

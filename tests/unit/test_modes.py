@@ -297,7 +297,7 @@ def test_has_chat_template_agrees_with_transformers(tmp_path, bare_tokenizer):
 
 def test_nothing_heavy_is_imported():
     code = (
-        "import sys, megatron_policysplit.modes, megatron_policysplit.data, megatron_policysplit.rewards;"
+        "import sys, megatron_policysplit.data.prompts, megatron_policysplit.data, megatron_policysplit.rewards;"
         "print([m for m in ('torch', 'transformers', 'pyarrow', 'sympy', 'jinja2', 'pebble') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

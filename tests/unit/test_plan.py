@@ -108,7 +108,7 @@ def test_micro_batches_keep_their_bound(max_tokens, seed):
 
 def test_micro_batches_are_filled():
     """The bound is no excuse for one row a micro-batch: two neighbours never fit into one."""
-    batches = plan(live=ALL, max_tokens=150).shares[0][0].train
+    batches = plan(live=ALL, max_tokens=150).micro_batches[0][0].train
     assert len(batches) < len(ROWS) / 2
     for left, right in zip(batches, batches[1:], strict=False):
         longest = max(ROWS[index].length for index in [*left, right[0]])
@@ -116,7 +116,7 @@ def test_micro_batches_are_filled():
 
 
 def test_replicas_get_equal_cost():
-    shares = plan(live=ALL, replicas=2).shares[0]
+    shares = plan(live=ALL, replicas=2).micro_batches[0]
     cost = [sum(ROWS[index].length for index in flat(share.train)) for share in shares]
     costliest = max(ROWS[i].length + ROWS[i + 1].length for i in range(len(ROWS) - 1))
     assert abs(cost[0] - cost[1]) <= costliest
@@ -124,7 +124,7 @@ def test_replicas_get_equal_cost():
 
 def test_a_replica_without_work():
     one = [row.rollout.key == ROWS[0].rollout.key for row in ROWS]
-    first, second = plan(live=one, replicas=2).shares[0]
+    first, second = plan(live=one, replicas=2).micro_batches[0]
     assert sorted(map(len, (flat(first.train), flat(second.train)))) == [0, 2]
     assert len(flat(first.score_only)) + len(flat(second.score_only)) == len(ROWS) - 2
 
@@ -136,7 +136,7 @@ def test_replicas_that_share_experts_get_equal_numbers_of_micro_batches():
     for live in (LIVE, one, [False] * len(ROWS)):
         made = plan(live=live, replicas=6, expert=3, optimizer_steps=2, max_tokens=60)
         apart = plan(live=live, replicas=6, optimizer_steps=2, max_tokens=60)
-        for shares, others in zip(made.micro_batches, apart.shares, strict=True):
+        for shares, others in zip(made.micro_batches, apart.micro_batches, strict=True):
             for kind in ("train", "score_only"):
                 ours, theirs = ([getattr(share, kind) for share in step] for step in (shares, others))
                 for first in (0, 3):

@@ -78,8 +78,8 @@ def test_what_a_good_configuration_reports(configure, data, tmp_path):
 def test_no_torch_is_imported(configure, tmp_path):
     (tmp_path / "run.yaml").write_text(to_yaml(configure()))
     code = (
-        "import sys; from megatron_policysplit.config_load import load_config; "
-        "from megatron_policysplit.preflight import preflight, prepare_run_dir; "
+        "import sys; from megatron_policysplit.config.load import load_config; "
+        "from megatron_policysplit.training.preflight import preflight, prepare_run_dir; "
         "config = load_config(sys.argv[1], []); preflight(config); prepare_run_dir(config); "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )

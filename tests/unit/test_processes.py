@@ -172,7 +172,7 @@ def test_a_server_dies_with_the_process_that_started_it(tmp_path):
         [
             sys.executable,
             "-c",
-            "import sys, time; from pathlib import Path; from megatron_policysplit.rollout.servers import Server\n"
+            "import sys, time; from pathlib import Path; from megatron_policysplit.serving.servers import Server\n"
             "from tests.support.servers import spec\n"
             "server = Server(spec(Path(sys.argv[1]))); server.start(); print(server.pid, flush=True); time.sleep(600)",
             str(tmp_path),
@@ -284,8 +284,8 @@ def a_config(tmp_path, mode=""):
 
 def serving(path):
     code = (
-        "import sys; from megatron_policysplit.serve import serve; "
-        "from megatron_policysplit.config_load import load_config; "
+        "import sys; from megatron_policysplit.serving.serve import serve; "
+        "from megatron_policysplit.config.load import load_config; "
         "from megatron_policysplit.errors import UserError\n"
         "try: sys.exit(serve(load_config(sys.argv[1], [])))\nexcept UserError as error: sys.exit(str(error))"
     )
@@ -329,6 +329,6 @@ def test_serve_ends_when_a_server_does_not_come_up(tmp_path):
 
 
 def test_import_is_light():
-    code = "import sys, megatron_policysplit.rollout.router, megatron_policysplit.rollout.servers; print(*sys.modules)"
+    code = "import sys, megatron_policysplit.serving.router, megatron_policysplit.serving.servers; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.split()
     assert servers.__name__ in loaded and not {"torch", "transformers", "megatron"} & set(loaded)

@@ -230,7 +230,7 @@ def test_report_without_evaluations_shows_training_batches(tmp_path):
 def test_import_stays_light():
     heavy = "torch transformers matplotlib jinja2 yaml wandb tensorboard megatron.core"
     program = (
-        "import sys, megatron_policysplit.report, megatron_policysplit.logs\n"
+        "import sys, megatron_policysplit.reports.run_report, megatron_policysplit.logs\n"
         f"print([name for name in {heavy.split()!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

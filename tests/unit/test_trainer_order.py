@@ -120,8 +120,8 @@ class Parts:
 
 LAYOUT = SimpleNamespace(
     is_chief=False,
-    meet=lambda: None,
-    largest=lambda value: value,
+    barrier=lambda: None,
+    all_reduce_max=lambda value: value,
     broadcast_from_chief=lambda value: 0.0 if value is None else value,
 )
 

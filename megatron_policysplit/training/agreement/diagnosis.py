@@ -91,7 +91,7 @@ class Probe:
     """
 
     layout: Layout
-    actor: megatron_policysplit.actor.step.Actor  # noqa: F821
+    actor: megatron_policysplit.actor.actor.Actor  # noqa: F821
     engine_log_probs: Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], list[list[float]]]
     resync: Callable[[], None]
 
