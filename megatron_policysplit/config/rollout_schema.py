@@ -10,6 +10,8 @@ from megatron_policysplit.config.keys import key
 
 @dataclass
 class SamplingConfig:
+    """How a mode samples: `rollout.normal`, `rollout.high_entropy`."""
+
     temperature: float = key(
         1.0, "Sampling temperature; log-probs of this mode are taken at it.", above=0.0
     )
@@ -34,6 +36,8 @@ class OtherModeConfig(SamplingConfig):
 
 @dataclass
 class ServerConfig:
+    """SGLang servers that the run starts itself: `rollout.server`."""
+
     python: str | None = key(
         None, "Interpreter of the environment that has SGLang; null is the run's own."
     )
@@ -78,6 +82,8 @@ class ServerConfig:
 
 @dataclass
 class RolloutConfig:
+    """Generation: `rollout`."""
+
     engine: str = key(
         "local",
         "Where responses come from: transformers in process, SGLang servers, or a dump of an "
@@ -143,6 +149,8 @@ class RolloutConfig:
 
 @dataclass
 class WeightSyncConfig:
+    """How new weights reach SGLang servers: `weight_sync`."""
+
     transport: str = key(
         "tensor",
         "How weights reach SGLang: shared memory on one machine, a broadcast between nodes, or "
@@ -167,6 +175,8 @@ class WeightSyncConfig:
 
 @dataclass
 class AgreementConfig:
+    """The comparison of engine and actor log-probs: `agreement`."""
+
     every: int = key(
         10,
         "Compare engine and actor log-probs after the first sync and every so many steps; 0 is "

@@ -21,6 +21,8 @@ from megatron_policysplit.config.training_schema import AlgorithmConfig, RewardC
 
 @dataclass
 class ModelConfig:
+    """The model: `model`."""
+
     path: str = key(
         MISSING, "Directory of a Hugging Face model (config.json, safetensors, tokenizer)."
     )
@@ -36,6 +38,8 @@ class ModelConfig:
 
 @dataclass
 class ParallelConfig:
+    """The layout of the actor's ranks: `parallel`."""
+
     tensor: int = key(1, "Tensor-parallel size.", minimum=1)
     pipeline: int = key(1, "Pipeline-parallel size.", minimum=1)
     data: int = key(1, "Data-parallel size: number of model replicas.", minimum=1)
@@ -54,6 +58,8 @@ class ParallelConfig:
 
 @dataclass
 class DataConfig:
+    """Training questions: `data`."""
+
     path: str = key(
         MISSING, "Training questions: a .jsonl or .parquet file, or `reasoning_gym:NAME`."
     )
@@ -70,6 +76,8 @@ class DataConfig:
 
 @dataclass
 class ModesConfig:
+    """Prompts of the modes: `modes`."""
+
     high_entropy_prompt: str | None = key(
         None, "System prompt of the high-entropy mode; null uses our own default."
     )
@@ -94,6 +102,8 @@ class ModesConfig:
 
 @dataclass
 class JudgeConfig:
+    """The model that scores evaluation responses: `eval.judge`."""
+
     url: str | None = key(
         None,
         "Base of an OpenAI-compatible server, such as http://host:port/v1; null: no judge, nothing "
@@ -131,6 +141,8 @@ class JudgeConfig:
 
 @dataclass
 class EvalConfig:
+    """Evaluation: `eval`."""
+
     path: str | None = key(None, "Evaluation questions, as data.path; null turns evaluation off.")
     options: dict[str, Any] = key(dict, "As data.options.")
     questions: int | None = key(None, "Evaluate only the first so many; null takes all.", minimum=1)
@@ -153,6 +165,8 @@ class EvalConfig:
 
 @dataclass
 class CheckpointConfig:
+    """Checkpoints and exports: `checkpoint`."""
+
     every: int = key(0, "Save every so many steps, and at the end; 0 only at the end.", minimum=0)
     keep: int = key(2, "Checkpoints kept.", minimum=1)
     hugging_face: bool = key(
@@ -164,6 +178,8 @@ class CheckpointConfig:
 
 @dataclass
 class LogConfig:
+    """Logs: `log`."""
+
     console: bool = key(True, "Progress on the terminal.")
     tensorboard: bool = key(False, "Write TensorBoard event files into the run directory.")
     wandb_project: str | None = key(None, "Log to this wandb project; null is off.")
@@ -179,6 +195,8 @@ class LogConfig:
 
 @dataclass
 class RunConfig:
+    """The run's directory and seed: `run`."""
+
     dir: str = key(MISSING, "Directory of everything the run writes; a run found there is resumed.")
     seed: int = key(0, "Seed of data order, sampling and initialisation.", minimum=0)
 

@@ -11,6 +11,8 @@ from megatron_policysplit.config.keys import key
 
 @dataclass
 class RewardConfig:
+    """Grading: `reward`."""
+
     function: str = key(
         "math", "`math`, `reasoning_gym`, `exact`, or the path `package.module:function`."
     )
@@ -31,6 +33,8 @@ METHOD_NAMES = tuple(
 
 @dataclass
 class AlgorithmConfig:
+    """The method and its loss: `algorithm`."""
+
     name: str = key("policy_split", "The method (docs/methods.md).", choices=METHOD_NAMES)
     options: dict[str, Any] = key(
         dict,
@@ -96,6 +100,8 @@ class AlgorithmConfig:
 
 @dataclass
 class TrainConfig:
+    """Optimisation: `train`."""
+
     steps: int = key(100, "Rollout batches to train on.", minimum=1)
     optimizer_steps_per_batch: int = key(
         1, "Optimizer steps a rollout batch is split into.", minimum=1

@@ -32,6 +32,7 @@ DEFAULT_HIGH_ENTROPY_PROMPT = (
 # Texts that no template has: a system message and a question, to find out what a template does.
 _MARK = "zqmarkersystemzq"
 _PROBE = "zqprobequestionzq"
+_USER_PROBE = {"role": "user", "content": _PROBE}
 _SEPARATOR = "\n\n"
 _RESERVED_KWARGS = (
     "add_generation_prompt",
@@ -86,10 +87,7 @@ class PromptBuilder:
         self._turn_end = self._find_turn_end() if self._drop and self._turn.inserted else ""
 
     def build(self, messages: Messages) -> dict[Mode, list[int]]:
-        """Token ids of every mode's prompt, generation prompt included; normal first.
-
-        Raises DataError as `render` does.
-        """
+        """Token ids of every mode's prompt, normal first; raises DataError as `render` does."""
         texts = self.render(messages)
         return {
             mode: self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -178,25 +176,7 @@ class PromptBuilder:
         Without the message the template must either write nothing in its place, or a text of its
         own between the same two ends. Raises ModelError for anything else.
         """
-        import jinja2
-
-        user = {"role": "user", "content": _PROBE}
-        try:
-            plain = self._apply([user])
-        except jinja2.TemplateError as error:
-            raise ModelError(
-                f"the chat template of {self._name} does not render: {error}"
-            ) from error
-        try:
-            marked = self._apply([_system(_MARK), user])
-        except jinja2.TemplateError as error:
-            raise ModelError(
-                f"the chat template of {self._name} refuses a system message ({error}); use a "
-                "model whose template takes one, or put a chat_template.jinja that renders it into "
-                "that directory"
-            ) from error
-        if _MARK not in marked:
-            raise ModelError(_ignores_system(self._name))
+        plain, marked = self._render_probes()
         before, _, after = marked.partition(_MARK)
         inserted = ""
         if not _is_cut(plain, marked):
@@ -223,12 +203,37 @@ class PromptBuilder:
             )
         for mode, prompt in self.system_prompts.items():
             text = self._text_before_prompt(inserted) + prompt
-            if self._apply([_system(text), user]) != before + text + after:
+            if self._apply([_system(text), _USER_PROBE]) != before + text + after:
                 raise ModelError(
                     f"the chat template of {self._name} does not render the {mode.value} prompt "
                     f"verbatim; change {_prompt_key(mode)} or the model's chat_template.jinja"
                 )
         return turn
+
+    def _render_probes(self) -> tuple[str, str]:
+        """The probe question's prompt without a system message, and with one that is the mark.
+
+        Raises ModelError if the template does not render both, the mark included.
+        """
+        import jinja2
+
+        try:
+            plain = self._apply([_USER_PROBE])
+        except jinja2.TemplateError as error:
+            raise ModelError(
+                f"the chat template of {self._name} does not render: {error}"
+            ) from error
+        try:
+            marked = self._apply([_system(_MARK), _USER_PROBE])
+        except jinja2.TemplateError as error:
+            raise ModelError(
+                f"the chat template of {self._name} refuses a system message ({error}); use a "
+                "model whose template takes one, or put a chat_template.jinja that renders it into "
+                "that directory"
+            ) from error
+        if _MARK not in marked:
+            raise ModelError(_ignores_system(self._name))
+        return plain, marked
 
     def _find_turn_end(self) -> str:
         """The text that closes the system turn.
@@ -309,10 +314,7 @@ def _prompt_key(mode: Mode) -> str:
 
 
 def read_eval_prompts(prompts: Mapping[str, Any], modes: ModesConfig) -> dict[str, str]:
-    """The texts of eval.prompts by name.
-
-    Raises ConfigError for a name or a text that cannot be used.
-    """
+    """The texts of eval.prompts by name. Raises ConfigError for an unusable name or text."""
     texts, mode_names = {}, [mode.value for mode in modes_of(modes)]
     for name, entry in prompts.items():
         key = f"eval.prompts.{name}"
