@@ -1,5 +1,7 @@
-"""Hugging Face checkpoints for Megatron-Core and back: tables of names, readers and a writer. Needs
-no Megatron.
+"""Conversion of Hugging Face checkpoints to Megatron-Core's torch_dist and back, without Megatron.
+
+The mapping tables say which Hugging Face tensors make up which Megatron-Core parameter; readers,
+writers and both directions of the conversion are derived from them.
 """
 
 from checkpoints_conv.architectures import Architecture, MegatronArguments, find_architecture

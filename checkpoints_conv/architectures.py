@@ -1,6 +1,4 @@
-"""The supported architectures: a table of name pairs each, and their config in Megatron-Core's
-words.
-"""
+"""The supported architectures: each one's mapping table and its config in Megatron-Core's words."""
 
 from __future__ import annotations
 
@@ -31,37 +29,35 @@ from checkpoints_conv.tables import (
 
 @dataclass(frozen=True)
 class MegatronArguments:
-    """transformer: TransformerConfig's keywords. gpt: GPTModel's. llama3_rope: see
-    `rope.Llama3Rope`.
-    """
+    """What Megatron-Core needs to build a model. Made by `Architecture.megatron_arguments`."""
 
-    transformer: dict[str, Any]
-    gpt: dict[str, Any]
-    llama3_rope: Llama3Rope | None
+    transformer: dict[str, Any]  # keywords of TransformerConfig
+    gpt: dict[str, Any]  # keywords of GPTModel
+    llama3_rope: Llama3Rope | None  # frequency scaling that GPTModel's keywords cannot express
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """name: as in config.json's `architectures`. layer: the table of one layer, in Hugging Face's
-    order.
+    """A family of models: the mapping table of one layer, and how its config.json is to be read.
 
-    defaults: what transformers assumes for keys that config.json leaves out. moe: every layer's MLP
-    is a mixture of experts. window: whether `sliding_window` counts: never, always, or if
-    `use_sliding_window` is set.
+    All instances are in `ARCHITECTURES`; `find_architecture` gives the one of a config.json.
     """
 
-    name: str
-    model_type: str
-    layer: tuple[ParamMapping, ...]
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    moe: bool = False
+    name: str  # as in config.json's `architectures`
+    model_type: str  # as in config.json, for files without `architectures`
+    layer: tuple[ParamMapping, ...]  # the table of one layer, in Hugging Face's order
+    qkv_bias: bool = False  # query, key and value projections have biases
+    qk_norm: bool = False  # query and key heads are normalized
+    moe: bool = False  # every layer's MLP is a mixture of experts
+    # Whether config.json's `sliding_window` counts; if_set: only with `use_sliding_window`.
     window: Literal["never", "always", "if_set"] = "never"
+    # What transformers assumes for keys that config.json leaves out.
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def sizes(self, hf_config: Mapping[str, Any]) -> Sizes:
-        """Dimensions of the model; ModelError names a key that is missing or not a positive
-        integer.
+        """Read the dimensions of a model.
+
+        Raises ModelError naming a key that is missing or not a positive integer.
         """
         heads = self._integer(hf_config, "num_attention_heads")
         hidden = self._integer(hf_config, "hidden_size")
@@ -105,9 +101,10 @@ class Architecture:
             raise ModelError(f"config.json: {key}={value!r} is neither true nor false")
         return bool(value)
 
-    def pairs(self, hf_config: Mapping[str, Any]) -> list[tuple[int | None, list[ParamMapping]]]:
-        """The table of the whole model in parts: embedding, each layer (with its number), norm and
-        head.
+    def mappings(self, hf_config: Mapping[str, Any]) -> list[tuple[int | None, list[ParamMapping]]]:
+        """The mapping table of the whole model, in parts of (layer number or None, rows).
+
+        The parts are the embedding, each layer, and the final norm with the head (none if tied).
         """
         sizes = self.sizes(hf_config)
         layers = [(layer, list(self._rows(layer, sizes.experts))) for layer in range(sizes.layers)]
@@ -118,39 +115,40 @@ class Architecture:
         ]
 
     def _rows(self, layer: int, experts: int) -> Iterator[ParamMapping]:
-        """The table of one layer; the rows of an expert stand together, one expert after the other."""
-        for per_expert, rows in groupby(self.layer, key=lambda pair: pair.per_expert):
+        """The table of one layer, its rows for experts repeated for each expert in turn."""
+        for per_expert, rows in groupby(self.layer, key=lambda mapping: mapping.per_expert):
             if not per_expert:
-                yield from (pair.at(layer) for pair in rows)
+                yield from (mapping.at(layer) for mapping in rows)
                 continue
-            rows = tuple(rows)
-            yield from (pair.at(layer, expert) for expert in range(experts) for pair in rows)
+            rows = tuple(rows)  # groupby's iterator can be walked only once
+            yield from (mapping.at(layer, expert) for expert in range(experts) for mapping in rows)
 
     def hf_tensors(self, hf_config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor of the model, in transformers' order; a tied head is left
-        out.
-        """
+        """Name -> shape of every tensor, in transformers' order; a tied head is left out."""
         sizes = self.sizes(hf_config)
-        sources = [src for _, part in self.pairs(hf_config) for src in in_hf_order(part)]
+        sources = [src for _, part in self.mappings(hf_config) for src in in_hf_order(part)]
         return {src.name: src.shape(sizes) for src in sources}
 
     def by_megatron_name(self, hf_config: Mapping[str, Any]) -> dict[str, ParamMapping]:
-        """Megatron parameter name (layers numbered over the whole model; both layer specs) -> its
-        row.
+        """Megatron parameter name -> its row of the table, a tied head included.
+
+        A parameter stands under its names of both layer specs; layers and experts are numbered over
+        the whole model.
         """
         table = {
-            name: pair
-            for _, part in self.pairs(hf_config)
-            for pair in part
-            for name in pair.megatron
+            name: mapping
+            for _, part in self.mappings(hf_config)
+            for mapping in part
+            for name in mapping.megatron
         }
         if self.sizes(hf_config).tied:
             table[TIED_HEAD.megatron[0]] = TIED_HEAD
         return table
 
     def megatron_arguments(self, hf_config: Mapping[str, Any]) -> MegatronArguments:
-        """The config in Megatron-Core's words. ModelError names a key that Megatron-Core cannot
-        express.
+        """Translate a config.json into Megatron-Core's words.
+
+        Raises ModelError naming a key whose value Megatron-Core cannot express.
         """
         sizes = self.sizes(hf_config)
         self._refuse_unsupported(hf_config)
@@ -183,13 +181,13 @@ class Architecture:
         )
 
     def _moe_arguments(self, hf_config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
-        """The experts and their router: the best `topk` of a softmax over all experts, as
-        transformers has it.
+        """TransformerConfig's keywords for the experts and their router.
 
-        With norm_topk_prob their probabilities are divided by their sum, which is a softmax over
-        the chosen alone. The logits are in the model's precision, the softmax in fp32. transformers
-        adds router_aux_loss_coef's loss only to a language-modelling loss of its own, so it has no
-        counterpart here.
+        As in transformers, a token goes to the best `topk` of a softmax over all experts. With
+        norm_topk_prob their probabilities are divided by their sum, which equals a softmax over the
+        selected experts alone. Logits are in the model's precision, the softmax in fp32.
+        transformers adds the loss of router_aux_loss_coef only to a language-modelling loss of its
+        own, so it has no counterpart here.
         """
         topk = self._integer(hf_config, "num_experts_per_tok")
         normalized = self._boolean(hf_config, "norm_topk_prob")
@@ -202,13 +200,11 @@ class Architecture:
                 "config.json: norm_topk_prob=True with num_experts_per_tok=1 gives every expert "
                 "weight 1"
             )
-        if self._integer(hf_config, "decoder_sparse_step", 1) != 1 or hf_config.get(
-            "mlp_only_layers"
-        ):
+        sparse_step = self._integer(hf_config, "decoder_sparse_step", 1)
+        if sparse_step != 1 or hf_config.get("mlp_only_layers"):
             raise ModelError(
                 "config.json: decoder_sparse_step and mlp_only_layers leave some layers without "
-                "experts; only models "
-                "with experts in every layer are supported"
+                "experts; only models with experts in every layer are supported"
             )
         return {
             "num_moe_experts": sizes.experts,
@@ -219,6 +215,7 @@ class Architecture:
         }
 
     def _refuse_unsupported(self, hf_config: Mapping[str, Any]) -> None:
+        """Raise ModelError for a key whose value would give another model than the table's."""
         allowed = {
             "hidden_act": ("silu",),
             "attention_bias": (self.qkv_bias, False),
@@ -237,38 +234,38 @@ class Architecture:
             method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
             raise ModelError(
                 f"config.json has a quantization_config (quant_method={method!r}): quantized "
-                "weights are for serving "
-                "alone; give the directory that they were made from"
+                "weights are for serving alone; give the directory that they were made from"
             )
         self._refuse_window(hf_config)
         kinds = hf_config.get("layer_types")
         if not isinstance(kinds, list | None):
             raise ModelError(f"config.json: layer_types={kinds!r} is not a list")
         if kinds is not None and any(kind != "full_attention" for kind in kinds):
-            other = next(kind for kind in kinds if kind != "full_attention")
+            unsupported = next(kind for kind in kinds if kind != "full_attention")
             raise ModelError(
-                f"config.json: layer_types has {other!r}; only 'full_attention' is supported"
+                f"config.json: layer_types has {unsupported!r}; only 'full_attention' is supported"
             )
 
     def _refuse_window(self, hf_config: Mapping[str, Any]) -> None:
-        """Attention must reach back over all positions in every layer."""
+        """Raise ModelError unless every layer attends to all earlier positions."""
         window = hf_config.get("sliding_window", self.defaults.get("sliding_window"))
         used = self.window == "always" or (
             self.window == "if_set" and self._boolean(hf_config, "use_sliding_window")
         )
+        # Where there are layer_types, they count instead; `_refuse_unsupported` checks them.
         if window is None or not used or hf_config.get("layer_types") is not None:
             return
-        if "max_window_layers" in self.defaults:  # the first layers have no window
-            none = hf_config.get("max_window_layers") == 0
-            whole = 0 if none else self._integer(hf_config, "max_window_layers")
-            if whole >= self._integer(hf_config, "num_hidden_layers"):
+        if "max_window_layers" in self.defaults:
+            # The first max_window_layers layers have no window; 0 is allowed here alone.
+            zero = hf_config.get("max_window_layers") == 0
+            windowless = 0 if zero else self._integer(hf_config, "max_window_layers")
+            if windowless >= self._integer(hf_config, "num_hidden_layers"):
                 return
         longest = self._integer(hf_config, "max_position_embeddings")
         if self._integer(hf_config, "sliding_window") < longest:
             raise ModelError(
                 f"config.json: sliding_window={window} is less than "
-                f"max_position_embeddings={longest}; sliding-window "
-                "attention is not supported"
+                f"max_position_embeddings={longest}; sliding-window attention is not supported"
             )
 
 
@@ -334,17 +331,18 @@ ARCHITECTURES = (
 
 
 def in_hf_order(part: list[ParamMapping]) -> list[Source]:
-    """Sources of a part in the order of transformers' state dict: a module's bias follows its
-    weight.
+    """The sources of a part in the order of transformers' state dict.
+
+    There a module's bias follows its weight, while a table has all weights of a rule in one row.
     """
-    sources = [src for pair in part for src in pair.sources]
+    sources = [src for mapping in part for src in mapping.sources]
     modules = dict.fromkeys(src.name.rpartition(".")[0] for src in sources)
     order = {module: index for index, module in enumerate(modules)}
     return sorted(sources, key=lambda src: order[src.name.rpartition(".")[0]])
 
 
 def find_architecture(hf_config: Mapping[str, Any]) -> Architecture:
-    """The table for a config.json; ModelError lists the supported architectures."""
+    """Find the architecture of a config.json; ModelError lists those that are supported."""
     names = hf_config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelError(f"config.json: architectures={names!r} is not a list of names")
@@ -354,7 +352,7 @@ def find_architecture(hf_config: Mapping[str, Any]) -> Architecture:
         ):
             return architecture
     supported = ", ".join(architecture.name for architecture in ARCHITECTURES)
-    found = ", ".join(names) or hf_config.get("model_type")
+    unknown = ", ".join(names) or hf_config.get("model_type")
     raise ModelError(
-        f"config.json: architecture {found!r} is not supported; supported are {supported}"
+        f"config.json: architecture {unknown!r} is not supported; supported are {supported}"
     )

@@ -16,11 +16,11 @@ from checkpoints_conv.writer import Planned
 
 
 def describe(path: str | Path, hf: str | Path | None = None) -> dict[str, str]:
-    """Label -> text about a Hugging Face directory or a torch_dist checkpoint. hf: see
-    `MegatronCheckpoint`.
+    """Describe a Hugging Face directory or a torch_dist checkpoint, as label -> text.
 
-    Raises ModelError or CheckpointError, as `check_safetensors`, `check_quantized` and
-    `MegatronCheckpoint` do, unless it is whole.
+    hf: the Hugging Face directory of a torch_dist checkpoint, see `MegatronCheckpoint`. Raises
+    ModelError or CheckpointError, as `check_safetensors`, `check_quantized` and
+    `MegatronCheckpoint` do, unless the directory is whole.
     """
     path = Path(path)
     if not is_megatron(path):
@@ -47,10 +47,11 @@ def _describe_hf(path: Path) -> dict[str, str]:
         form = read_format(hf_config)
         quantized = {"quantized": f"{form} ({FORMATS[form]}), for serving alone"}
     else:
-        found = check_safetensors(path)
-        wanted = find_architecture(hf_config).hf_tensors(hf_config)
+        headers = check_safetensors(path)
+        # The architecture's tensors, not the files': those may hold a second copy of a tied head.
+        shapes = find_architecture(hf_config).hf_tensors(hf_config)
         stored = {
-            name: Planned(shape, SAFETENSORS[found[name].dtype]) for name, shape in wanted.items()
+            name: Planned(shape, SAFETENSORS[headers[name].dtype]) for name, shape in shapes.items()
         }
     files = len({info.file for info in read_headers(path).values()})
     return {
@@ -66,14 +67,14 @@ def _model(hf_config: Mapping[str, Any], stored: Mapping[str, Planned]) -> dict[
     parameters = sum(map(prod, architecture.hf_tensors(hf_config).values()))
     nbytes = sum(planned.nbytes for planned in stored.values())
     head = "tied to the embedding" if sizes.tied else "of its own"
+    heads = f"{sizes.heads} heads, {sizes.kv_heads} KV heads"
+    experts = {}
+    if architecture.moe:
+        experts["experts"] = f"{sizes.experts} in each layer, inner width {sizes.expert_ffn}"
     return {
         "architecture": architecture.name,
-        "layers": f"{sizes.layers}, hidden size {sizes.hidden}, {sizes.heads} heads, {sizes.kv_heads} KV heads",
-        **(
-            {"experts": f"{sizes.experts} in each layer, inner width {sizes.expert_ffn}"}
-            if architecture.moe
-            else {}
-        ),
+        "layers": f"{sizes.layers}, hidden size {sizes.hidden}, {heads}",
+        **experts,
         "vocabulary": f"{sizes.vocab}, head {head}",
         "parameters": f"{parameters:,} in {_count(len(stored), 'tensor')}, {nbytes / 1e9:.3f} GB",
         "dtype": ", ".join(sorted({planned.dtype for planned in stored.values()})),
@@ -81,6 +82,7 @@ def _model(hf_config: Mapping[str, Any], stored: Mapping[str, Planned]) -> dict[
 
 
 def _step(path: Path) -> dict[str, str]:
+    """The training step of a checkpoint of training; nothing for a converted one."""
     if not (path / "trainer.json").exists():
         return {}
     state = read_json(path / "trainer.json").get("state")

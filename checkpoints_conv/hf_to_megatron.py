@@ -1,6 +1,4 @@
-"""A Hugging Face directory becomes a torch_dist checkpoint of Megatron-Core, tensor by tensor,
-without a model.
-"""
+"""Conversion of a Hugging Face directory to Megatron-Core's torch_dist, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -23,12 +21,14 @@ if TYPE_CHECKING:
     import torch
 
 COMPANIONS = "hf"  # subdirectory for config.json, tokenizer and the like
+# metadata.json, as Megatron-Core's dist_checkpointing writes it for torch_dist.
 BACKEND = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+# The forms in which tensors are stored, as Megatron-Core says them in common.pt.
 CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
 
@@ -43,52 +43,59 @@ def hf_to_megatron(
 ) -> None:
     """Write the model of directory `hf` to `out`, which Megatron-Core loads at any TP x PP x EP.
 
-    Collective over `ranks`, which share the writing. One tensor is held at a time. dtype: float32,
-    bfloat16 or float16; None keeps each tensor's own. Raises ModelError for a damaged or
-    unsupported model (see `check_safetensors`), for an `out` that is taken or has no room, and for
-    a dtype that would round unless `allow_downcast`. `out` is complete or not there.
+    Collective over `ranks`, which share the writing. One tensor is held at a time, no model is
+    built. `out` is complete or does not exist. Raises ModelError for a damaged or unsupported model
+    (see `check_safetensors`), and as the arguments below say.
+
+    hf: a Hugging Face model directory.
+    out: the checkpoint's directory; ModelError if it is taken or its disk has no room.
+    dtype: float32, bfloat16 or float16; None keeps each tensor's own.
+    allow_downcast: whether `dtype` may round; ModelError if it would and this is not set.
+    progress: shows the bytes that this rank has written.
     """
     hf, out = Path(hf), Path(out)
-    found = ranks.together(lambda: check_safetensors(hf))
+    headers = ranks.together(lambda: check_safetensors(hf))
     hf_config = read_hf_config(hf)
-    dtypes = {name: SAFETENSORS[info.dtype] for name, info in found.items()}
-    wanted = find_architecture(hf_config).hf_tensors(hf_config)
+    dtypes = {name: SAFETENSORS[info.dtype] for name, info in headers.items()}
+    tensors = find_architecture(hf_config).hf_tensors(hf_config)
     chunks = list_chunks(hf_config, dtypes, dtype)
 
     def check() -> None:
-        check_cast({name: dtypes[name] for name in wanted}, dtype, allow_downcast)
+        check_cast({name: dtypes[name] for name in tensors}, dtype, allow_downcast)
         check_free(out, sum(chunk.nbytes for chunk in chunks))
 
     ranks.together(check)
-    mine = ranks.share(chunks, lambda chunk: chunk.nbytes)
+    local_chunks = ranks.share(chunks, lambda chunk: chunk.nbytes)
     with written_beside(out, ranks) as partial, SafetensorsReader(hf) as reader:
-        with progress(sum(chunk.nbytes for chunk in mine)) as advance:
-            _save(partial, mine, extra_state_keys(hf_config), reader, advance, ranks)
-        ranks.first(lambda: _write_rest(partial, hf, hf_config, dtype))
+        with progress(sum(chunk.nbytes for chunk in local_chunks)) as advance:
+            _save(partial, local_chunks, extra_state_keys(hf_config), reader, advance, ranks)
+        ranks.first(lambda: _write_companions(partial, hf, hf_config, dtype))
 
 
 def list_chunks(
     hf_config: Mapping[str, Any], dtypes: Mapping[str, str], dtype: str | None
 ) -> list[Chunk]:
-    """All that is to be written, in the model's order. dtypes: of the Hugging Face tensors. dtype:
-    None keeps them.
+    """List the chunks of a checkpoint in the model's order.
 
     A parameter whose sources lie in it one after the other is written in as many chunks; a fused
     QKV in one. All layers (and experts) of a parameter are stored under one key and so in one type,
-    the widest there is among them.
+    the widest among them.
+
+    dtypes: Hugging Face tensor name -> its dtype.
+    dtype: what to cast all tensors to; None keeps theirs.
     """
     sizes = find_architecture(hf_config).sizes(hf_config)
     parameters = list_parameters(hf_config)
-    found: dict[str, set[str]] = {}
+    dtypes_by_key: dict[str, set[str]] = {}
     for parameter in parameters:
-        found.setdefault(parameter.place.key, set()).update(
-            dtypes[src.name] for src in parameter.pair.sources
+        dtypes_by_key.setdefault(parameter.place.key, set()).update(
+            dtypes[src.name] for src in parameter.mapping.sources
         )
     chunks = []
     for parameter in parameters:
-        stored = dtype or widest(found[parameter.place.key])
-        pieces = parameter.pair.pieces(sizes, 0, 1)
-        if len(pieces) == len(parameter.pair.sources) > 1:
+        stored = dtype or widest(dtypes_by_key[parameter.place.key])
+        pieces = parameter.mapping.pieces(sizes, 0, 1)  # of one rank of one: the whole parameter
+        if len(pieces) == len(parameter.mapping.sources) > 1:
             chunks += [Chunk(parameter, p.offset, p.stop - p.start, (p,), stored) for p in pieces]
         else:
             chunks.append(Chunk(parameter, 0, parameter.shape[0], tuple(pieces), stored))
@@ -96,7 +103,7 @@ def list_chunks(
 
 
 def read_chunk(chunk: Chunk, reader: SafetensorsReader) -> torch.Tensor:
-    """Its values, chunk.shape."""
+    """Read the values of a chunk from the Hugging Face tensors: [*chunk.shape], in its dtype."""
     import torch
 
     first = chunk.pieces[0]
@@ -126,6 +133,7 @@ def _save(
     planner = StreamingPlanner(items, states, lambda chunk: read_chunk(chunk, reader))
     try:
         with warnings.catch_warnings():
+            # dcp.save warns when it runs in one process, as here with a single rank.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save(
                 {},
@@ -143,7 +151,10 @@ def chunk_index(chunk: Chunk) -> tuple[str, tuple[int, ...]]:
     return place.key, (*place.index, chunk.offset, *(0 for _ in chunk.parameter.shape[1:]))
 
 
-def _write_rest(directory: Path, hf: Path, hf_config: Mapping[str, Any], dtype: str | None) -> None:
+def _write_companions(
+    directory: Path, hf: Path, hf_config: Mapping[str, Any], dtype: str | None
+) -> None:
+    """Write all but the tensors: config, tokenizer, and what makes the directory a checkpoint."""
     import torch
 
     torch.save({"content_metadata": CONTENT}, directory / "common.pt")

@@ -1,6 +1,4 @@
-"""Reading torch_dist checkpoints, converted ones and those of training, on one CPU without Megatron
-or a model.
-"""
+"""Reading torch_dist checkpoints, converted ones and those of training, without Megatron."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from checkpoints_conv.errors import CheckpointError
 from checkpoints_conv.hf_to_megatron import BACKEND, COMPANIONS
 from checkpoints_conv.metadata import read_metadata
 from checkpoints_conv.output import is_partial
-from checkpoints_conv.reader import read_hf_config
+from checkpoints_conv.reader import listed, read_hf_config
 from checkpoints_conv.stored import Parameter, Place, list_parameters
 
 if TYPE_CHECKING:
@@ -43,14 +41,16 @@ OPTIMIZER = ("optimizer.", "chained_")  # Megatron-Core's prefixes of optimizer 
 
 
 class MegatronCheckpoint:
-    """The model in a torch_dist directory. Optimizer state is never read; of pickles only
-    `.metadata`, restricted.
+    """The model in a torch_dist directory, read on one CPU in whatever layout it was saved.
 
-    hf: the Hugging Face directory that belongs to it (config.json, tokenizer); None finds it: `hf/`
-    in a converted checkpoint, model.path of the run's config.yaml for a training checkpoint. Raises
-    CheckpointError if the directory is not complete, cannot be read, or does not hold what the
-    model needs: tensors missing, unknown, of another shape or type, with gaps, or in files that are
-    cut short. No tensor is read for that.
+    Raises CheckpointError if the directory is not complete, cannot be read, or does not hold what
+    the model needs: tensors missing, unknown, of another shape or type, with gaps, or in files that
+    are cut short. No tensor is read for that. Optimizer state is never read, and of pickles only
+    `.metadata`, by a restricted unpickler.
+
+    path: the checkpoint's directory.
+    hf: the Hugging Face directory that belongs to it (config.json, tokenizer). None finds it: `hf/`
+    in a converted checkpoint, model.path of the run's config.yaml for a training checkpoint.
     """
 
     def __init__(self, path: str | Path, hf: str | Path | None = None):
@@ -67,6 +67,8 @@ class MegatronCheckpoint:
         self._chunks: dict[str, dict[tuple[int, ...], list]] = {}  # by key and place.index
         self.parameters: list[Parameter] = []
         self.copies: list[Parameter] = []  # of some of them, stored once more
+        # A copy follows its original in the list. A checkpoint may hold either or both of them,
+        # depending on the kind of layers that it was saved from.
         for parameter in list_parameters(self.hf_config):
             if not parameter.copy:
                 self.parameters.append(parameter)
@@ -78,16 +80,17 @@ class MegatronCheckpoint:
 
     @property
     def has_optimizer(self) -> bool:
+        """Whether the checkpoint has optimizer state beside the model."""
         return any(key.startswith(OPTIMIZER) for key in self._stored)
 
     @property
     def vocabulary_padding(self) -> int:
-        """Rows of padding that the stored embedding has."""
+        """The number of padding rows in the stored embedding."""
         embedding = next(parameter for parameter in self.parameters if parameter.is_vocabulary)
         return self._stored[embedding.place.key].size[0] - embedding.shape[0]
 
     def dtype(self, parameter: Parameter) -> str:
-        """float32, bfloat16 or float16."""
+        """The dtype of a parameter: float32, bfloat16 or float16; the widest of its places."""
         return widest(
             {
                 dtype_name(self._stored[place.key].properties.dtype)
@@ -96,12 +99,12 @@ class MegatronCheckpoint:
         )
 
     def nbytes(self, parameter: Parameter) -> int:
-        """As stored, without padding."""
+        """The stored bytes of a parameter, without padding."""
         return parameter.numel * BYTES[self.dtype(parameter)]
 
     def hf_dtypes(self) -> dict[str, str]:
-        """Name -> stored dtype of every Hugging Face tensor, in transformers' order."""
-        dtypes = {src.name: self.dtype(p) for p in self.parameters for src in p.pair.sources}
+        """Hugging Face tensor name -> its stored dtype, in transformers' order."""
+        dtypes = {src.name: self.dtype(p) for p in self.parameters for src in p.mapping.sources}
         return {
             name: dtypes[name]
             for name in find_architecture(self.hf_config).hf_tensors(self.hf_config)
@@ -110,19 +113,18 @@ class MegatronCheckpoint:
     def hf_tensors(
         self, parameter: Parameter, dtypes: Mapping[str, str] | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The Hugging Face tensors of one parameter, each in its dtype of `dtypes` (None: as
-        stored).
+        """Yield the Hugging Face tensors of one parameter by name.
+
+        dtypes: Hugging Face tensor name -> the dtype to cast to; None keeps the stored one.
         """
         import torch
 
         sizes = find_architecture(self.hf_config).sizes(self.hf_config)
-        pieces = parameter.pair.pieces(sizes, 0, 1)
-        dtypes = dtypes or dict.fromkeys(
-            (src.name for src in parameter.pair.sources), self.dtype(parameter)
-        )
-        if len(pieces) == len(
-            parameter.pair.sources
-        ):  # each source lies in one block: read that alone
+        sources = parameter.mapping.sources
+        pieces = parameter.mapping.pieces(sizes, 0, 1)  # of one rank of one: the whole parameter
+        dtypes = dtypes or dict.fromkeys((src.name for src in sources), self.dtype(parameter))
+        if len(pieces) == len(sources):
+            # Each source lies in one block: read that alone.
             for piece in pieces:
                 shape = list(parameter.shape)
                 shape[piece.dim] = piece.stop - piece.start
@@ -133,7 +135,7 @@ class MegatronCheckpoint:
         fused = self.read(
             parameter, [0] * len(parameter.shape), parameter.shape, self.dtype(parameter)
         )
-        for src in in_hf_order([parameter.pair]):
+        for src in in_hf_order([parameter.mapping]):
             tensor = torch.empty(src.shape(sizes), dtype=torch_dtype(dtypes[src.name]))
             for piece in (piece for piece in pieces if piece.source == src.name):
                 length = piece.stop - piece.start
@@ -142,8 +144,9 @@ class MegatronCheckpoint:
             yield src.name, tensor
 
     def read(self, parameter: Parameter, offsets: Any, shape: Any, dtype: str) -> torch.Tensor:
-        """A block of a parameter, from `offsets` on, cast to `dtype`; only the stored chunks it
-        meets are read.
+        """Read a block of a parameter: [*shape], from `offsets` on, cast to `dtype`.
+
+        Only the stored chunks that overlap the block are read.
         """
         import torch
 
@@ -173,8 +176,9 @@ class MegatronCheckpoint:
         into = Into(target.view(sizes))
         try:
             for item in create_read_items_for_chunk_list(key, stored, [block]):
-                where = self._metadata.storage_data[item.storage_index]
-                span = (self.path / where.relative_path, where.offset, where.length)
+                info = self._metadata.storage_data[item.storage_index]
+                span = (self.path / info.relative_path, info.offset, info.length)
+                # Straight into the target where the bytes allow it; else through a copy.
                 if not read_into(*span, item.storage_offsets, into.resolve_tensor(item)):
                     reader.read_data(LoadPlan([item]), into)
         except OSError as error:
@@ -187,7 +191,9 @@ class MegatronCheckpoint:
             ) from error
 
     def _chunks_at(self, place: Place) -> list:
-        """The chunks of a tensor that hold a place's layer and expert: of many thousands a few."""
+        """The stored chunks that hold a place's layer and expert."""
+        # An index by layer and expert: with many experts a key has thousands of chunks, and torch's
+        # planner would compare each block with all of them.
         if place.key not in self._chunks:
             by_index = self._chunks[place.key] = defaultdict(list)
             for chunk in self._stored[place.key].chunks:
@@ -197,8 +203,9 @@ class MegatronCheckpoint:
         return self._chunks[place.key][place.index]
 
     def _places(self, parameter: Parameter) -> tuple[Place, ...]:
-        """Where it is stored, in the first of its forms that is there; if none is, where it should
-        be.
+        """The places of a parameter in the first of its forms that the checkpoint has.
+
+        If it has none, those of the form in which it should have been written.
         """
         stored = (
             form for form in parameter.forms if any(place.key in self._stored for place in form)
@@ -209,6 +216,7 @@ class MegatronCheckpoint:
         return any(place.key in self._stored for place in self._places(parameter))
 
     def _check(self) -> None:
+        """Raise CheckpointError unless the files hold exactly what the model needs."""
         places = {
             parameter: self._places(parameter) for parameter in (*self.parameters, *self.copies)
         }
@@ -216,13 +224,13 @@ class MegatronCheckpoint:
         used = {place.key for form in places.values() for place in form}
         missing = sorted(used - self._stored.keys())
         if missing:
-            raise CheckpointError(f"{self.path} lacks {_listed(missing)} that {name} needs")
+            raise CheckpointError(f"{self.path} lacks {listed(missing)} that {name} needs")
         extra = sorted(
             key for key in self._stored if key not in used and not key.startswith(OPTIMIZER)
         )
         if extra:
             raise CheckpointError(
-                f"{self.path} has {_listed(extra)} that {name} (see {self.hf}) does not know"
+                f"{self.path} has {listed(extra)} that {name} (see {self.hf}) does not know"
             )
         for parameter, form in places.items():
             for place in form:
@@ -232,17 +240,19 @@ class MegatronCheckpoint:
 
     def _check_shape(self, parameter: Parameter, place: Place) -> None:
         key = place.key
-        found = tuple(self._stored[key].size)
-        wanted = (*place.axes, place.stop - place.start, *parameter.shape[1:])
-        padded = parameter.is_vocabulary and found[1:] == wanted[1:] and found[0] >= wanted[0]
-        if found != wanted and not padded:
+        shape = tuple(self._stored[key].size)
+        expected = (*place.axes, place.stop - place.start, *parameter.shape[1:])
+        if shape == expected:
+            return
+        padded = shape[1:] == expected[1:] and shape[0] >= expected[0]
+        if not (parameter.is_vocabulary and padded):
             raise CheckpointError(
-                f"tensor {key} in {self.path} has shape {list(found)}, "
-                f"but config.json of {self.hf} makes it {list(wanted)}"
+                f"tensor {key} in {self.path} has shape {list(shape)}, but config.json of "
+                f"{self.hf} makes it {list(expected)}"
             )
 
     def _check_chunks(self, key: str) -> None:
-        """The chunks of a tensor fill it, and its files hold them."""
+        """Raise CheckpointError unless the chunks of a tensor fill it and its files hold them."""
         from torch.distributed.checkpoint.metadata import MetadataIndex
 
         stored = self._stored[key]
@@ -262,7 +272,7 @@ class MegatronCheckpoint:
                     f"{self.path / '.metadata'} does not say where a part of tensor {key} is"
                 )
             file = self.path / place.relative_path
-            if file.parent != self.path:
+            if file.parent != self.path:  # a path with `..`, or an absolute one
                 raise CheckpointError(
                     f"{self.path / '.metadata'} names {file}, which is outside the checkpoint"
                 )
@@ -282,7 +292,7 @@ def is_megatron(path: Path) -> bool:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; CheckpointError naming the file if there is none in it."""
+    """Read a JSON object; CheckpointError naming the file if it does not hold one."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -295,6 +305,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _check_kind(path: Path) -> None:
+    """Raise CheckpointError unless the directory is a complete torch_dist checkpoint."""
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a directory; give a checkpoint of Megatron-Core in the torch_dist "
@@ -310,7 +321,10 @@ def _check_kind(path: Path) -> None:
                 "directories"
             )
         if any(path.rglob("*.pt")) or any(path.rglob("*.bin")) or any(path.rglob("*.pth")):
-            tip = "; pickled checkpoints (.pt, .pth, .bin) are not read, save it again with --ckpt-format torch_dist"
+            tip = (
+                "; pickled checkpoints (.pt, .pth, .bin) are not read, save it again with "
+                "--ckpt-format torch_dist"
+            )
         raise CheckpointError(f"{path} has no metadata.json of a torch_dist checkpoint{tip}")
     if not (path / "common.pt").is_file():
         raise CheckpointError(f"{path / 'common.pt'} is missing; the checkpoint is not complete")
@@ -322,10 +336,10 @@ def _check_kind(path: Path) -> None:
 
 
 def _companion_directory(path: Path) -> Path:
-    """The Hugging Face directory that belongs to a checkpoint."""
+    """Find the Hugging Face directory that belongs to a checkpoint."""
     if (path / COMPANIONS).is_dir():
         return path / COMPANIONS
-    config = path.absolute().parent.parent / "config.yaml"
+    config = path.absolute().parent.parent / "config.yaml"  # RUN/checkpoints/step_NNNNNN
     if not (path / "trainer.json").is_file() or not config.is_file():
         raise CheckpointError(
             f"{path} has no {COMPANIONS}/config.json and is in no run; name the model with --hf"
@@ -346,9 +360,5 @@ def _companion_directory(path: Path) -> Path:
 
 
 def _is_tensor(value: Any) -> bool:
+    """Whether an entry of the metadata is a tensor; the others are bytes, such as extra states."""
     return hasattr(value, "chunks")
-
-
-def _listed(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:most])}{more}"

@@ -1,6 +1,4 @@
-"""A torch_dist checkpoint becomes a complete Hugging Face directory, tensor by tensor, without a
-model.
-"""
+"""Conversion of a torch_dist checkpoint to a Hugging Face directory, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -32,19 +30,24 @@ def megatron_to_hf(
     progress: Progress = silent,
     ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
 ) -> None:
-    """Write the model in the torch_dist directory `megatron` (optimizer state is not read) to
-    `out`.
+    """Write the model in the torch_dist directory `megatron` to the Hugging Face directory `out`.
 
-    hf: where config.json, tokenizer and the like come from; see `MegatronCheckpoint`. dtype:
-    float32, bfloat16 or float16; None keeps each tensor's stored one. Collective over `ranks`,
-    which share the work; one parameter is held at a time. Raises CheckpointError or ModelError for
-    a checkpoint that is damaged or of another model, for an `out` that is taken or has no room, and
-    for a dtype that would round unless `allow_downcast`. `out` is complete or not there.
+    Collective over `ranks`, which share the work; two tensors are held at a time, and no model is
+    built. Optimizer state is not read. `out` is complete or does not exist. Raises CheckpointError
+    or ModelError for a checkpoint that is damaged or of another model, and as the arguments say.
+
+    megatron: a converted checkpoint, or one of training.
+    out: the model directory; ModelError if it is taken or its disk has no room.
+    hf: where config.json, tokenizer and the like come from; see `MegatronCheckpoint`.
+    dtype: float32, bfloat16 or float16; None keeps each tensor's stored one.
+    max_shard_bytes: the largest file's bytes of data; a larger tensor gets its own file.
+    allow_downcast: whether `dtype` may round; ModelError if it would and this is not set.
+    progress: shows the bytes that this rank has written.
     """
     out = Path(out)
     checkpoint = ranks.together(lambda: MegatronCheckpoint(megatron, hf))
     stored = checkpoint.hf_dtypes()
-    dtypes = {name: dtype or found for name, found in stored.items()}
+    dtypes = {name: dtype or stored_dtype for name, stored_dtype in stored.items()}
     shapes = find_architecture(checkpoint.hf_config).hf_tensors(checkpoint.hf_config)
     plan = {name: Planned(shape, dtypes[name]) for name, shape in shapes.items()}
 
@@ -53,17 +56,18 @@ def megatron_to_hf(
         check_free(out, sum(planned.nbytes for planned in plan.values()))
 
     ranks.together(check)
-    mine = ranks.share(checkpoint.parameters, checkpoint.nbytes)
+    local_parameters = ranks.share(checkpoint.parameters, checkpoint.nbytes)
     with written_beside(out, ranks) as partial:
         files = HfFiles(partial, plan, max_shard_bytes)
         ranks.first(files.create)
 
         def write() -> None:
-            with progress(
-                sum(plan[src.name].nbytes for p in mine for src in p.pair.sources)
-            ) as advance:
+            sources = [src for p in local_parameters for src in p.mapping.sources]
+            with progress(sum(plan[src.name].nbytes for src in sources)) as advance:
                 tensors = (
-                    pair for parameter in mine for pair in checkpoint.hf_tensors(parameter, dtypes)
+                    named_tensor
+                    for parameter in local_parameters
+                    for named_tensor in checkpoint.hf_tensors(parameter, dtypes)
                 )
                 for name, tensor in read_ahead(tensors):
                     files.write(name, tensor)
@@ -76,18 +80,22 @@ def megatron_to_hf(
 
         try:
             ranks.together(write)
-            nowhere = set.intersection(*map(set, ranks.gathered(files.missing)))
-            files.check_complete([name for name in plan if name in nowhere])
+            # Each rank misses what the others wrote; a tensor is missing if all ranks miss it.
+            missing = set.intersection(*map(set, ranks.gathered(files.missing)))
+            files.check_complete([name for name in plan if name in missing])
         finally:
             files.close()
         ranks.first(finish)
 
 
 def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, each made by a thread while the one before is used; two are held at a time."""
+    """Yield the same items, each made by a thread while the one before is used.
+
+    Two are held at a time. None must not be among them: it marks the end.
+    """
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, items, None)
         while (item := following.result()) is not None:
             following = pool.submit(next, items, None)
             yield item
-            del item
+            del item  # not held while the next one is awaited

@@ -1,6 +1,4 @@
-"""torch_dist's `.metadata`, a pickle, read by an unpickler that knows the names of its data classes
-and no others.
-"""
+"""Reading torch_dist's `.metadata`, a pickle, without running what a stranger put into it."""
 
 from __future__ import annotations
 
@@ -15,9 +13,7 @@ if TYPE_CHECKING:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Reads torch_dist's `.metadata` and nothing else: only the plain data classes in it may be
-    named.
-    """
+    """An unpickler that lets a pickle name torch_dist's plain data classes and nothing else."""
 
     ALLOWED = {
         "torch": {"Size", "bfloat16", "float32", "float16", "float64", "int32", "int64", "uint8"},
@@ -51,8 +47,9 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What `path` holds; CheckpointError unless it unpickles to it with torch_dist's own data
-    classes alone.
+    """Read a `.metadata` file.
+
+    Raises CheckpointError unless it unpickles to Metadata with torch_dist's data classes alone.
     """
     from torch.distributed.checkpoint.metadata import Metadata
 
@@ -67,7 +64,7 @@ def read_metadata(path: Path) -> Metadata:
         ValueError,
         TypeError,
         LookupError,
-    ) as error:
+    ) as error:  # what pickle raises for damaged bytes
         raise CheckpointError(
             f"{path} is not torch_dist metadata ({error}); delete the checkpoint"
         ) from error

@@ -1,6 +1,4 @@
-"""Directories that are complete or not there: written beside their place, synced to the disk, and
-renamed.
-"""
+"""Directories that are complete or do not exist: written beside their place, synced, renamed."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ SUFFIX = ".partial"
 
 
 def is_partial(path: Path) -> bool:
-    """Whether this is the name of a directory that is still being written, or that a killed writer
-    left.
-    """
+    """Whether `path` has the name of a directory whose writer has not finished, or was killed."""
     return path.absolute().name.endswith(SUFFIX)
 
 
@@ -32,8 +28,9 @@ def partial_path(path: Path) -> Path:
 
 
 def check_free(path: Path, nbytes: int) -> None:
-    """Raise ModelError unless `path` is free (or an empty directory) and its disk has room for
-    `nbytes`.
+    """Raise ModelError unless `path` is free and its disk has room for `nbytes`.
+
+    Free is what does not exist, and an empty directory.
     """
     if is_partial(path):
         raise ModelError(
@@ -67,29 +64,30 @@ def check_free(path: Path, nbytes: int) -> None:
 
 @contextmanager
 def written_beside(path: Path, ranks: Ranks) -> Iterator[Path]:
-    """A new directory for all ranks, which becomes `path` if the body ends without an error, and is
-    removed if not.
+    """A new directory for all ranks, which becomes `path` if the body ends without an error.
 
-    Collective. An OSError of the body or of the renaming is raised as a ModelError naming `path`;
-    so is another process that is writing there.
+    If the body fails, the directory is removed. Collective over `ranks`: two all-gathers of an
+    object. An OSError of the body or of the renaming is raised as a ModelError naming `path`; so is
+    another process that is writing there.
     """
     partial = partial_path(path)
-    lock = made = None
+    lock = created = None
 
     def make() -> None:
-        nonlocal lock, made
+        nonlocal lock, created
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = _locked(path)
-        shutil.rmtree(partial, ignore_errors=True)
+        lock = _acquire_lock(path)
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed writer left
         partial.mkdir()
-        made = partial.stat()
+        created = partial.stat()
 
     def publish() -> None:
-        if not partial.exists() or not os.path.samestat(made, partial.stat()):
+        # Where the file system has no locks, a second writer has replaced the directory by its own.
+        if not partial.exists() or not os.path.samestat(created, partial.stat()):
             raise ModelError(
                 f"--out {path} is being written by another process, too; nothing was kept"
             )
-        _sync(partial)
+        _sync(partial)  # before the renaming, or a crash could leave the name without the content
         if path.exists():
             path.rmdir()
         partial.rename(path)
@@ -100,10 +98,10 @@ def written_beside(path: Path, ranks: Ranks) -> Iterator[Path]:
         yield partial
         ranks.first(publish)
     except BaseException as error:
-        if lock is not None:
+        if lock is not None:  # only rank 0 has it, and only if the directory is its own
             shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
-            raise _explained(error, path) from error
+            raise _model_error(error, path) from error
         raise
     finally:
         if lock is not None:
@@ -115,8 +113,8 @@ def _lock_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
-def _locked(path: Path) -> IO[str]:
-    """The file beside `path` that its writer holds locked until it ends, however it ends (flock).
+def _acquire_lock(path: Path) -> IO[str]:
+    """Lock the file beside `path` by flock, which lasts until the process ends, however it ends.
 
     Raises ModelError if another process holds it: two writers would remove, mix and publish each
     other's files. Some cluster file systems have no locks; there a second writer is noticed when
@@ -126,6 +124,7 @@ def _locked(path: Path) -> IO[str]:
         file = _lock_path(path).open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The last holder may have removed the file between its opening and its locking here.
             if os.path.samestat(os.fstat(file.fileno()), _lock_path(path).stat()):
                 return file
         except BlockingIOError as error:
@@ -134,7 +133,7 @@ def _locked(path: Path) -> IO[str]:
                 f"--out {path} is being written by another process; choose another path"
             ) from error
         except FileNotFoundError:
-            pass  # its last holder removed it after it was opened here
+            pass  # removed meanwhile, too: open a new one
         except OSError as error:
             if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 return file
@@ -143,7 +142,8 @@ def _locked(path: Path) -> IO[str]:
         file.close()
 
 
-def _explained(error: OSError, path: Path) -> ModelError:
+def _model_error(error: OSError, path: Path) -> ModelError:
+    """The sentence that says why `path` could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ModelError(
             f"no space left for {path} ({error}); nothing was kept; free some or choose another "
@@ -153,7 +153,7 @@ def _explained(error: OSError, path: Path) -> ModelError:
 
 
 def _sync(directory: Path) -> None:
-    """Have everything in `directory` on the disk."""
+    """Flush everything in `directory`, and the directory itself, to the disk."""
     for file in sorted(directory.rglob("*")):
         _fsync(file)
     _fsync(directory)

@@ -1,6 +1,4 @@
-"""A Hugging Face directory becomes an FP8 directory for SGLang, tensor by tensor, with the
-arithmetic of ModelOpt.
-"""
+"""Quantization of a Hugging Face directory to FP8 for SGLang, with ModelOpt's arithmetic."""
 
 from __future__ import annotations
 
@@ -39,11 +37,10 @@ BLOCKS = {-1: BLOCK, -2: BLOCK}
 
 @dataclass(frozen=True)
 class Quantized:
-    """nbytes: of all tensors. tensor_parallel: the sizes at which ranks of a server hold whole
-    blocks; None without.
-    """
+    """What `quantize` wrote."""
 
-    nbytes: int
+    nbytes: int  # of all tensors
+    # Tensor-parallel sizes of a server whose ranks hold whole blocks; None for a format without.
     tensor_parallel: list[int] | None
 
 
@@ -56,23 +53,28 @@ def quantize(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress = silent,
 ) -> Quantized:
-    """Write the model of directory `hf` to `out` as `fp8` or `fp8-block` (see `quantized`).
+    """Write the model of directory `hf` to `out` in FP8.
 
-    input_maxima: for fp8: measures, once all else is checked, the largest absolute value of the
-    input that each quantized weight (by its name) is multiplied with. Tensors that stay as they are
-    keep their bits. Six times the largest matrix in float32 is held. Raises ConfigError without
-    ModelOpt; ModelError for a damaged or unsupported model, blocks that do not fit, an `out` that
-    is taken or has no room, and values that are not finite. `out` is complete or not there.
+    Tensors that are not quantized keep their bits. Six times the largest matrix in float32 is held.
+    `out` is complete or does not exist. Raises ConfigError without ModelOpt; ModelError for a
+    damaged or unsupported model, blocks that do not fit, an `out` that is taken or has no room, and
+    values that are not finite.
+
+    hf: a Hugging Face model directory.
+    out: the directory to write.
+    form: `fp8` or `fp8-block`, see `quantized`.
+    input_maxima: for fp8: measures the largest absolute value of the input that each quantized
+    weight (by its name) is multiplied with. Called once all else is checked, because it is slow.
+    max_shard_bytes: the largest file's bytes of data; a larger tensor gets its own file.
+    progress: shows the bytes that are written.
     """
     check_modelopt()
     hf, out = Path(hf), Path(out)
-    found = check_safetensors(hf)
+    dtypes = {name: SAFETENSORS[info.dtype] for name, info in check_safetensors(hf).items()}
     hf_config = read_hf_config(hf)
     if form == "fp8-block":
         check_blocks(hf_config)
-    plan = quantized_plan(
-        hf_config, {name: SAFETENSORS[info.dtype] for name, info in found.items()}, form
-    )
+    plan = quantized_plan(hf_config, dtypes, form)
     nbytes = sum(planned.nbytes for planned in plan.values())
     check_free(out, nbytes)
     maxima = {} if input_maxima is None else input_maxima()
@@ -100,8 +102,9 @@ def check_modelopt() -> None:
 
 
 def import_modelopt() -> None:
-    """Import it without its warnings: of a newer transformers than it names, and of what a CPU does
-    not have.
+    """Import ModelOpt without the warnings that it prints at import.
+
+    They are about a transformers newer than the one it names, and about what a CPU does not have.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -117,6 +120,7 @@ def _write_tensors(
     maxima: Mapping[str, float],
     advance: Advance,
 ) -> None:
+    """Write every tensor of `files.plan`: the quantized ones with their scales, then the others."""
     import torch
 
     def write(name: str, tensor: torch.Tensor) -> None:
@@ -143,22 +147,19 @@ def _write_tensors(
             else:
                 write(f"{module}.weight_scale", scale)
                 write(f"{module}.input_scale", _positive(torch.tensor(maxima[name]) / LARGEST))
-    for name in [
-        name
-        for name, planned in files.plan.items()
-        if name in reader.tensors and planned.dtype != FP8
-    ]:
-        write(name, reader.get(name))
+    for name, planned in files.plan.items():
+        if name in reader.tensors and planned.dtype != FP8:
+            write(name, reader.get(name))
 
 
 def quantize_together(
     weights: Mapping[str, torch.Tensor],
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Each float32 weight in FP8, and the scale that all share: largest absolute value / 448, a
-    scalar.
+    """Quantize float32 weights by name to (values in FP8, their common scale, a scalar).
 
-    SGLang gives matrices that it fuses the largest of their scales and rounds again where theirs
-    was another; with one scale from the start it serves what is written here.
+    The scale is the largest absolute value of all the weights / 448. SGLang gives matrices that it
+    fuses the largest of their scales and rounds again those that had another; with one scale from
+    the start it serves what is written here.
     """
     import torch
     from modelopt.torch.quantization.qtensor import FP8QTensor
@@ -174,7 +175,7 @@ def quantize_together(
 
 
 def quantize_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight[n, k] in FP8, and a scale for each block of 128 x 128, [n / 128, k / 128]."""
+    """Quantize weight[n, k] to FP8 values [n, k] and scales of its blocks [n / 128, k / 128]."""
     from modelopt.torch.quantization.qtensor import FP8QTensor
     from modelopt.torch.quantization.utils import reduce_block_amax
 
@@ -183,24 +184,25 @@ def quantize_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _positive(scales: torch.Tensor) -> torch.Tensor:
-    """1 in place of 0: weights that are all zero would be divided by it."""
+    """Replace scales of 0 by 1, because weights that are all zero would be divided by theirs."""
     return scales.masked_fill(scales == 0, 1.0)
 
 
 def _write_configs(directory: Path, hf_config: Mapping[str, Any], form: str) -> None:
-    """config.json with what SGLang reads, and hf_quant_config.json, which older readers of
-    ModelOpt's exports want.
+    """Write config.json with what SGLang reads about the format.
+
+    `fp8` gets hf_quant_config.json, too, which older readers of ModelOpt's exports need.
     """
     from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 
-    kept = unquantized_modules(hf_config)
+    unquantized = unquantized_modules(hf_config)
     if form == "fp8-block":
-        described: dict[str, Any] = {
+        quantization: dict[str, Any] = {
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
             "weight_block_size": [BLOCK, BLOCK],
-            "modules_to_not_convert": kept,
+            "modules_to_not_convert": unquantized,
         }
     else:
         modelopt = {
@@ -211,9 +213,9 @@ def _write_configs(directory: Path, hf_config: Mapping[str, Any], form: str) -> 
             "quantization": {
                 "quant_algo": "FP8",
                 "kv_cache_quant_algo": None,
-                "exclude_modules": kept,
+                "exclude_modules": unquantized,
             },
         }
         write_json(directory / "hf_quant_config.json", modelopt)
-        described = convert_hf_quant_config_format(modelopt)
-    write_config(directory, {**hf_config, KEY: described}, None)
+        quantization = convert_hf_quant_config_format(modelopt)
+    write_config(directory, {**hf_config, KEY: quantization}, None)

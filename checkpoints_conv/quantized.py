@@ -1,5 +1,4 @@
-"""FP8 directories for serving: which tensors they hold and how config.json says so, as SGLang reads
-both.
+"""FP8 directories as SGLang reads them: which tensors they hold, and how config.json says so.
 
 `fp8`: one scale for all that serving fuses into a matrix (query, key and value; gate and up
 projection) and a fixed scale for its input; the layout of ModelOpt's own exports. `fp8-block`: a
@@ -37,12 +36,13 @@ KEY = "quantization_config"
 
 
 def weight_groups(hf_config: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The weights that are quantized; those that serving fuses into one matrix stand together."""
+    """Names of the weights that are quantized, grouped by what serving fuses into one matrix."""
+    # A source of one dimension is a bias.
     return [
-        tuple(src.name for src in pair.sources)
-        for _, part in find_architecture(hf_config).pairs(hf_config)
-        for pair in part
-        if pair.rule in (qkv, gate_up, row_parallel) and len(pair.sources[0].dims) == 2
+        tuple(src.name for src in mapping.sources)
+        for _, part in find_architecture(hf_config).mappings(hf_config)
+        for mapping in part
+        if mapping.rule in (qkv, gate_up, row_parallel) and len(mapping.sources[0].dims) == 2
     ]
 
 
@@ -57,7 +57,10 @@ def scale_shapes(weight: str, shape: tuple[int, ...], form: str) -> dict[str, tu
 def quantized_plan(
     hf_config: Mapping[str, Any], dtypes: Mapping[str, str], form: str
 ) -> dict[str, Planned]:
-    """Every tensor of a quantized model. dtypes: of the tensors that stay as they are."""
+    """Name -> shape and dtype of every tensor of a quantized model.
+
+    dtypes: name -> dtype of the tensors that are not quantized.
+    """
     quantized = {name for group in weight_groups(hf_config) for name in group}
     plan: dict[str, Planned] = {}
     for name, shape in find_architecture(hf_config).hf_tensors(hf_config).items():
@@ -65,46 +68,36 @@ def quantized_plan(
             plan[name] = Planned(shape, dtypes[name])
             continue
         plan[name] = Planned(shape, FP8)
-        plan.update(
-            {
-                scale: Planned(size, "float32")
-                for scale, size in scale_shapes(name, shape, form).items()
-            }
-        )
+        scales = scale_shapes(name, shape, form)
+        plan.update({scale: Planned(size, "float32") for scale, size in scales.items()})
     return plan
 
 
 def unquantized_modules(hf_config: Mapping[str, Any]) -> list[str]:
-    """Linear maps that stay as they are, by module name: the head and the routers of experts."""
+    """Module names of the linear maps that are not quantized: the head and routers of experts."""
     architecture = find_architecture(hf_config)
     layers = architecture.sizes(hf_config).layers if architecture.moe else 0
     return ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(layers))]
 
 
 def check_blocks(hf_config: Mapping[str, Any]) -> None:
-    """Raise ModelError unless whole blocks make up every matrix, without which SGLang does not
-    serve it.
-    """
+    """Raise ModelError unless every matrix consists of whole blocks, as SGLang requires."""
     for key, size in _block_dimensions(hf_config).items():
         if size % BLOCK:
             raise ModelError(
                 f"--format fp8-block cuts matrices into blocks of {BLOCK} x {BLOCK}, but "
-                f"{key}={size} of the model is "
-                f"no multiple of {BLOCK}; use --format fp8"
+                f"{key}={size} of the model is no multiple of {BLOCK}; use --format fp8"
             )
 
 
 def block_tensor_parallel(hf_config: Mapping[str, Any]) -> list[int]:
-    """The tensor-parallel sizes at which every rank of a server has whole blocks of every matrix."""
+    """Tensor-parallel sizes at which every rank of a server has whole blocks of every matrix."""
     sizes = find_architecture(hf_config).sizes(hf_config)
     inner = sizes.expert_ffn or sizes.ffn
 
     def fits(tensor: int) -> bool:
-        if (
-            sizes.heads % tensor
-            or inner % tensor
-            or max(tensor, sizes.kv_heads) % min(tensor, sizes.kv_heads)
-        ):
+        fewer, more = sorted((tensor, sizes.kv_heads))
+        if sizes.heads % tensor or inner % tensor or more % fewer:
             return False
         kv_heads = max(1, sizes.kv_heads // tensor)  # more ranks than heads have copies
         rows = (sizes.heads // tensor * sizes.head_dim, kv_heads * sizes.head_dim, inner // tensor)
@@ -114,28 +107,26 @@ def block_tensor_parallel(hf_config: Mapping[str, Any]) -> list[int]:
 
 
 def read_format(hf_config: Mapping[str, Any]) -> str:
-    """The format that config.json names; ModelError if it is neither of ours."""
-    found = hf_config[KEY]
-    if isinstance(found, Mapping):
-        if found.get("quant_method") == "modelopt" and found.get("quant_algo") == "FP8":
+    """The format that config.json names; ModelError if it is not one of `FORMATS`."""
+    entry = hf_config[KEY]
+    if isinstance(entry, Mapping):
+        if entry.get("quant_method") == "modelopt" and entry.get("quant_algo") == "FP8":
             return "fp8"
         blocks = (
-            found.get("weight_block_size") == [BLOCK, BLOCK]
-            and found.get("activation_scheme") == "dynamic"
+            entry.get("weight_block_size") == [BLOCK, BLOCK]
+            and entry.get("activation_scheme") == "dynamic"
         )
-        if found.get("quant_method") == "fp8" and blocks:
+        if entry.get("quant_method") == "fp8" and blocks:
             return "fp8-block"
-    method = found.get("quant_method") if isinstance(found, Mapping) else found
+    method = entry.get("quant_method") if isinstance(entry, Mapping) else entry
     raise ModelError(
         f"config.json: {KEY} with quant_method={method!r} is not one of the formats that are "
-        "known: "
-        f"{', '.join(FORMATS)} of `policysplit convert quantize`"
+        f"known: {', '.join(FORMATS)} of `policysplit convert quantize`"
     )
 
 
 def check_quantized(path: str | Path) -> dict[str, Planned]:
-    """Check that a quantized directory holds exactly the tensors of its format; return what it
-    holds.
+    """Check that a quantized directory holds exactly its format's tensors, and return them.
 
     Reads headers only. Raises ModelError for a format that is not known and for a tensor that is
     missing, has another shape or type, or that the model does not have.
@@ -145,22 +136,24 @@ def check_quantized(path: str | Path) -> dict[str, Planned]:
     plain = {key: value for key, value in hf_config.items() if key != KEY}
     architecture = find_architecture(plain)
     architecture.megatron_arguments(plain)
-    found = read_headers(path)
+    headers = read_headers(path)
+    # Tensors that are not quantized may have any float type: `_check` does not look at the plan's.
     plan = quantized_plan(plain, dict.fromkeys(architecture.hf_tensors(plain), "float32"), form)
-    missing = [name for name in plan if name not in found]
+    missing = [name for name in plan if name not in headers]
     if missing:
         raise ModelError(f"{path} lacks {listed(missing)} that {architecture.name} in {form} needs")
     for name, planned in plan.items():
-        _check(name, found[name], planned)
-    extra = [name for name in found if name not in plan]
+        _check(name, headers[name], planned)
+    extra = [name for name in headers if name not in plan]
     if extra:
         raise ModelError(
             f"{path} has {listed(extra)} that {architecture.name} in {form} does not know"
         )
-    return {name: Planned(found[name].shape, SAFETENSORS[found[name].dtype]) for name in plan}
+    return {name: Planned(headers[name].shape, SAFETENSORS[headers[name].dtype]) for name in plan}
 
 
 def _check(name: str, info: TensorInfo, planned: Planned) -> None:
+    """Raise ModelError if a tensor has another shape than planned, or not a dtype of its kind."""
     check_shape(name, info.shape, planned.shape, info.file)
     allowed = ("F8_E4M3",) if planned.dtype == FP8 else DTYPES
     if info.dtype not in allowed:
@@ -171,6 +164,7 @@ def _check(name: str, info: TensorInfo, planned: Planned) -> None:
 
 
 def _block_dimensions(hf_config: Mapping[str, Any]) -> dict[str, int]:
+    """Every dimension of the quantized matrices, under its name in config.json."""
     architecture = find_architecture(hf_config)
     sizes = architecture.sizes(hf_config)
     inner = (

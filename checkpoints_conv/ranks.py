@@ -1,4 +1,4 @@
-"""One process, or several started by torchrun that share a conversion."""
+"""The processes that share a conversion: one, or several started by torchrun."""
 
 from __future__ import annotations
 
@@ -14,42 +14,47 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process is number `rank` of `size`; alone it needs no torch.distributed."""
+    """This process's number and their count; a single one needs no torch.distributed."""
 
     rank: int = 0
     size: int = 1
 
     def together(self, work: Callable[[], Result]) -> Result:
-        """Every rank works; if one raises, all raise its error (one all-gather of an object)."""
+        """Run `work` on every rank; if one raises, all raise its error.
+
+        Costs one all-gather of an object.
+        """
         result, error = None, None
         try:
             result = work()
         except Exception as raised:  # raised again below, on all ranks
             error = raised
-        for found in self.gathered(error):
-            if found is not None:
-                raise found
+        for failure in self.gathered(error):
+            if failure is not None:
+                raise failure
         return result  # type: ignore[return-value]
 
     def first(self, work: Callable[[], Any]) -> None:
-        """Rank 0 works while the others wait; if it raises, all raise its error (one all-gather of
-        an object).
+        """Run `work` on rank 0 while the others wait; if it raises, all raise its error.
+
+        Costs one all-gather of an object.
         """
         self.together(work if self.rank == 0 else lambda: None)
 
     def share(self, items: Sequence[Item], size_of: Callable[[Item], int]) -> list[Item]:
-        """This rank's part of `items`: consecutive ones, of about a `size`-th of all that `size_of`
-        adds up to.
+        """This rank's part of `items`: consecutive ones of about an equal share of the sizes.
+
+        An item goes to the rank in whose share of the total size it begins.
         """
-        total, before, mine = sum(size_of(item) for item in items), 0, []
+        total, before, local_items = sum(size_of(item) for item in items), 0, []
         for item in items:
             if before * self.size // max(total, 1) == self.rank:
-                mine.append(item)
+                local_items.append(item)
             before += size_of(item)
-        return mine
+        return local_items
 
     def gathered(self, value: Any) -> list[Any]:
-        """`value` of every rank, in rank order, on every rank (one all-gather of an object)."""
+        """The `value` of every rank, in rank order, on every rank (one all-gather of an object)."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -60,8 +65,9 @@ class Ranks:
 
 
 def started_ranks() -> Ranks:
-    """The ranks that torchrun started, joined in a gloo group (RANK, WORLD_SIZE, MASTER_*); alone
-    without it.
+    """Join the processes that torchrun started (RANK, WORLD_SIZE, MASTER_*) in a gloo group.
+
+    Without torchrun this process is the only rank.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face model directory: config, safetensors headers, and slices of tensors."""
+"""Reading a Hugging Face model directory: config, safetensors headers, tensors and their slices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-DTYPES = ("F32", "BF16", "F16")
+DTYPES = ("F32", "BF16", "F16")  # of models that are trained or converted
+# Entries of config.json in which two copies of one model must agree, see `model_keys`.
 MODEL_KEYS = (
     "model_type",
     "hidden_size",
@@ -41,23 +42,20 @@ MODEL_KEYS = (
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as a file's header describes it; `dtype` in safetensors' words (F32, BF16, ...).
-
-    start, stop: its bytes in the file.
-    """
+    """A tensor as a file's header describes it."""
 
     file: Path
-    dtype: str
+    dtype: str  # in safetensors' words: F32, BF16, ...
     shape: tuple[int, ...]
-    start: int
+    start: int  # the data are bytes [start, stop) of the file
     stop: int
 
 
 def read_hf_config(path: str | Path) -> dict[str, Any]:
-    """config.json of a model directory; ModelError if either is missing or the file is not a JSON
-    object.
+    """Read config.json of a model directory.
 
-    A directory that a killed writer left (`*.partial`) is refused, whatever is in it.
+    Raises ModelError if either is missing or the file is not a JSON object, and for a directory
+    that a killed writer left (`*.partial`), whatever is in it.
     """
     path = Path(path)
     if is_partial(path):
@@ -71,18 +69,17 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
 
 
 def model_keys(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of config.json in which two copies of one model must agree; None for one that is
-    not there.
-    """
+    """Entries of config.json in which copies of one model must agree; None for a missing one."""
+    # transformers 5 writes the number of experts under its common name.
     experts = hf_config.get("num_experts", hf_config.get("num_local_experts"))
     return {**{key: hf_config.get(key) for key in MODEL_KEYS}, "num_experts": experts}
 
 
 def read_headers(path: str | Path) -> dict[str, TensorInfo]:
-    """Every tensor of a model directory, from the files' headers alone (no tensor is read).
+    """Name -> header entry of every tensor of a model directory; no tensor is read.
 
-    Raises ModelError naming the file: missing, header unreadable or not of this file, cut short
-    (bytes expected and found), or at odds with the index.
+    Raises ModelError naming a file that is missing, has an unreadable header or another file's, is
+    cut short (with the bytes expected and found), or is at odds with the index.
     """
     path = Path(path)
     tensors: dict[str, TensorInfo] = {}
@@ -110,38 +107,40 @@ def read_headers(path: str | Path) -> dict[str, TensorInfo]:
 
 
 def check_safetensors(path: str | Path) -> dict[str, TensorInfo]:
-    """Check that the files hold exactly what the architecture needs; return what they hold.
+    """Check that the files hold exactly what the architecture needs, and return their headers.
 
-    Reads headers only, but of a tied model that has a head all the same both that and the
-    embedding. Raises ModelError as `read_headers` does, and for a tensor that is missing, has
-    another shape or a dtype that is not a float of 16 or 32 bits, for tensors the architecture
-    lacks, and for a tied head with values of its own.
+    Tensors are not read, except for a tied model that stores a head all the same: then the head and
+    the embedding are compared. Raises ModelError as `read_headers` does, and for a tensor that is
+    missing, has another shape or a dtype that is not a float of 16 or 32 bits, for tensors the
+    architecture lacks, and for a tied head with values of its own.
     """
     hf_config = read_hf_config(path)
     architecture = find_architecture(hf_config)
     architecture.megatron_arguments(hf_config)
-    wanted, found = architecture.hf_tensors(hf_config), read_headers(path)
-    missing = [name for name in wanted if name not in found]
+    shapes, headers = architecture.hf_tensors(hf_config), read_headers(path)
+    missing = [name for name in shapes if name not in headers]
     if missing:
         raise ModelError(f"{path} lacks {listed(missing)} that {architecture.name} needs")
-    for name, shape in wanted.items():
-        _check_tensor(name, found[name], shape)
-    extra = [name for name in found if name not in wanted and not _harmless(name, hf_config)]
+    for name, shape in shapes.items():
+        _check_tensor(name, headers[name], shape)
+    extra = [name for name in headers if name not in shapes and not _is_harmless(name, hf_config)]
     if extra:
         raise ModelError(f"{path} has {listed(extra)} that {architecture.name} does not know")
     head, embedding = HEAD.sources[0].name, EMBEDDING.sources[0].name
-    if head in found and head not in wanted and not _same_bytes(found[head], found[embedding]):
+    second_copy = head in headers and head not in shapes
+    if second_copy and not _same_bytes(headers[head], headers[embedding]):
         raise ModelError(
             f"{path} has a {head} that differs from {embedding}, although config.json has "
-            "tie_word_embeddings=true; "
-            "transformers does not tie them then: set it to false"
+            "tie_word_embeddings=true; transformers does not tie them then: set it to false"
         )
-    return found
+    return headers
 
 
 class SafetensorsReader:
-    """Reads tensors, or parts of them, of a model directory; a context manager that closes its
-    files.
+    """Reads tensors of a model directory, or parts of them; a context manager.
+
+    Files are opened when first needed and closed at the end. Raises ModelError for a tensor that
+    the directory lacks and for a file that cannot be read.
     """
 
     def __init__(self, path: str | Path):
@@ -155,11 +154,11 @@ class SafetensorsReader:
         return read_headers(self.path)
 
     def get(self, name: str) -> torch.Tensor:
-        """The whole tensor, on the CPU."""
+        """Read a whole tensor, on the CPU."""
         return self._handle(name).get_tensor(name)
 
     def slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
-        """Rows (dim 0) or columns (dim 1) [start, stop) of a tensor; only these are read."""
+        """Read only rows (dim 0) or columns (dim 1) [start, stop) of a tensor."""
         view = self._handle(name).get_slice(name)
         return view[start:stop] if dim == 0 else view[:, start:stop]
 
@@ -178,6 +177,7 @@ class SafetensorsReader:
         return self._open[file]
 
     def close(self) -> None:
+        """Close all files; a later read opens them again."""
         self._open.clear()
         self._stack.close()
 
@@ -188,16 +188,17 @@ class SafetensorsReader:
         self.close()
 
 
-def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], where: Any) -> None:
+def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], where: Any) -> None:
     """Raise ModelError naming tensor, shapes and file if the shapes differ."""
-    if tuple(found) != tuple(wanted):
+    if tuple(shape) != tuple(expected):
         raise ModelError(
-            f"tensor {name} in {where} has shape {list(found)}, but config.json makes it "
-            f"{list(wanted)}"
+            f"tensor {name} in {where} has shape {list(shape)}, but config.json makes it "
+            f"{list(expected)}"
         )
 
 
 def _check_tensor(name: str, info: TensorInfo, shape: tuple[int, ...]) -> None:
+    """Raise ModelError if a tensor has another shape, or a dtype that models do not have here."""
     check_shape(name, info.shape, shape, info.file)
     if info.dtype not in DTYPES:
         raise ModelError(
@@ -206,19 +207,20 @@ def _check_tensor(name: str, info: TensorInfo, shape: tuple[int, ...]) -> None:
         )
 
 
-def _harmless(name: str, hf_config: dict[str, Any]) -> bool:
-    """Buffers of old exports, and the second copy of a tied head."""
+def _is_harmless(name: str, hf_config: dict[str, Any]) -> bool:
+    """Whether a surplus tensor is a buffer of old exports, or the second copy of a tied head."""
     tied = bool(hf_config.get("tie_word_embeddings", False))
     return name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
 
 
 def listed(names: list[str], most: int = 5) -> str:
-    """`tensors a, b, ... and 3 more`."""
+    """Names in words: `tensors a, b, ... and 3 more`; at most `most` are named."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:most])}{more}"
 
 
 def _files(path: Path) -> list[Path]:
+    """The safetensors files of a model directory; ModelError if one is missing or outside of it."""
     if (path / SINGLE).exists():
         return [path / SINGLE]
     if not (path / INDEX).exists():
@@ -235,9 +237,9 @@ def _files(path: Path) -> list[Path]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    weight_map = _json_object(path / INDEX, "it says which file holds which tensor").get(
-        "weight_map"
-    )
+    """Tensor name -> file name, as the index has it; ModelError if it is malformed."""
+    index = _json_object(path / INDEX, "it says which file holds which tensor")
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{path / INDEX} has no `weight_map`; download the model again")
     for name, file in weight_map.items():
@@ -249,6 +251,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _json_object(file: Path, why: str) -> dict[str, Any]:
+    """Read a JSON object; ModelError if there is none. why: what the file is needed for."""
     if not os.path.isfile(file):
         raise ModelError(f"{file} is missing; {why}")
     try:
@@ -263,10 +266,15 @@ def _json_object(file: Path, why: str) -> dict[str, Any]:
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file; ModelError if it is cut short or damaged.
+
+    A file is the header's length (8 bytes, little-endian), the header (JSON), and the data.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
+            # Checked before reading: a damaged length may be of any size.
             if size < 8 or length > size - 8:
                 needed = f"its header needs {8 + (length if size >= 8 else 0)} bytes"
                 raise ModelError(f"{file} is cut short or damaged: {needed}, the file has {size}")
@@ -289,7 +297,10 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def _tensor_info(file: Path, entry: Mapping[str, Any], data: int) -> TensorInfo:
-    """data: where the file's data begin, from which a header counts."""
+    """Read one entry of a header, which counts bytes from `data`, where the file's data begin.
+
+    Raises whatever a malformed entry leads to; `_read_header` makes one sentence of it.
+    """
     start, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
     if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
@@ -298,32 +309,32 @@ def _tensor_info(file: Path, entry: Mapping[str, Any], data: int) -> TensorInfo:
 
 
 def _check_bytes(file: Path, tensors: Mapping[str, TensorInfo], data: int) -> None:
-    """Raise ModelError naming a tensor that has other bytes than its shape and dtype want, or
-    another's.
+    """Raise ModelError naming a tensor whose bytes do not fit its shape, dtype or neighbours.
+
+    The tensors of a file must follow each other without gap or overlap.
     """
     end = data
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        # Types that are not ours (such as I64 of a buffer) are not measured.
         width = BYTES[SAFETENSORS[info.dtype]] if info.dtype in SAFETENSORS else None
-        if info.start != end or (
-            width is not None and info.stop - info.start != prod(info.shape) * width
-        ):
+        nbytes = info.stop - info.start
+        if info.start != end or (width is not None and nbytes != prod(info.shape) * width):
             raise ModelError(
                 f"{file} is damaged: its header gives tensor {name} ({info.dtype}, shape "
-                f"{list(info.shape)}) the bytes "
-                f"{info.start} to {info.stop}"
+                f"{list(info.shape)}) the bytes {info.start} to {info.stop}"
             )
         end = info.stop
 
 
-def _same_bytes(one: TensorInfo, other: TensorInfo, block: int = 2**24) -> bool:
+def _same_bytes(a: TensorInfo, b: TensorInfo, block: int = 2**24) -> bool:
     """Whether two tensors are the same, bit for bit; `block` bytes of each are read at a time."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    with one.file.open("rb") as first, other.file.open("rb") as second:
-        first.seek(one.start)
-        second.seek(other.start)
-        for start in range(one.start, one.stop, block):
-            length = min(block, one.stop - start)
-            if first.read(length) != second.read(length):
+    with a.file.open("rb") as file_a, b.file.open("rb") as file_b:
+        file_a.seek(a.start)
+        file_b.seek(b.start)
+        for start in range(a.start, a.stop, block):
+            length = min(block, a.stop - start)
+            if file_a.read(length) != file_b.read(length):
                 return False
     return True

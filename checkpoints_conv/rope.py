@@ -1,4 +1,4 @@
-"""Rotary position embeddings as config.json words them, old keys and new ones."""
+"""Rotary position embeddings in config.json, under the keys of transformers 5 and before it."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Llama3Rope:
 
 @dataclass(frozen=True)
 class Rope:
-    """base: theta. linear_factor: position interpolation, None for none. llama3: None for none."""
+    """The rotary embedding of a model. Made by `parse_rope`."""
 
-    base: float
-    linear_factor: float | None
-    llama3: Llama3Rope | None
+    base: float  # theta
+    linear_factor: float | None  # of position interpolation; None for none
+    llama3: Llama3Rope | None  # None for none
 
 
 def positive(key: str, value: Any) -> float:
-    """A number of config.json; ModelError naming `key` if it is none, or not positive and finite."""
+    """Return a number of config.json; ModelError naming `key` unless it is positive and finite."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ModelError(f"config.json: {key}={value!r} is not a positive number")
     return value

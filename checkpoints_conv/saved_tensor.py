@@ -1,5 +1,4 @@
-"""Reading a block of a tensor that torch.save wrote straight into its place, without another copy
-in memory.
+"""Reading a block of a tensor saved by torch.save, straight into its place in memory.
 
 torch.load would make the whole tensor first, which for an embedding is the largest thing that a
 conversion holds.
@@ -23,14 +22,15 @@ LOCAL_HEADER = 30
 
 @dataclass(frozen=True)
 class Block:
-    """Elements [offsets, offsets + lengths) of an array of `shape`."""
+    """A block of an array: elements [offsets, offsets + lengths) along each axis."""
 
-    shape: Sequence[int]
+    shape: Sequence[int]  # of the array
     offsets: Sequence[int]
     lengths: Sequence[int]
 
     def run(self) -> int | None:
-        """The first element's place in the array, if the block is one run of it; None if not."""
+        """The index of the first element, if the block is one run of the array; None if not."""
+        # A run takes the innermost axes whole, a part of one axis, and one index of those outside.
         inner = len(self.shape)
         while inner > 0 and self.lengths[inner - 1] == self.shape[inner - 1]:
             inner -= 1
@@ -43,28 +43,31 @@ class Block:
 def read_into(
     path: Path, offset: int, length: int, offsets: Sequence[int], target: torch.Tensor
 ) -> bool:
-    """Fill `target` with the block from `offsets` on of the tensor saved at bytes [offset, offset +
-    length) of a file.
+    """Fill `target` with a block of a saved tensor; False, with nothing read, where that cannot be.
 
-    Returns False, with nothing read, where the block is not one run of stored bytes of the target's
-    type, or `target` (of the tensor's rank) is not one run of memory. Raises what zipfile and
-    torch.load raise for damaged bytes.
+    It cannot be where the block is not one run of stored bytes of the target's type, or the target
+    is not one run of memory. Raises what zipfile and torch.load raise for damaged bytes.
+
+    path: the file.
+    offset, length: the tensor was saved at bytes [offset, offset + length) of it.
+    offsets: where the block begins in the tensor; one number for each axis.
+    target: has the block's shape.
     """
     if not target.is_contiguous():
         return False
     with path.open("rb", buffering=0) as file:
-        found = _saved(io.BufferedReader(_Slice(file.fileno(), offset, length)))
-        if found is None or found.dtype != target.dtype or len(found.shape) != target.dim():
+        saved = _read_layout(io.BufferedReader(_Slice(file.fileno(), offset, length)))
+        if saved is None or saved.dtype != target.dtype or len(saved.shape) != target.dim():
             return False
-        first = Block(found.shape, offsets, target.shape).run()
+        first = Block(saved.shape, offsets, target.shape).run()
         if first is None:
             return False
-        _read(file.fileno(), offset + found.start + first * target.element_size(), target)
+        _read(file.fileno(), offset + saved.start + first * target.element_size(), target)
     return True
 
 
 class _Slice(io.RawIOBase):
-    """Bytes [offset, offset + length) of a file."""
+    """Bytes [offset, offset + length) of a file, as a file of their own."""
 
     def __init__(self, descriptor: int, offset: int, length: int):
         self._descriptor, self._offset, self._length, self._at = descriptor, offset, length, 0
@@ -76,40 +79,40 @@ class _Slice(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = max(
-            0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        )
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = max(0, origin + offset)
         return self._at
 
     def tell(self) -> int:
         return self._at
 
     def readinto(self, buffer) -> int:
-        wanted = memoryview(buffer)[: max(0, self._length - self._at)]
-        count = os.preadv(self._descriptor, [wanted], self._offset + self._at) if wanted else 0
+        view = memoryview(buffer)[: max(0, self._length - self._at)]
+        count = os.preadv(self._descriptor, [view], self._offset + self._at) if view else 0
         self._at += count
         return count
 
 
 @dataclass(frozen=True)
-class _Saved:
-    """A tensor whose elements stand one after the other from byte `start` of its file on."""
+class _SavedLayout:
+    """A saved tensor whose elements are consecutive, from byte `start` of its stream on."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     start: int
 
 
-def _saved(stream) -> _Saved | None:
-    """Of a stream of torch.save; None if the tensor's storage is not just its elements in order,
-    uncompressed.
+def _read_layout(stream) -> _SavedLayout | None:
+    """Find where a stream of torch.save has the elements of its tensor.
+
+    None if its storage is not just these elements, in order, uncompressed and little-endian.
     """
     with torch.serialization.skip_data():  # shapes and types, no values
         tensor = torch.load(stream, map_location="cpu", weights_only=True)
     if (
         not isinstance(tensor, torch.Tensor)
         or not tensor.is_contiguous()
-        or tensor.storage_offset()
+        or tensor.storage_offset()  # a view of a larger storage
     ):
         return None
     stream.seek(0)
@@ -126,11 +129,12 @@ def _saved(stream) -> _Saved | None:
         stream.seek(_start(stream, entries["byteorder"]))
         if stream.read(entries["byteorder"].file_size) != b"little":
             return None
-    return _Saved(tuple(tensor.shape), tensor.dtype, _start(stream, data[0]))
+    return _SavedLayout(tuple(tensor.shape), tensor.dtype, _start(stream, data[0]))
 
 
 def _start(stream, entry: zipfile.ZipInfo) -> int:
-    """The first byte of an entry's content."""
+    """The first byte of a zip entry's content, behind its own header, name and extra field."""
+    # The table of contents may give other lengths than this header, which alone counts here.
     stream.seek(entry.header_offset + LOCAL_HEADER - 4)
     name, extra = stream.read(2), stream.read(2)
     return (
@@ -142,11 +146,12 @@ def _start(stream, entry: zipfile.ZipInfo) -> int:
 
 
 def _read(descriptor: int, offset: int, target: torch.Tensor) -> None:
+    """Fill `target` with the bytes from `offset` on; EOFError if the file is too short."""
     if not target.numel():
         return
-    left = memoryview(target.view(-1).view(torch.uint8).numpy())
-    while left:
-        count = os.preadv(descriptor, [left], offset)
+    remaining = memoryview(target.view(-1).view(torch.uint8).numpy())
+    while remaining:
+        count = os.preadv(descriptor, [remaining], offset)
         if count == 0:
             raise EOFError("the file ends within the tensor")
-        left, offset = left[count:], offset + count
+        remaining, offset = remaining[count:], offset + count

@@ -1,6 +1,4 @@
-"""How torch_dist stores the parameters of the mapping tables: keys, shapes, and what a checkpoint
-must hold.
-"""
+"""How torch_dist stores the parameters of the mapping tables: keys, shapes and extra states."""
 
 from __future__ import annotations
 
@@ -20,67 +18,68 @@ LAYERS = "decoder.layers."
 
 @dataclass(frozen=True)
 class Place:
-    """Rows [start, stop) of a parameter in the tensor `key` of a checkpoint.
+    """Where a checkpoint stores a parameter, or some of its rows.
 
-    index, axes: where on, and how long, the axes before the parameter's own are: (layer, expert),
-    one of them, or none.
+    The stored tensor may stack layers, or layers and experts, along axes before the parameter's
+    own.
     """
 
-    key: str
-    index: tuple[int, ...]
-    axes: tuple[int, ...]
-    start: int
+    key: str  # of the stored tensor
+    index: tuple[int, ...]  # position along the stacking axes: (layer, expert), one of them, or ()
+    axes: tuple[int, ...]  # lengths of the stacking axes
+    start: int  # the parameter's rows [start, stop) are here
     stop: int
 
 
 @dataclass(frozen=True, eq=False)
 class Parameter:
-    """A Megatron parameter of the whole model, unsharded: one layer's, and one expert's if it is
-    one of experts.
+    """A Megatron parameter of one layer (and of one expert, if it is an expert's), unsharded.
 
-    pair: its row of the mapping table. shape: without padding of the vocabulary. forms: the ways in
-    which Megatron-Core stores it, the one in which it is written first: all layers (and experts)
-    stacked along first axes of one tensor; a tensor for each layer, its experts stacked
-    (`non_homogeneous_layers`); a tensor for each matrix, gate and up projection apart
-    (`singleton_local_shards`).
-    copy: whether the same values are stored once more under another key, as layers of another kind
-    look for them.
+    Made by `list_parameters`. Megatron-Core stores a parameter in one of several forms:
+
+    - all layers (and experts) stacked along the first axes of one tensor, the form written here;
+    - a tensor for each layer, its experts stacked (`non_homogeneous_layers`);
+    - a tensor for each matrix, gate and up projection apart (`singleton_local_shards`).
     """
 
-    pair: ParamMapping
-    shape: tuple[int, ...]
-    forms: tuple[tuple[Place, ...], ...]
+    mapping: ParamMapping  # its row of the mapping table
+    shape: tuple[int, ...]  # without padding of the vocabulary
+    forms: tuple[tuple[Place, ...], ...]  # its places in each form, the written form first
+    # Whether it is a second copy of another's values, for layers that look for them there.
     copy: bool = False
 
     @property
     def place(self) -> Place:
-        """Where it is written, whole."""
+        """The place where the whole parameter is written."""
         return self.forms[0][0]
 
     @property
     def numel(self) -> int:
+        """Number of elements, without padding."""
         return prod(self.shape)
 
     @property
     def is_vocabulary(self) -> bool:
         """Whether rows of padding may follow those of the vocabulary."""
-        return self.pair.rule is vocab_parallel
+        return self.mapping.rule is vocab_parallel
 
 
 def list_parameters(hf_config: Mapping[str, Any]) -> list[Parameter]:
-    """Every parameter of the model, in the order of Hugging Face's tensors; a tied head is left
-    out.
+    """List every parameter of the model, in the order of Hugging Face's tensors.
+
+    A tied head is left out. A copy follows its original.
     """
     architecture = find_architecture(hf_config)
     sizes = architecture.sizes(hf_config)
     parameters = []
-    for layer, part in architecture.pairs(hf_config):
-        for pair in part:
-            parameters.append(_parameter(pair, layer, sizes))
+    for layer, part in architecture.mappings(hf_config):
+        for mapping in part:
+            parameters.append(_parameter(mapping, layer, sizes))
+            # `replicated` is looked at first because it costs less than the numbering by `at`.
             if (
-                pair.rule is replicated
+                mapping.rule is replicated
                 and layer is not None
-                and pair.megatron == MOE_NORM.at(layer).megatron
+                and mapping.megatron == MOE_NORM.at(layer).megatron
             ):
                 # Megatron-Core's own layers look for it where a dense model has it.
                 parameters.append(replace(_parameter(MLP_NORM.at(layer), layer, sizes), copy=True))
@@ -88,9 +87,9 @@ def list_parameters(hf_config: Mapping[str, Any]) -> list[Parameter]:
 
 
 def extra_state_keys(hf_config: Mapping[str, Any]) -> list[str]:
-    """Keys of the (empty) extra states that layers of Megatron-Core ask a checkpoint for.
+    """Keys of the empty extra states that layers of Megatron-Core ask a checkpoint for.
 
-    Its own layers have them for linear maps. Transformer Engine's have them for norms, too.
+    Megatron-Core's own layers have them for linear maps, Transformer Engine's for norms, too.
     """
     architecture = find_architecture(hf_config)
     sizes = architecture.sizes(hf_config)
@@ -98,14 +97,11 @@ def extra_state_keys(hf_config: Mapping[str, Any]) -> list[str]:
     if architecture.qk_norm:
         attention += ["self_attention.q_layernorm", "self_attention.k_layernorm"]
     axes = {f"{LAYERS}{module}": (sizes.layers,) for module in attention}
+    mlp, mlp_axes = "mlp", (sizes.layers,)
     if architecture.moe:
         axes[f"{LAYERS}pre_mlp_layernorm"] = (sizes.layers,)
-    experts, mlp = (
-        ((sizes.layers, sizes.experts), "mlp.experts.experts")
-        if architecture.moe
-        else ((sizes.layers,), "mlp")
-    )
-    axes |= {f"{LAYERS}{mlp}.{linear}": experts for linear in ("linear_fc1", "linear_fc2")}
+        mlp, mlp_axes = "mlp.experts.experts", (sizes.layers, sizes.experts)
+    axes |= {f"{LAYERS}{mlp}.{linear}": mlp_axes for linear in ("linear_fc1", "linear_fc2")}
     axes["decoder.final_layernorm"] = (1,)
     return [
         f"{module}._extra_state/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, lengths))}"
@@ -114,64 +110,56 @@ def extra_state_keys(hf_config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _parameter(pair: ParamMapping, layer: int | None, sizes: Sizes) -> Parameter:
-    shape = pair.local_shape(sizes, 1)
+def _parameter(mapping: ParamMapping, layer: int | None, sizes: Sizes) -> Parameter:
+    """The parameter of a row of the table, with its places in every form."""
+    shape = mapping.local_shape(sizes, 1)
     if layer is None:
-        return Parameter(pair, shape, (_whole(pair.megatron[-1], shape),))
+        return Parameter(mapping, shape, (_whole(mapping.megatron[-1], shape),))
     # Megatron-Core stores under Transformer Engine's names, whatever the layers are; experts under
     # names of their own.
-    stacked = single = pair.megatron[-1].removeprefix(f"{LAYERS}{layer}.")
+    stacked = single = mapping.megatron[-1].removeprefix(f"{LAYERS}{layer}.")
     layers, experts = (layer, sizes.layers), ()
-    if pair.expert is not None:
-        module, matrix = (
-            pair.megatron[0]
-            .removeprefix(f"{LAYERS}{layer}.")
-            .split(f"local_experts.{pair.expert}.")
-        )
-        stacked, single = f"{module}experts.{matrix}", f"{module}experts.{pair.expert}.{matrix}"
-        experts = ((pair.expert, sizes.experts),)
+    if mapping.expert is not None:
+        name = mapping.megatron[0].removeprefix(f"{LAYERS}{layer}.")
+        module, matrix = name.split(f"local_experts.{mapping.expert}.")
+        stacked, single = f"{module}experts.{matrix}", f"{module}experts.{mapping.expert}.{matrix}"
+        experts = ((mapping.expert, sizes.experts),)
     forms = [
         _whole(f"{LAYERS}{stacked}", shape, layers, *experts),
         _whole(f"{LAYERS}{layer}.{stacked}", shape, *experts),
     ]
-    if pair.rule is gate_up:
+    if mapping.rule is gate_up:
         key, half = f"{LAYERS}{layer}.{single}", shape[0] // 2
         forms.append(
             (Place(f"{key}_w", (), (), 0, half), Place(f"{key}_v", (), (), half, shape[0]))
         )
     elif experts:
         forms.append(_whole(f"{LAYERS}{layer}.{single}", shape))
-    return Parameter(pair, shape, tuple(forms))
+    return Parameter(mapping, shape, tuple(forms))
 
 
 def _whole(key: str, shape: tuple[int, ...], *axes: tuple[int, int]) -> tuple[Place]:
-    """All of a parameter; axes: (index, length) each."""
-    return (
-        Place(
-            key, tuple(index for index, _ in axes), tuple(length for _, length in axes), 0, shape[0]
-        ),
-    )
+    """The form with a parameter in one place. axes: (index, length) of each stacking axis."""
+    index, lengths = tuple(index for index, _ in axes), tuple(length for _, length in axes)
+    return (Place(key, index, lengths, 0, shape[0]),)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A block of a stored parameter that is written at once: `pieces` of Hugging Face tensors that
-    make it up.
-
-    offset, rows: along the parameter's first axis; other axes are whole. dtype: float32, bfloat16
-    or float16.
-    """
+    """Rows of a parameter that are written at once. Made by `hf_to_megatron.list_chunks`."""
 
     parameter: Parameter
-    offset: int
+    offset: int  # of the first row in the parameter; its other axes are whole
     rows: int
-    pieces: tuple[Piece, ...]
-    dtype: str
+    pieces: tuple[Piece, ...]  # the blocks of Hugging Face tensors that make it up
+    dtype: str  # float32, bfloat16 or float16
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """[rows, *the parameter's other axes]."""
         return (self.rows, *self.parameter.shape[1:])
 
     @property
     def nbytes(self) -> int:
+        """Bytes as stored."""
         return prod(self.shape) * BYTES[self.dtype]

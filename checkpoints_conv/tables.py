@@ -1,6 +1,7 @@
-"""Rows of the mapping tables, under the names that the architectures' entries call them by.
+"""Rows of the mapping tables, named for the entries of `architectures`.
 
-`*` in a name stands for the layer, `#` for the expert; both are counted over the whole model.
+`*` in a name stands for the layer, `#` for the expert; both are counted over the whole model. Two
+Megatron names are those of the local layer spec and of Transformer Engine's, where they differ.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from checkpoints_conv.mapping import (
     vocab_parallel,
 )
 
-_D, _H = "decoder.layers.*.", "model.layers.*."
+_D, _H = "decoder.layers.*.", "model.layers.*."  # Megatron-Core's and Hugging Face's prefixes
 
 EMBEDDING = ParamMapping(
     vocab_parallel,
@@ -109,15 +110,13 @@ MLP_NORM = ParamMapping(
     (_D + "pre_mlp_layernorm.weight", _D + "mlp.linear_fc1.layer_norm_weight"),
     (source(_H + "post_attention_layernorm.weight", "hidden"),),
 )
-MOE_NORM = ParamMapping(
-    replicated, MLP_NORM.megatron[:1], MLP_NORM.sources
-)  # a norm of its own under both layer specs
+# Before experts, Transformer Engine does not fold the norm into a linear layer.
+MOE_NORM = ParamMapping(replicated, MLP_NORM.megatron[:1], MLP_NORM.sources)
 FINAL_NORM = ParamMapping(
     replicated, ("decoder.final_layernorm.weight",), (source("model.norm.weight", "hidden"),)
 )
 HEAD = ParamMapping(
     vocab_parallel, ("output_layer.weight",), (source("lm_head.weight", "vocab", "hidden"),)
 )
-TIED_HEAD = ParamMapping(
-    vocab_parallel, HEAD.megatron, EMBEDDING.sources
-)  # a pipeline's last stage has its own copy
+# The last of several pipeline stages holds a second copy of the embedding as its head.
+TIED_HEAD = ParamMapping(vocab_parallel, HEAD.megatron, EMBEDDING.sources)

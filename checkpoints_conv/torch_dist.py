@@ -1,5 +1,4 @@
-"""torch_dist files written and read through torch.distributed.checkpoint's interfaces, one tensor
-at a time.
+"""Parts for torch.distributed.checkpoint that write and read one tensor at a time.
 
 torch's own FileSystemWriter keeps the last tensor of every key until its file is written, which is
 a large part of a model whose layers share keys; its reader wants the whole tensor of a key as its
@@ -46,8 +45,11 @@ Index = tuple[str, tuple[int, ...]]  # key, and offsets in the stored tensor
 
 
 class StreamingPlanner(SavePlanner):
-    """Plans this rank's `chunks` (and empty extra states) from their sizes, and reads each when it
-    is written.
+    """Plans what this rank writes from sizes alone, and reads each chunk when it is written.
+
+    chunks: this rank's, by key and offsets.
+    extra_states: keys of empty extra states that this rank writes.
+    read: gives the values of a chunk.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class StreamingPlanner(SavePlanner):
     def set_up_planner(
         self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False
     ) -> None:
-        """The state dict is empty: what is written comes from a reader."""
+        """Do nothing: the state dict is empty, since what is written comes from `read`."""
 
     def create_local_plan(self) -> SavePlan:
         states = [
@@ -85,8 +87,9 @@ class StreamingPlanner(SavePlanner):
 
 
 class StreamingWriter(FileSystemWriter):
-    """One file a rank; each tensor is asked for, written, and forgotten. Calls `advance` with the
-    bytes written.
+    """Writes one file a rank; each tensor is asked for, written and forgotten.
+
+    Calls `advance` with the bytes of each tensor.
     """
 
     def __init__(self, path: Path, advance: Advance):
@@ -94,6 +97,7 @@ class StreamingWriter(FileSystemWriter):
         self._advance = advance
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
+        """Write this rank's file to the disk; the results say where each item is in it."""
         name = f"{plan.storage_data.prefix}0.distcp"
         results = []
         with (Path(self.path) / name).open("xb") as file, _no_checksums():
@@ -105,7 +109,7 @@ class StreamingWriter(FileSystemWriter):
                 else:
                     _save_tensor(data, file)
                     self._advance(data.nbytes)
-                del data
+                del data  # before the next one is read
                 length = file.tell() - start
                 results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
             file.flush()
@@ -116,8 +120,9 @@ class StreamingWriter(FileSystemWriter):
 
 
 class Into:
-    """What a reader asks of a LoadPlanner when it reads tensors, and no more: it has them copied
-    into one tensor.
+    """Has a reader copy what it reads into one tensor.
+
+    It has those methods of a LoadPlanner that FileSystemReader calls for tensors, and no others.
     """
 
     def __init__(self, target: torch.Tensor):
@@ -132,10 +137,11 @@ class Into:
         return block
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """The tensor was a view of the target."""
+        """Do nothing: the reader has copied into a view of the target."""
 
 
 def _write_item(index: Index, chunk: Chunk) -> WriteItem:
+    """The entry of a save plan for a chunk."""
     key, offsets = index
     place = chunk.parameter.place
     return WriteItem(
@@ -150,13 +156,14 @@ def _write_item(index: Index, chunk: Chunk) -> WriteItem:
 
 
 def _stored_sizes(chunk: Chunk) -> torch.Size:
-    """Of a chunk in the stored tensor: one layer's, one expert's."""
+    """The shape of a chunk in the stored tensor: 1 along the stacking axes, then its own."""
     return torch.Size([*(1 for _ in chunk.parameter.place.axes), *chunk.shape])
 
 
 class _Stream:
-    """A file for torch.save, which reports a full disk as an error of its own: this keeps the
-    system's.
+    """A file for torch.save that keeps the system's error.
+
+    torch.save reports a full disk as an error of its own, which does not say so.
     """
 
     def __init__(self, file: Any):
@@ -175,10 +182,10 @@ class _Stream:
 
 
 def _save_tensor(tensor: torch.Tensor, file: Any) -> None:
+    """torch.save one tensor; raises the system's OSError if the file cannot take it."""
+    # torch.save writes whole storages, of which a view would be a part.
     if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
-        tensor = tensor.clone(
-            memory_format=torch.contiguous_format
-        )  # torch.save writes whole storages
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
     stream = _Stream(file)
     try:
         torch.save(tensor, stream)
@@ -190,12 +197,13 @@ def _save_tensor(tensor: torch.Tensor, file: Any) -> None:
 
 @contextmanager
 def _no_checksums():
-    """torch.save without CRC-32, which costs several times the writing and which torch.load does
-    not look at.
+    """Have torch.save leave out CRC-32, which takes longer than the writing.
+
+    torch.load does not look at it.
     """
-    before = torch.serialization.get_crc32_options()
+    setting = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
         yield
     finally:
-        torch.serialization.set_crc32_options(before)
+        torch.serialization.set_crc32_options(setting)

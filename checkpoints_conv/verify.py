@@ -1,4 +1,4 @@
-"""Whether a torch_dist checkpoint holds the weights of a Hugging Face directory, bit for bit."""
+"""Comparison of a torch_dist checkpoint with a Hugging Face directory, bit for bit."""
 
 from __future__ import annotations
 
@@ -15,24 +15,23 @@ from checkpoints_conv.reader import SafetensorsReader, check_safetensors, read_h
 
 @dataclass(frozen=True)
 class Verified:
-    """tensors: compared, all equal. cast: how many of them are stored in another dtype than the
-    original's.
-    """
+    """How many tensors `verify` has compared and found equal."""
 
     tensors: int
-    cast: int
+    cast: int  # how many of them are stored in another dtype than the original's
 
 
 def verify(hf: str | Path, megatron: str | Path, *, progress: Progress = silent) -> Verified:
-    """Compare every tensor; one stored in another dtype must be the original cast to it.
+    """Compare every tensor of a torch_dist checkpoint with a Hugging Face directory's.
 
-    The model is that of `hf`'s config.json; a converted checkpoint's own must say the same but for
-    the dtype. Raises ModelError naming the key of config.json that differs, or the tensors and
-    their largest difference, besides the errors of `check_safetensors` and `MegatronCheckpoint`.
+    A tensor stored in another dtype must be the original cast to it. config.json is `hf`'s; that of
+    a converted checkpoint must say the same but for the dtype. Raises ModelError naming the key of
+    config.json that differs, or the tensors and their largest difference, besides the errors of
+    `check_safetensors` and `MegatronCheckpoint`.
     """
     import torch
 
-    found = check_safetensors(hf)
+    headers = check_safetensors(hf)
     checkpoint = MegatronCheckpoint(megatron, hf)
     check_config(megatron, hf)
     differing: dict[str, str] = {}
@@ -46,8 +45,9 @@ def verify(hf: str | Path, megatron: str | Path, *, progress: Progress = silent)
             for name, stored in checkpoint.hf_tensors(parameter):
                 original = reader.get(name).to(stored.dtype)
                 compared.add(name)
-                if checkpoint.dtype(parameter) != SAFETENSORS[found[name].dtype]:
+                if checkpoint.dtype(parameter) != SAFETENSORS[headers[name].dtype]:
                     cast.add(name)
+                # Bytes, not values: NaN differs from itself, and -0 equals 0.
                 if not torch.equal(
                     original.contiguous().view(torch.uint8), stored.contiguous().view(torch.uint8)
                 ):
@@ -56,28 +56,27 @@ def verify(hf: str | Path, megatron: str | Path, *, progress: Progress = silent)
                 advance(stored.nbytes)
     if differing:
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-        named = ", ".join(list(differing.values())[:5])
+        examples = ", ".join(list(differing.values())[:5])
         raise ModelError(
             f"{len(differing)} of {len(compared)} tensors of {megatron} differ from {hf}: "
-            f"{named}{more}"
+            f"{examples}{more}"
         )
     return Verified(len(compared), len(cast))
 
 
 def check_config(megatron: str | Path, hf: str | Path) -> None:
-    """Raise ModelError unless the config.json that a converted checkpoint holds says what that of
-    `hf` does.
+    """Raise ModelError unless a converted checkpoint holds the config.json of `hf`.
 
     They may differ in the dtype. A training checkpoint holds none, and passes.
     """
     companions = Path(megatron) / COMPANIONS
     if not companions.is_dir():
         return
-    ours, theirs = read_hf_config(companions), read_hf_config(hf)
-    for key in sorted(ours.keys() | theirs.keys()):
-        if key not in ("dtype", "torch_dtype") and ours.get(key) != theirs.get(key):
+    converted, original = read_hf_config(companions), read_hf_config(hf)
+    for key in sorted(converted.keys() | original.keys()):
+        value, expected = converted.get(key), original.get(key)
+        if key not in ("dtype", "torch_dtype") and value != expected:
             raise ModelError(
-                f"config.json: {key}={ours.get(key)!r} in {companions} but {theirs.get(key)!r} in "
-                f"{hf}; "
-                "convert again from the directory that is meant"
+                f"config.json: {key}={value!r} in {companions} but {expected!r} in {hf}; convert "
+                "again from the directory that is meant"
             )

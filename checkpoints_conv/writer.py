@@ -1,4 +1,4 @@
-"""Writing a Hugging Face model directory that is either complete or not there, tensor by tensor."""
+"""Writing Hugging Face model directories tensor by tensor, complete or not at all."""
 
 from __future__ import annotations
 
@@ -32,28 +32,29 @@ COPIED = (
     "tekken.json",  # Mistral's tokenizer
     "additional_chat_templates",
 )
-MOST_OPEN = 64  # files at a time: systems allow a process 1024 and fewer
+MOST_OPEN = 64  # files at a time: many systems allow a process no more than 1024
+# torch's name of a dtype -> safetensors'
 SAFETENSORS_OF = {name: short for short, name in SAFETENSORS.items()}
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to be written: its shape and dtype (float32, ...)."""
+    """A tensor to be written."""
 
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str  # float32, bfloat16, float16 or float8_e4m3fn
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its data in the file."""
         return prod(self.shape) * BYTES[self.dtype]
 
 
 class HfFiles:
-    """The safetensors files of a model, laid out before any tensor is there and filled in any
-    order.
+    """The safetensors files of a model, laid out beforehand and filled in any order.
 
-    Files hold at most `max_shard_bytes` bytes of data each (a larger tensor gets its own file),
-    tensors in the order of `plan`. Several processes may write to the same files once one of them
+    Files hold the tensors in the order of `plan`, at most `max_shard_bytes` bytes of data each; a
+    larger tensor gets its own file. Several processes may write to the same files once one of them
     has called `create`.
     """
 
@@ -68,11 +69,11 @@ class HfFiles:
             header, offsets = _header({name: plan[name] for name in names})
             self._headers[file] = header
             self._places.update({name: (file, offset) for name, offset in offsets.items()})
-        self._missing = dict.fromkeys(plan)
-        self._open: dict[str, int] = {}
+        self._missing = dict.fromkeys(plan)  # an ordered set
+        self._open: dict[str, int] = {}  # file -> descriptor, the oldest first
 
     def create(self) -> None:
-        """Write headers, and the index if there are several files; the data are holes."""
+        """Create the files, with headers but without data, and the index if there are several."""
         sizes = {file: len(header) for file, header in self._headers.items()}
         for name, planned in self.plan.items():
             sizes[self._places[name][0]] += planned.nbytes
@@ -89,8 +90,10 @@ class HfFiles:
             )
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a tensor, cast to the planned dtype, into its place. ModelError if it was not planned
-        as it is.
+        """Write a tensor, cast to the planned dtype, to its place.
+
+        Raises ModelError for a tensor that the plan does not have, that this process has written
+        before, or of another shape than planned.
         """
         import torch
 
@@ -106,10 +109,10 @@ class HfFiles:
             if len(self._open) == MOST_OPEN:
                 self._close_oldest()
             self._open[file] = os.open(self.directory / file, os.O_WRONLY)
-        left = memoryview(data.view(-1).view(torch.uint8).numpy())
-        while left:
-            written = os.pwrite(self._open[file], left, offset)
-            left, offset = left[written:], offset + written
+        remaining = memoryview(data.view(-1).view(torch.uint8).numpy())
+        while remaining:  # Linux writes at most 2 GiB at a time
+            written = os.pwrite(self._open[file], remaining, offset)
+            remaining, offset = remaining[written:], offset + written
         del self._missing[name]
 
     @property
@@ -120,12 +123,13 @@ class HfFiles:
     def check_complete(self, missing: Collection[str] | None = None) -> None:
         """Raise ModelError naming a tensor of the plan that was not written.
 
-        missing: by none of several processes; None takes this process's own.
+        missing: those that none of several processes has written; None takes this process's own.
         """
         for name in self.missing if missing is None else missing:
             raise ModelError(f"tensor {name} of the model was not given; nothing is kept")
 
     def close(self) -> None:
+        """Close the files; a later `write` opens them again."""
         while self._open:
             self._close_oldest()
 
@@ -140,30 +144,30 @@ def write_hf(
     dtype: torch.dtype,
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-    """Write a complete model directory: `tensors` under their names, everything else from
-    `source_dir`.
+    """Write a complete model directory, tensor by tensor.
 
-    `tensors` are all those of source_dir's architecture, in any order; a second copy of a tied head
-    is left out. They are cast to `dtype` and written as they come, in files of at most
-    `max_shard_bytes` bytes of data (a larger tensor gets its own file); only one tensor is held at
-    a time. All is written beside `path` and renamed at the end, so a killed run leaves no
-    half-written model. An existing model directory at `path` is replaced. ModelError if something
-    else is there, and if a tensor is missing, misshapen or none of the model's.
+    All is written beside `path` and renamed at the end, so a killed run leaves no half-written
+    model. An existing model directory at `path` is replaced. Raises ModelError if something else is
+    there, and if a tensor is missing, misshapen or none of the model's.
+
+    path: the directory to write.
+    source_dir: the model directory from which everything but the weights is copied.
+    tensors: (name, tensor) of all tensors of its architecture, in any order. A second copy of a
+    tied head is left out. Only one tensor is held at a time.
+    dtype: what the tensors are cast to.
+    max_shard_bytes: the largest file's bytes of data; a larger tensor gets its own file.
     """
     path = Path(path)
     hf_config = read_hf_config(source_dir)
     partial, previous = partial_path(path), path.with_name(f".{path.name}.previous")
-    if (
-        path.exists()
-        and not (path / "config.json").is_file()
-        and not (path.is_dir() and not any(path.iterdir()))
-    ):
+    replaceable = (path / "config.json").is_file() or (path.is_dir() and not any(path.iterdir()))
+    if path.exists() and not replaceable:
         raise ModelError(
             f"{path} exists and is not a Hugging Face model directory; choose another path"
         )
     if previous.exists() and not path.exists():
         previous.rename(path)  # an earlier writer was killed between its two renames
-    shutil.rmtree(previous, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)  # what killed writers left
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     architecture = find_architecture(hf_config)
@@ -186,7 +190,7 @@ def write_hf(
         raise
     finally:
         files.close()
-    if path.exists():
+    if path.exists():  # a directory that is not empty cannot be renamed to
         path.rename(previous)
     partial.rename(path)
     shutil.rmtree(previous, ignore_errors=True)
@@ -201,16 +205,19 @@ def copy_companions(source_dir: str | Path, directory: Path) -> None:
 
 def write_config(directory: Path, hf_config: Mapping[str, Any], dtype: str | None) -> None:
     """Write config.json with `dtype` in it; None leaves it as it is."""
+    # transformers 5 has `dtype`, older versions `torch_dtype`.
     keys = [key for key in ("dtype", "torch_dtype") if key in hf_config] or ["torch_dtype"]
     changed = {} if dtype is None else dict.fromkeys(keys, dtype)
     write_json(directory / "config.json", {**hf_config, **changed})
 
 
 def write_json(file: Path, value: Any) -> None:
+    """Write a value as indented JSON in UTF-8."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _shards(plan: Mapping[str, Planned], max_shard_bytes: int) -> list[list[str]]:
+    """The tensors of each file: consecutive ones of at most `max_shard_bytes`, or a single one."""
     shards: list[list[str]] = [[]]
     held = 0
     for name, planned in plan.items():
@@ -223,8 +230,9 @@ def _shards(plan: Mapping[str, Planned], max_shard_bytes: int) -> list[list[str]
 
 
 def _header(tensors: Mapping[str, Planned]) -> tuple[bytes, dict[str, int]]:
-    """A file's bytes before its data, and each tensor's offset in the file. Wide types first, for
-    alignment.
+    """A file's bytes before its data, and each tensor's offset in the file.
+
+    Tensors of wide types come first in a file, so that all are aligned.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0

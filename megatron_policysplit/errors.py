@@ -1,5 +1,6 @@
-"""Errors a user can act on, printed as one line without a traceback, and the exit codes of every
-process.
+"""Errors that a user can act on, printed as one line without a traceback, and the exit codes.
+
+Those of models, checkpoints and configuration come from `checkpoints_conv`, which stands alone.
 """
 
 from checkpoints_conv.errors import CheckpointError, ConfigError, ModelError, UserError
@@ -20,12 +21,11 @@ __all__ = [
     "UserError",
 ]
 
-DONE = 0  # All that was asked for is done.
-FAILED = (
-    1  # Training cannot go on: bad steps in a row, a peer that is gone, or a defect of the program.
-)
-BAD_INPUT = 2  # Something that was given is wrong; one sentence on stderr says what.
-STOPPED = 75  # A signal stopped it, its state is saved, and the same command goes on (EX_TEMPFAIL).
+# Exit codes of every process.
+DONE = 0  # all that was asked for is done
+FAILED = 1  # training cannot go on: bad steps in a row, a lost peer, or a defect of the program
+BAD_INPUT = 2  # the configuration or a file is wrong; one sentence on stderr says what
+STOPPED = 75  # stopped by a signal with its state saved; the same command goes on (EX_TEMPFAIL)
 
 
 class DataError(UserError):
@@ -37,9 +37,7 @@ class TrainingError(UserError):
 
 
 class EngineError(UserError):
-    """An inference engine cannot be started or reached, serves another model, or refused what it
-    was asked.
-    """
+    """An engine cannot be started or reached, serves another model, or refuses a request."""
 
 
 class JudgeError(UserError):

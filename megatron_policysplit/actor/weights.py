@@ -57,11 +57,14 @@ def load_weights(model: nn.Module, hf_path: str | Path) -> None:
                 raise ModelError(
                     f"Megatron parameter {name} has no row in the table of {architecture.name}"
                 )
-            pair = table[name]
+            mapping = table[name]
             check_shape(
-                name, pair.local_shape(sizes, tensor), tuple(parameter.shape), "the mapping table"
+                name,
+                mapping.local_shape(sizes, tensor),
+                tuple(parameter.shape),
+                "the mapping table",
             )
-            for src in pair.sources:
+            for src in mapping.sources:
                 if src.name not in reader.tensors:
                     raise ModelError(
                         f"{hf_path} lacks tensor {src.name} that {architecture.name} needs"
@@ -69,7 +72,7 @@ def load_weights(model: nn.Module, hf_path: str | Path) -> None:
                 info = reader.tensors[src.name]
                 check_shape(src.name, info.shape, src.shape(sizes), info.file)
             parameter.zero_()
-            for piece in pair.pieces(sizes, rank, tensor):
+            for piece in mapping.pieces(sizes, rank, tensor):
                 block = parameter.narrow(piece.dim, piece.offset, piece.stop - piece.start)
                 block.copy_(reader.slice(piece.source, piece.dim, piece.start, piece.stop))
 
@@ -198,7 +201,7 @@ def exported_tensors(hf_config: Mapping[str, Any], pipeline: int) -> list[Export
     return [
         Exported(src.name, src.shape(sizes), bucket.stage)
         for bucket in export_plan(hf_config, 1, pipeline)
-        for src in in_hf_order(list(bucket.pairs))
+        for src in in_hf_order(list(bucket.mappings))
     ]
 
 
@@ -212,7 +215,7 @@ class Bucket:
 
     stage: int
     owner: int | None
-    pairs: tuple[ParamMapping, ...]
+    mappings: tuple[ParamMapping, ...]
     shapes: tuple[tuple[int, ...], ...]
 
     @cached_property
@@ -230,20 +233,20 @@ def export_plan(
     """
     architecture = find_architecture(hf_config)
     sizes = architecture.sizes(hf_config)
-    parts = architecture.pairs(hf_config)
+    parts = architecture.mappings(hf_config)
     plan = []
-    for index, (layer, pairs) in enumerate(parts):
+    for index, (layer, mappings) in enumerate(parts):
         if layer is None:
             stage = 0 if index == 0 else pipeline - 1
         else:
             stage = layer // (sizes.layers // pipeline)
-        for owner, rows in _by_owner(pairs, sizes, expert):
+        for owner, rows in _by_owner(mappings, sizes, expert):
             plan.append(
                 Bucket(
                     stage,
                     owner,
                     tuple(rows),
-                    tuple(pair.local_shape(sizes, tensor) for pair in rows),
+                    tuple(mapping.local_shape(sizes, tensor) for mapping in rows),
                 )
             )
     return plan
@@ -260,27 +263,27 @@ def _cached_plan(model: nn.Module, hf_config: Mapping[str, Any]) -> list[Bucket]
 
 
 def _by_owner(
-    pairs: Sequence[ParamMapping], sizes: Sizes, expert: int
+    mappings: Sequence[ParamMapping], sizes: Sizes, expert: int
 ) -> Iterator[tuple[int | None, list[ParamMapping]]]:
     """Consecutive rows of one expert-parallel rank, at most EXPERT_BUCKET_ELEMENTS of them; others
     all together.
     """
 
-    def owner(pair: ParamMapping) -> int | None:
-        return None if pair.expert is None else pair.expert // (sizes.experts // expert)
+    def owner(mapping: ParamMapping) -> int | None:
+        return None if mapping.expert is None else mapping.expert // (sizes.experts // expert)
 
-    for rank, rows in groupby(pairs, key=owner):
+    for rank, rows in groupby(mappings, key=owner):
         if rank is None:
             yield None, list(rows)
             continue
         held: list[ParamMapping] = []
         elements = 0
-        for pair in rows:
-            more = prod(pair.local_shape(sizes, 1))
+        for mapping in rows:
+            more = prod(mapping.local_shape(sizes, 1))
             if held and elements + more > EXPERT_BUCKET_ELEMENTS:
                 yield rank, held
                 held, elements = [], 0
-            held.append(pair)
+            held.append(mapping)
             elements += more
         yield rank, held
 
@@ -288,8 +291,8 @@ def _by_owner(
 def _read(bucket: Bucket, parameters: dict[str, nn.Parameter], read: Read) -> Tensor:
     """This rank's parameters of the bucket, flat (bucket.numel elements)."""
     owned = [
-        next(parameters[name] for name in pair.megatron if name in parameters)
-        for pair in bucket.pairs
+        next(parameters[name] for name in mapping.megatron if name in parameters)
+        for mapping in bucket.mappings
     ]
     return torch.cat([read(parameter).reshape(-1) for parameter in owned])
 
@@ -336,13 +339,13 @@ def _assemble(
     """Full Hugging Face tensors of a bucket from the shards of all tensor-parallel ranks."""
     full = {
         src.name: torch.empty(src.shape(sizes), dtype=shards[0].dtype, device=shards[0].device)
-        for src in in_hf_order(list(bucket.pairs))
+        for src in in_hf_order(list(bucket.mappings))
     }
     for rank, flat in enumerate(shards):
         parameters = flat.split([prod(shape) for shape in bucket.shapes])
-        for pair, shape, values in zip(bucket.pairs, bucket.shapes, parameters, strict=True):
+        for mapping, shape, values in zip(bucket.mappings, bucket.shapes, parameters, strict=True):
             local = values.view(shape)
-            for piece in pair.pieces(sizes, rank, len(shards)):
+            for piece in mapping.pieces(sizes, rank, len(shards)):
                 length = piece.stop - piece.start
                 target = full[piece.source].narrow(piece.dim, piece.start, length)
                 target.copy_(local.narrow(piece.dim, piece.offset, length))

@@ -1,10 +1,15 @@
-"""The configuration of a run; its dataclasses are handed on from `config.schema`."""
+"""The configuration of a run; its dataclasses are handed on from here."""
 
-from megatron_policysplit.config.schema import (
-    METHOD_NAMES,
-    MISSING,
+from megatron_policysplit.config.keys import MISSING, key
+from megatron_policysplit.config.rollout_schema import (
     AgreementConfig,
-    AlgorithmConfig,
+    OtherModeConfig,
+    RolloutConfig,
+    SamplingConfig,
+    ServerConfig,
+    WeightSyncConfig,
+)
+from megatron_policysplit.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
@@ -13,16 +18,14 @@ from megatron_policysplit.config.schema import (
     LogConfig,
     ModelConfig,
     ModesConfig,
-    OtherModeConfig,
     ParallelConfig,
-    RewardConfig,
-    RolloutConfig,
     RunConfig,
-    SamplingConfig,
-    ServerConfig,
+)
+from megatron_policysplit.config.training_schema import (
+    METHOD_NAMES,
+    AlgorithmConfig,
+    RewardConfig,
     TrainConfig,
-    WeightSyncConfig,
-    key,
 )
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""A configuration key: what `config.key` says of a field, and how its values are judged and shown."""
+"""Configuration keys: `key` declares one as a field of a dataclass, `Key` is what it then says."""
 
 from __future__ import annotations
 
@@ -6,24 +6,48 @@ import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from megatron_policysplit.errors import ConfigError
 
+MISSING = "???"  # OmegaConf's marker for a value the user must give
+
+
+def key(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple = (),
+    minimum: float | None = None,
+    above: float | None = None,
+):
+    """Declare a configuration key as a field of a dataclass.
+
+    default: the key's default; a type makes an instance of it, such as a group of keys.
+    help: one sentence of documentation.
+    choices: the allowed values; () allows all.
+    minimum, above: an inclusive and an exclusive lower bound.
+    """
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "above": above}
+    if isinstance(default, (type, dict, list)):
+        factory = default if isinstance(default, type) else default.copy
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
 
 @dataclass(frozen=True)
 class Key:
-    """One configuration key: its full dotted name, its type, and what `config.key` says about it."""
+    """One configuration key, as `key` has declared it. Made by `list_keys`."""
 
-    name: str
-    type: type
-    optional: bool
+    name: str  # full, with dots: train.learning_rate
+    type: type  # int, float, bool, str, list or dict
+    optional: bool  # whether null is allowed
     default: Any
     help: str
-    choices: tuple
-    minimum: float | None
-    above: float | None
+    choices: tuple  # the allowed values; () allows all
+    minimum: float | None  # inclusive
+    above: float | None  # exclusive
 
     @property
     def type_name(self) -> str:
@@ -55,6 +79,7 @@ class Key:
             return self.optional
         if self.choices:
             return value in self.choices
+        # YAML has .nan and .inf, which no key means.
         if isinstance(value, float) and not math.isfinite(value):
             return False
         return (self.minimum is None or value >= self.minimum) and (
@@ -63,22 +88,19 @@ class Key:
 
 
 def walk(cls: type, prefix: str = "") -> Iterator[Key]:
+    """Yield the keys of a dataclass and of the dataclasses in it, in the order of their fields."""
     hints = typing.get_type_hints(cls)
-    for field in fields(cls):
-        hint, name = hints[field.name], prefix + field.name
+    for item in fields(cls):
+        hint, name = hints[item.name], prefix + item.name
         if is_dataclass(hint):
             yield from walk(hint, name + ".")
             continue
         optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
         if optional:
-            hint = next(
-                argument for argument in typing.get_args(hint) if argument is not type(None)
-            )
-        meta = field.metadata
-        default = (
-            field.default_factory() if field.default_factory in (dict, list) else field.default
-        )
-        plain = typing.get_origin(hint) or hint
+            hint = next(part for part in typing.get_args(hint) if part is not type(None))
+        meta = item.metadata
+        default = item.default_factory() if item.default_factory in (dict, list) else item.default
+        plain = typing.get_origin(hint) or hint  # dict[str, Any] -> dict
         limits = (meta["choices"], meta["minimum"], meta["above"])
         yield Key(name, plain, optional, default, meta["help"], *limits)
 
@@ -95,20 +117,23 @@ def list_keys(cls: type, prefix: str = "") -> list[Key]:
     return list(walk(cls, prefix))
 
 
-def read_keys(cls: type, given: Mapping[str, Any], prefix: str, owner: str) -> Any:
-    """A mapping as a dataclass whose fields are made with `config.key`. prefix: of the keys' full
-    names.
+def read_keys(cls: type, values: Mapping[str, Any], prefix: str, owner: str) -> Any:
+    """Read a mapping into a dataclass whose fields are made with `config.key`.
 
-    Raises ConfigError for an unknown key or a value not allowed. owner: whose keys they are, in
-    words.
+    Raises ConfigError for an unknown key or a value not allowed.
+
+    cls: the dataclass.
+    values: key -> value, without the prefix.
+    prefix: what the keys' full names begin with, for the errors.
+    owner: whose keys they are, in words, for the errors.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     known = {key.name: key for key in list_keys(cls, prefix)}
-    read = OmegaConf.structured(cls)
-    OmegaConf.set_readonly(read, False)
-    for part, value in given.items():
+    settings = OmegaConf.structured(cls)
+    OmegaConf.set_readonly(settings, False)  # as those of a frozen dataclass are
+    for part, value in values.items():
         name = f"{prefix}{part}"
         if name not in known:
             listed = ", ".join(key.rpartition(".")[2] for key in known)
@@ -117,13 +142,13 @@ def read_keys(cls: type, given: Mapping[str, Any], prefix: str, owner: str) -> A
                 + (f"the options of {owner} are {listed}" if known else f"{owner} has none")
             )
         try:
-            OmegaConf.update(read, part, value)
-            found = read[part]
+            OmegaConf.update(settings, part, value)
+            converted = settings[part]  # of the key's type, "1" for an integer included
         except OmegaConfBaseException as error:
             raise ConfigError(f"{name}={show(value)} is not {known[name].type_name}") from error
-        if not known[name].fits(found):
+        if not known[name].fits(converted):
             raise ConfigError(
-                f"{name}={show(found)} is not allowed; it must be "
+                f"{name}={show(converted)} is not allowed; it must be "
                 f"{known[name].allowed or 'a finite number'}"
             )
-    return OmegaConf.to_object(read)
+    return OmegaConf.to_object(settings)

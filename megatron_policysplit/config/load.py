@@ -1,5 +1,6 @@
-"""YAML and `key=value` overrides into a checked `Config`; every mistake is one sentence that names
-the key.
+"""Loading a checked `Config` from YAML and `key=value` overrides.
+
+Every mistake is one sentence that names the key.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_policysplit.config.keys import Key, list_keys, read_keys, show
-from megatron_policysplit.config.schema import MISSING, Config
+from megatron_policysplit.config.keys import MISSING, Key, list_keys, read_keys, show
+from megatron_policysplit.config.schema import Config
 from megatron_policysplit.errors import ConfigError
 
+CONFIG_FILE = "config.yaml"  # in the run directory
 # The keys that a finished step does not depend on, so that a run may go on after they change.
 _FREE_GROUPS = ("parallel", "weight_sync", "agreement", "eval", "log", "checkpoint", "run")
 _FREE_KEYS = {
@@ -35,7 +37,6 @@ _FREE_KEYS = {
     "train.head_chunk_tokens",
     "train.max_bad_steps",
 }
-
 
 KEYS: dict[str, Key] = {key.name: key for key in list_keys(Config)}
 GROUPS = {name.rsplit(".", depth)[0] for name in KEYS for depth in range(1, name.count(".") + 1)}
@@ -76,6 +77,7 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
 
 
 def _read_file(path: str) -> list[tuple[str, Any]]:
+    """The (full key, value) pairs of a YAML file, interpolations unresolved. Raises ConfigError."""
     import yaml
     from omegaconf import DictConfig, OmegaConf
 
@@ -103,6 +105,7 @@ def _read_file(path: str) -> list[tuple[str, Any]]:
 
 
 def _read_override(override: str) -> list[tuple[str, Any]]:
+    """The (full key, value) pairs of one `key=value`. Raises ConfigError."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -124,6 +127,7 @@ def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for part, value in node.items():
         name = f"{prefix}{part}"
         if name in KEYS:
+            # A list or mapping with nothing behind its colon is null in YAML: the default.
             if not (KEYS[name].type in (dict, list) and value is None):
                 yield name, value
         elif name in GROUPS or any(group.startswith(name + ".") for group in GROUPS):
@@ -142,6 +146,7 @@ def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _unknown_leaves(node: dict, prefix: str) -> Iterator[str]:
+    """The full keys of a nested mapping under a group that does not exist."""
     for part, value in node.items():
         if isinstance(value, dict) and value:
             yield from _unknown_leaves(value, f"{prefix}{part}.")
@@ -150,23 +155,27 @@ def _unknown_leaves(node: dict, prefix: str) -> Iterator[str]:
 
 
 def _unknown_key(name: str) -> str:
+    """The sentence about a key that does not exist, with what was meant or could be."""
     group, _, leaf = name.rpartition(".")
     siblings = [known.rsplit(".", 1)[-1] for known in KEYS if known.rpartition(".")[0] == group]
     nearest = nearest_key(name)
     if group in GROUPS and (nearest is None or _ratio(leaf, nearest.rsplit(".", 1)[-1]) < 0.6):
         return f"unknown key {name}; the keys of {group} are {', '.join(siblings)}"
     if nearest is None:
-        return f"unknown key {name}; the groups are {', '.join(field.name for field in fields(Config))}"
+        groups = ", ".join(field.name for field in fields(Config))
+        return f"unknown key {name}; the groups are {groups}"
     return f"unknown key {name}; did you mean {nearest}?"
 
 
 def _ratio(a: str, b: str) -> float:
+    """How alike two words are, from 0 to 1."""
     return difflib.SequenceMatcher(None, a, b).ratio()
 
 
 def nearest_key(name: str) -> str | None:
-    """The known key that a misspelt one most likely means: near as a whole, or near in its last
-    part.
+    """The known key that a misspelt one most likely means, or None.
+
+    It is near as a whole, or near in its last part.
     """
 
     def likeness(known: str) -> float:
@@ -179,6 +188,7 @@ def nearest_key(name: str) -> str | None:
 
 
 def _interpolation_error(error: Exception) -> str:
+    """The sentence about a value with `${...}` that OmegaConf cannot resolve."""
     reason = str(error).split("\n")[0]
     name = getattr(error, "full_key", None)
     return (
@@ -188,15 +198,16 @@ def _interpolation_error(error: Exception) -> str:
     )
 
 
-def read_options(cls: type, given: dict[str, Any], method: str) -> Any:
-    """algorithm.options.METHOD as that method's dataclass; ConfigError for an unknown key or a
-    value not allowed.
+def read_options(cls: type, values: dict[str, Any], method: str) -> Any:
+    """Read algorithm.options.METHOD into that method's dataclass `cls`.
+
+    Raises ConfigError for an unknown key or a value not allowed.
     """
-    return read_keys(cls, given, f"algorithm.options.{method}.", method)
+    return read_keys(cls, values, f"algorithm.options.{method}.", method)
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Full key -> value, in the order of the dataclasses."""
+    """The configuration as full key -> value, in the order of the dataclasses."""
     values = {}
     for name in KEYS:
         value: Any = config
@@ -207,7 +218,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def check_values(config: Config) -> None:
-    """Raises ConfigError for the first value that is missing or outside its key's allowed values."""
+    """Raise ConfigError for the first value that is missing or outside its key's allowed values."""
     for name, value in flatten(config).items():
         key = KEYS[name]
         if value == MISSING:
@@ -220,17 +231,17 @@ def check_values(config: Config) -> None:
 
 
 def world_size(config: Config) -> int:
-    """Ranks of the actor: tensor x pipeline x data."""
+    """The number of the actor's ranks: tensor x pipeline x data."""
     return config.parallel.tensor * config.parallel.pipeline * config.parallel.data
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Nested plain dicts."""
+    """The configuration as nested plain dicts."""
     return asdict(config)
 
 
 def to_yaml(config: Config) -> str:
-    """YAML that `load_config` reads back into an equal config."""
+    """The configuration as YAML that `load_config` reads back into an equal one."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
@@ -254,6 +265,3 @@ def first_difference(a: dict[str, Any], b: dict[str, Any]) -> tuple[str, Any, An
         if a.get(name) != b.get(name):
             return name, a.get(name), b.get(name)
     return None
-
-
-CONFIG_FILE = "config.yaml"

@@ -1,4 +1,4 @@
-"""Whether a model can be cut as a parallel layout asks."""
+"""Check of a parallel layout against the dimensions of a model."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def check_layout(
     *,
     sequence: bool = False,
 ) -> None:
-    """Raise ConfigError if the model cannot be cut into `tensor` x `pipeline` x `expert` equal
-    parts.
+    """Raise ConfigError if the model cannot be cut into equal parts.
 
-    sequence: whether tensor-parallel ranks split the tokens, which a mixture of experts needs of
-    them.
+    hf_config: config.json of the model.
+    tensor, pipeline, expert: the parallel sizes.
+    sequence: whether tensor-parallel ranks split the tokens; a mixture of experts requires it.
     """
     architecture = find_architecture(hf_config)
     sizes = architecture.sizes(hf_config)
@@ -43,8 +43,8 @@ def check_layout(
         if tensor > 1 and not sequence:
             raise ConfigError(
                 f"parallel.tensor={tensor} with parallel.sequence=false: {architecture.name} has "
-                "experts, and Megatron-"
-                "Core trains them under tensor parallelism only with parallel.sequence=true"
+                "experts, and Megatron-Core trains them under tensor parallelism only with "
+                "parallel.sequence=true"
             )
     elif expert > 1:
         raise ConfigError(
@@ -53,6 +53,7 @@ def check_layout(
     for key, (size, dimensions) in parts.items():
         for dimension, total in dimensions.items():
             if total % size:
+                # Not the divisors of this dimension alone: the others must be divided, too.
                 possible = _common_divisors(dimensions.values())
                 raise ConfigError(
                     f"{key}={size} does not divide {dimension}={total} of the model; use {possible}"
@@ -62,5 +63,5 @@ def check_layout(
 def _common_divisors(totals: Iterable[int]) -> str:
     """The common divisors in words: `1, 2 or 4`."""
     greatest = gcd(*totals)
-    *others, last = (str(n) for n in range(1, greatest + 1) if greatest % n == 0)
-    return f"{', '.join(others)} or {last}" if others else last
+    *smaller, last = (str(n) for n in range(1, greatest + 1) if greatest % n == 0)
+    return f"{', '.join(smaller)} or {last}" if smaller else last

@@ -1,22 +1,17 @@
-"""The modes of a run as its configuration names them: the two of Policy Split, and those of
-`modes.others`.
-"""
+"""The modes of a run by its configuration: the two of Policy Split, and those of `modes.others`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from megatron_policysplit.config.keys import read_keys
-from megatron_policysplit.config.schema import Config, ModesConfig, OtherModeConfig, SamplingConfig
+from megatron_policysplit.config.rollout_schema import OtherModeConfig, SamplingConfig
+from megatron_policysplit.config.schema import Config, ModesConfig
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.rows import MODES, Mode
 
-if TYPE_CHECKING:
-    pass
-
-# The two modes, and what metrics of another kind begin with.
+# Names that a mode cannot have: the two modes', and what metrics of another kind begin with.
 RESERVED = (
     *(mode.value for mode in MODES),
     "actor",
@@ -37,22 +32,21 @@ RESERVED = (
 
 
 def other_modes(config: ModesConfig) -> dict[Mode, OtherModeConfig]:
-    """`modes.others`, checked. Raises ConfigError for a name or a setting that cannot be used."""
-    found = {}
-    for name, given in config.others.items():
+    """Read `modes.others`. Raises ConfigError for a name or a setting that cannot be used."""
+    modes = {}
+    for name, entry in config.others.items():
         key = f"modes.others.{name}"
         if not re.fullmatch(r"[a-z][a-z0-9_]*", str(name)) or name in RESERVED:
             raise ConfigError(
                 f"{key} cannot be a mode's name in the logs; use lower-case letters, digits and "
-                "'_', and none of "
-                f"{', '.join(RESERVED)}"
+                f"'_', and none of {', '.join(RESERVED)}"
             )
-        if not isinstance(given, Mapping):
+        if not isinstance(entry, Mapping):
             raise ConfigError(
-                f"{key}={given} is not a mapping; give {{prompt: TEXT}} or {{prompt_file: PATH}}"
+                f"{key}={entry} is not a mapping; give {{prompt: TEXT}} or {{prompt_file: PATH}}"
             )
-        found[Mode(name)] = read_keys(OtherModeConfig, given, f"{key}.", "a mode")
-    return found
+        modes[Mode(name)] = read_keys(OtherModeConfig, entry, f"{key}.", "a mode")
+    return modes
 
 
 def modes_of(config: ModesConfig) -> tuple[Mode, ...]:
@@ -61,7 +55,7 @@ def modes_of(config: ModesConfig) -> tuple[Mode, ...]:
 
 
 def sampling_by_mode(config: Config) -> dict[Mode, SamplingConfig]:
-    """How each mode samples."""
+    """The sampling settings of each mode, normal first."""
     rollout = config.rollout
     return {
         Mode.NORMAL: rollout.normal,
@@ -71,17 +65,20 @@ def sampling_by_mode(config: Config) -> dict[Mode, SamplingConfig]:
 
 
 def temperatures_by_mode(config: Config) -> dict[Mode, float]:
-    """At which each mode samples, and at which its log-probs are taken."""
+    """The temperature of each mode, at which it samples and its log-probs are taken."""
     return {mode: sampling.temperature for mode, sampling in sampling_by_mode(config).items()}
 
 
 def temperature_key(mode: Mode) -> str:
-    """The configuration key of its temperature."""
+    """The configuration key of a mode's temperature."""
     return f"{'rollout' if mode in MODES else 'modes.others'}.{mode.value}.temperature"
 
 
 def shared_out(samples: int, shares: Mapping[Mode, int]) -> dict[Mode, int]:
-    """`samples` by `shares`. Raises ConfigError where that does not come out even."""
+    """Divide a question's `samples` among the modes in proportion to their `shares`.
+
+    A mode without a share is left out. Raises ConfigError where that does not come out even.
+    """
     total = sum(shares.values())
     if total == 0 or samples % total:
         listed = ", ".join(f"{mode.value} {share}" for mode, share in shares.items())
@@ -93,11 +90,10 @@ def shared_out(samples: int, shares: Mapping[Mode, int]) -> dict[Mode, int]:
     return {mode: samples // total * share for mode, share in shares.items() if share}
 
 
-MODE_LABELS = {
-    "normal": "normal",
-    "high_entropy": "high-entropy",
-}  # further modes are called as they are named
+# In prose and charts; further modes are called as they are named.
+MODE_LABELS = {"normal": "normal", "high_entropy": "high-entropy"}
 
 
 def mode_label(mode: str) -> str:
+    """The name of a mode in prose and charts."""
     return MODE_LABELS.get(mode, mode)

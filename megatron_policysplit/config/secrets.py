@@ -13,27 +13,31 @@ from megatron_policysplit.errors import ConfigError
 def read_api_key(
     variable: str | None, environ: Mapping[str, str], named_by: str = "rollout.api_key_variable"
 ) -> str | None:
-    """The API key in `variable`, which the key `named_by` names; ConfigError if it holds none that
-    can be sent.
+    """Read an API key from an environment variable; None without a variable.
+
+    Raises ConfigError if the variable holds no key, or one that cannot be sent.
+
+    variable: name of the environment variable.
+    environ: the environment.
+    named_by: the configuration key that names the variable, for the errors.
     """
     if variable is None:
         return None
     key = environ.get(variable, "")
     if not key:
         raise ConfigError(f"{named_by}={variable}: that environment variable is not set, or empty")
+    # The key itself is never shown: errors end up in logs.
     if not re.fullmatch(r"[!-~]+", key):
         raise ConfigError(
             f"{named_by}={variable}: the key in it has a blank, a line end or a character that is "
-            "not "
-            "ASCII; HTTP headers cannot carry those"
+            "not ASCII; HTTP headers cannot carry those"
         )
     return key
 
 
 def api_key(config: Config) -> str | None:
-    """The key of the SGLang servers from the environment; ConfigError if its variable is named but
-    not set.
-    """
-    from megatron_policysplit.config.secrets import read_api_key
+    """The API key of the SGLang servers from the environment; None if they have none.
 
+    Raises ConfigError if its variable is named but not set.
+    """
     return read_api_key(config.rollout.api_key_variable, os.environ)

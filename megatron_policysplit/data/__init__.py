@@ -1,5 +1,6 @@
-"""Questions and the prompts made of them. `Question`, which rewards of users' own take, is handed
-on from here.
+"""Questions and the prompts made of them.
+
+`Question` is handed on from here for users' own reward functions.
 """
 
 from megatron_policysplit.data.questions import Question

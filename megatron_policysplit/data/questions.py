@@ -15,31 +15,28 @@ from megatron_policysplit.errors import CheckpointError, DataError
 from megatron_policysplit.rows import Mode
 
 _GYM = "reasoning_gym:"
-_NEEDED = "`prompt` (text or messages) or `messages` or `question`, and for the answer `reward_model` or `answer`"
+_NEEDED = (
+    "`prompt` (text or messages) or `messages` or `question`, and for the answer `reward_model` or "
+    "`answer`"
+)
 _ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question.
+    """One question with its reference answer. Made by `load_questions`, read by rewards, too."""
 
-    id: its index in the file or data set, the same in every run.
-    messages: chat messages, each with a `role` and a text `content`; at least one.
-    answer: the reference answer as text; None where the task has many right answers.
-    record: the whole row it came from, for the reward function.
-    """
-
-    id: int
-    messages: list[dict[str, str]]
-    answer: str | None
-    record: dict[str, Any]
+    id: int  # its index in the file or data set, the same in every run
+    messages: list[dict[str, str]]  # at least one, each with a `role` and a text `content`
+    answer: str | None  # the reference answer; None where the task has many right answers
+    record: dict[str, Any]  # the whole row it came from, for the reward function
 
 
 def load_questions(path: str, options: Mapping[str, Any] | None = None) -> list[Question]:
-    """Every question of a .jsonl or .parquet file or of `reasoning_gym:NAME`.
+    """Load every question of a .jsonl or .parquet file or of `reasoning_gym:NAME`.
 
-    options: for reasoning_gym only: size (default 500), seed (default 0), the rest goes to the
-    task. Raises DataError naming the file and line (the row for Parquet) of what cannot be used.
+    options: for reasoning_gym only: size (default 500), seed (default 0) and the task's own. Raises
+    DataError naming the file and line (the row for Parquet) of what cannot be used.
     """
     options = dict(options or {})
     if path.startswith(_GYM):
@@ -69,8 +66,8 @@ def load_questions(path: str, options: Mapping[str, Any] | None = None) -> list[
 class QuestionStream:
     """Batches of questions, shuffled anew each epoch by the seed, resumable at any batch.
 
-    A batch may run over the end of an epoch. Over any number of whole epochs every question comes
-    equally often, and a batch holds a question twice only if it is larger than the set.
+    A batch may run over the end of an epoch. Over whole epochs every question comes equally often,
+    and a batch holds a question twice only if it is larger than the set.
     """
 
     def __init__(self, questions: Sequence[Question], batch_questions: int, seed: int):
@@ -85,6 +82,7 @@ class QuestionStream:
         self._order = self._shuffle(0)
 
     def next_batch(self) -> list[Question]:
+        """The next `batch_questions` questions."""
         batch: list[int] = []
         while len(batch) < self._batch_questions:
             if self._position == len(self._order):
@@ -113,17 +111,16 @@ class QuestionStream:
         Raises CheckpointError if the questions, the batch size or the seed are not those of the
         state.
         """
-        for name, now in self.state().items():
+        for name, value in self.state().items():
             if name not in state:
                 raise CheckpointError(
                     f"the data cursor of the checkpoint lacks `{name}`; it is damaged"
                 )
-            if name not in ("epoch", "position") and state[name] != now:
+            if name not in ("epoch", "position") and state[name] != value:
                 raise CheckpointError(
                     f"the checkpoint was made with {name}={state[name]} but the data now has "
-                    f"{name}={now}; "
-                    "restore the data set and the data.* and run.seed keys of the run, or start a "
-                    "new run"
+                    f"{name}={value}; restore the data set and the data.* and run.seed keys of the "
+                    "run, or start a new run"
                 )
         if state["epoch"] < 0 or not 0 <= state["position"] <= len(self._questions):
             raise CheckpointError(
@@ -134,17 +131,16 @@ class QuestionStream:
         self._order = self._epoch_order(self._epoch)
 
     def _epoch_order(self, epoch: int) -> list[int]:
-        """The order of an epoch from (seed, epoch, batch size) alone, as `next_batch` makes it.
+        """The order of an epoch, as `next_batch` makes it, from seed, epoch and batch size alone.
 
-        Its start depends on the last questions of the epoch before (see `_defer`), and so on back
-        to the first.
+        Its start depends on the last questions of the epoch before (see `_defer`), whose order
+        depends on the epoch before that, so all epochs are gone through.
         """
         order = self._shuffle(0)
         for number in range(1, epoch + 1):
-            carried = number * len(order) % self._batch_questions
-            order = self._defer(
-                self._shuffle(number), set(order[len(order) - min(carried, len(order)) :])
-            )
+            # Questions of the last epoch that the batch open at its end holds.
+            carried = min(number * len(order) % self._batch_questions, len(order))
+            order = self._defer(self._shuffle(number), set(order[len(order) - carried :]))
         return order
 
     def _defer(self, order: list[int], taken: set[int]) -> list[int]:
@@ -155,12 +151,14 @@ class QuestionStream:
         return fill + [index for index in order if index not in filled]
 
     def _shuffle(self, epoch: int) -> list[int]:
+        """The questions' indices in an order that depends on the seed and the epoch alone."""
         order = list(range(len(self._questions)))
         random.Random(f"{self._seed}/{epoch}").shuffle(order)
         return order
 
 
 def _fingerprint(questions: Sequence[Question]) -> int:
+    """A checksum of ids, messages and answers, by which a resumed run knows its questions again."""
     checksum = 0
     for question in questions:
         checksum = zlib.crc32(
@@ -174,21 +172,23 @@ def drop_overlong(
     prompt_lengths: Mapping[int, Mapping[Mode, int]],
     max_prompt_tokens: int,
 ) -> tuple[list[Question], int]:
-    """The questions whose longer prompt has at most `max_prompt_tokens`, and how many were dropped.
+    """Drop questions whose longest prompt exceeds `max_prompt_tokens`.
 
-    prompt_lengths: question id -> mode -> tokens. Raises DataError if none is left.
+    Returns the questions that remain and the number of those dropped. Raises DataError if none
+    remains. prompt_lengths: question id -> mode -> tokens.
     """
     longest = {question.id: max(prompt_lengths[question.id].values()) for question in questions}
-    kept = [question for question in questions if longest[question.id] <= max_prompt_tokens]
-    if questions and not kept:
+    remaining = [question for question in questions if longest[question.id] <= max_prompt_tokens]
+    if questions and not remaining:
         raise DataError(
-            f"data.max_prompt_tokens={max_prompt_tokens} drops all {len(questions)} questions; "
-            f"the shortest needs {min(longest.values())} tokens in its longer mode"
+            f"data.max_prompt_tokens={max_prompt_tokens} drops all {len(questions)} questions; the "
+            f"shortest needs {min(longest.values())} tokens in its longer mode"
         )
-    return kept, len(questions) - len(kept)
+    return remaining, len(questions) - len(remaining)
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[str, dict]]:
+    """The (file:line, row) of each line that is not blank. Raises DataError."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             where = f"{file}:{number}"
@@ -208,6 +208,7 @@ def _read_jsonl(file: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[str, dict]]:
+    """The (file and row number, row) of each row. Raises DataError."""
     import pyarrow
     import pyarrow.parquet
 
@@ -223,6 +224,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _question(index: int, where: str, row: dict) -> Question:
+    """Make a question of a row. Raises DataError naming `where` it stands."""
     source = next(
         (name for name in ("prompt", "messages", "question") if row.get(name) is not None), None
     )
@@ -237,6 +239,7 @@ def _question(index: int, where: str, row: dict) -> Question:
 
 
 def _messages(where: str, source: str, messages: Any) -> list[dict[str, str]]:
+    """The role and content of a row's messages, checked. source: their column."""
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: `{source}` is neither text nor a list of messages")
     for message in messages:
@@ -258,6 +261,7 @@ def _messages(where: str, source: str, messages: Any) -> list[dict[str, str]]:
 
 
 def _answer(where: str, row: dict) -> str | None:
+    """A row's reference answer as text; verl's `reward_model` wins over `answer`."""
     answer, source = row.get("answer"), "answer"
     if row.get("reward_model") is not None:
         source = "reward_model.ground_truth"
@@ -266,7 +270,7 @@ def _answer(where: str, row: dict) -> str | None:
         answer = row["reward_model"]["ground_truth"]
     if answer is None or isinstance(answer, str):
         return answer
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):  # bool is an int
         return str(answer)
     raise DataError(
         f"{where}: `{source}` is a {type(answer).__name__}; it must be text or a number"
@@ -274,6 +278,7 @@ def _answer(where: str, row: dict) -> str | None:
 
 
 def _load_gym(name: str, options: dict[str, Any]) -> list[Question]:
+    """The questions of a reasoning_gym task. Raises DataError for a wrong name or option."""
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 

@@ -10,8 +10,9 @@ from megatron_policysplit.errors import ModelError
 
 
 def has_chat_template(model_path: str | Path) -> bool:
-    """Whether the tokenizer in a model directory has a chat template; reads JSON only, imports
-    nothing heavy.
+    """Whether the tokenizer in a model directory has a chat template.
+
+    Reads files only; unlike `load_tokenizer` it imports nothing heavy.
     """
     directory = Path(model_path)
     file = directory / "chat_template.jinja"
@@ -21,8 +22,10 @@ def has_chat_template(model_path: str | Path) -> bool:
 
 
 def stop_token_ids(model_path: str | Path, tokenizer) -> list[int]:
-    """Every end-of-sequence id: of generation_config.json, else of config.json, else the
-    tokenizer's.
+    """Every end-of-sequence id of a model.
+
+    They come from generation_config.json, else from config.json, else from the tokenizer. Raises
+    ModelError if none of them has one.
     """
     for name in ("generation_config.json", "config.json"):
         ids = _read_json(Path(model_path) / name).get("eos_token_id")
@@ -37,6 +40,7 @@ def stop_token_ids(model_path: str | Path, tokenizer) -> list[int]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty if the file does not exist; ModelError if it is damaged."""
     if not path.is_file():
         return {}
     try:
@@ -49,7 +53,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(path: str):
-    """The tokenizer of a model directory; no code of the directory is run. Raises ModelError."""
+    """Load the tokenizer of a model directory, without running its code. Raises ModelError."""
     from checkpoints_conv import read_hf_config
 
     read_hf_config(path)  # a wrong directory is told before the slow import
@@ -57,7 +61,5 @@ def load_tokenizer(path: str):
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (
-        Exception
-    ) as error:  # transformers and tokenizers raise many kinds; each means an unreadable tokenizer
+    except Exception as error:  # transformers and tokenizers raise many kinds for a damaged one
         raise ModelError(f"cannot load the tokenizer in {path}: {error}") from error

@@ -6,7 +6,10 @@ from megatron_policysplit.data.questions import Question
 
 
 def reward(response: str, question: Question) -> float:
-    """1 if response and reference answer are equal but for white space, else 0."""
+    """1 if response and reference answer are equal but for white space, else 0.
+
+    Raises ValueError for a question without an answer.
+    """
     if question.answer is None:
         raise ValueError(f"question {question.id} has no answer, which reward.function=exact needs")
     return float(response.split() == question.answer.split())

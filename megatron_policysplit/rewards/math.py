@@ -19,8 +19,10 @@ _BOXED = re.compile(r"\\boxed\s*\{")
 
 
 def reward(response: str, question: Question) -> float:
-    """1 if the last boxed expression, or without one the last number of the text, equals the
-    answer, else 0.
+    """1 if the final answer of the response equals the question's answer, else 0.
+
+    The final answer is the last boxed expression, or without one the last number of the text.
+    Raises ValueError for a question without an answer that math-verify can read.
     """
     if question.answer is None:
         raise ValueError(f"question {question.id} has no answer, which reward.function=math needs")
@@ -49,6 +51,7 @@ def final_answer(response: str) -> str | None:
 
 
 def _braced(text: str, start: int) -> str | None:
+    """The text from `start` up to the brace that closes it; None if none does."""
     depth = 1
     for position in range(start, len(text)):
         if text[position] in "{}" and text[position - 1] != "\\":
@@ -60,12 +63,13 @@ def _braced(text: str, start: int) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def _parse_gold(answer: str) -> list:
+    """The reference answer as math-verify reads it, in a box, in dollars or bare."""
     boxed = _BOXED.search(answer)
     return _parse(final_answer(answer) if boxed else answer.strip().strip("$"))
 
 
 def _parse(expression: str) -> list:
-    """As LaTeX in a box, which math-verify reads without guessing where the expression is.
+    """Parse an expression as LaTeX in a box, where math-verify need not guess where it stands.
 
     LaTeX only: its reader of plain expressions hands the text to eval(), and a model wrote that
     text.

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_policysplit.data.questions import Question
 from megatron_policysplit.errors import TrainingError
+from megatron_policysplit.rewards.functions import load_reward
 
 # Workers have this long to start, and to be replaced, before the pool is taken for broken.
 _STALL_SECONDS = 120.0
@@ -25,25 +26,26 @@ _MAX_REBUILDS = 3
 
 @dataclass(frozen=True)
 class Graded:
-    """A reward, and why it is 0 if grading failed."""
+    """The reward of one response."""
 
     reward: float
-    error: str | None = None
+    error: str | None = None  # why the reward is 0, if grading failed
 
 
 class RewardPool:
-    """Grades responses in `workers` processes; nothing that a reward function does ends or blocks
-    the caller.
+    """Grades responses in worker processes, whatever a reward function does to its process.
 
-    function: as `reward.function`; it is loaded once here, so that a wrong one raises ConfigError
-    at once. Workers are spawned and import the reward function anew: a script that uses a pool
-    needs the guard `if __name__ == "__main__":`, and what its module imports at the top each worker
-    imports too. Use it as a context manager, or call `close`.
+    Use it as a context manager, or call `close`. Workers are spawned and import the reward function
+    anew: a script that uses a pool needs the guard `if __name__ == "__main__":`, and each worker
+    imports what its module imports at the top.
+
+    function: as the key `reward.function`. It is loaded here once: a wrong one raises ConfigError
+    at once.
+    workers: the number of processes.
+    timeout_seconds: the time limit of one response.
     """
 
     def __init__(self, function: str, workers: int, timeout_seconds: float):
-        from megatron_policysplit.rewards import load_reward
-
         load_reward(function)
         self._function = function
         self._workers = workers
@@ -67,8 +69,8 @@ class RewardPool:
         """
         with self._lock:
             results: list[Graded | None] = [None] * len(items)
-            deaths: set[int] = set()
-            rebuilds = 0
+            deaths: set[int] = set()  # responses whose worker has died once
+            rebuilds = 0  # in a row, without a result between them
             while todo := [index for index, result in enumerate(results) if result is None]:
                 if self._grade_some(items, todo, results, deaths):
                     continue
@@ -79,18 +81,18 @@ class RewardPool:
                 if rebuilds == _MAX_REBUILDS:
                     raise TrainingError(
                         f"the worker processes of reward.function={self._function} end before they "
-                        "grade anything; "
-                        "see their output above, and check that the function's module imports in a "
-                        "fresh process"
+                        "grade anything; see their output above, and check that the function's "
+                        "module imports in a fresh process"
                     )
             return results
 
     def close(self) -> None:
-        """End all workers at once; a `grade` that runs in another thread raises. A later one starts
-        new workers.
+        """End all workers at once.
+
+        A `grade` that runs in another thread raises; a later one starts new workers.
         """
         self._interrupted.set_result(None)
-        with self._lock:
+        with self._lock:  # once `grade` has noticed and raised
             self._stop()
             self._interrupted = Future()
 
@@ -116,7 +118,7 @@ class RewardPool:
             )
             if self._interrupted in done:
                 raise TrainingError("the reward pool was closed while it graded")
-            broken = not done
+            broken = not done  # no worker has answered for longer than any may take
             for future in done:
                 index = pending.pop(future)
                 error = future.exception()
@@ -141,6 +143,7 @@ class RewardPool:
         return not broken
 
     def _schedule(self, response: str, question: Question) -> Future:
+        """Hand one response to the workers, which are started if there are none."""
         if self._pool is None:
             from pebble import ProcessPool
 
@@ -164,8 +167,7 @@ _guard_seconds = 0.0
 
 
 def _start_worker(function: str, timeout_seconds: float) -> None:
-    from megatron_policysplit.rewards import load_reward
-
+    """Prepare a worker process, in which `_grade` will be called."""
     global _reward, _guard_seconds
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _reward = load_reward(function)
@@ -173,17 +175,19 @@ def _start_worker(function: str, timeout_seconds: float) -> None:
 
 
 def _end_with_parent() -> None:
+    """End this process when its parent ends, however that ends."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def _grade(response: str, question: Question) -> Graded:
+    """Grade one response in a worker process; errors of the reward function become a Graded."""
     # The kernel ends a process that hangs in C code, where no Python thread or handler runs.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, _guard_seconds)
     try:
         value = _reward(response, question)
-        value = value.item() if hasattr(value, "item") else value
+        value = value.item() if hasattr(value, "item") else value  # a scalar of numpy or torch
         if not isinstance(value, numbers.Real):
             return Graded(0.0, f"the reward is a {type(value).__name__}, not a number")
         if not math.isfinite(value):

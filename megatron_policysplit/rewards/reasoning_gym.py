@@ -31,16 +31,19 @@ _SAFE_NODES = (
     *(ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop),
 )
 _SAFE_FUNCTIONS = frozenset(
-    "abs acos acosh asin asinh atan atanh cos cosh cot csc exp ln log sec sin sinh sqrt tan tanh".split()
+    (
+        "abs acos acosh asin asinh atan atanh cos cosh cot csc exp ln log sec sin sinh sqrt tan "
+        "tanh"
+    ).split()
 )
 
 
 def reward(response: str, question: Question) -> float:
-    """The score in [0, 1] of the text in the last <answer>..</answer>, or of the whole response
-    without them.
+    """The task's own score, in [0, 1], of the answer in a response.
 
-    Where the task's scorer evaluates the answer as Python, an expression that is not plain
-    arithmetic scores 0.
+    The answer is the text in the last <answer>..</answer>, or the whole response without them.
+    Where the task's scorer evaluates it as Python, one that is not plain arithmetic scores 0.
+    Raises ValueError for a question of another kind of data set.
     """
     origin = question.record.get("reasoning_gym")
     if origin is None:
@@ -50,6 +53,7 @@ def reward(response: str, question: Question) -> float:
         )
     tagged = _ANSWER.findall(response)
     answer = (tagged[-1] if tagged else response).strip()
+    # A composite data set names the task that each question is of.
     task = question.record["metadata"].get("source_dataset", origin["name"])
     if task in EVAL_TASKS | PARSE_EXPR_TASKS and not _is_harmless(
         answer, unless_python=task in EVAL_TASKS
@@ -60,8 +64,7 @@ def reward(response: str, question: Question) -> float:
 
 
 def _is_harmless(text: str, unless_python: bool) -> bool:
-    """Whether a text is literals, names, arithmetic, lists and calls of elementary functions, and
-    nothing more.
+    """Whether a text has only literals, names, arithmetic, lists and elementary functions.
 
     unless_python: what a text that is no Python expression counts as.
     """
@@ -88,4 +91,5 @@ def _is_harmless(text: str, unless_python: bool) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def _dataset(name: str, options: str):
+    """The data set whose scorer grades its questions. options: as JSON, which can be cached."""
     return reasoning_gym.create_dataset(name, **json.loads(options))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from checkpoints_conv import read_hf_config
 from megatron_policysplit.config import Config
-from megatron_policysplit.config.checks import is_loopback
+from megatron_policysplit.config.engine_checks import is_loopback
 from megatron_policysplit.config.secrets import api_key
 from megatron_policysplit.data.tokenizer import load_tokenizer
 from megatron_policysplit.distributed.control import Control

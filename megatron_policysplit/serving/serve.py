@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from checkpoints_conv import read_hf_config
 from megatron_policysplit.config import Config
-from megatron_policysplit.config.checks import is_loopback
+from megatron_policysplit.config.engine_checks import is_loopback
 from megatron_policysplit.errors import DONE, ConfigError, EngineError
 from megatron_policysplit.rollout.sglang_http import SglangClient
 from megatron_policysplit.serving.servers import Server, server_spec

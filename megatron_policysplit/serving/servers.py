@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_policysplit.config import Config
-from megatron_policysplit.config.checks import is_loopback
+from megatron_policysplit.config.engine_checks import is_loopback
 from megatron_policysplit.config.secrets import read_api_key
 from megatron_policysplit.errors import ConfigError, EngineError
 from megatron_policysplit.rollout.sglang_http import EngineRefused, EngineUnreachable, SglangClient

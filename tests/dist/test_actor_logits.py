@@ -163,8 +163,8 @@ def assert_marked_for_gradient_norm(model, hf_config, tensor):
     architecture = find_architecture(hf_config)
     sizes = architecture.sizes(hf_config)
     for name, parameter in model.named_parameters():
-        pair = architecture.by_megatron_name(hf_config)[name]
-        sharded = pair.local_shape(sizes, 2) != pair.local_shape(sizes, 1)
+        mapping = architecture.by_megatron_name(hf_config)[name]
+        sharded = mapping.local_shape(sizes, 2) != mapping.local_shape(sizes, 1)
         assert getattr(parameter, "tensor_model_parallel", False) == sharded, name
 
 

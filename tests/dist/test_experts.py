@@ -123,7 +123,7 @@ def check_plan(plan, expert):
     """Experts travel in several buckets a layer, each of them one rank's, none of them too large."""
     owners = [bucket.owner for bucket in plan if bucket.owner is not None]
     assert len(owners) == 4 * 8 and set(owners) == set(range(expert))
-    full = [sum(len(pair.sources) for pair in bucket.pairs) for bucket in plan if bucket.owner is not None]
+    full = [sum(len(mapping.sources) for mapping in bucket.mappings) for bucket in plan if bucket.owner is not None]
     assert sum(full) == 4 * 8 * 3
 
 

@@ -105,15 +105,15 @@ def expected_parameters(hf_config, shape, stage, expert_rank, spec=-1):
 
     architecture = find_architecture(hf_config)
     sizes, last = architecture.sizes(hf_config), shape.pipeline - 1
-    embedding, *layers, head = architecture.pairs(hf_config)
+    embedding, *layers, head = architecture.mappings(hf_config)
     rows = list(embedding[1]) if stage == 0 else []
-    for layer, pairs in layers:
+    for layer, mappings in layers:
         if layer // (sizes.layers // shape.pipeline) == stage:
-            rows += [p for p in pairs if p.expert is None or p.expert * shape.expert // sizes.experts == expert_rank]
+            rows += [p for p in mappings if p.expert is None or p.expert * shape.expert // sizes.experts == expert_rank]
     if stage == last:
         rows += head[1]
         rows += [TIED_HEAD] if sizes.tied and last > 0 else []
-    return {pair.megatron[spec]: pair.local_shape(sizes, shape.tensor) for pair in rows}
+    return {mapping.megatron[spec]: mapping.local_shape(sizes, shape.tensor) for mapping in rows}
 
 
 @dataclass(frozen=True)

@@ -98,14 +98,14 @@ def test_names_and_layouts_agree_with_mbridge(originals, monkeypatch):
         bridge = bridge_class.__new__(bridge_class)
         bridge.hf_config, bridge.make_vocab_size_divisible_by = AutoConfig.from_pretrained(path), None
         tensors = load_file(path / "model.safetensors")
-        for part in architecture.pairs(hf_config):
-            for pair in part[1]:
-                name = pair.megatron[-1]  # mbridge knows Transformer Engine's names
-                assert bridge._weight_name_mapping_mcore_to_hf(name) == [src.name for src in pair.sources]
-                sources = [tensors[src.name] for src in pair.sources]
+        for part in architecture.mappings(hf_config):
+            for mapping in part[1]:
+                name = mapping.megatron[-1]  # mbridge knows Transformer Engine's names
+                assert bridge._weight_name_mapping_mcore_to_hf(name) == [src.name for src in mapping.sources]
+                sources = [tensors[src.name] for src in mapping.sources]
                 theirs = bridge._weight_to_mcore_format(name, sources)
-                ours = torch.full(pair.local_shape(sizes, 1), float("nan"))
-                for piece in pair.pieces(sizes, 0, 1):
+                ours = torch.full(mapping.local_shape(sizes, 1), float("nan"))
+                for piece in mapping.pieces(sizes, 0, 1):
                     length = piece.stop - piece.start
                     block = tensors[piece.source].narrow(piece.dim, piece.start, length)
                     ours.narrow(piece.dim, piece.offset, length).copy_(block)
@@ -119,18 +119,18 @@ def test_ranks_share_every_element_once(architecture, vocab):
     few = {"num_experts": 3} if architecture.moe else {}
     hf_config = config(architectures=[architecture.name], vocab_size=vocab, num_key_value_heads=4, **few)
     sizes = architecture.sizes(hf_config)
-    for pair in architecture.by_megatron_name(hf_config).values():
+    for mapping in architecture.by_megatron_name(hf_config).values():
         for tensor in (1, 2, 4):
-            replicas = tensor if pair.rule.__name__ == "replicated" else 1
-            counts = {src.name: torch.zeros(src.shape(sizes)) for src in pair.sources}
+            replicas = tensor if mapping.rule.__name__ == "replicated" else 1
+            counts = {src.name: torch.zeros(src.shape(sizes)) for src in mapping.sources}
             for rank in range(tensor):
-                local = torch.zeros(pair.local_shape(sizes, tensor))
-                for piece in pair.pieces(sizes, rank, tensor):
+                local = torch.zeros(mapping.local_shape(sizes, tensor))
+                for piece in mapping.pieces(sizes, rank, tensor):
                     length = piece.stop - piece.start
                     counts[piece.source].narrow(piece.dim, piece.start, length).add_(1)
                     local.narrow(piece.dim, piece.offset, length).add_(1)
                 assert local.max() <= 1
-                assert "vocab" in pair.sources[0].dims or local.min() == 1
+                assert "vocab" in mapping.sources[0].dims or local.min() == 1
             assert all((count == replicas).all() for count in counts.values())
 
 

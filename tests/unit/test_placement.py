@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from megatron_policysplit.config.checks import check_allocator
+from megatron_policysplit.config.engine_checks import check_allocator
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.serving.members import Placement
 from megatron_policysplit.serving.placement import devices, place_engines
