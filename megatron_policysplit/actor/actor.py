@@ -136,7 +136,7 @@ class Actor:
         compared: others that are scored for the comparison with the engine alone; None: none.
         temperature: at which the log-probs of all rows are taken; None: that of each row's mode.
         """
-        temperatures = temperatures_by_mode(self.config)
+        temperatures = temperatures_by_mode(self.config.rollout, self.config.modes)
         if temperature is not None:
             temperatures = dict.fromkeys(temperatures, temperature)
         return place_batch(

@@ -24,7 +24,7 @@ def check_config(config: Config) -> list[str]:
     Raises ConfigError naming the keys, their values and the remedy.
     """
     check_values(config)
-    sampling = sampling_by_mode(config)
+    sampling = sampling_by_mode(config.rollout, config.modes)
     _check_batch(config, sampling)
     _check_prompts_and_replay(config)
     check_engines(config)

@@ -6,8 +6,12 @@ import re
 from collections.abc import Mapping
 
 from megatron_policysplit.config.keys import read_keys
-from megatron_policysplit.config.rollout_schema import OtherModeConfig, SamplingConfig
-from megatron_policysplit.config.schema import Config, ModesConfig
+from megatron_policysplit.config.rollout_schema import (
+    OtherModeConfig,
+    RolloutConfig,
+    SamplingConfig,
+)
+from megatron_policysplit.config.schema import ModesConfig
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.rows import MODES, Mode
 
@@ -54,19 +58,19 @@ def modes_of(config: ModesConfig) -> tuple[Mode, ...]:
     return (*MODES, *other_modes(config))
 
 
-def sampling_by_mode(config: Config) -> dict[Mode, SamplingConfig]:
+def sampling_by_mode(rollout: RolloutConfig, modes: ModesConfig) -> dict[Mode, SamplingConfig]:
     """The sampling settings of each mode, normal first."""
-    rollout = config.rollout
     return {
         Mode.NORMAL: rollout.normal,
         Mode.HIGH_ENTROPY: rollout.high_entropy,
-        **other_modes(config.modes),
+        **other_modes(modes),
     }
 
 
-def temperatures_by_mode(config: Config) -> dict[Mode, float]:
+def temperatures_by_mode(rollout: RolloutConfig, modes: ModesConfig) -> dict[Mode, float]:
     """The temperature of each mode, at which it samples and its log-probs are taken."""
-    return {mode: sampling.temperature for mode, sampling in sampling_by_mode(config).items()}
+    sampling = sampling_by_mode(rollout, modes)
+    return {mode: settings.temperature for mode, settings in sampling.items()}
 
 
 def temperature_key(mode: Mode) -> str:

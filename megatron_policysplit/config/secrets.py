@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 
-from megatron_policysplit.config.schema import Config
+from megatron_policysplit.config.rollout_schema import RolloutConfig
 from megatron_policysplit.errors import ConfigError
 
 
@@ -35,9 +35,9 @@ def read_api_key(
     return key
 
 
-def api_key(config: Config) -> str | None:
+def api_key(rollout: RolloutConfig) -> str | None:
     """The API key of the SGLang servers from the environment; None if they have none.
 
     Raises ConfigError if its variable is named but not set.
     """
-    return read_api_key(config.rollout.api_key_variable, os.environ)
+    return read_api_key(rollout.api_key_variable, os.environ)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from checkpoints_conv import read_hf_config
-from megatron_policysplit.config import Config
+from megatron_policysplit.config import ModelConfig, RolloutConfig
 from megatron_policysplit.config.secrets import api_key
 from megatron_policysplit.data.tokenizer import stop_token_ids
 from megatron_policysplit.distributed.device import training_device
@@ -11,31 +13,34 @@ from megatron_policysplit.rollout.engine import InProcessEngine
 from megatron_policysplit.rollout.sglang import SglangEngine
 
 
-def engine_in_process(config: Config, tokenizer) -> InProcessEngine:
+def engine_in_process(
+    model: ModelConfig, rollout: RolloutConfig, tokenizer: Any
+) -> InProcessEngine:
     """The `local` or `replay` engine of a leader."""
-    if config.rollout.engine == "replay":
+    if rollout.engine == "replay":
         from megatron_policysplit.rollout.replay import ReplayEngine
 
-        return ReplayEngine(config.rollout.replay_dir)
+        return ReplayEngine(rollout.replay_dir)
     from megatron_policysplit.rollout.local import LocalEngine
 
     return LocalEngine(
-        config.model.path,
-        stop_token_ids(config.model.path, tokenizer),
-        dtype=config.model.dtype,
-        max_batch_samples=config.rollout.max_batch_samples,
+        model.path,
+        stop_token_ids(model.path, tokenizer),
+        dtype=model.dtype,
+        max_batch_samples=rollout.max_batch_samples,
         device=training_device(),
     )
 
 
-def sglang_engine(config: Config, url: str, tokenizer) -> SglangEngine:
+def sglang_engine(
+    model: ModelConfig, rollout: RolloutConfig, url: str, tokenizer: Any
+) -> SglangEngine:
     """The engine of a leader; `url` is a server or a router in front of several."""
-    rollout = config.rollout
     return SglangEngine(
         url,
-        api_key=api_key(config),
-        stop_token_ids=stop_token_ids(config.model.path, tokenizer),
-        vocab_size=read_hf_config(config.model.path)["vocab_size"],
+        api_key=api_key(rollout),
+        stop_token_ids=stop_token_ids(model.path, tokenizer),
+        vocab_size=read_hf_config(model.path)["vocab_size"],
         concurrency=rollout.concurrency,
         request_seconds=rollout.request_seconds,
         retries=rollout.retries,

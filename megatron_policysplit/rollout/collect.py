@@ -11,16 +11,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from megatron_policysplit.config import Config
+from megatron_policysplit.config import ModesConfig, RolloutConfig, SamplingConfig
 from megatron_policysplit.config.modes import sampling_by_mode
 from megatron_policysplit.errors import TrainingError
 from megatron_policysplit.rollout.engine import Engine, Request, Sampling
 from megatron_policysplit.rollout.seeds import sample_seed
 from megatron_policysplit.rows import Mode, Rollout, SecondRollout
 
-Lot = Sequence[
-    Request
-]  # all requests of some questions: what a leader takes from the queue at a time
+# All requests of some questions: what a leader takes from the queue at a time.
+Lot = Sequence[Request]
 
 
 @dataclass
@@ -61,11 +60,25 @@ class QuestionQueue:
         return lot if lot < self._lots else None
 
 
+@dataclass(frozen=True)
+class RequestSettings:
+    """What all requests of a run have in common."""
+
+    sampling: Mapping[Mode, SamplingConfig]  # by the mode that samples
+    max_response_tokens: int
+    seed: int  # of the run
+
+
+def request_settings(rollout: RolloutConfig, modes: ModesConfig, seed: int) -> RequestSettings:
+    """The settings of a run's requests; `seed` is run.seed."""
+    return RequestSettings(sampling_by_mode(rollout, modes), rollout.max_response_tokens, seed)
+
+
 def build_requests(
     batch: int,
     questions: Iterable[int],
     prompts: Mapping[int, Mapping[Mode, Sequence[int]]],
-    config: Config,
+    settings: RequestSettings,
     samples_per_mode: Mapping[Mode, int],
     purpose: str = "train",
     second: SecondRollout | None = None,
@@ -79,15 +92,10 @@ def build_requests(
     prompts: question -> mode -> prompt token ids. samples_per_mode: of the modes that sample.
     purpose: "train" or "evaluation", which never share a seed.
     """
-    plans, run_seed, longest = (
-        sampling_by_mode(config),
-        config.run.seed,
-        config.rollout.max_response_tokens,
-    )
     requests = []
     for position, question in enumerate(questions):
         for mode, count in samples_per_mode.items():
-            plan = plans[mode]
+            plan = settings.sampling[mode]
             draws = [(plan.temperature, range(count))]
             if second is not None and position < second.questions:
                 draws.append(
@@ -100,10 +108,12 @@ def build_requests(
                         question=question,
                         mode=mode,
                         prompt=prompts[question][mode],
-                        sampling=Sampling(temperature, plan.top_p, plan.top_k, longest),
+                        sampling=Sampling(
+                            temperature, plan.top_p, plan.top_k, settings.max_response_tokens
+                        ),
                         samples=samples,
                         seeds=[
-                            sample_seed(run_seed, batch, question, mode, i, purpose)
+                            sample_seed(settings.seed, batch, question, mode, i, purpose)
                             for i in samples
                         ],
                     )

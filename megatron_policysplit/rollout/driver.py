@@ -1,35 +1,40 @@
-"""From questions to graded rollouts: leaders generate from one queue, every rank takes part in the
-waiting.
-"""
+"""From questions to graded rollouts: leaders generate from one queue, and every rank waits."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch.distributed as dist
 
-from megatron_policysplit.config import Config
+from megatron_policysplit.config import RolloutConfig
 from megatron_policysplit.data.questions import Question
 from megatron_policysplit.distributed.control import Control, Service, Work
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.logs.timing import Phases
 from megatron_policysplit.rewards import Graded, RewardPool
-from megatron_policysplit.rollout.collect import QuestionQueue, build_requests, collect, split_lots
+from megatron_policysplit.rollout.collect import (
+    QuestionQueue,
+    RequestSettings,
+    build_requests,
+    collect,
+    split_lots,
+)
 from megatron_policysplit.rollout.engine import Engine
 from megatron_policysplit.rows import Mode, Rollout, SecondRollout
+
+Prompts = Mapping[int, Mapping[Mode, Sequence[int]]]  # question id -> mode -> prompt ids
 
 
 @dataclass
 class Leader:
-    """What only a replica's leader holds: an engine, reward workers, and the tokenizer that makes
-    text for them.
-    """
+    """What only a replica's leader holds."""
 
     engine: Engine
-    rewards: RewardPool
-    tokenizer: transformers.PreTrainedTokenizerBase  # noqa: F821
+    rewards: RewardPool  # grades in worker processes
+    tokenizer: Any  # transformers' tokenizer of the model
 
     def text(self, rollout: Rollout) -> str:
         """The response as text, for grading and reading only; training never sees it."""
@@ -38,16 +43,13 @@ class Leader:
 
 @dataclass
 class Batch:
-    """A rollout batch that was asked for. rollouts: all of them, on leaders, once `Driver.finish`
-    has run.
-    phases: how long generation and grading took on this rank. metrics: what the leader's engine did
-    for it.
-    """
+    """A rollout batch that is being generated."""
 
     number: int
-    work: Work | None = None
-    phases: Phases = field(default_factory=Phases)
-    metrics: dict[str, float] = field(default_factory=dict)
+    work: Work | None = None  # generation and grading on the control loop; on leaders
+    phases: Phases = field(default_factory=Phases)  # seconds that these took on this rank
+    metrics: dict[str, float] = field(default_factory=dict)  # of the leader's engine
+    # All rollouts of all leaders, on leaders ([] elsewhere), once `Driver.finish` has run.
     rollouts: list[Rollout] | None = None
 
     def cancel(self) -> None:
@@ -57,30 +59,27 @@ class Batch:
 
 
 class Driver:
-    """Collective over all ranks; `leader` is None on ranks that only wait."""
+    """Has batches of questions answered. Every method is collective over all ranks."""
 
     def __init__(
         self,
-        config: Config,
+        rollout: RolloutConfig,
+        requests: RequestSettings,
         layout: Layout,
         control: Control,
         leader: Leader | None,
         service: Service | None = None,
     ):
-        self.config, self.layout, self.control, self.leader, self.service = (
-            config,
-            layout,
-            control,
-            leader,
-            service,
-        )
+        """leader: None on ranks that only wait. service: served in all ranks' name meanwhile."""
+        self.rollout, self.requests, self.layout = rollout, requests, layout
+        self.control, self.leader, self.service = control, leader, service
         self._calls = 0
 
     def generate(
         self,
         batch: int,
         questions: Sequence[Question],
-        prompts: Mapping[int, Mapping[Mode, Sequence[int]]],
+        prompts: Prompts,
         samples_per_mode: Mapping[Mode, int],
         purpose: str,
         phases: Phases,
@@ -92,39 +91,32 @@ class Driver:
         self,
         batch: int,
         questions: Sequence[Question],
-        prompts: Mapping[int, Mapping[Mode, Sequence[int]]],
+        prompts: Prompts,
         samples_per_mode: Mapping[Mode, int],
         purpose: str,
         second: SecondRollout | None = None,
     ) -> Batch:
-        """Start to generate and grade; leaders do so in the background until `finish` or
-        `Batch.cancel`.
+        """Start to generate and grade, in the background until `finish` or `Batch.cancel`.
 
-        prompts: question id -> mode -> prompt ids. purpose: "train" or "evaluation" (their seeds
-        never meet). second: what is sampled besides, marked as auxiliary.
+        purpose: "train" or "evaluation", whose seeds never meet.
+        second: what is sampled besides; its rollouts are marked as auxiliary.
         """
         self._calls += 1
-        asked = Batch(batch)
+        pending = Batch(batch)
         if self.leader is None:
-            return asked
+            return pending
+        ids = [question.id for question in questions]
         requests = build_requests(
-            batch,
-            [question.id for question in questions],
-            prompts,
-            self.config,
-            samples_per_mode,
-            purpose,
-            second,
+            batch, ids, prompts, self.requests, samples_per_mode, purpose, second
         )
-        lots = split_lots(requests, self.config.rollout.lot_questions)
+        lots = split_lots(requests, self.rollout.lot_questions)
         # With one leader nobody shares the queue; the store is asked only where several do.
         store = dist.distributed_c10d._get_default_store() if self.layout.data > 1 else None
         queue = QuestionQueue(store, f"policysplit/lots/{purpose}/{batch}/{self._calls}", len(lots))
-        work = self._lead(
-            queue, lots, {question.id: question for question in questions}, samples_per_mode, asked
-        )
-        asked.work = self.control.start(work)
-        return asked
+        by_id = {question.id: question for question in questions}
+        work = self._generate_and_grade(queue, lots, by_id, samples_per_mode, pending)
+        pending.work = self.control.start(work)
+        return pending
 
     def finish(self, batch: Batch, phases: Phases) -> list[Rollout]:
         """Graded rollouts of all questions, sorted by key, on every leader; [] on other ranks.
@@ -137,46 +129,46 @@ class Driver:
                 # The control group's short time-out begins when the last rank is here.
                 self.layout.barrier()
                 rollouts = self.control.attend(batch.work, self.service) or []
-                everywhere = self.layout.all_gather_leaders(rollouts)
-            batch.rollouts = sorted(
-                (r for part in everywhere for r in part), key=lambda rollout: rollout.key
-            )
+                by_leader = self.layout.all_gather_leaders(rollouts)
+            gathered = [rollout for rollouts in by_leader for rollout in rollouts]
+            batch.rollouts = sorted(gathered, key=lambda rollout: rollout.key)
         phases.add(batch.phases)
         return batch.rollouts
 
-    async def _lead(
+    async def _generate_and_grade(
         self,
         queue: QuestionQueue,
         lots: Sequence,
-        questions: Mapping,
-        samples: Mapping[Mode, int],
-        asked: Batch,
+        questions: Mapping[int, Question],
+        samples_per_mode: Mapping[Mode, int],
+        batch: Batch,
     ) -> list[Rollout]:
+        """The leader's part: lots from the queue until it is empty, then all their grades."""
+
         def next_lot():
             number = queue.next()
             return None if number is None else lots[number]
 
-        with asked.phases.measure("generate"):
-            rollouts, stats = await collect(
-                self.leader.engine, next_lot, concurrency=self._lots_at_once()
-            )
-        asked.metrics = stats.named() | self.leader.engine.metrics()
-        with asked.phases.measure("reward"):
+        engine = self.leader.engine
+        with batch.phases.measure("generate"):
+            rollouts, stats = await collect(engine, next_lot, concurrency=self._lots_at_once())
+        batch.metrics = stats.named() | engine.metrics()
+        with batch.phases.measure("reward"):
             grades = await asyncio.to_thread(self._grade, rollouts, questions)
         for rollout, graded in zip(rollouts, grades, strict=True):
             rollout.reward, rollout.reward_error = graded.reward, graded.error
-            rollout.auxiliary = rollout.sample >= samples[rollout.mode]
+            # Samples of a second rollout are numbered on from the others.
+            rollout.auxiliary = rollout.sample >= samples_per_mode[rollout.mode]
         return rollouts
 
     def _lots_at_once(self) -> int:
-        """Two, so that an engine in this process never idles; as many as its limit on requests
-        needs for SGLang.
-        """
-        rollout = self.config.rollout
-        if rollout.engine != "sglang":
+        """Two, so that an engine in this process never idles; for SGLang what its limit needs."""
+        if self.rollout.engine != "sglang":
             return 2
-        return 1 + -(-rollout.concurrency // rollout.lot_questions)
+        return 1 + -(-self.rollout.concurrency // self.rollout.lot_questions)
 
-    def _grade(self, rollouts: Sequence[Rollout], questions: Mapping) -> list[Graded]:
+    def _grade(
+        self, rollouts: Sequence[Rollout], questions: Mapping[int, Question]
+    ) -> list[Graded]:
         items = [(self.leader.text(rollout), questions[rollout.question]) for rollout in rollouts]
         return self.leader.rewards.grade(items)

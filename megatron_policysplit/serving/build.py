@@ -55,7 +55,8 @@ def build_engines(config: Config, layout: Layout) -> EngineSet:
 
     Raises ConfigError, or EngineError for a port that is taken, on this rank alone.
     """
-    rollout, key, placements = config.rollout, api_key(config), place(config, layout)
+    rollout, placements = config.rollout, place(config, layout)
+    key = api_key(rollout)
     apart = not rollout.addresses and not rollout.colocated
     if apart and not rollout.server.devices and layout.is_chief:
         config = _on_other_gpus(config, len(placements))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 
 from checkpoints_conv import read_hf_config
 from megatron_policysplit.actor import parallel
@@ -42,7 +43,8 @@ def build_run(config: Config, stop: StopSignal) -> Run:
 
         # The actor comes before the engines: colocated ones start on GPUs that it has left.
         actor = Actor(config, read_hf_config(config.model.path), layout)
-        journal = Journal(config, layout, actor, log)
+        directory = Path(config.run.dir)
+        journal = Journal(directory, config.model, config.checkpoint, layout, actor, log)
         if (reason := _slow_head(config, actor)) is not None:
             journal.message(reason)
         state = journal.state

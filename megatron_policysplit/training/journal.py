@@ -15,7 +15,7 @@ from megatron_policysplit.actor.actor import DTYPES, Actor
 from megatron_policysplit.actor.checkpoint import TrainerState
 from megatron_policysplit.actor.checkpoint_files import checkpoint_path, complete
 from megatron_policysplit.actor.weights import consume_weights
-from megatron_policysplit.config import Config
+from megatron_policysplit.config import CheckpointConfig, Config, ModelConfig
 from megatron_policysplit.config.load import to_dict
 from megatron_policysplit.distributed.agree import raise_on_all_ranks
 from megatron_policysplit.distributed.layout import Layout
@@ -50,16 +50,24 @@ def open_log(config: Config, layout: Layout) -> Logger | SilentLog:
 class Journal:
     """Where a run stands, and what it leaves on disk. Every rank has one; all call it alike."""
 
-    def __init__(self, config: Config, layout: Layout, actor: Actor, log: Logger | SilentLog):
+    def __init__(
+        self,
+        directory: Path,
+        model: ModelConfig,
+        checkpoints: CheckpointConfig,
+        layout: Layout,
+        actor: Actor,
+        log: Logger | SilentLog,
+    ):
         """Go on from the newest complete checkpoint in run.dir, if there is one.
 
         Collective over all ranks. Raises a UserError on every rank if it cannot be loaded.
         """
-        self.log, self.directory = log, Path(config.run.dir)
+        self.log, self.directory = log, directory
         self._layout, self._actor = layout, actor
-        self._model, self._keep = config.model, config.checkpoint.keep
-        checkpoints = complete(self._checkpoints)
-        newest = layout.broadcast_from_chief(checkpoints[-1] if checkpoints else None)
+        self._model, self._keep = model, checkpoints.keep
+        saved = complete(self._checkpoints)
+        newest = layout.broadcast_from_chief(saved[-1] if saved else None)
         self.state = checkpoint.load(actor, newest) if newest else TrainerState()
         raise_on_all_ranks(layout.world, lambda: log.start(self.state.step))
         if newest:

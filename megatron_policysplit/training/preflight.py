@@ -190,7 +190,7 @@ def _check_servers(config: Config) -> None:
     rollout = config.rollout
     if rollout.engine != "sglang":
         return
-    api_key(config)
+    api_key(rollout)
     python = rollout.server.python
     if python is not None and not rollout.addresses and shutil.which(python) is None:
         raise ConfigError(

@@ -19,6 +19,7 @@ from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.distributed.stop_signal import StopRequested
 from megatron_policysplit.rewards import RewardPool
 from megatron_policysplit.rollout.build import engine_in_process, sglang_engine
+from megatron_policysplit.rollout.collect import request_settings
 from megatron_policysplit.rollout.driver import Driver, Leader
 from megatron_policysplit.serving.build import build_engines, open_fleet
 from megatron_policysplit.serving.colocation import Colocation
@@ -52,7 +53,14 @@ class Rollouts:
         self.layout, self.control, self.actor, self.state = layout, control, actor, state
         self.leader, self.fleet = leader, fleet
         self.colocation = None if fleet is None else fleet.colocation
-        self.driver = Driver(config, layout, control, leader, None if fleet is None else self)
+        self.driver = Driver(
+            config.rollout,
+            request_settings(config.rollout, config.modes, config.run.seed),
+            layout,
+            control,
+            leader,
+            service=None if fleet is None else self,
+        )
         self.served = -1  # the weight version that the engines were given last
 
     def load(self, *, again: bool = False) -> None:
@@ -207,5 +215,8 @@ def _leader(config: Config, url: str | None) -> Leader:
     reward = config.reward
     rewards = RewardPool(reward.function, reward.workers, reward.timeout_seconds)
     if url is None:
-        return Leader(engine_in_process(config, tokenizer), rewards, tokenizer)
-    return Leader(sglang_engine(config, url, tokenizer), rewards, tokenizer)
+        return Leader(
+            engine_in_process(config.model, config.rollout, tokenizer), rewards, tokenizer
+        )
+    engine = sglang_engine(config.model, config.rollout, url, tokenizer)
+    return Leader(engine, rewards, tokenizer)

@@ -50,12 +50,12 @@ class Run:
     @property
     def samples_per_mode(self) -> Mapping[Mode, int]:
         """Responses to a question by sampling mode."""
-        return samples_per_mode(self.config, self.algorithm.method)
+        return samples_per_mode(self.config.rollout, self.config.modes, self.algorithm.method)
 
     @property
     def training_modes(self) -> Sequence[Mode]:
         """The modes under whose prompts every response is trained."""
-        return training_modes(self.config, self.algorithm.method)
+        return training_modes(self.config.modes, self.algorithm.method)
 
     def seed(self, batch: int) -> int:
         """The seed of what is drawn at random for the batch after `batch` trained ones."""

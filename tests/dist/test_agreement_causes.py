@@ -116,7 +116,7 @@ def configured(path, temperatures):
 def run_case(case, path, actor):
     import tests.support.sabotage as sabotage
     from megatron_policysplit.actor.weights import consume_weights
-    from megatron_policysplit.rollout.collect import build_requests
+    from megatron_policysplit.rollout.collect import build_requests, request_settings
 
     layout, config = actor.layout, configured(path, case.temperatures)
     if case.max_difference is not None:
@@ -143,7 +143,8 @@ def run_case(case, path, actor):
 
     async def sample():
         mine = range(layout.data_rank, 6, layout.data)
-        requests = build_requests(0, mine, prompts, replace(config, run=RunConfig(seed=3)), dict.fromkeys(MODES, 4))
+        settings = request_settings(config.rollout, config.modes, seed=3)
+        requests = build_requests(0, mine, prompts, settings, dict.fromkeys(MODES, 4))
         return [rollout async for rollout in engine.submit(requests)]
 
     sync()

@@ -119,7 +119,7 @@ def one_rank(
         actor = Actor(config, read_hf_config(reference.path), layout)
         fleet = build_fleet(config, layout, control, actor, said.append, resources)
         url = open_fleet(fleet, layout, control, resources)
-        engine = sglang_engine(config, url, load_tokenizer(reference.path))
+        engine = sglang_engine(config.model, config.rollout, url, load_tokenizer(reference.path))
         engine._backoff_seconds *= patience
         resources.callback(lambda: control.run(engine.aclose()))
         weights = directory / "weights_of_the_actor"

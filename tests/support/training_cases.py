@@ -102,7 +102,7 @@ class Case:
             normal = [draw.randrange(VOCAB) for _ in range(draw.randint(2, 5))]
             prompts[question] = {mode: [*SYSTEM[mode.value], *normal] for mode in modes_of(config.modes)}
             config.rollout.samples_per_question = len(answers)
-            shares = samples_per_mode(config, method)
+            shares = samples_per_mode(config.rollout, config.modes, method)
             sampled = [(mode, sample) for mode, count in shares.items() for sample in range(count)]
             for (mode, sample), (reward, length, masked) in zip(sampled, answers, strict=True):
                 rollouts.append(
@@ -122,7 +122,7 @@ class Case:
         if self.rollouts == "second":
             rollouts += [second(draw, batch, question, length) for question, length in enumerate((7, 3, 1))]
         draw.shuffle(rollouts)  # an engine finishes in any order
-        return share_rollouts(rollouts, prompts, training_modes(config, method))
+        return share_rollouts(rollouts, prompts, training_modes(config.modes, method))
 
 
 Answer = tuple[float, int, set[int]]  # reward, tokens, masked positions

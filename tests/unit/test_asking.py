@@ -73,7 +73,7 @@ def run_with(grade, method="dapo", options=None, state=None, told=None, leads=Tr
     return SimpleNamespace(
         config=config,
         algorithm=algorithm,
-        samples_per_mode=samples_per_mode(config, algorithm.method),
+        samples_per_mode=samples_per_mode(config.rollout, config.modes, algorithm.method),
         questions=TrainingQuestions(by_id, {}, QuestionStream(questions, BATCH, seed=1)),
         state=state or TrainerState(),
         rollouts=SimpleNamespace(driver=driver),

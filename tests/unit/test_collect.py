@@ -10,9 +10,9 @@ import threading
 
 import pytest
 
-from megatron_policysplit.config import Config, RolloutConfig, SamplingConfig
+from megatron_policysplit.config import ModesConfig, RolloutConfig, SamplingConfig
 from megatron_policysplit.errors import TrainingError
-from megatron_policysplit.rollout.collect import QuestionQueue, build_requests, collect, split_lots
+from megatron_policysplit.rollout.collect import QuestionQueue, build_requests, collect, request_settings, split_lots
 from megatron_policysplit.rollout.engine import EnginePaused, Sampling
 from megatron_policysplit.rollout.replay import ReplayEngine
 from megatron_policysplit.rollout.seeds import sample_seed
@@ -25,14 +25,14 @@ ROLLOUT = RolloutConfig(
     normal=SamplingConfig(temperature=0.6, top_p=0.9, top_k=5),
     high_entropy=SamplingConfig(temperature=1.2),
 )
-CONFIG = Config(rollout=ROLLOUT)
+SETTINGS = request_settings(ROLLOUT, ModesConfig(), seed=0)
 HALF = {Mode.NORMAL: 2, Mode.HIGH_ENTROPY: 2}
 LOST, LATE = (BATCH, 3, "normal", 1), (BATCH, 5, "high_entropy", 0)
 
 
 def requests(questions=range(8), samples_per_mode=HALF, **changes):
     prompts = {q: {Mode.NORMAL: [q, 1], Mode.HIGH_ENTROPY: [q, 2, 2]} for q in questions}
-    return build_requests(BATCH, questions, prompts, CONFIG, samples_per_mode, **changes)
+    return build_requests(BATCH, questions, prompts, SETTINGS, samples_per_mode, **changes)
 
 
 def keys(asked):

@@ -69,7 +69,7 @@ def test_the_api_key_comes_from_the_environment(monkeypatch):
     config = checked(SGLANG, "rollout.api_key_variable=POLICYSPLIT_TEST_KEY")
     monkeypatch.delenv("POLICYSPLIT_TEST_KEY", raising=False)
     with pytest.raises(ConfigError, match="POLICYSPLIT_TEST_KEY: that environment variable is not set"):
-        api_key(config)
+        api_key(config.rollout)
     monkeypatch.setenv("POLICYSPLIT_TEST_KEY", "secret")
-    assert api_key(config) == "secret"
-    assert api_key(checked(SGLANG)) is None
+    assert api_key(config.rollout) == "secret"
+    assert api_key(checked(SGLANG).rollout) is None

@@ -28,6 +28,7 @@ def make_driver(rank: int, script: dict):
     from megatron_policysplit.distributed.layout import Layout
     from megatron_policysplit.distributed.stop_signal import StopSignal
     from megatron_policysplit.rewards import RewardPool
+    from megatron_policysplit.rollout.collect import request_settings
     from megatron_policysplit.rollout.driver import Driver, Leader
     from tests.support.scripted_engine import ScriptedEngine
 
@@ -62,7 +63,9 @@ def make_driver(rank: int, script: dict):
     if rank < 2:
         pool = RewardPool("tests.support.e2e:picky_reward", workers=1, timeout_seconds=60)
         leader = Leader(UnhurriedEngine(script, order_seed=rank), pool, WordTokenizer())
-    return Driver(config, layout, Control(control, StopSignal().install(), heartbeat_seconds=0.2), leader)
+    requests = request_settings(config.rollout, config.modes, config.run.seed)
+    control = Control(control, StopSignal().install(), heartbeat_seconds=0.2)
+    return Driver(config.rollout, requests, layout, control, leader)
 
 
 class PendingBatch:
@@ -185,14 +188,15 @@ def test_the_leaders_share_the_questions(told):
 def test_responses_do_not_depend_on_who_made_them(told):
     """The scripted engine answers by the seed alone, so one process can say what the answers must be."""
     from megatron_policysplit.config import Config
-    from megatron_policysplit.rollout.collect import build_requests
+    from megatron_policysplit.rollout.collect import build_requests, request_settings
     from megatron_policysplit.rows import MODES
     from tests.support.scripted_engine import ScriptedEngine
 
     config = Config()
     config.rollout.max_response_tokens = 6
+    settings = request_settings(config.rollout, config.modes, config.run.seed)
     prompts = {number: {mode: [1, 2] for mode in MODES} for number in range(QUESTIONS)}
-    requests = build_requests(0, range(QUESTIONS), prompts, config, dict.fromkeys(MODES, SAMPLES))
+    requests = build_requests(0, range(QUESTIONS), prompts, settings, dict.fromkeys(MODES, SAMPLES))
 
     async def answers():
         return {made.key: made.tokens async for made in ScriptedEngine().submit(requests)}

@@ -15,7 +15,7 @@ from megatron_policysplit.config.load import load_config
 from megatron_policysplit.config.modes import modes_of, temperatures_by_mode
 from megatron_policysplit.data.prompts import read_eval_prompts, read_prompts
 from megatron_policysplit.errors import ConfigError
-from megatron_policysplit.rollout.collect import build_requests
+from megatron_policysplit.rollout.collect import build_requests, request_settings
 from megatron_policysplit.rollout.seeds import sample_seed
 from megatron_policysplit.rows import MODES, Mode, modes_in, share_rollouts
 from tests.support.advantage_batches import EOS, random_batch, rollout
@@ -36,36 +36,41 @@ def four_modes(*overrides):
     return config(OTHERS, "rollout.samples_per_question=10", *overrides)
 
 
+def samples_of(config, method):
+    return samples_per_mode(config.rollout, config.modes, method)
+
+
 def test_samples_are_shared_out_over_the_modes_that_sample():
     two = config("rollout.samples_per_question=8")
-    assert samples_per_mode(two, method_named("grpo")) == {Mode.NORMAL: 8}
-    assert samples_per_mode(two, method_named("policy_split")) == {Mode.NORMAL: 4, Mode.HIGH_ENTROPY: 4}
+    assert samples_of(two, method_named("grpo")) == {Mode.NORMAL: 8}
+    assert samples_of(two, method_named("policy_split")) == {Mode.NORMAL: 4, Mode.HIGH_ENTROPY: 4}
     more = four_modes("rollout.high_entropy.share=1")
-    assert samples_per_mode(more, method_named("policy_split")) == dict(zip(FOUR, (2, 2, 4, 2), strict=True))
+    assert samples_of(more, method_named("policy_split")) == dict(zip(FOUR, (2, 2, 4, 2), strict=True))
     uneven = config("rollout.samples_per_question=8", "rollout.high_entropy.share=3")
-    assert samples_per_mode(uneven, method_named("policy_split")) == {Mode.NORMAL: 2, Mode.HIGH_ENTROPY: 6}
+    assert samples_of(uneven, method_named("policy_split")) == {Mode.NORMAL: 2, Mode.HIGH_ENTROPY: 6}
     one_sided = config("rollout.samples_per_question=8", "rollout.normal.share=0")
-    assert samples_per_mode(one_sided, method_named("policy_split")) == {Mode.HIGH_ENTROPY: 8}
-    assert training_modes(one_sided, method_named("policy_split")) == MODES
+    assert samples_of(one_sided, method_named("policy_split")) == {Mode.HIGH_ENTROPY: 8}
+    assert training_modes(one_sided.modes, method_named("policy_split")) == MODES
 
 
 def test_other_modes_train_only_with_a_method_that_takes_them():
-    assert training_modes(four_modes(), method_named("policy_split")) == FOUR == modes_of(four_modes().modes)
-    assert training_modes(four_modes(), method_named("grpo")) == (Mode.NORMAL,)
-    assert samples_per_mode(four_modes(), method_named("grpo")) == {Mode.NORMAL: 10}
+    assert training_modes(four_modes().modes, method_named("policy_split")) == FOUR == modes_of(four_modes().modes)
+    assert training_modes(four_modes().modes, method_named("grpo")) == (Mode.NORMAL,)
+    assert samples_of(four_modes(), method_named("grpo")) == {Mode.NORMAL: 10}
 
 
 def test_requests_follow_each_modes_own_sampling():
     asked = four_modes("rollout.normal.temperature=0.5")
     prompts = {3: {mode: [index] for index, mode in enumerate(FOUR)}}
-    requests = build_requests(0, [3], prompts, asked, samples_per_mode(asked, method_named("policy_split")))
+    settings = request_settings(asked.rollout, asked.modes, asked.run.seed)
+    requests = build_requests(0, [3], prompts, settings, samples_of(asked, method_named("policy_split")))
     assert [(r.mode, r.prompt, r.sampling.temperature, r.sampling.top_k, len(r.samples)) for r in requests] == [
         (Mode.NORMAL, [0], 0.5, -1, 2),
         (Mode.HIGH_ENTROPY, [1], 1.0, -1, 2),
         (CAREFUL, [2], 0.7, -1, 4),
         (BOLD, [3], 1.0, 9, 2),
     ]
-    assert temperatures_by_mode(asked) == dict(zip(FOUR, (0.5, 1.0, 0.7, 1.0), strict=True))
+    assert temperatures_by_mode(asked.rollout, asked.modes) == dict(zip(FOUR, (0.5, 1.0, 0.7, 1.0), strict=True))
     seeds = [seed for request in requests for seed in request.seeds]
     assert len(set(seeds)) == 10 and {sample_seed(0, 0, 3, mode, 0) >> 61 & 1 for mode in FOUR[1:]} == {1}
 

@@ -101,7 +101,7 @@ class AgreementGate:
 
     def __init__(self, config: Config, probe: Probe, log: Any):
         self.config, self.probe, self.log = config, probe, log
-        self.temperatures = temperatures_by_mode(config)
+        self.temperatures = temperatures_by_mode(config.rollout, config.modes)
         self.compared = False
         self.breaches = 0
 
