@@ -1,7 +1,8 @@
 """Names, shapes and stored keys of Transformer Engine's layers, by Megatron-Core's own code around stand-ins for them.
 
-Models are built from Megatron-Core's Transformer Engine spec in processes where `transformer_engine` is
-`tests/support/fake_transformer_engine.py`, and loaded, exported and saved without a GPU.
+Models are built from Megatron-Core's Transformer Engine spec in fresh processes where, before
+Megatron-Core looks for it, `transformer_engine` is `tests/support/fake_transformer_engine.py`; they
+are loaded, exported and saved without a GPU.
 """
 
 import pytest
@@ -51,7 +52,7 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_tables_and_stored_keys_are_those_of_the_layer_specs(models, tmp_path, shape):
     chosen = [path for (family, _), path in models.items() if shape.expert == 1 or family == MOE]
-    ranks = run_distributed(inspect, shape.world, chosen, shape, str(tmp_path))
+    ranks = run_distributed(inspect, shape.world, chosen, shape, str(tmp_path), fresh=True)
     for number, path in enumerate(chosen):
         hf_config = read_hf_config(path)
         stored = [rank[number] for rank in ranks]
@@ -102,7 +103,7 @@ def inspect(rank, paths, shape, directory):
 def test_a_capture_of_the_layers_is_what_the_tables_say(models):
     """What tests/gpu does with Transformer Engine itself."""
     path = models[MOE, False]
-    (captured,) = run_distributed(capture, 1, path, True)
+    (captured,) = run_distributed(capture, 1, path, True, fresh=True)
     assert captured == expected_capture(read_hf_config(path))
     assert captured["parameters"]["decoder.layers.1.mlp.experts.linear_fc1.weight7"] == [80, 64]
     assert captured["stored"]["decoder.layers.mlp.experts.experts.linear_fc1.weight"] == [2, 8, 80, 64]

@@ -4,8 +4,6 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for name in ("megatron_policysplit", "checkpoints_conv") for path in (ROOT / name).rglob("*.py"))
 DEVICE_MODULE = ROOT / "megatron_policysplit" / "actor" / "cpu.py"
@@ -45,20 +43,20 @@ def code_without_docstrings(path):
     return ast.unparse(tree)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name)
-def test_only_one_module_asks_for_the_device(path):
-    found = DEVICE_QUESTION.findall(code_without_docstrings(path))
-    if path == DEVICE_MODULE:
-        assert "cuda.is_available" in found
-    else:
-        assert not found, f"{name(path)} asks for the device: {found}"
+def test_only_one_module_asks_for_the_device():
+    asked = {path: DEVICE_QUESTION.findall(code_without_docstrings(path)) for path in SOURCES}
+    assert "cuda.is_available" in asked.pop(DEVICE_MODULE)
+    offenders = {name(path): questions for path, questions in asked.items() if questions}
+    assert not offenders, f"these ask for the device: {offenders}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name)
-def test_megatron_stays_in_the_actor(path):
-    megatron = sorted({module for module in imported(path) if is_of(module, "megatron")})
+def test_megatron_stays_in_the_actor():
     actor = ROOT / "megatron_policysplit" / "actor"
-    assert not megatron or actor in path.parents, f"{name(path)} imports {megatron}"
+    outside = [path for path in SOURCES if actor not in path.parents]
+    assert len(outside) < len(SOURCES)
+    modules = {(name(path), module) for path in outside for module in imported(path)}
+    offenders = sorted(pair for pair in modules if is_of(pair[1], "megatron"))
+    assert not offenders, f"these import Megatron: {offenders}"
 
 
 def test_pure_parts_import_no_megatron_and_no_actor():

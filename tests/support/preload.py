@@ -1,0 +1,27 @@
+"""What the fork server of `dist.py` imports once, so that no rank of a test need import it.
+
+Only imports: a process that has started a thread, asked for a GPU or joined a group cannot be
+forked safely.
+"""
+
+import gc
+import importlib
+
+MODULES = (
+    "megatron.core.dist_checkpointing",
+    "megatron.core.distributed",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+    "megatron_policysplit.actor.step",
+    "megatron_policysplit.rollout.local",
+    "megatron_policysplit.trainer",
+    "megatron_policysplit.worker",
+    "pytest",
+    "safetensors.torch",
+    "transformers",
+)
+
+for module in MODULES:
+    importlib.import_module(module)
+gc.collect()
+gc.freeze()  # a collection in a rank would visit all this, and so copy memory that forks share
