@@ -8,7 +8,10 @@ import gc
 import importlib
 
 MODULES = (
-    "megatron.core.dist_checkpointing",
+    "aiohttp.web",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.distributed",
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
@@ -16,9 +19,13 @@ MODULES = (
     "megatron_policysplit.rollout.local",
     "megatron_policysplit.trainer",
     "megatron_policysplit.worker",
+    "omegaconf",
+    "pebble",
     "pytest",
+    "rich.progress",
     "safetensors.torch",
-    "transformers",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.qwen3.modeling_qwen3",
 )
 
 for module in MODULES:
