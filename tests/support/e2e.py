@@ -222,14 +222,18 @@ def train_by_command(config: Path, directory: Path, *overrides: str, code: int =
 def train(config: Path, directory: Path, *overrides: str, code: int = 0) -> Run:
     """Run to the end and assert every rank's exit code.
 
-    Without the command, its checks of the input and its launcher: `run_distributed` starts the
-    ranks, in a fraction of a second.
+    What the command does, without a process of its own and without the launcher: `run_distributed`
+    starts the ranks, in a fraction of a second.
     """
     from megatron_policysplit.config_load import load_config, world_size
+    from megatron_policysplit.preflight import preflight, prepare_run_dir
     from tests.support.dist import run_distributed
 
     run, argv = _new(directory), [str(config), f"run.dir={directory}", *overrides]
-    ranks = world_size(load_config(argv[0], argv[1:]))
+    loaded = load_config(argv[0], argv[1:])
+    preflight(loaded)
+    prepare_run_dir(loaded)
+    ranks = world_size(loaded)
     with run.output.open("wb") as file:
         try:
             codes = run_distributed(
