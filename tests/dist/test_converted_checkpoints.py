@@ -287,7 +287,7 @@ def test_exports_equal_those_of_mbridge(models, tmp_path):
     # Tied ones last: after one, mbridge takes all models of the family for tied.
     tied_last = sorted(pairs, key=lambda pair: pair[0].endswith("-True"))
     # In a fresh process: stand-ins for Transformer Engine come before Megatron-Core looks for it.
-    run_distributed(check_against_mbridge, 1, tied_last, fresh=True)
+    run_distributed(check_against_mbridge, 1, tied_last, start="spawn")
 
 
 def check_against_mbridge(rank, pairs):

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import IO, Any, Literal, Self
 
 ROOT = Path(__file__).resolve().parents[2]
 PRELOAD = "tests.support.preload"
 Variables = Mapping[str, str]
-File = BinaryIO | None
+File = IO | None
 
 
 def run_distributed(
@@ -35,7 +35,7 @@ def run_distributed(
     world_size: int,
     *args: Any,
     timeout_seconds: float = 120.0,
-    fresh: bool = False,
+    start: Literal["server", "spawn", "fork"] = "server",
     environ: Variables = os.environ,
     output: File = None,
 ) -> list[Any]:
@@ -46,10 +46,11 @@ def run_distributed(
     RuntimeError carries its traceback. No process is left. If another program takes the port first,
     all start again with another.
 
-    fresh: new interpreters, which have imported nothing. environ: the variables beside those, this
+    start: forks of the server; new interpreters, which have imported nothing; or forks of this
+    process, which must have started no thread that works. environ: the variables beside those, this
     process's if not given. output: the file that stdout and stderr go to, this process's if None.
     """
-    context = multiprocessing.get_context("spawn") if fresh else forking_context()
+    context = forking_context() if start == "server" else multiprocessing.get_context(start)
     call = pickle.dumps((function, args))
     run = functools.partial(_run, context, call, world_size, timeout_seconds)
     for _ in range(2):
@@ -102,11 +103,13 @@ class Surroundings:
     streams: tuple[Connection, Connection]  # a kind of open file that can be handed over
 
     @classmethod
-    def of_this_process(cls, environ: Variables = os.environ, output: File = None) -> Self:
-        """Or with other variables; or with a file that stdout and stderr go to."""
-        descriptors = (1, 2) if output is None else (output.fileno(), output.fileno())
-        stdout, stderr = (Connection(os.dup(number), readable=False) for number in descriptors)
-        return cls(dict(environ), (stdout, stderr))
+    def of_this_process(
+        cls, environ: Variables = os.environ, stdout: File = None, stderr: File = None
+    ) -> Self:
+        """Or with other variables, or with files that are written instead."""
+        numbers = (1 if stdout is None else stdout.fileno(), 2 if stderr is None else stderr.fileno())
+        out, err = (Connection(os.dup(number), readable=False) for number in numbers)
+        return cls(dict(environ), (out, err))
 
     def take_over(self) -> None:
         """In the new process, before anything else.
@@ -133,7 +136,7 @@ def _run(
     processes = []
     for rank in range(world_size):
         variables = dict(environ) | _variables(rank, world_size, port)
-        surroundings = Surroundings.of_this_process(variables, output)
+        surroundings = Surroundings.of_this_process(variables, output, output)
         processes.append(context.Process(target=_child, args=(rank, surroundings, answers, call)))
     try:
         for process in processes:
@@ -185,18 +188,22 @@ def _collect(processes: list, answers: Any, deadline: float) -> list[Any]:
             continue
         if error is not None:
             raise RuntimeError(f"rank {rank} failed:\n{error}")
-        results[rank] = value
+        results[rank] = pickle.loads(value)
     return [results[rank] for rank in range(len(processes))]
 
 
 def _child(rank: int, surroundings: Surroundings, answers: Any, call: bytes) -> None:
-    """call: unpickled here, so that a module that cannot be imported is an answer, too."""
+    """call: the function and its arguments, unpickled here so that to fail at that is an answer, too.
+
+    The result is pickled here because a queue would leave tensors where they are, in the memory of
+    a process that ends.
+    """
     surroundings.take_over()
     import torch
 
     torch.set_num_threads(1)
     try:
         function, args = pickle.loads(call)
-        answers.put((rank, None, function(rank, *args)))
+        answers.put((rank, None, pickle.dumps(function(rank, *args))))
     except BaseException:
         answers.put((rank, traceback.format_exc(), None))

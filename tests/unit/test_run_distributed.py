@@ -7,6 +7,7 @@ import time
 
 import psutil
 import pytest
+import torch
 
 from tests.support.dist import PRELOAD, Surroundings, forking_context, run_distributed
 
@@ -25,14 +26,14 @@ def describe(rank: int) -> dict:
     }
 
 
-@pytest.mark.parametrize("fresh", [False, True])
-def test_a_rank_has_the_environment_and_the_output_of_the_test(monkeypatch, capfd, fresh):
+@pytest.mark.parametrize("start", ["server", "spawn"])
+def test_a_rank_has_the_environment_and_the_output_of_the_test(monkeypatch, capfd, start):
     """Also where both have changed since the server was started."""
     monkeypatch.setenv(OTHER, "1")
     forking_context()
     monkeypatch.delenv(OTHER)
     monkeypatch.setenv(VARIABLE, "set")
-    ranks = run_distributed(describe, 2, fresh=fresh)
+    ranks = run_distributed(describe, 2, start=start)
     assert [rank["rank"] for rank in ranks] == [(0, "0", "2"), (1, "1", "2")]
     assert [rank["variables"] for rank in ranks] == [("set", None)] * 2
     assert [rank["directory"] for rank in ranks] == [os.getcwd()] * 2
@@ -55,6 +56,16 @@ def test_the_server_has_imported_the_trainer_and_started_no_thread():
         pytest.skip("a machine with a GPU forks no ranks")
     (rank,) = run_distributed(describe, 1)
     assert rank["preloaded"] and rank["threads of the server"] == 1
+
+
+def make_tensor(rank: int) -> torch.Tensor:
+    return torch.full((3,), float(rank))
+
+
+def test_tensors_come_back():
+    for _ in range(5):  # a rank may end before its answer is read, or not
+        ranks = run_distributed(make_tensor, 2)
+        assert [tensor.tolist() for tensor in ranks] == [[0.0] * 3, [1.0] * 3]
 
 
 def fail(rank: int, how: str) -> None:

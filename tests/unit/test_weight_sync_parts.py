@@ -229,7 +229,7 @@ def test_a_flush_waits_for_requests_to_be_gone(monkeypatch):
     monkeypatch.setattr(session, "FLUSH_AGAIN_SECONDS", 0.0)
     assert sync_once(Recorder(flush=[refused(), refused()])).count("flush") == 3
     with pytest.raises(EngineRefused):
-        sync_once(Recorder(flush=[refused() for _ in range(10**6)]), limit=0.05)
+        sync_once(Recorder(flush=[refused()] * 10**6), limit=0.05)
 
 
 def test_another_version_than_the_one_set_is_a_failure_and_the_engine_is_paused():
