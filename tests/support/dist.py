@@ -22,12 +22,10 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import IO, Any, Literal, Self
+from typing import Any, BinaryIO, Literal, Self
 
 ROOT = Path(__file__).resolve().parents[2]
 PRELOAD = "tests.support.preload"
-Variables = Mapping[str, str]
-File = IO | None
 
 
 def run_distributed(
@@ -36,8 +34,8 @@ def run_distributed(
     *args: Any,
     timeout_seconds: float = 120.0,
     start: Literal["server", "spawn", "fork"] = "server",
-    environ: Variables = os.environ,
-    output: File = None,
+    environ: Mapping[str, str] = os.environ,
+    output: BinaryIO | None = None,
 ) -> list[Any]:
     """Call `function(rank, *args)` in `world_size` new processes; its return values in rank order.
 
@@ -103,12 +101,9 @@ class Surroundings:
     streams: tuple[Connection, Connection]  # a kind of open file that can be handed over
 
     @classmethod
-    def of_this_process(
-        cls, environ: Variables = os.environ, stdout: File = None, stderr: File = None
-    ) -> Self:
-        """Or with other variables, or with files that are written instead."""
-        numbers = (1 if stdout is None else stdout.fileno(), 2 if stderr is None else stderr.fileno())
-        out, err = (Connection(os.dup(number), readable=False) for number in numbers)
+    def of(cls, environ: Mapping[str, str] = os.environ, stdout: int = 1, stderr: int = 2) -> Self:
+        """By descriptors of open files; those of this process if not given."""
+        out, err = (Connection(os.dup(file), readable=False) for file in (stdout, stderr))
         return cls(dict(environ), (out, err))
 
     def take_over(self) -> None:
@@ -130,13 +125,19 @@ def _end_with_parent() -> None:
 
 
 def _run(
-    context: Any, call: bytes, world_size: int, timeout_seconds: float, environ: Variables, output: File
+    context: Any,
+    call: bytes,
+    world_size: int,
+    timeout_seconds: float,
+    environ: Mapping[str, str],
+    output: BinaryIO | None,
 ) -> list[Any]:
     answers, port = context.Queue(), free_port()
+    files = (1, 2) if output is None else (output.fileno(), output.fileno())
     processes = []
     for rank in range(world_size):
         variables = dict(environ) | _variables(rank, world_size, port)
-        surroundings = Surroundings.of_this_process(variables, output, output)
+        surroundings = Surroundings.of(variables, *files)
         processes.append(context.Process(target=_child, args=(rank, surroundings, answers, call)))
     try:
         for process in processes:

@@ -93,7 +93,7 @@ class FakeEngine:
 def fake_engine(directory: Path, *, tensor: int = 1, faults: tuple[Fault, ...] = (), open_session: bool = False):
     """A running engine. open_session: as a trainer that died leaves it."""
     directory.mkdir(parents=True, exist_ok=True)
-    context, surroundings = forking_context(), Surroundings.of_this_process()
+    context, surroundings = forking_context(), Surroundings.of()
     mine, theirs = context.Pipe()
     engine = partial(_Engine, str(directory), tensor, faults, open_session)
     process = context.Process(target=_serve, args=(surroundings, theirs, engine), daemon=True)

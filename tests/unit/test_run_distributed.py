@@ -98,7 +98,7 @@ def wait_for_nothing(surroundings: Surroundings, pipe) -> None:
 
 def start_one_that_waits(pipe) -> None:
     context = multiprocessing.get_context("spawn")
-    context.Process(target=wait_for_nothing, args=(Surroundings.of_this_process(), pipe)).start()
+    context.Process(target=wait_for_nothing, args=(Surroundings.of(), pipe)).start()
     time.sleep(60)
 
 

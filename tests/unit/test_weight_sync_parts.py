@@ -21,6 +21,7 @@ from megatron_policysplit.rollout.sglang_http import EngineRefused, EngineUnreac
 from megatron_policysplit.weight_sync import session, shared_memory, tensor
 from megatron_policysplit.weight_sync.bucket import payload, plan_buckets
 from megatron_policysplit.weight_sync.groups import own_address
+from tests.support.commands import run_code
 from tests.support.fake_sglang import Unpickler
 
 CPU = torch.device("cpu")
@@ -138,13 +139,18 @@ def test_the_memory_manager_inherits_nothing_and_ends():
         "buffer.release(); memory.close()\n"
         "assert not psutil.Process().children()\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    done = run_code(code)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), 9)"])
-def test_a_process_that_ends_without_a_release_leaves_nothing(end):
+def start_python(code):
+    """As users start it, to its real end."""
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+
+
+@pytest.mark.parametrize(("end", "run"), [("", start_python), ("os.kill(os.getpid(), 9)", run_code)])
+def test_a_process_that_ends_without_a_release_leaves_nothing(end, run):
     """Neither at its own end nor when it is killed, when the manager sees to it."""
     code = (
         "import os, torch\n"
@@ -152,8 +158,7 @@ def test_a_process_that_ends_without_a_release_leaves_nothing(end):
         "memory = SharedMemory(); buffer = memory.buffer(10, torch.device('cpu'))\n"
         "print(buffer.name, memory._socket.decode(), flush=True)\n" + end
     )
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    done = run(code)
     name, manager = done.stdout.split()
     deadline = time.monotonic() + 60
     while (os.path.exists(f"/dev/shm{name}") or os.path.exists(manager)) and time.monotonic() < deadline:
