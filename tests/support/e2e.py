@@ -254,7 +254,7 @@ def train(config: Path, directory: Path, *overrides: str, code: int = 0) -> Run:
 
 
 def _train_rank(rank: int, directory: Path, argv: list[str]) -> int:
-    from megatron_policysplit import worker
+    from megatron_policysplit.training import worker
 
     os.chdir(directory)
     return worker.main(argv)

@@ -17,6 +17,7 @@ MODULES = (
     "megatron.core.pipeline_parallel",
     "megatron_policysplit.actor.actor",
     "megatron_policysplit.rollout.local",
+    "megatron_policysplit.training.build",
     "megatron_policysplit.training.trainer",
     "megatron_policysplit.training.worker",
     "omegaconf",
