@@ -103,6 +103,19 @@ class _RMSNorm:
         return norm
 
 
+def _layer_spec(
+    config: TransformerConfig, transformer_engine: bool
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The layers that the model is made of."""
+    if not transformer_engine:
+        return _local_spec(config)
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+    )
+
+
 def _local_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
     """Build the spec of Megatron's own layers, without Transformer Engine.
 
@@ -205,18 +218,10 @@ def build_model(
         transformer_engine=transformer_engine,
         sequence=sequence,
     )
-    if transformer_engine:
-        spec = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=config.qk_layernorm,
-        )
-    else:
-        spec = _local_spec(config)
     gpt = dict(arguments.gpt)
     return PolicyModel(
         config=config,
-        transformer_layer_spec=spec,
+        transformer_layer_spec=_layer_spec(config, transformer_engine),
         vocab_size=gpt.pop("vocab_size"),
         tensor=tensor,
         llama3_rope=arguments.llama3_rope,

@@ -142,18 +142,9 @@ def export_weights(
     by_stage = destination == "stage_leader"
     last_stage = parallel_state.get_pipeline_model_parallel_world_size() - 1
     for bucket in _cached_plan(model, hf_config):
-        local, error = None, None
         is_own_stage, receives = bucket.stage == own_stage, destination != "nowhere"
-        if is_own_stage and (receives if bucket.owner is None else bucket.owner == _expert_rank()):
-            try:
-                local = _read(bucket, parameters, read)
-            except Exception as raised:  # raised again below, once all ranks know
-                error = raised
-        _agree(failed=error is not None, raises=error is None)
-        if error is not None:
-            raise ExportFailed(
-                f"this rank could not read its weights ({type(error).__name__}: {error})"
-            ) from error
+        holds = receives if bucket.owner is None else bucket.owner == _expert_rank()
+        local = _read_and_agree(bucket, parameters, read, reads=is_own_stage and holds)
         # Ranks that receive nothing still give their experts.
         if is_own_stage and bucket.owner is not None:
             local = _from_owner(bucket, local, example)
@@ -164,6 +155,24 @@ def export_weights(
             _tensor_rank() == 0 and (by_stage or own_stage == last_stage)
         ):
             yield from _assemble(bucket, shards, sizes, device).items()
+
+
+def _read_and_agree(
+    bucket: Bucket, parameters: dict[str, nn.Parameter], read: Read, *, reads: bool
+) -> Tensor | None:
+    """Read this rank's part of the bucket if it `reads`; raise on all ranks if one could not."""
+    local, error = None, None
+    if reads:
+        try:
+            local = _read(bucket, parameters, read)
+        except Exception as raised:  # raised again below, once all ranks know
+            error = raised
+    _agree(failed=error is not None, raises=error is None)
+    if error is not None:
+        raise ExportFailed(
+            f"this rank could not read its weights ({type(error).__name__}: {error})"
+        ) from error
+    return local
 
 
 def consume_weights(

@@ -70,10 +70,8 @@ def policy_loss(
     l = max(-A r, -A clip(r, 1 - low, 1 + high)) with r = exp(logprob - old logprob); with dual
     clip, for A < 0, l = min(l, -A dual_clip). Times the importance weight and the method's scale.
     Then + kl_coef * k3 KL to the reference policy, - (entropy_coef + the method's) * entropy, and +
-    the method's drift_coef * |log r|. The loss is the sum of these, each times its token's weight,
-    - nucleus_coef * nucleus entropy.
-
-    signals, policy: of the same T tokens, `signals` as the builder has filled them.
+    drift_coef * |log r|. The loss is the sum of these, each times its token's weight, less
+    nucleus_coef * nucleus entropy. `signals` and `policy` are of the same T tokens.
     """
     trained = signals.weights > 0
     # Untrained tokens may hold anything, NaN too; left in, 0 * NaN would reach the gradient.
