@@ -79,7 +79,7 @@ def _build(config: Config, stop: StopSignal, resources: ExitStack) -> Run:
     log = _agreed(layout, lambda: _log(config, layout))
     resources.callback(log.close)
     judging = (
-        EvaluationJudge(config, layout, control, log.message)
+        EvaluationJudge(config.eval.judge, layout, control, log.message)
         if config.eval.judge.url is not None
         else None
     )

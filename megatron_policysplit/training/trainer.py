@@ -36,7 +36,7 @@ class Trainer:
         self.config = config
         self.run = run = start(config, stop)
         probe = Probe(run.layout, run.actor, run.engine_log_probs, self.resync)
-        self.gate = AgreementGate(config, probe, run.log)
+        self.gate = AgreementGate.of(config, probe, run.log)
         self.ahead: PendingBatch | None = (
             None  # with rollout.overlap, the batch that is generated while one is trained
         )
