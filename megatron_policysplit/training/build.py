@@ -39,7 +39,7 @@ def build_run(config: Config, stop: StopSignal) -> Run:
         resources.callback(log.close)
         judge = None
         if config.eval.judge.url is not None:
-            judge = EvaluationJudge(config, layout, control, log.message)
+            judge = EvaluationJudge(config.eval.judge, layout, control, log.message)
 
         # The actor comes before the engines: colocated ones start on GPUs that it has left.
         actor = Actor(config, read_hf_config(config.model.path), layout)

@@ -52,7 +52,7 @@ class Trainer:
         self.row_settings = RowSettings.of(run.config)
         self.evaluator = Evaluator(run)
         probe = Probe(run.layout, run.actor, run.rollouts.engine_log_probs, self.resync)
-        self.gate = AgreementGate(run.config, probe, run.journal)
+        self.gate = AgreementGate.of(run.config, probe, run.journal)
         # With rollout.overlap, the batch that is generated while the one before is trained.
         self.ahead: PendingBatch | None = None
 
