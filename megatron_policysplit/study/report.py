@@ -230,10 +230,10 @@ PAGE = """<!doctype html>
 <body>
 {% macro comparison(kind, compared, sign) %}
 {% for name, methods in numbers[kind].items() %}
-{% for method, found in methods.items() %}
+{% for method, figures in methods.items() %}
 <tr><td class="name">{{ title(name) if loop.first else "" }}</td><td class="name">{{ method }}</td>
-<td>{{ found.estimate.n }}</td><td>{{ show(found.estimate) }}</td>
-<td>{{ "baseline" if method == study.baseline else show(found[compared], sign) }}</td></tr>
+<td>{{ figures.estimate.n }}</td><td>{{ show(figures.estimate) }}</td>
+<td>{{ "baseline" if method == study.baseline else show(figures[compared], sign) }}</td></tr>
 {% endfor %}{% endfor %}
 {% endmacro %}
 <h1>Study</h1>

@@ -60,7 +60,8 @@ class Breach:
     difference: Difference
     bounds: Bounds
     sampled: bool  # whether log-probs that came with samples were compared, not engine scores
-    rows: Sequence[Row]  # those whose own figures are past the bounds; complete on leaders
+    # On leaders: with `sampled` those whose own figures are past the bounds, else all compared.
+    rows: Sequence[Row]
     past: int  # number of those rows, on every rank
     compared: int  # number of rows of the mode that were compared, on every rank
 

@@ -19,6 +19,7 @@ from megatron_policysplit.errors import TrainingError, UserError
 from megatron_policysplit.rows import Mode, Row, modes_in
 from megatron_policysplit.training.agreement.bounds import (
     AgreementSettings,
+    Bounds,
     Difference,
     choose_bounds,
 )
@@ -175,13 +176,7 @@ class AgreementGate:
                 if row.mode == mode
                 and (_was_sampled_by(row, version) if sampled else row.on_policy)
             ]
-            # Single responses are told apart only where the samples' own log-probs were compared.
-            suspects = [
-                row
-                for row, s in pairs
-                if not sampled
-                or not bounds[mode].hold(Difference.of([s.logprobs], sampled_logprobs([row])))
-            ]
+            suspects = _rows_past(bounds[mode], pairs) if sampled else [row for row, _ in pairs]
             counts = layout.broadcast_from_chief((len(suspects), len(pairs)))
             breach = Breach(mode, differences[mode], bounds[mode], sampled, suspects, *counts)
             self._warn_or_end(breach, step, rows)
@@ -202,6 +197,15 @@ class AgreementGate:
             f"{breach.figures} before step {step + 1}, in comparison {self.breaches} in a row "
             f"(agreement.breaches); likely cause: {cause}"
         )
+
+
+def _rows_past(bounds: Bounds, pairs: Sequence[tuple[Row, TokenStatistics]]) -> list[Row]:
+    """The rows whose own figures, on the log-probs that came with the samples, are past bounds."""
+    return [
+        row
+        for row, s in pairs
+        if not bounds.hold(Difference.of([s.logprobs], sampled_logprobs([row])))
+    ]
 
 
 def _was_sampled_by(row: Row, version: int) -> bool:
