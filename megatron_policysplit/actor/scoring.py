@@ -74,7 +74,8 @@ class Scorer:
             batch = next(iterator)
 
             def collect(hidden: Tensor, non_loss_data: bool):
-                if batch.rows:  # none in a micro-batch that only keeps other ranks company
+                # An empty micro-batch runs only because other replicas wait for its forward pass.
+                if batch.rows:
                     hidden = self.model.whole(hidden)
                     self._collect(batch, hidden, results, waiting, nucleus)
                     if prompts:
@@ -99,12 +100,11 @@ class Scorer:
 
     def forward(self, model: torch.nn.Module, batch: MicroBatch) -> Tensor:
         """Run the model on a micro-batch: hidden states [S, B, H] of this pipeline stage."""
-        # No attention mask: padding is on the right, where causal attention does not look.
         device = next(self.model.parameters()).device
         return model(
             input_ids=batch.tokens.to(device),
             position_ids=batch.position_ids.to(device),
-            attention_mask=None,
+            attention_mask=None,  # padding is on the right, where causal attention does not look
         )
 
     def _collect(
@@ -128,12 +128,13 @@ class Scorer:
         per_token, kl = _to_host(per_token, scores.kl or ())
         logprobs, entropy, *nucleus_parts = (values.split(batch.lengths) for values in per_token)
         # Clones everywhere: a view would keep the tensor of the whole micro-batch alive.
-        for b, row in enumerate(batch.rows):
-            results[row] = TokenStatistics(logprobs[b].clone(), entropy[b].clone())
+        for b, index in enumerate(batch.rows):
+            statistics = TokenStatistics(logprobs[b].clone(), entropy[b].clone())
             if nucleus_parts:
-                results[row].nucleus_entropy, results[row].nucleus_threshold = (
+                statistics.nucleus_entropy, statistics.nucleus_threshold = (
                     part[b].clone() for part in nucleus_parts
                 )
+            results[index] = statistics
         if completed:
             lengths = [row.length for row, _ in completed]
             kl_to_partner, kl_from_partner = (values.split(lengths) for values in kl)

@@ -22,9 +22,7 @@ class VocabularyShard:
     def of(
         cls, vocab_size: int, padded_columns: int, rank: int, group: dist.ProcessGroup | None
     ) -> VocabularyShard:
-        """The shard of `rank` when each rank holds `padded_columns` columns of the padded
-        vocabulary.
-        """
+        """The shard of `rank` if each rank holds `padded_columns` of the padded vocabulary."""
         start = rank * padded_columns
         return cls(start, max(0, min(padded_columns, vocab_size - start)), group)
 

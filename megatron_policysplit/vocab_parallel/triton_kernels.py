@@ -209,8 +209,10 @@ def gradient_kernel(
     H: tl.constexpr, UPCAST: tl.constexpr, FEW: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one tile of logits, into out [T, padded]; `triton_head.head_gradient` has the
-    formula. inverse_ptr: 1 / temperature; here x is in natural units.
+    """The gradient of one tile of logits, into out [T, padded].
+
+    `triton_head.head_gradient` has the formula. inverse_ptr: 1 / temperature; everything here is in
+    natural units.
     """
     block, tile = _place(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(padded, BLOCK_V))
     rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
