@@ -19,7 +19,7 @@ from checkpoints_conv.architectures import in_hf_order
 from checkpoints_conv.mapping import Sizes
 from checkpoints_conv.reader import check_shape
 from megatron_policysplit.actor.export_buckets import Bucket, export_plan
-from megatron_policysplit.distributed.agree import Agreed, PeerFailed
+from megatron_policysplit.distributed.agree import ExportError, PeerFailed
 from megatron_policysplit.distributed.device import training_device
 from megatron_policysplit.errors import ModelError
 
@@ -193,7 +193,7 @@ def consume_weights(
         # Other ranks are in the collectives of the buckets that the consumer did not take.
         for _ in stream:
             pass
-    except Agreed:  # all ranks know already
+    except ExportError:  # all ranks know already
         raise
     except BaseException:
         _agree(failed=True, raises=False)
@@ -274,7 +274,7 @@ def _assemble(
     return {name: tensor.to(device) for name, tensor in full.items()}
 
 
-class ExportFailed(Agreed):
+class ExportFailed(ExportError):
     """This rank could not read its own weights."""
 
 
