@@ -1,4 +1,4 @@
-"""What a run consists of on one rank, and how it is built and taken down."""
+"""What a run consists of on one rank, and what is taken down with it."""
 
 from __future__ import annotations
 
