@@ -68,8 +68,9 @@ class Engine(Protocol):
 
 
 class InProcessEngine(Engine, Protocol):
-    """An engine in a leader's own process, which takes weights itself. SGLang's go through
-    `weight_sync`.
+    """An engine in a leader's own process, which takes weights itself.
+
+    The weights of SGLang's servers go through `weight_sync` instead.
     """
 
     async def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:  # noqa: F821
