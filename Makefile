@@ -52,7 +52,7 @@ smollm2: $(STAMP)  ## Policy Split on SmolLM2-135M-Instruct, pipeline parallelis
 	$(BIN)/python -m examples.smollm2.run
 
 test: $(STAMP)  ## The test suite (under 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not contract and not faults"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not contract and not faults" --durations=25
 
 test-slow: $(STAMP)  ## Tests that take more than a minute, alone or with their like
 	$(BIN)/python -m pytest -m slow

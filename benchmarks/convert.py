@@ -1,14 +1,13 @@
-"""How long conversion takes beside a plain copy of the same bytes and beside mbridge, and what
-memory each needs.
+"""Times checkpoint conversion beside `cp` of the same bytes and beside mbridge, with peak memory.
 
     python -m benchmarks.convert [--size-gb 3] [--repeats 3] [--directory DIR] [--output FILE.json]
 
-A made-up bf16 model of Qwen3's shape (hidden size 2048, tied head; more layers for more bytes) is
+A random bf16 model of Qwen3's shape (hidden size 2048, tied head; more layers for more bytes) is
 converted to Megatron-Core and back, each time in a process of its own, in turns with `cp` and with
-mbridge on the same files. Every time counts from after the imports until what was written is on the
-disk (fsync). Files are dropped from the system's cache before they are read, as far as it will.
-mbridge converts through a model: its way to Megatron-Core is to build one, load it, and save it
-with dist_checkpointing; back is to build one, load the checkpoint, and save its weights. Memory is
+mbridge on the same files. Time counts from after the imports until what was written is on the disk
+(fsync). Before they are read, files are dropped from the system's cache as far as it allows.
+mbridge converts through a model: towards Megatron-Core it builds one, loads the weights, and saves
+with dist_checkpointing; back it builds one, loads the checkpoint, and saves its weights. Memory is
 the peak of the process's anonymous memory above what it had after the imports. The last line is
 JSON.
 """
@@ -54,14 +53,12 @@ def main() -> None:
     arguments = _arguments()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         result = _measure(Path(directory), arguments.size_gb, arguments.repeats)
-    for name, found in result["timings"].items():
-        seconds, memory = found["seconds"], found.get("peak_anonymous_bytes")
+    for name, timing in result["timings"].items():
+        seconds, memory = timing["seconds"], timing.get("peak_anonymous_bytes")
         peak = "" if memory is None else f", {memory / 1e6:.0f} MB of memory"
         span = f"({seconds['lowest']:.2f} to {seconds['highest']:.2f})"
-        print(
-            f"{name:24s} {seconds['median']:.2f} s {span}, {found['bytes_per_second'] / 1e6:.0f} "
-            f"MB/s{peak}"
-        )
+        rate = timing["bytes_per_second"] / 1e6
+        print(f"{name:24s} {seconds['median']:.2f} s {span}, {rate:.0f} MB/s{peak}")
     limit = 2 * result["largest_tensor_bytes"] + 200e6
     print(
         f"largest tensor {result['largest_tensor_bytes'] / 1e6:.0f} MB; twice that and 200 MB is "
@@ -86,20 +83,22 @@ def _arguments() -> argparse.Namespace:
 
 
 def make_model(path: Path, size_gb: float) -> dict[str, int]:
-    """A directory of random weights. Returns its bytes and those of its largest tensor."""
+    """Make a Hugging Face directory of random weights.
+
+    Returns the bytes of all weights and those of the largest tensor.
+    """
     import torch
 
     from checkpoints_conv.architectures import find_architecture
     from checkpoints_conv.writer import HfFiles, Planned, write_config
 
-    wanted = size_gb * 1e9
-    config = {
-        **CONFIG,
-        "vocab_size": max(256, int(VOCABULARY * min(1.0, wanted / FULL_SIZE_BYTES))),
-    }
-    one = sum(_nbytes({**config, "num_hidden_layers": 1}).values())
-    layer = sum(_nbytes({**config, "num_hidden_layers": 2}).values()) - one
-    config["num_hidden_layers"] = 1 + max(0, round((wanted - one) / layer))
+    target_bytes = size_gb * 1e9
+    # A small model gets a small vocabulary, or the embedding would be all of it.
+    vocabulary = max(256, int(VOCABULARY * min(1.0, target_bytes / FULL_SIZE_BYTES)))
+    config = {**CONFIG, "vocab_size": vocabulary}
+    smallest = sum(_nbytes({**config, "num_hidden_layers": 1}).values())
+    layer = sum(_nbytes({**config, "num_hidden_layers": 2}).values()) - smallest
+    config["num_hidden_layers"] = 1 + max(0, round((target_bytes - smallest) / layer))
     path.mkdir()
     shapes = find_architecture(config).hf_tensors(config)
     files = HfFiles(
@@ -116,6 +115,7 @@ def make_model(path: Path, size_gb: float) -> dict[str, int]:
 
 
 def _nbytes(config: dict) -> dict[str, int]:
+    """Bytes of each tensor in bf16."""
     from checkpoints_conv.architectures import find_architecture
 
     return {
@@ -125,9 +125,11 @@ def _nbytes(config: dict) -> dict[str, int]:
 
 
 def _measure(directory: Path, size_gb: float, repeats: int) -> dict:
+    """Run every way `repeats` times in turns, so that a busy machine slows all alike."""
     hf, megatron = directory / "hf", directory / "megatron"
     sizes = make_model(hf, size_gb)
-    _in_process(to_megatron, hf, megatron)  # what the ways back read; not timed
+    # What the conversions to Hugging Face read; not timed.
+    _in_process(to_megatron, hf, megatron)
     ways: dict[str, tuple[Callable | None, Path]] = {
         "cp": (None, hf),
         "to Megatron-Core": (to_megatron, hf),
@@ -211,19 +213,17 @@ def mbridge_to_hugging_face(start: Callable, source: Path, target: Path, hf: Pat
     model.load_state_dict(
         dist_checkpointing.load({"model": model.sharded_state_dict()}, str(source))["model"]
     )
-    bridge.safetensor_io = bridge._get_safetensor_io(
-        str(hf)
-    )  # it writes the files that it would have read
+    # It writes the same files, with the same tensors in each, as the model it would have read.
+    bridge.safetensor_io = bridge._get_safetensor_io(str(hf))
     bridge.save_weights([model], str(target))
     _sync(target)
 
 
 def _mbridge(hf: Path):
-    """mbridge and a function that builds a model, of Megatron-Core's own layers where there is no
-    GPU.
+    """Make mbridge for the model in `hf`, and a function that builds the Megatron-Core model.
 
-    mbridge knows Transformer Engine's names only, so the names of those layers are given to it as
-    such.
+    Without a GPU the model has Megatron-Core's own layers. mbridge knows only the names of
+    Transformer Engine's layers, so it is given a table that translates the names.
     """
     import torch
     from mbridge import AutoBridge
@@ -246,7 +246,7 @@ def _mbridge(hf: Path):
 
 
 def _in_process(way: Callable, *paths: Path) -> tuple[float, int]:
-    """Seconds and peak anonymous bytes of `way` in a fresh process."""
+    """Run `way` in a fresh process; its seconds and peak anonymous bytes."""
     context = multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
     process = context.Process(target=_child, args=(way, paths, answers))
@@ -260,6 +260,7 @@ def _in_process(way: Callable, *paths: Path) -> tuple[float, int]:
 
 
 def _child(way: Callable, paths: tuple[Path, ...], answers) -> None:
+    """Run `way` in this process and put its seconds and peak anonymous bytes into `answers`."""
     began, before, peak, done = 0.0, 0, 0, threading.Event()
 
     def watch() -> None:
@@ -283,6 +284,7 @@ def _child(way: Callable, paths: tuple[Path, ...], answers) -> None:
 
 
 def _anonymous_bytes() -> int:
+    """This process's memory that is no file's: tensors count, pages of mapped files do not."""
     with open("/proc/self/status", encoding="ascii") as status:
         return int(next(line for line in status if line.startswith("RssAnon")).split()[1]) * 1024
 
@@ -304,10 +306,8 @@ def _sync(directory: Path) -> None:
 
 
 def _forget(directory: Path) -> None:
-    """Have the system drop the files from its cache, as far as it will, so that they are read from
-    the disk.
-    """
-    _sync(directory)
+    """Ask the system to drop the files from its cache, so that they are read from the disk."""
+    _sync(directory)  # pages that are not written yet cannot be dropped
     for file in directory.rglob("*"):
         if file.is_file():
             with file.open("rb") as opened:

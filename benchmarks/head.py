@@ -1,15 +1,14 @@
-"""The LM head with and without its logits: seconds and memory, side by side, on the CPU with tensor
-parallelism 2.
+"""Times the LM head with and without its logits, on the CPU with tensor parallelism 2.
 
-    python -m benchmarks.head [--tokens 1024 4096 16384] [--hidden 1024 4096] [--vocabulary 151936]
-    [--results FILE]
+    python -m benchmarks.head [--tokens 1024 4096 16384] [--hidden 1024 4096]
+                              [--vocabulary 151936] [--results FILE]
 
 Two ranks (gloo), fp32, one thread each. `chunked` is what the actor does: `vocab_parallel.score`
 (forward) and `vocab_parallel.fused_loss` (forward and backward), 256 tokens at a time.
 `materialising` is what is common elsewhere: fp32 logits of all tokens; maximum, sum, target and
-entropy reduced one after the other; softmax beside the logits, and kept for backward, which works
-in place. The log-probs' mean and the gradients' norms are checked to be the same. Every case runs
-in processes of its own. Memory is a rank's peak beyond what it held before and the gradients of
+entropy reduced one after the other; softmax beside the logits, saved for backward, which works in
+place. Both must give the same mean log-prob and the same norms of gradients. Every case runs in
+processes of its own. Memory is a rank's peak beyond what it held before and beyond the gradients of
 weights and hidden states that exist at the time: `fused_loss` makes them in its forward pass. Where
 the materialising method does not fit into half of the machine's memory its bytes are computed: two
 fp32 tensors of all logits. Prints a Markdown table; the last line is JSON with every case.
@@ -37,8 +36,9 @@ RANKS, CHUNK, MIB = 2, 256, 2**20
 
 
 class Materialised(torch.autograd.Function):
-    """Log-prob and entropy of logits [T, V / TP] as one finds them: four all-reduces, softmax and
-    logits kept.
+    """Log-prob and entropy of logits [T, V / TP] as other trainers compute them.
+
+    Four all-reduces in forward; logits and softmax exist for all tokens.
     """
 
     @staticmethod
@@ -82,6 +82,7 @@ class SummedOverRanks(torch.autograd.Function):
 
 
 def ppo(old: torch.Tensor, advantages: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+    """PPO's clipped loss, summed over tokens and divided by a constant."""
     ratio = torch.exp(logprobs - old)
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).sum() / 1000
 
@@ -117,7 +118,8 @@ def resident(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def peak_begins_anew() -> None:
+def reset_peak() -> None:
+    """Set VmHWM back to what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -145,9 +147,8 @@ def measure(
     old = torch.full((tokens,), -math.log(vocabulary) - 0.5)
     weight.requires_grad_(backward)
     hidden.requires_grad_(backward)
-    small = (
-        hidden.detach()[:8].clone().requires_grad_(backward)
-    )  # threads and libraries start before the clock does
+    # A small call first: threads and libraries start before the clock does.
+    small = hidden.detach()[:8].clone().requires_grad_(backward)
     _, loss = METHODS[method](small, weight, shard, targets[:8], old[:8], advantages[:8], backward)
     if backward:
         loss.backward()
@@ -157,14 +158,13 @@ def measure(
         loss = hidden.grad = weight.grad = None
         dist.barrier()
         before = resident("VmRSS")
-        peak_begins_anew()
+        reset_peak()
         began = time.perf_counter()
         logprobs, loss = METHODS[method](hidden, weight, shard, targets, old, advantages, backward)
-        peak = max(
-            peak, resident("VmHWM") - before - gradients * MAKES_GRADIENTS_IN_FORWARD[method]
-        )
+        in_forward = gradients * MAKES_GRADIENTS_IN_FORWARD[method]
+        peak = max(peak, resident("VmHWM") - before - in_forward)
         if backward:
-            peak_begins_anew()
+            reset_peak()
             loss.backward()
             peak = max(peak, resident("VmHWM") - before - gradients)
         dist.barrier()
@@ -184,6 +184,7 @@ def rank_main(port: int, rank: int, *arguments):
 def case(
     method: str, tokens: int, hidden_size: int, vocabulary: int, backward: bool, repeats: int
 ) -> dict:
+    """Run one case on all ranks. Seconds are the slowest rank's, memory the largest rank's."""
     arguments = (method, tokens, hidden_size, vocabulary, backward, repeats)
     port = free_port()
     with multiprocessing.get_context("spawn").Pool(RANKS) as pool:
@@ -211,8 +212,28 @@ def cpu_name() -> str:
 
 
 def computed_mib(tokens: int, vocabulary: int) -> float:
-    """Two fp32 tensors of all logits of a rank."""
+    """MiB of two fp32 tensors of all logits of a rank."""
     return 2 * 4 * tokens * -(-vocabulary // RANKS) / MIB
+
+
+def table_row(chunked: dict, materialising: dict | None, vocabulary: int) -> str:
+    """A line of the Markdown table; materialising: None where it does not fit into memory."""
+    seconds, ratio = "-", "-"
+    memory = f"{computed_mib(chunked['tokens'], vocabulary):.0f} (computed)"
+    if materialising is not None:
+        seconds, memory = f"{materialising['seconds']:.2f}", f"{materialising['memory_mib']:.0f}"
+        ratio = f"{materialising['seconds'] / chunked['seconds']:.2f}"
+    name = "forward+backward" if chunked["backward"] else "forward"
+    cells = (
+        chunked["tokens"],
+        chunked["hidden"],
+        name,
+        f"{chunked['seconds']:.2f}",
+        seconds,
+        ratio,
+    )
+    cells = (*map(str, cells), f"{chunked['memory_mib']:.0f}", memory)
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -241,28 +262,16 @@ def main() -> None:
         for tokens in arguments.tokens:
             for backward in (False, True):
                 repeats = max(1, arguments.repeats * 1024 // tokens)
-                where = (tokens, hidden_size, arguments.vocabulary, backward, repeats)
-                ours = case("chunked", *where)
-                cases.append(ours)
-                needed = computed_mib(tokens, arguments.vocabulary)
-                theirs_seconds, ratio, theirs_memory = "-", "-", f"{needed:.0f} (computed)"
-                if RANKS * needed < half_mib:
-                    theirs = case("materialising", *where)
-                    for one, other in zip(ours["sums"], theirs["sums"], strict=True):
-                        assert math.isclose(one, other, rel_tol=1e-4), (ours, theirs)
-                    cases.append(theirs)
-                    theirs_seconds, theirs_memory = (
-                        f"{theirs['seconds']:.2f}",
-                        f"{theirs['memory_mib']:.0f}",
-                    )
-                    ratio = f"{theirs['seconds'] / ours['seconds']:.2f}"
-                name = "forward+backward" if backward else "forward"
-                cells = (tokens, hidden_size, name, f"{ours['seconds']:.2f}", theirs_seconds, ratio)
-                print(
-                    f"| {' | '.join(map(str, cells))} | {ours['memory_mib']:.0f} | {theirs_memory} "
-                    "|",
-                    flush=True,
-                )
+                shape = (tokens, hidden_size, arguments.vocabulary, backward, repeats)
+                chunked = case("chunked", *shape)
+                cases.append(chunked)
+                materialising = None
+                if RANKS * computed_mib(tokens, arguments.vocabulary) < half_mib:
+                    materialising = case("materialising", *shape)
+                    for ours, theirs in zip(chunked["sums"], materialising["sums"], strict=True):
+                        assert math.isclose(ours, theirs, rel_tol=1e-4), (chunked, materialising)
+                    cases.append(materialising)
+                print(table_row(chunked, materialising, arguments.vocabulary), flush=True)
     machine = {
         "cpu": cpu_name(),
         "cores": psutil.cpu_count(),

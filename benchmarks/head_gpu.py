@@ -1,16 +1,15 @@
-"""What the LM head's Triton kernels cost on a GPU, beside logits held in fp32 and beside verl's
-fused kernel.
+"""Times the LM head's Triton kernels on a GPU beside logits in fp32 and beside verl's fused kernel.
 
-    python -m benchmarks.head_gpu [--tokens 1024 4096 16384] [--hidden 1024 4096] [--output
-    FILE.json]
+    python -m benchmarks.head_gpu [--tokens 1024 4096 16384] [--hidden 1024 4096]
+                                  [--output FILE.json]
 
 Hidden states [T, H] and weight [V, H] in bf16 to log-prob and entropy per token, forward only
 (scoring) and with the gradients of hidden states and weight (training; both outputs are in the
 loss). "triton" is what the actor calls, `score` and `fused_loss`: for each chunk of tokens
-statistics without logits, the gradient of its logits and two matrix products; the weight's gradient
-is summed in fp32. "materialised" rounds logits to bf16, as an LM head does, holds them in fp32 and
-leaves the rest to autograd. "verl" is the kernel `verl.utils.kernel.linear_cross_entropy`, where
-verl is installed.
+statistics without logits, then the gradient of its logits and two matrix products; the weight's
+gradient is summed in fp32. "materialised" rounds logits to bf16, as an LM head does, holds them in
+fp32 and leaves the rest to autograd. "verl" is the kernel
+`verl.utils.kernel.linear_cross_entropy`, where verl is installed.
 
 Methods take turns, after a warm-up in which blocks are tuned. Seconds are a median, by CUDA events.
 Memory is the peak above the inputs; gradients that are returned are part of it and listed apart.
@@ -39,16 +38,14 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Inputs:
-    """hidden [T, H], weight [V, H] bf16; targets [T] int64; upstream gradients [T] fp32 of log-prob
-    and entropy.
-    """
+    """What every method gets."""
 
-    hidden: Tensor
-    weight: Tensor
-    targets: Tensor
-    grad_logprobs: Tensor
-    grad_entropy: Tensor
-    chunk: int
+    hidden: Tensor  # [T, H] bf16
+    weight: Tensor  # [V, H] bf16
+    targets: Tensor  # [T] int64
+    grad_logprobs: Tensor  # [T] fp32, upstream gradient of the log-probs
+    grad_entropy: Tensor  # [T] fp32, upstream gradient of the entropies
+    chunk: int  # tokens at a time, for "triton"
 
     @classmethod
     def random(cls, tokens: int, features: int, vocab: int, chunk: int, device: str) -> Inputs:
@@ -64,11 +61,12 @@ class Inputs:
 
     @property
     def gradient_bytes(self) -> int:
+        """Bytes of the gradients that a method returns."""
         return self.hidden.nbytes + self.weight.nbytes
 
 
-# Inputs and whether to compute gradients -> (log-prob [T], entropy [T]) or with (d hidden [T, H], d
-# weight [V, H]).
+# (inputs, whether to compute gradients) -> (log-prob [T], entropy [T]), and with gradients also
+# (d hidden [T, H], d weight [V, H]).
 Method = Callable[[Inputs, bool], tuple[Tensor, ...]]
 
 
@@ -79,10 +77,8 @@ def triton_head(inputs: Inputs, backward: bool) -> tuple[Tensor, ...]:
     temperature = torch.ones_like(inputs.grad_logprobs)
     if not backward:
         return score(head, inputs.hidden, inputs.targets, temperature)[:2]
-    hidden, weight = (
-        inputs.hidden.detach().requires_grad_(),
-        inputs.weight.detach().requires_grad_(),
-    )
+    hidden = inputs.hidden.detach().requires_grad_()
+    weight = inputs.weight.detach().requires_grad_()
 
     def token_loss(span: slice, logprobs: Tensor, entropy: Tensor) -> Tensor:
         return (logprobs * inputs.grad_logprobs[span] + entropy * inputs.grad_entropy[span]).sum()
@@ -103,10 +99,10 @@ def _full_softmax(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
 
 
 def find_verl() -> Method | None:
-    """verl's kernel as a method, None where verl is not installed.
+    """Return verl's kernel as a method, None where verl is not installed.
 
-    Its arguments are bound by name, for versions of verl order them differently and autograd takes
-    none by name.
+    Versions of verl order its arguments differently, and `apply` takes none by name, so they are
+    put in the order that its signature says.
     """
     try:
         from verl.utils.kernel.linear_cross_entropy import LinearCrossEntropy
@@ -131,10 +127,8 @@ def _by_autograd(function, inputs: Inputs, backward: bool) -> tuple[Tensor, ...]
     if not backward:
         with torch.no_grad():
             return function(inputs.hidden, inputs.weight, inputs.targets)
-    hidden, weight = (
-        inputs.hidden.detach().requires_grad_(),
-        inputs.weight.detach().requires_grad_(),
-    )
+    hidden = inputs.hidden.detach().requires_grad_()
+    weight = inputs.weight.detach().requires_grad_()
     outputs = function(hidden, weight, inputs.targets)
     grads = torch.autograd.grad(
         outputs, (hidden, weight), (inputs.grad_logprobs, inputs.grad_entropy)
@@ -145,7 +139,7 @@ def _by_autograd(function, inputs: Inputs, backward: bool) -> tuple[Tensor, ...]
 def measure(
     inputs: Inputs, methods: dict[str, Method | None], backward: bool, repeats: int
 ) -> list[dict]:
-    """A row per method; those that do not run here say why instead of figures."""
+    """Measure all methods in turns: a row for each, with the reason where one cannot run here."""
     rows = {name: {"method": name} for name in methods}
     outputs: dict[str, Tensor] = {}
     for name, method in methods.items():
@@ -157,7 +151,7 @@ def measure(
                 method(inputs, backward)
             outputs[name], rows[name]["peak_bytes"] = _peak(method, inputs, backward)
         except torch.OutOfMemoryError:
-            if name == "triton":
+            if name == "triton":  # the others are compared with it
                 raise
             rows[name]["failed"] = "out of memory"
         torch.cuda.empty_cache()
@@ -168,10 +162,8 @@ def measure(
     reference = outputs.get("materialised", outputs["triton"])
     for name in outputs:
         rows[name]["seconds"] = statistics.median(seconds[name])
-        rows[name]["lowest_seconds"], rows[name]["highest_seconds"] = (
-            min(seconds[name]),
-            max(seconds[name]),
-        )
+        rows[name]["lowest_seconds"] = min(seconds[name])
+        rows[name]["highest_seconds"] = max(seconds[name])
         rows[name]["difference"] = (outputs[name] - reference).abs().max().item()
     ours = rows["triton"]
     for name in outputs:
@@ -181,9 +173,7 @@ def measure(
 
 
 def _peak(method: Method, inputs: Inputs, backward: bool) -> tuple[Tensor, int]:
-    """Log-probs and entropies [2, T] of one call, on the host, and the bytes it had allocated at
-    its peak.
-    """
+    """Log-probs and entropies [2, T] of one call, on the host, and its peak of allocated bytes."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

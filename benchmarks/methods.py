@@ -1,18 +1,18 @@
-"""What a step of each method costs, relative to GRPO's on the same machine.
+"""Times a training step of each method relative to GRPO's on the same machine.
 
     python -m benchmarks.methods [--rounds 3] [--steps 8] [--only NAME ...] [--output FILE.json]
 
 Every run is a `policysplit train` of its own, from the same random model, with a learning rate of
-0: policies do not move, so all methods answer the same questions with responses alike in number and
-length (nearly all have --response-tokens). Rewards are drawn from the response's text by a
-probability that the question has: 0 or 1 for a share --certain of them, whose groups give no
-gradient and are skipped by the same rule in every method, else 0.5. Methods take turns within a
-round and the first two steps of a run are left out. `relative` is the median over rounds of a
-method's median step over GRPO's in the same round.
+0: policies do not move, so all methods answer the same questions with responses of the same number
+and length (nearly all have --response-tokens). A response's reward is 1 with a probability that
+belongs to the question, decided by the response's text: 0 or 1 for a share --certain of the
+questions, whose groups give no gradient and are skipped by the same rule in every method, else 0.5.
+Methods take turns within a round, and the first two steps of a run are left out. `relative` is the
+median over rounds of a method's median step divided by GRPO's in the same round.
 
-The share of a step that generation takes decides what a second training prompt costs, so it is in
-every line: here responses come from the engine in process. `work` is scoring and updating together,
-for each response that was sampled.
+What a second training prompt costs depends on the share of a step that generation takes, so every
+line shows that share; here the engine in process generates. `work` is scoring and updating
+together, per sampled response.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ RUNS = {
         name: [f"algorithm.name={name}"]
         for name in (
             "dr_grpo rloo asym_grpo dapo entropy_bonus adaptive_entropy aer aepo scope entropy_adv "
-            "forking_tokens "
-            "clip_cov kl_cov siren steer arm epo edge_grpo"
+            "forking_tokens clip_cov kl_cov siren steer arm epo edge_grpo"
         ).split()
     },
     "grpo, 2 optimizer steps": ["algorithm.name=grpo", *TWICE],
@@ -76,7 +75,7 @@ def reward(response: str, question) -> float:
 
 
 def make_inputs(directory: Path, options: argparse.Namespace) -> Path:
-    """A random model and questions; returns the configuration file."""
+    """Make a random model and questions in `directory`; return the configuration file."""
     from examples.quickstart.make_model import VOCABULARY, make_model
 
     words = [str(number) for number in range(21, 21 + options.vocabulary - len(VOCABULARY))]
@@ -90,6 +89,7 @@ def make_inputs(directory: Path, options: argparse.Namespace) -> Path:
     lines = []
     for number in range(64):
         certain = number < 64 * options.certain
+        # The reward's probability is put where other tasks have the answer.
         probability = number % 2 if certain else 0.5
         lines.append(json.dumps({"question": f"{number + 1}", "answer": str(probability)}) + "\n")
     questions = directory / "questions.jsonl"
@@ -109,7 +109,7 @@ def make_inputs(directory: Path, options: argparse.Namespace) -> Path:
 
 
 def measure(name: str, config: Path, directory: Path) -> dict[str, float]:
-    """One run: medians over its steps of seconds by phase, and what they were spent on."""
+    """Run one method: medians over its steps of seconds by phase, and the work that took them."""
     command = [
         sys.executable,
         "-m",
@@ -125,27 +125,30 @@ def measure(name: str, config: Path, directory: Path) -> dict[str, float]:
         )
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if record["kind"] == "train"][SKIPPED_STEPS:]
-    found = {
+    result = {
         phase: statistics.median(step[f"time/{phase}_s"] for step in steps) for phase in PHASES
     }
-    found["responses"] = statistics.fmean(responses(step) for step in steps)
-    found["work_per_response"] = statistics.median(
+    result["responses"] = statistics.fmean(responses(step) for step in steps)
+    result["work_per_response"] = statistics.median(
         (step["time/score_s"] + step["time/update_s"]) / responses(step) for step in steps
     )
-    found["trained_rows"] = statistics.fmean(
+    result["trained_rows"] = statistics.fmean(
         1 - step["actor/skipped_rows"] / step["actor/rows"] for step in steps
     )
-    return found
+    return result
 
 
 def responses(step: dict) -> float:
-    """Sampled for a step, those that were dropped too."""
-    asked = step.get("dynamic/questions", 0) * SAMPLES
-    kept = step["throughput/generate_tokens_per_s"] * step["time/generate_s"] / step_length(step)
-    return asked or kept
+    """Number of responses that were sampled for a step, dropped ones included."""
+    # Only methods that sample until a batch is full count questions; for the others nothing was
+    # dropped, and the number follows from the tokens.
+    sampled = step.get("dynamic/questions", 0) * SAMPLES
+    tokens = step["throughput/generate_tokens_per_s"] * step["time/generate_s"]
+    return sampled or tokens / step_length(step)
 
 
 def step_length(step: dict) -> float:
+    """Mean response length of a step in tokens, over its modes."""
     lengths = [
         step[name]
         for name in ("normal/response_tokens", "high_entropy/response_tokens")
@@ -178,6 +181,7 @@ def main() -> None:
         config = make_inputs(Path(scratch), options)
         for number in range(options.rounds):
             rounds.append({})
+            # Every second round backwards, so that a drift of the machine favours no method.
             for name in names if number % 2 == 0 else reversed(names):
                 directory = Path(scratch) / f"{number}" / name.replace(" ", "_").replace(",", "")
                 rounds[-1][name] = measure(name, config, directory)
@@ -191,24 +195,27 @@ def main() -> None:
         settings = {
             key: value for key, value in vars(options).items() if key not in ("only", "output")
         }
-        found = {"settings": settings, "summary": summary, "rounds": rounds}
-        options.output.write_text(json.dumps(found, indent=1) + "\n")
+        result = {"settings": settings, "summary": summary, "rounds": rounds}
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def summarise(name: str, rounds: list[dict[str, dict[str, float]]]) -> dict[str, float]:
-    """Medians over rounds; `relative...` to GRPO in the same round, with the lowest and highest
-    round.
+    """Medians over rounds of one method.
+
+    What is called relative is divided by GRPO's value in the same round; the lowest and the highest
+    round of the relative step are there too.
     """
-    own = [found[name] for found in rounds]
-    relative = [found[name]["step"] / found["grpo"]["step"] for found in rounds]
+    runs = [results[name] for results in rounds]
+    relative = [results[name]["step"] / results["grpo"]["step"] for results in rounds]
     work = [
-        found[name]["work_per_response"] / found["grpo"]["work_per_response"] for found in rounds
+        results[name]["work_per_response"] / results["grpo"]["work_per_response"]
+        for results in rounds
     ]
     return {
-        **{phase: statistics.median(found[phase] for found in own) for phase in PHASES},
-        "generation_share": statistics.median(found["generate"] / found["step"] for found in own),
-        "trained_rows": statistics.median(found["trained_rows"] for found in own),
-        "responses": statistics.median(found["responses"] for found in own),
+        **{phase: statistics.median(run[phase] for run in runs) for phase in PHASES},
+        "generation_share": statistics.median(run["generate"] / run["step"] for run in runs),
+        "trained_rows": statistics.median(run["trained_rows"] for run in runs),
+        "responses": statistics.median(run["responses"] for run in runs),
         "relative": statistics.median(relative),
         "relative_lowest": min(relative),
         "relative_highest": max(relative),
@@ -217,17 +224,18 @@ def summarise(name: str, rounds: list[dict[str, dict[str, float]]]) -> dict[str,
 
 
 def table(summary: dict[str, dict[str, float]]) -> str:
+    """The summaries of all methods as a Markdown table."""
     lines = [
-        "| method | step, s | relative to GRPO (lowest to highest round) | generation's share | "
-        "rows trained "
-        "| work per response, relative |",
+        "| method | step, s | relative to GRPO (lowest to highest round) | generation's share "
+        "| rows trained | work per response, relative |",
         "|---|---|---|---|---|---|",
     ]
-    for name, found in summary.items():
-        spread = f"{found['relative']:.2f} ({found['relative_lowest']:.2f} to {found['relative_highest']:.2f})"
+    for name, row in summary.items():
+        lowest, highest = row["relative_lowest"], row["relative_highest"]
+        spread = f"{row['relative']:.2f} ({lowest:.2f} to {highest:.2f})"
         lines.append(
-            f"| {name} | {found['step']:.3f} | {spread} | {found['generation_share']:.0%} "
-            f"| {found['trained_rows']:.0%} | {found['relative_work_per_response']:.2f} |"
+            f"| {name} | {row['step']:.3f} | {spread} | {row['generation_share']:.0%} "
+            f"| {row['trained_rows']:.0%} | {row['relative_work_per_response']:.2f} |"
         )
     return "\n".join(lines)
 

@@ -1,16 +1,15 @@
-"""Does it matter which engine samples? The quickstart with the local engine and with a real SGLang
-server.
+"""Compares the quickstart with the local engine and with a real SGLang server: does it matter?
 
-    python -m benchmarks.quickstart_sglang [--out runs/quickstart_engines] [--seeds 5] [--results
-    FILE]
+    python -m benchmarks.quickstart_sglang [--out runs/quickstart_engines] [--seeds 5]
+                                           [--results FILE]
 
-For every seed all runs start from the same warmed-up model. `local` and `sglang` differ in
-`rollout.engine` alone, but that means other draws, and what is learnt depends on them:
-`local_redrawn` is the local engine again with four other `run.seed`s, and says how much. Every
+For every seed all runs start from the same warmed-up model. `local` and `sglang` differ only in
+`rollout.engine`, but another engine draws other samples, and what is learnt depends on them:
+`local_redrawn` is the local engine again with four other `run.seed`s, and shows how much. Every
 final model answers every question in 8 batches of 8 samples (examples/quickstart/study.py).
-`replayed` trains once more, from the responses that the SGLang run recorded, without a server: it
-must end where that run ended, bit for bit. Also the largest agreement difference of engine and
-actor. A finished seed is not run again. Prints a Markdown table; the last line is JSON.
+`replayed` trains once more, without a server, from the responses that the SGLang run recorded: it
+must end where that run ended, bit for bit. Also reports the largest agreement difference between
+engine and actor. A finished seed is not run again. Prints a Markdown table; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -32,15 +31,16 @@ NAMES = ("accuracy", "unique_correct", "entropy_nats", "kl_nats")
 
 
 def run_seed(out: Path, seed: int, overrides: list[str]) -> dict:
-    """Run -> mode -> scores, seconds of the run, and the largest mean |engine - actor| log-prob
-    difference.
+    """Run one seed with every engine: run -> mode -> scores, and figures of the run.
+
+    The figures are its seconds and the largest mean |engine - actor| log-prob difference.
     """
     from megatron_policysplit.rows import MODES
 
     clear(out)
     prepare(out, seed, {})
 
-    def one(name: str, config: Path, draw: int = 0) -> dict:
+    def train_and_score(name: str, config: Path, draw: int = 0) -> dict:
         began = time.perf_counter()
         settings = [
             "algorithm.name=policy_split",
@@ -60,19 +60,24 @@ def run_seed(out: Path, seed: int, overrides: list[str]) -> dict:
             "difference": max(differences),
         }
 
-    result = {"local": one("local", CONFIG), "sglang": one("sglang", SGLANG_CONFIG)}
+    result = {
+        "local": train_and_score("local", CONFIG),
+        "sglang": train_and_score("sglang", SGLANG_CONFIG),
+    }
     result["sglang"]["replayed_bit_for_bit"] = replays(out, seed, overrides)
-    result["local_redrawn"] = [one(f"draw_{draw}", CONFIG, draw) for draw in REDRAWS]
+    result["local_redrawn"] = [train_and_score(f"draw_{draw}", CONFIG, draw) for draw in REDRAWS]
     return result
 
 
 def records(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").open()]
 
 
 def replays(out: Path, seed: int, overrides: list[str]) -> bool:
-    """Whether training from the responses of the SGLang run, with no engine, gives the same weights
-    and losses.
+    """Whether training from the SGLang run's responses, with no engine, gives the same result.
+
+    Weights and losses must be equal bit for bit.
     """
     from safetensors.torch import load_file
 
@@ -101,20 +106,21 @@ def table(seeds: dict[str, dict]) -> str:
         "sglang": [seed["sglang"] for seed in seeds.values()],
     }
     lines = [
-        f"| | {' | '.join(f'{name} ({len(found)})' for name, found in runs.items())} |",
+        f"| | {' | '.join(f'{name} ({len(results)})' for name, results in runs.items())} |",
         "|---|---|---|---|",
     ]
 
     def spread(numbers: list[float]) -> str:
+        mean, low, high = statistics.fmean(numbers), min(numbers), max(numbers)
         deviation = statistics.stdev(numbers) if len(numbers) > 1 else 0
-        return f"{statistics.fmean(numbers):.3f} +- {deviation:.3f} ({min(numbers):.3f} to {max(numbers):.3f})"
+        return f"{mean:.3f} +- {deviation:.3f} ({low:.3f} to {high:.3f})"
 
     for mode in ("normal", "high_entropy"):
         for name in NAMES:
-            cells = [spread([run[mode][name] for run in found]) for found in runs.values()]
+            cells = [spread([run[mode][name] for run in results]) for results in runs.values()]
             lines.append(f"| {mode}: {name} | {' | '.join(cells)} |")
     for name in ("seconds", "difference"):
-        cells = [f"{max(run[name] for run in found):.3g}" for found in runs.values()]
+        cells = [f"{max(run[name] for run in results):.3g}" for results in runs.values()]
         lines.append(f"| largest {name} | {' | '.join(cells)} |")
     replayed = sum(run["replayed_bit_for_bit"] for run in runs["sglang"])
     lines.append(f"| replayed bit for bit | | | {replayed} of {len(seeds)} |")

@@ -1,5 +1,4 @@
-"""What a second mode costs in generation: prefill tokens computed, share found in the prefix cache,
-tokens per second.
+"""Measures what a second mode costs in generation: prefill tokens, cached share, tokens per second.
 
     python -m benchmarks.rollout --model runs/smollm2/model --python .venv-sglang/bin/python
     python -m benchmarks.rollout --model runs/smollm2/model --address http://127.0.0.1:30000
@@ -9,11 +8,11 @@ high-entropy half behind one system prompt. Every response has the same length (
 ignored), questions are random token ids, new in every repetition, and the prefix cache is emptied
 before each. Single and dual take turns after one unmeasured round.
 
-Prefill tokens are the server's own figures: what its answers say of each request, and, where it was
-started with --enable-metrics, its counter of prefill tokens, which must agree. "at least" is what
-no engine can go below: every prefix once, and the last token of its prompt for each response. Needs
-a server that nobody else uses: its weight version is set to 0 for the run and back after it. The
-last line of the output is the result as JSON.
+Prefill tokens are the server's own figures: what its answers say of each request and, where it was
+started with --enable-metrics, its counter of prefill tokens, which must agree. "at least" is the
+lowest number that any engine can reach: every prefix once, and the last token of its prompt for
+each response. Needs a server that nobody else uses: its weight version is set to 0 for the run and
+back after it. The last line of the output is the result as JSON.
 """
 
 from __future__ import annotations
@@ -45,24 +44,21 @@ KINDS = ("single", "dual")
 
 @dataclass
 class Measured:
-    """One rollout batch. prefill_tokens: computed, by the answers; counted: by the server's
-    counter, None without.
-    at_least: the fewest that are possible.
-    """
+    """Figures of one rollout batch."""
 
     responses: int
     response_tokens: int
     prompt_tokens: int
-    prefill_tokens: int
-    counted: int | None
-    at_least: int
+    prefill_tokens: int  # computed, by the server's answers
+    counted: int | None  # computed, by the server's counter; None if it has none
+    at_least: int  # the fewest prefill tokens that are possible
     requests: int
     retries: int
     seconds: float
 
 
 def requests(kind: str, options: argparse.Namespace, vocab_size: int, seed: int) -> list[Request]:
-    """A batch of questions no one has asked before."""
+    """A batch of new questions, so that the prefix cache knows none of them."""
     draw = random.Random(f"{kind}/{seed}")
 
     def ids(count: int) -> list[int]:
@@ -75,17 +71,18 @@ def requests(kind: str, options: argparse.Namespace, vocab_size: int, seed: int)
         share = {Mode.NORMAL: options.samples // 2, Mode.HIGH_ENTROPY: options.samples // 2}
     batch = []
     for question in range(options.questions):
-        own = ids(options.question_tokens)
+        question_ids = ids(options.question_tokens)
         for mode, count in share.items():
-            prompt = own if mode == Mode.NORMAL else system + own
+            prompt = question_ids if mode == Mode.NORMAL else system + question_ids
             seeds = [draw.getrandbits(62) for _ in range(count)]
             batch.append(Request(seed, question, mode, prompt, sampling, range(count), seeds))
     return batch
 
 
 def fewest(batch: Sequence[Request]) -> int:
-    """Prefill tokens of a batch if every prefix is computed once: a node of the prompts' trie is a
-    token computed.
+    """Prefill tokens of a batch if every prefix is computed once.
+
+    One for each node of the prompts' trie, and the last token of its prompt for each response.
     """
     nodes = {
         tuple(request.prompt[: end + 1]) for request in batch for end in range(len(request.prompt))
@@ -96,11 +93,11 @@ def fewest(batch: Sequence[Request]) -> int:
 async def measure(
     kind: str, options: argparse.Namespace, engine: SglangEngine, client: SglangClient, seed: int
 ):
-    """One batch of this kind on an empty cache."""
+    """Generate one batch of this kind on an empty prefix cache."""
     batch = requests(kind, options, options.vocab_size, seed)
     await client.flush()
     engine.serve_version(0)
-    engine.metrics()
+    engine.metrics()  # empties `engine.stats`
     before, began = await prefill_counter(client), time.perf_counter()
     responses = [rollout async for rollout in engine.submit(batch)]
     seconds = time.perf_counter() - began
@@ -124,18 +121,18 @@ async def measure(
 
 
 async def prefill_counter(client: SglangClient) -> float | None:
-    """Prefill tokens the server has computed since its start; None if it keeps no such count."""
+    """Prefill tokens that the server has computed since its start; None if it does not count."""
     try:
         text = await client.call("GET", "/metrics")
     except EngineRefused:
         return None
-    found = COUNTER.findall(text)
-    return sum(map(float, found)) if found else None
+    values = COUNTER.findall(text)
+    return sum(map(float, values)) if values else None
 
 
 @asynccontextmanager
 async def address(options: argparse.Namespace) -> AsyncIterator[str]:
-    """Of the given server, or of one that is started and ended here."""
+    """The address of the given server, or of one that is started and ended here."""
     if options.address:
         yield options.address
         return
@@ -169,7 +166,7 @@ async def address(options: argparse.Namespace) -> AsyncIterator[str]:
 
 
 async def run(options: argparse.Namespace) -> dict[str, list[Measured]]:
-    """`repeats` batches of each kind, in turns."""
+    """Measure `repeats` batches of each kind, in turns, after one that is not measured."""
     async with address(options) as url:
         client = SglangClient(url, timeout_seconds=60.0)
         engine = SglangEngine(
@@ -200,7 +197,7 @@ async def run(options: argparse.Namespace) -> dict[str, list[Measured]]:
 
 
 def summary(batches: Sequence[Measured]) -> dict[str, float | int | bool | None]:
-    """Over the repetitions; counts must be alike in all of them, or their range is given."""
+    """Summarise the repetitions of one kind; a count that may vary comes with its range."""
     speeds = [batch.response_tokens / batch.seconds for batch in batches]
     per_response = [batch.prefill_tokens / batch.responses for batch in batches]
     counted = [batch.counted for batch in batches]
@@ -228,6 +225,7 @@ def summary(batches: Sequence[Measured]) -> dict[str, float | int | bool | None]
 
 
 def table(results: dict[str, dict]) -> str:
+    """The summaries of both kinds side by side, as text."""
     agrees = {True: "agrees", False: "DIFFERS", None: "none kept"}
     rows: list[tuple[str, ...]] = [("", *results)]
     for name, text in (

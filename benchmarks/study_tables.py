@@ -1,9 +1,10 @@
-"""The tables of docs/study_results.md, from a study's report.json.
+"""Prints the tables of docs/study_results.md from a study's report.json.
 
     python -m benchmarks.study_tables [benchmarks/results/study/report.json]
 
-Every cell is a mean over seeds with its 95% interval, as the study's report has it; where it says
-so, the lowest to the highest seed. `unique` are different right answers among a question's samples.
+Every cell is a mean over seeds with its 95% interval, as the study's report has it; where the
+heading says so, with the lowest to the highest seed instead. `unique` is the number of different
+right answers among a question's samples.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ Report = dict[str, Any]
 
 
 def tables(report: Report) -> dict[str, list[str]]:
-    """Title -> lines of a Markdown table."""
+    """All tables of the report: title -> lines of a Markdown table."""
     return {
         "every method": overview(report),
         "differences to GRPO": differences(report),
@@ -64,36 +65,36 @@ def tables(report: Report) -> dict[str, list[str]]:
     }
 
 
-def interval(found: dict | None, sign: str = "") -> str:
-    """`mean [low, high]`."""
-    if found is None:
+def interval(estimate: dict | None, sign: str = "") -> str:
+    """Format an estimate of the report as `mean [low, high]`; None as a dash."""
+    if estimate is None:
         return "-"
-    mean, low, high = found["mean"], found["low"], found["high"]
-    return (
-        f"{mean:{sign}.2f}"
-        if low is None
-        else f"{mean:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
-    )
+    mean, low, high = estimate["mean"], estimate["low"], estimate["high"]
+    if low is None:  # a single seed has no interval
+        return f"{mean:{sign}.2f}"
+    return f"{mean:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
 
 
 def spread(values: list[float]) -> str:
-    """`mean (lowest to highest)`."""
+    """Format values of several seeds as `mean (lowest to highest)`."""
     return f"{statistics.fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def overview(report: Report) -> list[str]:
+    """Every measure of every method after training."""
     methods = report["measures"][ACCURACY]
     lines = header(["method", "seeds", *OVERVIEW.values()])
-    for method, found in methods.items():
+    for method, result in methods.items():
         cells = [
             interval(report["measures"][measure].get(method, {}).get("estimate"))
             for measure in OVERVIEW
         ]
-        lines.append(row([f"`{method}`", str(found["estimate"]["n"]), *cells]))
+        lines.append(row([f"`{method}`", str(result["estimate"]["n"]), *cells]))
     return lines
 
 
 def differences(report: Report) -> list[str]:
+    """Every measure's difference to the baseline, seed by seed."""
     lines = header(["method", *OVERVIEW.values()])
     for method in report["measures"][ACCURACY]:
         cells = [
@@ -105,7 +106,10 @@ def differences(report: Report) -> list[str]:
 
 
 def before(report: Report) -> list[str]:
-    """The model that all runs of a seed start from: values of the baseline's first evaluation."""
+    """Measures of the warmed-up models, from the baseline's evaluation at step 0.
+
+    All runs of a seed start from the same model.
+    """
     measures = [*OVERVIEW, "eval/normal/kl_nats"]
     starts = {measure: at_step(report, measure, report["baseline"], 0) for measure in measures}
     lines = header(["before training", "mean (lowest to highest seed)"])
@@ -114,29 +118,20 @@ def before(report: Report) -> list[str]:
 
 
 def over_training(report: Report, methods) -> list[str]:
-    """Entropy of the normal mode at every evaluation that all have, and the accuracy at the end."""
+    """Entropy of the normal mode at every evaluation, and the accuracy at the end."""
     steps = report["curves"][ENTROPY][report["baseline"]]["steps"]
     lines = header(["method", *(f"entropy at {step}" for step in steps), "accuracy at the end"])
     for method in methods:
         cells = [
             f"{statistics.fmean(at_step(report, ENTROPY, method, step)):.2f}" for step in steps
         ]
-        lines.append(
-            row(
-                [
-                    f"`{method}`",
-                    *cells,
-                    spread(list(report["measures"][ACCURACY][method]["values"].values())),
-                ]
-            )
-        )
+        accuracy = report["measures"][ACCURACY][method]["values"].values()
+        lines.append(row([f"`{method}`", *cells, spread(list(accuracy))]))
     return lines
 
 
 def split(report: Report) -> list[str]:
-    """Both modes of GRPO and the variants of Policy Split, and how far the modes are apart at every
-    seed.
-    """
+    """Both modes of GRPO and of the variants of Policy Split, and the KL between the modes."""
     measures = [
         measure for measure in OVERVIEW if "entropy_nats" not in measure and "kl" not in measure
     ]
@@ -150,8 +145,9 @@ def split(report: Report) -> list[str]:
     kl = "eval/high_entropy/kl_nats"
     for method in SPLIT:
         cells = [interval(report["measures"][measure][method]["estimate"]) for measure in measures]
-        found = report["curves"][kl][method]
-        means = [statistics.fmean(values[1:]) for values in found["values"].values()]
+        curves = report["curves"][kl][method]["values"].values()
+        # Without the evaluation before training.
+        means = [statistics.fmean(values[1:]) for values in curves]
         ends = report["measures"][kl][method]
         each = ", ".join(f"{value:.2f}" for value in ends["values"].values())
         lines.append(row([f"`{method}`", *cells, interval(ends["estimate"]), spread(means), each]))
@@ -161,15 +157,8 @@ def split(report: Report) -> list[str]:
 def targets(report: Report) -> list[str]:
     """Entropy of the last two evaluations against the target in the method's name."""
     last = report["curves"][ENTROPY][report["baseline"]]["steps"][-2:]
-    lines = header(
-        [
-            "method",
-            "target",
-            *(f"entropy at {step}" for step in last),
-            "accuracy at the end",
-            "unique",
-        ]
-    )
+    entropies = [f"entropy at {step}" for step in last]
+    lines = header(["method", "target", *entropies, "accuracy at the end", "unique"])
     for method in TARGETS:
         cells = [spread(at_step(report, ENTROPY, method, step)) for step in last]
         ends = [
@@ -181,38 +170,31 @@ def targets(report: Report) -> list[str]:
 
 
 def two_steps(report: Report) -> list[str]:
+    """Methods with two optimizer steps per batch, every seed for itself."""
     measures = (ACCURACY, "eval/high_entropy/accuracy", "eval/high_entropy/kl_nats")
     lines = header(["method", *(f"{OVERVIEW[measure]}, each seed" for measure in measures)])
     for method in TWO_STEPS:
         values = [report["measures"][measure][method]["values"].values() for measure in measures]
-        lines.append(
-            row(
-                [f"`{method}`", *(", ".join(f"{value:.2f}" for value in found) for found in values)]
-            )
-        )
+        cells = [", ".join(f"{value:.2f}" for value in seeds) for seeds in values]
+        lines.append(row([f"`{method}`", *cells]))
     return lines
 
 
 def prompts(report: Report) -> list[str]:
+    """Three methods behind the training prompts and behind prompts they were not trained with."""
     lines = header(["method", "system prompt", "accuracy", "entropy", "unique"])
     for method in SPLIT[:3]:
         for group, prompt in PROMPTS.items():
             names = [
                 f"eval/{group}/{leaf}" for leaf in ("accuracy", "entropy_nats", "unique_correct")
             ]
-            lines.append(
-                row(
-                    [
-                        f"`{method}`",
-                        prompt,
-                        *(interval(report["measures"][n][method]["estimate"]) for n in names),
-                    ]
-                )
-            )
+            cells = [interval(report["measures"][name][method]["estimate"]) for name in names]
+            lines.append(row([f"`{method}`", prompt, *cells]))
     return lines
 
 
 def best_of(report: Report) -> list[str]:
+    """pass@k of both modes, for every k of the report."""
     ks = sorted(
         int(name.rpartition("_")[2])
         for name in report["measures"]
@@ -221,23 +203,20 @@ def best_of(report: Report) -> list[str]:
     lines = header(["method", "mode", *(f"pass@{k}" for k in ks)])
     for method in SPLIT:
         for mode in ("normal", "high_entropy"):
-            found = [
-                report["measures"][f"eval/{mode}/pass_at_{k}"][method]["estimate"]["mean"]
-                for k in ks
-            ]
-            lines.append(
-                row([f"`{method}`", mode.replace("_", "-"), *(f"{value:.3f}" for value in found)])
-            )
+            results = [report["measures"][f"eval/{mode}/pass_at_{k}"][method] for k in ks]
+            cells = [f"{result['estimate']['mean']:.3f}" for result in results]
+            lines.append(row([f"`{method}`", mode.replace("_", "-"), *cells]))
     return lines
 
 
 def at_step(report: Report, measure: str, method: str, step: int) -> list[float]:
-    """Values of every seed."""
-    found = report["curves"][measure][method]
-    return [values[found["steps"].index(step)] for values in found["values"].values()]
+    """The measure at one evaluation, of every seed."""
+    curve = report["curves"][measure][method]
+    return [values[curve["steps"].index(step)] for values in curve["values"].values()]
 
 
 def header(names: list[str]) -> list[str]:
+    """The first two lines of a Markdown table."""
     return [row(names), "|" + "---|" * len(names)]
 
 

@@ -1,13 +1,12 @@
-"""How long a weight sync takes with each transport, beside a plain read of the same bytes from
-memory and from disk.
+"""Times a weight sync by each transport, beside a read of the same bytes from memory and from disk.
 
-    python -m benchmarks.weight_sync MODEL --python .venv-sglang/bin/python [--repeats 5] [--output
-    FILE.json]
+    python -m benchmarks.weight_sync MODEL --python .venv-sglang/bin/python [--repeats 5]
+                                     [--output FILE.json]
 
 One trainer rank and one SGLang server on this machine, started here unless --address names one that
-serves MODEL. A push is timed as a whole, from pause to the version read back; the first of each
-transport, which also makes groups or shared memory, is reported apart. What is compared is measured
-in turns, so that a busy machine slows all alike. The last line printed is JSON.
+serves MODEL. A push is timed as a whole, from pause to the version read back; the first push of
+each transport, which also sets up groups or shared memory, is reported apart. Everything is
+measured in turns, so that a busy machine slows all alike. The last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -80,6 +79,7 @@ def _config(arguments: argparse.Namespace, run_dir: Path) -> Config:
 
 @contextmanager
 def _server(config: Config, python: str) -> Iterator[str]:
+    """The address of an SGLang server that runs inside the context."""
     from megatron_policysplit.rollout.sglang_http import SglangClient
     from megatron_policysplit.serving.servers import Server, server_spec
 
@@ -106,6 +106,7 @@ def _server(config: Config, python: str) -> Iterator[str]:
 def _measure(
     config: Config, address: str, transports: list[str], repeats: int, resources: ExitStack
 ) -> dict:
+    """Time all reads and pushes in turns; the result is what is printed as JSON."""
     import torch
 
     from checkpoints_conv import read_hf_config, write_hf
@@ -134,17 +135,17 @@ def _measure(
             start += tensor.nbytes
 
     first: dict[str, float] = {}
-    timed: dict[str, Callable[[], None]] = {
+    tasks: dict[str, Callable[[], None]] = {
         "read memory": from_memory,
         "read disk": lambda: _read(files),
     }
     for transport in transports:
         push = _pusher(config, transport, address, layout, control, actor, resources)
         first[transport] = _seconds(push)
-        timed[transport] = push
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
+        tasks[transport] = push
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(repeats):
-        for name, work in timed.items():
+        for name, work in tasks.items():
             if name == "read disk":
                 _forget(files)
             seconds[name].append(_seconds(work))
@@ -171,7 +172,7 @@ def _measure(
 def _pusher(
     config, transport, address, layout, control, actor, resources: ExitStack
 ) -> Callable[[], None]:
-    """A function that gives the server all weights by `transport`, each time as a new version."""
+    """Make a function that pushes all weights by `transport`, each time as a new version."""
     import copy
 
     from megatron_policysplit.rollout.sglang_http import SglangClient
@@ -190,9 +191,9 @@ def _pusher(
     def push() -> None:
         nonlocal version
         version += 1
-        failed = sync.push(version)
-        if failed:
-            raise SystemExit(f"transport {transport}: {failed[0]}")
+        failures = sync.push(version)
+        if failures:
+            raise SystemExit(f"transport {transport}: {failures[0]}")
 
     return push
 
@@ -204,6 +205,7 @@ def _seconds(work: Callable[[], None]) -> float:
 
 
 def _read(files: list[Path]) -> None:
+    """Read files block by block and drop what was read."""
     block = bytearray(BLOCK_BYTES)
     for file in files:
         with open(file, "rb", buffering=0) as opened:
@@ -212,9 +214,7 @@ def _read(files: list[Path]) -> None:
 
 
 def _forget(files: list[Path]) -> None:
-    """Have the system drop the files from its cache, as far as it will, so that they are read from
-    the disk.
-    """
+    """Ask the system to drop the files from its cache, so that they are read from the disk."""
     for file in files:
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +13,7 @@ from checkpoints_conv.megatron_reader import MegatronCheckpoint
 from checkpoints_conv.output import check_free, written_beside
 from checkpoints_conv.progress import Progress, silent
 from checkpoints_conv.ranks import Ranks
+from checkpoints_conv.stored import Parameter
 from checkpoints_conv.writer import HfFiles, Planned, copy_companions, write_config
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -62,16 +63,7 @@ def megatron_to_hf(
         ranks.first(files.create)
 
         def write() -> None:
-            sources = [src for p in local_parameters for src in p.mapping.sources]
-            with progress(sum(plan[src.name].nbytes for src in sources)) as advance:
-                tensors = (
-                    named_tensor
-                    for parameter in local_parameters
-                    for named_tensor in checkpoint.hf_tensors(parameter, dtypes)
-                )
-                for name, tensor in read_ahead(tensors):
-                    files.write(name, tensor)
-                    advance(plan[name].nbytes)
+            _write(checkpoint, local_parameters, dtypes, files, plan, progress)
 
         def finish() -> None:
             copy_companions(checkpoint.hf, partial)
@@ -86,6 +78,27 @@ def megatron_to_hf(
         finally:
             files.close()
         ranks.first(finish)
+
+
+def _write(
+    checkpoint: MegatronCheckpoint,
+    parameters: Sequence[Parameter],
+    dtypes: Mapping[str, str],
+    files: HfFiles,
+    plan: Mapping[str, Planned],
+    progress: Progress,
+) -> None:
+    """Write the Hugging Face tensors of these parameters, reading one ahead."""
+    sources = [src for parameter in parameters for src in parameter.mapping.sources]
+    with progress(sum(plan[src.name].nbytes for src in sources)) as advance:
+        tensors = (
+            named_tensor
+            for parameter in parameters
+            for named_tensor in checkpoint.hf_tensors(parameter, dtypes)
+        )
+        for name, tensor in read_ahead(tensors):
+            files.write(name, tensor)
+            advance(plan[name].nbytes)
 
 
 def read_ahead(items: Iterator[Item]) -> Iterator[Item]:

@@ -159,17 +159,7 @@ def write_hf(
     """
     path = Path(path)
     hf_config = read_hf_config(source_dir)
-    partial, previous = partial_path(path), path.with_name(f".{path.name}.previous")
-    replaceable = (path / "config.json").is_file() or (path.is_dir() and not any(path.iterdir()))
-    if path.exists() and not replaceable:
-        raise ModelError(
-            f"{path} exists and is not a Hugging Face model directory; choose another path"
-        )
-    if previous.exists() and not path.exists():
-        previous.rename(path)  # an earlier writer was killed between its two renames
-    shutil.rmtree(previous, ignore_errors=True)  # what killed writers left
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial, previous = _clear_way(path)
     architecture = find_architecture(hf_config)
     shapes, tied = architecture.hf_tensors(hf_config), architecture.sizes(hf_config).tied
     files = HfFiles(
@@ -194,6 +184,26 @@ def write_hf(
         path.rename(previous)
     partial.rename(path)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def _clear_way(path: Path) -> tuple[Path, Path]:
+    """Check that `path` may be written, and remove what killed writers left.
+
+    Returns the new, empty directory beside it to write into, and the place to which what stands at
+    `path` is moved in the end.
+    """
+    partial, previous = partial_path(path), path.with_name(f".{path.name}.previous")
+    replaceable = (path / "config.json").is_file() or (path.is_dir() and not any(path.iterdir()))
+    if path.exists() and not replaceable:
+        raise ModelError(
+            f"{path} exists and is not a Hugging Face model directory; choose another path"
+        )
+    if previous.exists() and not path.exists():
+        previous.rename(path)  # an earlier writer was killed between its two renames
+    shutil.rmtree(previous, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial, previous
 
 
 def copy_companions(source_dir: str | Path, directory: Path) -> None:

@@ -33,7 +33,11 @@ class DataError(UserError):
 
 
 class TrainingError(UserError):
-    """Training cannot go on: too many bad steps in a row, or a peer process is gone."""
+    """Training cannot go on: too many bad steps in a row, or a peer process is gone.
+
+    A UserError although no input need be wrong: it is said in one sentence, without a traceback,
+    and `distributed.agree` hands it to the other ranks as it is.
+    """
 
 
 class EngineError(UserError):

@@ -1,6 +1,8 @@
 """Makes the quickstart's tiny Qwen3-shaped model and teaches it the answer format, partly wrong.
 
-python -m examples.quickstart.make_model runs/quickstart/model
+    python -m examples.quickstart.make_model runs/quickstart/model
+
+Partly wrong, so that reinforcement learning has something to improve.
 """
 
 from __future__ import annotations
@@ -22,12 +24,8 @@ PAD, UNKNOWN, SYSTEM, USER, ASSISTANT, END = (
 )
 SPECIAL = (PAD, UNKNOWN, SYSTEM, USER, ASSISTANT, END)
 WORDS = ("explore", "widely", "think", "freely", "please")
-VOCABULARY = (
-    *SPECIAL,
-    *map(str, range(1, 21)),
-    "+",
-    *WORDS,
-)  # 32 tokens, a multiple of every small TP size
+# 32 tokens, a multiple of every small TP size.
+VOCABULARY = (*SPECIAL, *map(str, range(1, 21)), "+", *WORDS)
 HIGH_ENTROPY_PROMPT = "explore widely"
 
 CHAT_TEMPLATE = (
@@ -43,9 +41,7 @@ RIGHT_SHARE = 0.65  # of the warm-up's targets; the others miss the number by on
 
 
 def make_tokenizer(vocabulary: Sequence[str] = VOCABULARY):
-    """A PreTrainedTokenizerFast whose tokens are whole numbers, "+", a few words and the chat's
-    special tokens.
-    """
+    """Make a PreTrainedTokenizerFast with a token for each number, "+", word and special token."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -75,10 +71,9 @@ def make_model(
     hidden_size: int = 64,
     layers: int = 2,
 ) -> None:
-    """Saves a randomly initialised Qwen3ForCausalLM (float32) and its tokenizer as a Hugging Face
-    directory.
+    """Save a randomly initialised Qwen3ForCausalLM (float32) and its tokenizer to `directory`.
 
-    vocabulary: VOCABULARY, and what follows it.
+    It becomes a Hugging Face directory. vocabulary: VOCABULARY, and further tokens after it.
     """
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
@@ -99,6 +94,7 @@ def make_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    # The caller's random numbers stay as they were.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
@@ -115,8 +111,7 @@ def warm_up(
     steps: int = WARM_UP_STEPS,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> float:
-    """Supervised steps on random sums, RIGHT_SHARE of them right; rewrites the model in
-    `directory`.
+    """Train the model in `directory` on random sums, RIGHT_SHARE of them right, and save it there.
 
     Half of the examples stand behind a system turn of random words that says nothing about the
     target, so the model has seen a system turn and treats both modes nearly alike. The result
@@ -164,7 +159,7 @@ def warm_up(
 
 
 def _example(rng: random.Random) -> tuple[list[str], list[str]]:
-    """Tokens of a prompt, with or without a system turn, and of an answer that ends its turn."""
+    """Draw a prompt, with or without a system turn, and an answer that ends its turn, as tokens."""
     number = target = rng.choice(NUMBERS)
     if rng.random() >= RIGHT_SHARE:
         target = rng.choice(

@@ -1,5 +1,6 @@
-"""The quickstart's model, warmed up, and its questions: `python -m examples.quickstart.prepare
-DIRECTORY SEED`.
+"""Makes the quickstart's model, warmed up, and its questions.
+
+python -m examples.quickstart.prepare DIRECTORY SEED
 """
 
 import sys

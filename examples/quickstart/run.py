@@ -1,10 +1,10 @@
-"""The quickstart: make a tiny model, train it with GRPO and with Policy Split from the same start,
-compare.
+"""The quickstart: trains a tiny model with GRPO and with Policy Split and compares them.
 
     python -m examples.quickstart.run [--out runs/quickstart] [--seed 0] [key=value ...]
 
-Both runs are `policysplit train examples/quickstart/quickstart.yaml` on real Megatron-Core with
-tensor parallelism 2; only `algorithm.name` differs. `key=value` goes to both.
+Both runs start from the same model. They are `policysplit train
+examples/quickstart/quickstart.yaml` on real Megatron-Core with tensor parallelism 2; only
+`algorithm.name` differs. `key=value` goes to both.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CONFIG = Path(__file__).with_name("quickstart.yaml")
-MARK = ".quickstart"  # in a directory that may be deleted
+MARK = ".quickstart"  # a file that says that the quickstart made the directory and may delete it
 RUNS = {"grpo": "GRPO", "policy_split": "Policy Split"}
 
 
 def clear(out: Path) -> None:
-    """An empty `out`. What an earlier quickstart left there is removed; anything else is refused."""
+    """Make an empty directory `out`.
+
+    What an earlier quickstart left there is removed; a directory with anything else is refused.
+    """
     if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
         raise SystemExit(
             f"error: --out {out} holds something else than a quickstart; name another directory"
@@ -39,7 +42,7 @@ def clear(out: Path) -> None:
 
 
 def prepare(out: Path, seed: int, seconds: dict[str, float]) -> None:
-    """The model, warmed up, and the questions, in `out`."""
+    """Make the model, warmed up, and the questions in `out`; `seconds` gets the times."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -70,7 +73,7 @@ def prepare(out: Path, seed: int, seconds: dict[str, float]) -> None:
 
 
 def train(out: Path, name: str, overrides: list[str], config: Path = CONFIG) -> Path:
-    """One run of `policysplit train` into `out/name`; ends this process if it fails."""
+    """Run `policysplit train` into `out/name`, which is returned; ends this process if it fails."""
     paths = [
         f"model.path={out / 'model'}",
         f"data.path={out / 'questions.jsonl'}",
@@ -93,7 +96,7 @@ def train(out: Path, name: str, overrides: list[str], config: Path = CONFIG) -> 
 
 
 def report(out: Path, seconds: dict[str, float]) -> None:
-    """summary.json, curves.png and report.html of the runs in `out`, and the table on the terminal."""
+    """Write summary.json, curves.png and report.html of the runs in `out`, and print the table."""
     from rich.console import Console
 
     from examples.quickstart.make_model import HIGH_ENTROPY_PROMPT
@@ -117,17 +120,22 @@ def report(out: Path, seconds: dict[str, float]) -> None:
         + ", ".join(f"{name.removesuffix('_s')} {value:.0f}" for name, value in seconds.items())
     )
     console.print(
-        f"report   {out / 'report.html'}\ncurves   {out / 'curves.png'}\nnumbers  "
-        f"{out / 'summary.json'}"
+        f"report   {out / 'report.html'}\n"
+        f"curves   {out / 'curves.png'}\n"
+        f"numbers  {out / 'summary.json'}"
     )
     model = out / "policy_split" / "hf"
     console.print(f"model    {model} (a Hugging Face directory); ask it yourself:")
-    ask = f'policysplit generate --model {model} --max-tokens 8 --high-entropy-prompt "{HIGH_ENTROPY_PROMPT}" 9'
+    ask = (
+        f"policysplit generate --model {model} --max-tokens 8 "
+        f'--high-entropy-prompt "{HIGH_ENTROPY_PROMPT}" 9'
+    )
     console.print(f"         {Path(sys.executable).parent / ask}", soft_wrap=True)
 
 
 @contextmanager
 def _timed(seconds: dict[str, float], name: str):
+    """Put the seconds that the context takes into `seconds[name]`."""
     began = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - began, 2)
@@ -146,13 +154,9 @@ def main(
     prepare(out, arguments.seed, seconds)
     for name, title in RUNS.items():
         print(f"\n{title}", flush=True)
+        settings = [f"algorithm.name={name}", f"run.seed={arguments.seed}"]
         with _timed(seconds, f"{name}_s"):
-            train(
-                out,
-                name,
-                [f"algorithm.name={name}", f"run.seed={arguments.seed}", *arguments.overrides],
-                config,
-            )
+            train(out, name, [*settings, *arguments.overrides], config)
     report(out, seconds)
 
 

@@ -1,12 +1,12 @@
-"""The quickstart over several seeds, with the ablations that give its claim a meaning.
+"""The quickstart over several seeds, with the ablations that its claim needs.
 
     python -m examples.quickstart.study [--out runs/quickstart_study] [--seeds 5]
 
 For every seed, from the same warmed-up model: GRPO, Policy Split, and Policy Split at eta 0 (the
 second prompt and the sharing alone). Every final model answers every question in 8 batches of 8
 samples. GRPO is also sampled at the temperature at which its normal mode is as surprising as Policy
-Split's high-entropy mode: what turning a knob at test time gives. Writes study.json and prints a
-Markdown table. A finished seed is not run again.
+Split's high-entropy mode: that is what raising the temperature at test time gives, without training
+a second mode. Writes study.json and prints a Markdown table. A finished seed is not run again.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ SAMPLES, REPEATS, MAX_TOKENS = 8, 8, 8
 
 
 def answer(model: Path, questions: Path, temperature: float, modes) -> dict[str, dict[str, float]]:
-    """Mode -> scores over REPEATS batches of samples, and exact entropy and KL to the other mode,
-    nats per token.
+    """Sample answers and score them: mode -> scores over REPEATS batches.
+
+    Among the scores are the exact entropy and the KL to the other mode, in nats per token.
     """
     from examples.quickstart.sums import reward
     from megatron_policysplit.config import ModesConfig
@@ -39,18 +40,17 @@ def answer(model: Path, questions: Path, temperature: float, modes) -> dict[str,
     from megatron_policysplit.rewards import Graded
     from megatron_policysplit.rollout.engine import Sampling
 
-    asked = load_questions(str(questions))
-    by_id = {question.id: question for question in asked}
+    question_list = load_questions(str(questions))
+    by_id = {question.id: question for question in question_list}
     prompts = ModesConfig(high_entropy_prompt=HIGH_ENTROPY_PROMPT)
     responder = Responder(str(model), prompts, max_batch_samples=512)
     sampling = Sampling(temperature, 1.0, -1, MAX_TOKENS)
-    batches, everything = [], []
+    batches, all_responses = [], []
     for seed in range(REPEATS):
-        responses = responder.respond(asked, modes, SAMPLES, sampling, seed)
-        batches.append(
-            score(responses, [Graded(reward(r.text, by_id[r.question])) for r in responses])
-        )
-        everything += responses
+        responses = responder.respond(question_list, modes, SAMPLES, sampling, seed)
+        grades = [Graded(reward(r.text, by_id[r.question])) for r in responses]
+        batches.append(score(responses, grades))
+        all_responses += responses
     names = ("accuracy", "unique_correct", "best_of_k", "mean_surprisal_nats")
     scores = {
         mode: {
@@ -60,16 +60,17 @@ def answer(model: Path, questions: Path, temperature: float, modes) -> dict[str,
         for mode in batches[0]
     }
     for mode in modes:
-        mine = [response for response in everything if response.mode == mode]
-        scores[mode.value] |= exact(model, prompts, by_id, mine, mode, temperature)
+        responses = [response for response in all_responses if response.mode == mode]
+        scores[mode.value] |= exact(model, prompts, by_id, responses, mode, temperature)
     return scores
 
 
 def exact(
     model: Path, prompts, questions: dict, responses: list, mode, temperature: float
 ) -> dict[str, float]:
-    """Mean over response tokens of the entropy of `mode` and of KL(mode || other mode), by
-    transformers, in nats.
+    """Compute entropy of `mode` and KL(mode || other mode) exactly, in nats, by transformers.
+
+    Means over all tokens of the responses.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -78,46 +79,48 @@ def exact(
     from megatron_policysplit.rows import MODES
 
     builder = PromptBuilder(AutoTokenizer.from_pretrained(model), prompts)
-    ids = {question: builder.build(asked.messages) for question, asked in questions.items()}
+    ids = {key: builder.build(question.messages) for key, question in questions.items()}
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
-    def log_probs(under) -> torch.Tensor:
-        rows = [ids[response.question][under] + response.tokens for response in responses]
+    def log_probs(prompt_mode) -> torch.Tensor:
+        """[tokens, V]: of every response token behind the prompts of a mode."""
+        rows = [ids[response.question][prompt_mode] + response.tokens for response in responses]
         width = max(map(len, rows))
+        # Padding is on the right, where causal attention does not look.
+        padded = torch.tensor([row + [0] * (width - len(row)) for row in rows])
         with torch.no_grad():
-            logits = (
-                network(torch.tensor([row + [0] * (width - len(row)) for row in rows])).logits
-                / temperature
-            )
-        kept = [
+            logits = network(padded).logits / temperature
+        response_logits = [
             logits[i, len(row) - len(response.tokens) - 1 : len(row) - 1]
             for i, (row, response) in enumerate(zip(rows, responses, strict=True))
         ]
-        return torch.cat(kept).log_softmax(-1)
+        return torch.cat(response_logits).log_softmax(-1)
 
-    own, other = log_probs(mode), log_probs(next(each for each in MODES if each != mode))
+    log_p, other = log_probs(mode), log_probs(next(each for each in MODES if each != mode))
     return {
-        "entropy_nats": float(-(own.exp() * own).sum(-1).mean()),
-        "kl_nats": float((own.exp() * (own - other)).sum(-1).mean()),
+        "entropy_nats": float(-(log_p.exp() * log_p).sum(-1).mean()),
+        "kl_nats": float((log_p.exp() * (log_p - other)).sum(-1).mean()),
     }
 
 
 def matched_temperature(model: Path, questions: Path, surprisal: float) -> float:
-    """Temperature at which the normal mode's mean surprisal is `surprisal` nats per token
-    (bisection, 0.2 to 8).
+    """Find the temperature at which the normal mode's mean surprisal is `surprisal` nats per token.
+
+    By bisection between 0.2 and 8.
     """
     from megatron_policysplit.rows import Mode
 
     low, high = 0.2, 8.0
     for _ in range(12):
         middle = (low + high) / 2
-        found = answer(model, questions, middle, [Mode.NORMAL])["normal"]["mean_surprisal_nats"]
-        low, high = (middle, high) if found < surprisal else (low, middle)
+        scores = answer(model, questions, middle, [Mode.NORMAL])["normal"]
+        is_too_low = scores["mean_surprisal_nats"] < surprisal
+        low, high = (middle, high) if is_too_low else (low, middle)
     return (low + high) / 2
 
 
 def run_seed(out: Path, seed: int, overrides: list[str]) -> dict:
-    """All runs of one seed, and what their final models do."""
+    """Train all runs of one seed and score their final models."""
     from megatron_policysplit.rows import MODES, Mode
 
     clear(out)
@@ -134,16 +137,16 @@ def run_seed(out: Path, seed: int, overrides: list[str]) -> dict:
 
 
 def ratios(seed: dict) -> dict[str, float]:
-    """What the study asks of a seed."""
-    grpo, split = seed["grpo"]["normal"], seed["policy_split"]
+    """The ratios of one seed's scores that the study is about."""
+    grpo, matched = seed["grpo"]["normal"], seed["grpo_matched"]["normal"]
+    normal, high = seed["policy_split"]["normal"], seed["policy_split"]["high_entropy"]
+    kl_at_eta_0 = seed["eta_0"]["high_entropy"]["kl_nats"]
+    unique = high["unique_correct"]
     return {
-        "unique, high-entropy / GRPO": split["high_entropy"]["unique_correct"]
-        / grpo["unique_correct"],
-        "unique, high-entropy / GRPO at matched entropy": split["high_entropy"]["unique_correct"]
-        / seed["grpo_matched"]["normal"]["unique_correct"],
-        "KL(high-entropy || normal) / that at eta 0": split["high_entropy"]["kl_nats"]
-        / seed["eta_0"]["high_entropy"]["kl_nats"],
-        "accuracy, normal / GRPO": split["normal"]["accuracy"] / grpo["accuracy"],
+        "unique, high-entropy / GRPO": unique / grpo["unique_correct"],
+        "unique, high-entropy / GRPO at matched entropy": unique / matched["unique_correct"],
+        "KL(high-entropy || normal) / that at eta 0": high["kl_nats"] / kl_at_eta_0,
+        "accuracy, normal / GRPO": normal["accuracy"] / grpo["accuracy"],
     }
 
 

@@ -1,7 +1,7 @@
-"""The quickstart's task: given a number, answer with a sum of two or three positive numbers that
-makes it.
+"""The quickstart's task: given a number, answer with a sum of two or three numbers that makes it.
 
 "9" is answered by "4+5", "5+4" or "3+3+3": many answers are right, so exploration can be counted.
+The terms are positive.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ _SUM = re.compile(r"[1-9][0-9]*(\+[1-9][0-9]*){1,2}", re.ASCII)
 
 
 def reward(response: str, question: Question) -> float:
-    """1.0 if `response` is exactly two or three positive integers joined by "+" that make
-    `question.answer`.
+    """Return 1.0 for a sum of two or three positive integers that is `question.answer`, else 0.0.
 
-    Leading zeros, spaces and any other text score 0.0. The order of the terms is part of the text:
-    "4+5" and "5+4" are two different right answers.
+    The terms are joined by "+"; leading zeros, spaces and any other text score 0.0. The order of
+    the terms is part of the text: "4+5" and "5+4" are two different right answers.
     """
     right = _SUM.fullmatch(response) is not None and sum(map(int, response.split("+"))) == int(
         question.answer
@@ -34,14 +33,13 @@ def reward(response: str, question: Question) -> float:
 
 
 def random_sum(number: int, rng: random.Random) -> str:
-    """A right answer: two or three terms with equal chance, then uniform over the ways to choose
-    them.
-    """
+    """Draw a right answer: two or three terms with equal chance, then uniformly among these."""
+    # The terms are the distances between cuts of the number.
     cuts = sorted(rng.sample(range(1, number), rng.choice((1, 2))))
     return "+".join(str(high - low) for low, high in zip([0, *cuts], [*cuts, number], strict=True))
 
 
 def write_questions(path: str | Path, numbers: Iterable[int]) -> None:
-    """Writes one JSON object a line: {"question": "9", "answer": "9"}, in the order given."""
+    """Write one JSON object a line, {"question": "9", "answer": "9"}, in the order of `numbers`."""
     lines = [json.dumps({"question": str(number), "answer": str(number)}) for number in numbers]
     Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")

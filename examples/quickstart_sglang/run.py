@@ -1,7 +1,7 @@
 """The quickstart with a real SGLang server: the same model, questions and settings, another engine.
 
-    python -m examples.quickstart_sglang.run [--out runs/quickstart_sglang] [--seed 0] [key=value
-    ...]
+    python -m examples.quickstart_sglang.run [--out runs/quickstart_sglang] [--seed 0]
+                                             [key=value ...]
 
 `make quickstart-sglang` runs it, after `make sglang-cpu` has made the server's environment on a
 machine without a GPU.

@@ -10,6 +10,6 @@ NUMBER = re.compile(r"-?\d+")
 
 
 def reward(response: str, question: Question) -> float:
-    """1.0 if the last number in `response` is `question.answer`, else 0.0."""
+    """Return 1.0 if the last number in `response` is `question.answer`, else 0.0."""
     numbers = NUMBER.findall(response)
     return float(bool(numbers) and numbers[-1] == question.answer)

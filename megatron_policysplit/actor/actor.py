@@ -54,7 +54,7 @@ class UpdateMetrics:
     learning_rate: float  # of the last step
     clip_fraction: float  # of the trained tokens
     ratio_mean: float  # over the trained tokens
-    first_ratio_off_one: float  # the largest |ratio - 1| at the first step, which is exactly 0
+    first_ratio_off_one: float  # the largest |ratio - 1| at the first step
     bad_steps: int  # steps that were skipped because something was not finite
 
     @classmethod
@@ -286,15 +286,13 @@ class Actor:
 
         The ranks of a tensor-parallel group have the same tokens, of which one gives them.
         """
-        vector = metrics.vector()
+        sums, maxima = metrics.sums_and_maxima()
         if self.layout.tensor_rank > 0:
-            vector = torch.zeros_like(vector)
-        sums, largest = vector[:-1].clone(), vector[-1:].clone()
+            sums, maxima = torch.zeros_like(sums), torch.zeros_like(maxima)
+        largest = torch.distributed.ReduceOp.MAX
         torch.distributed.all_reduce(sums, group=self.layout.world)
-        torch.distributed.all_reduce(
-            largest, op=torch.distributed.ReduceOp.MAX, group=self.layout.world
-        )
-        return LossMetrics.of_vectors([torch.cat([sums, largest])])
+        torch.distributed.all_reduce(maxima, op=largest, group=self.layout.world)
+        return LossMetrics.of_sums_and_maxima(sums, maxima)
 
     @torch.no_grad()
     def _perturb(self, relative: float) -> None:

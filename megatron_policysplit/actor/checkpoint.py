@@ -1,9 +1,9 @@
-"""Training checkpoints: Megatron's torch_dist for weights and optimizer, JSON and safetensors for
-the rest.
+"""Saves and loads training checkpoints.
 
-A checkpoint is written beside its place and renamed, so a directory named `step_NNNNNN` is
-complete. It loads at any TP x PP x EP x DP layout; the RNG states come back only at the layout that
-saved them.
+Weights and optimizer are in Megatron's torch_dist format, the trainer's state in JSON, RNG states
+in safetensors. A checkpoint is written under another name and renamed when it is complete, so a
+directory named `step_NNNNNN` is never half written. It loads at any TP x PP x EP x DP layout; the
+RNG states come back only at the layout that saved them.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ from megatron_policysplit.actor.checkpoint_optimizer import param_groups_by_opti
 from megatron_policysplit.distributed.device import restore_rng_states, rng_states
 from megatron_policysplit.distributed.layout import Layout
 
+# "fully_reshardable": the optimizer's state does not depend on the layout that saved it.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 @dataclass
 class TrainerState:
-    """Where a run stands. Everything after `step` is made again on resume.
+    """How far a run has come, as a checkpoint stores it. Whatever came after `step` is done again.
 
-    step: rollout batches trained. optimizer_steps: taken so far. stream: the data cursor after the
-    last trained batch. bad_steps_in_a_row, bad_steps: skipped for a NaN or infinite loss or
-    gradient.
-    evaluated: step of the last evaluation; -1 before the first. best: best evaluation so far.
-    method: its state.
-    date: the day the chat template is pinned to.
+    The trainer keeps it; the field names are the keys in trainer.json.
     """
 
-    step: int = 0
-    optimizer_steps: int = 0
-    weight_version: int = 0
-    stream: dict[str, int] = field(default_factory=dict)
+    step: int = 0  # rollout batches trained
+    optimizer_steps: int = 0  # optimizer steps taken
+    weight_version: int = 0  # of the weights that engines hold
+    stream: dict[str, int] = field(default_factory=dict)  # data cursor after the last trained batch
+    # Optimizer steps that were skipped for a NaN or infinite loss or gradient.
     bad_steps_in_a_row: int = 0
     bad_steps: int = 0
-    evaluated: int = -1
-    best: float = -1.0
-    method: dict[str, float] = field(default_factory=dict)
-    date: str = ""
+    evaluated: int = -1  # step of the last evaluation; -1 before the first
+    best: float = -1.0  # best evaluation so far
+    method: dict[str, float] = field(default_factory=dict)  # state of the training method
+    date: str = ""  # day that the chat template is pinned to
 
 
 def save(actor: Actor, state: TrainerState, directory: Path, keep: int) -> Path:
-    """Save under `directory` (collective over all ranks) and drop all but the newest `keep`."""
+    """Save a checkpoint under `directory` and delete all but the newest `keep`.
+
+    Collective over all ranks. Returns the checkpoint's directory.
+    """
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
     from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -70,8 +70,8 @@ def save(actor: Actor, state: TrainerState, directory: Path, keep: int) -> Path:
     final = checkpoint_path(directory, state.step)
     partial = final.with_name(final.name + ".partial")
     if layout.rank == 0:
-        for left in directory.glob("*.partial"):
-            shutil.rmtree(left)
+        for leftover in directory.glob("*.partial"):  # of a save that was cut off
+            shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     dist.barrier(group=layout.world)
     _keep_results_in_process()
@@ -92,6 +92,8 @@ def save(actor: Actor, state: TrainerState, directory: Path, keep: int) -> Path:
             "layout": _layout(layout),
         }
         (partial / "trainer.json").write_text(json.dumps(meta, indent=2))
+        # The rename comes last, after the barrier at which every rank's files are written: it is
+        # what makes the checkpoint count. Old ones go only after it.
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
@@ -102,19 +104,22 @@ def save(actor: Actor, state: TrainerState, directory: Path, keep: int) -> Path:
 
 
 def load(actor: Actor, path: Path) -> TrainerState:
-    """Restore weights, optimizer, schedule and (at the same layout) RNG states; returns the
-    trainer's state.
+    """Restore weights, optimizer and schedule, and RNG states if the layout is the same.
 
-    Raises CheckpointError if the checkpoint is damaged or belongs to another model.
+    Collective over all ranks. Returns the trainer's state. Raises CheckpointError if the checkpoint
+    is damaged or belongs to another model.
     """
     from megatron.core import dist_checkpointing
 
     meta = read_trainer_json(path)
     check_model(meta["model"], actor.hf_config, path)
+    # Megatron unpickles this file. The check reads it with an unpickler that knows nothing but
+    # torch_dist's own classes, so a checkpoint from elsewhere cannot run code here.
     check_metadata(path / ".metadata")
-    own = _sharded_state(actor, is_loading=True)
-    groups = param_groups_by_optimizer(own["optimizer"])
-    loaded = dist_checkpointing.load(own, str(path))
+    sharded = _sharded_state(actor, is_loading=True)
+    # Before loading, which overwrites the groups with those of the checkpoint.
+    groups = param_groups_by_optimizer(sharded["optimizer"])
+    loaded = dist_checkpointing.load(sharded, str(path))
     actor.model.load_state_dict(loaded["model"])
     state = TrainerState(**meta["state"])
     actor.optimizer.load_state_dict(regrouped(loaded["optimizer"], groups), state.optimizer_steps)
@@ -124,11 +129,10 @@ def load(actor: Actor, path: Path) -> TrainerState:
 
 
 def _keep_results_in_process() -> None:
-    """Give Megatron's writer a plain queue for its results, which a synchronous save puts and gets
-    in this process.
+    """Give Megatron's writer a plain queue for its results.
 
-    Left to itself it starts a manager process for that, which takes seconds and outlives a rank
-    that is killed.
+    A synchronous save puts them in and takes them out in this process. Megatron by itself would
+    start a manager process for that, which takes seconds and outlives a rank that is killed.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -136,6 +140,7 @@ def _keep_results_in_process() -> None:
 
 
 def _sharded_state(actor: Actor, is_loading: bool) -> dict[str, Any]:
+    """What Megatron saves or fills: this rank's shards of weights and optimizer state."""
     model = actor.model.sharded_state_dict(metadata=METADATA)
     optimizer = actor.optimizer.megatron.sharded_state_dict(
         model, is_loading=is_loading, metadata=METADATA
@@ -144,6 +149,7 @@ def _sharded_state(actor: Actor, is_loading: bool) -> dict[str, Any]:
 
 
 def _rng_states():
+    """RNG states of this rank, those of Megatron's tracker under "tracker/"."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     tracker = {
@@ -165,5 +171,7 @@ def _restore_rng(states) -> None:
 
 
 def _layout(layout: Layout) -> dict[str, int]:
+    """The layout as trainer.json holds it."""
     sizes = {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data}
+    # The key is absent without expert parallelism.
     return sizes if layout.expert == 1 else {**sizes, "expert": layout.expert}

@@ -1,5 +1,6 @@
-"""What a checkpoint directory says without reading a weight; imports no torch, so that preflight
-can ask.
+"""Reads what a checkpoint directory says without its weights.
+
+Imports no torch, so that the checks before a run starts can use it.
 """
 
 from __future__ import annotations
@@ -16,20 +17,26 @@ NAME = re.compile(r"step_(\d{6,})")
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
+    """The directory of the checkpoint after `step` rollout batches."""
     return directory / f"step_{step:06d}"
 
 
 def complete(directory: Path) -> list[Path]:
-    """Complete checkpoints in `directory`, oldest first."""
-    found = [
+    """List the complete checkpoints in `directory`, oldest first."""
+    # The name says that they are complete: `checkpoint.save` gives it last.
+    checkpoints = [
         (int(match[1]), path)
         for path in directory.glob("step_*")
         if (match := NAME.fullmatch(path.name))
     ]
-    return [path for _, path in sorted(found)]
+    return [path for _, path in sorted(checkpoints)]
 
 
 def read_trainer_json(path: Path) -> dict[str, Any]:
+    """Read trainer.json of a checkpoint: "state", "model" and "layout".
+
+    Raises CheckpointError if it is missing or no JSON.
+    """
     try:
         return json.loads((path / "trainer.json").read_text())
     except (OSError, ValueError) as error:
@@ -44,8 +51,9 @@ def check_model(
     path: Path,
     remedy: str = "use that model or another run.dir",
 ) -> None:
-    """Raise CheckpointError naming the first key in which the checkpoint's model differs from
-    `hf_config`'s.
+    """Raise CheckpointError if a checkpoint was saved from another model than `hf_config`'s.
+
+    The message names the first key that differs. saved: "model" of trainer.json.
     """
     for key, value in model_keys(hf_config).items():
         if saved.get(key) != value:

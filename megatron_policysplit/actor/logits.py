@@ -1,6 +1,4 @@
-"""Whether Megatron-Core computes from a torch_dist checkpoint what transformers computes from its
-original.
-"""
+"""Checks that Megatron-Core and transformers compute the same logits from the same weights."""
 
 from __future__ import annotations
 
@@ -19,36 +17,39 @@ ROWS, TOKENS = 2, 32
 
 @dataclass(frozen=True)
 class Compared:
-    """difference: largest of any logit. largest: absolute value of any of transformers' logits."""
+    """What `check_logits` found."""
 
-    difference: float
-    largest: float
+    difference: float  # largest absolute difference of any logit
+    largest: float  # largest absolute value of transformers' logits
 
 
 def check_logits(hf: str | Path, megatron: str | Path) -> Compared:
-    """Logits of random tokens in float32, on one process that holds one model at a time.
+    """Compare the logits of random tokens in float32, in one process, one model after the other.
 
-    transformers loads `hf`; Megatron-Core loads `megatron` with the config of `hf`. Raises
-    ModelError if they differ by more than TOLERANCE.
+    transformers loads the Hugging Face directory `hf`. Megatron-Core loads the torch_dist
+    checkpoint `megatron` with the config of `hf`. Raises ModelError if logits differ by more than
+    TOLERANCE.
     """
     hf_config = read_hf_config(hf)
     length = min(TOKENS, hf_config.get("max_position_embeddings") or TOKENS)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, hf_config["vocab_size"], (ROWS, length), generator=generator)
     expected = _transformers_logits(hf, ids)
-    found = _megatron_logits(hf_config, megatron, ids)
-    compared = Compared((found - expected).abs().max().item(), expected.abs().max().item())
+    actual = _megatron_logits(hf_config, megatron, ids)
+    compared = Compared((actual - expected).abs().max().item(), expected.abs().max().item())
+    # `not <=` instead of `>`: NaN is a difference too.
     if not compared.difference <= TOLERANCE * max(1.0, compared.largest):
         raise ModelError(
-            f"logits of {megatron} differ from those of {hf} by {compared.difference:.3g} (the "
-            "largest is "
-            f"{compared.largest:.3g}; allowed is {TOLERANCE} of it); convert the model again"
+            f"logits of {megatron} differ from those of {hf} by {compared.difference:.3g} "
+            f"(the largest is {compared.largest:.3g}; allowed is {TOLERANCE} of it); "
+            "convert the model again"
         )
     return compared
 
 
 @torch.no_grad()
 def _transformers_logits(hf: str | Path, ids: Tensor) -> Tensor:
+    """Logits [B, S, V] by transformers on the CPU."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -59,7 +60,7 @@ def _transformers_logits(hf: str | Path, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _megatron_logits(hf_config, megatron: str | Path, ids: Tensor) -> Tensor:
-    """logits[b, s, vocab] of a world of one."""
+    """Logits [B, S, V] by Megatron-Core in a world of one process."""
     from megatron_policysplit.actor import parallel
     from megatron_policysplit.config import ParallelConfig
     from megatron_policysplit.distributed.device import training_device

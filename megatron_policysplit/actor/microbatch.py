@@ -16,35 +16,34 @@ from megatron_policysplit.rows.kl_pairs import Pairing
 class MicroBatch:
     """B rows padded on the right to S tokens (causal attention never looks at the padding).
 
-    An empty one has no rows, but `tokens` of one, for the sake of ranks that wait for this one's
-    part of the work. tokens [B, S] int64. rows [B]: the rows' indices in the batch. predictors [T]:
-    flat positions (b * S + s) whose hidden states predict the T response tokens `targets` [T].
-    lengths [B]: response tokens per row.
-    temperature [T]: of the row's mode. training_modes [B]: their names. pairings [B]: of the rows
-    whose exact KL is wanted, else None. prompt_lengths [B]: tokens of each row's prompt.
+    Together they have T response tokens. `make_microbatch` makes it on leaders; every rank of the
+    replica passes it through the model. An empty micro-batch has no rows, but one row of `tokens`:
+    under expert parallelism other replicas wait for this one's forward pass.
     """
 
-    tokens: Tensor
-    rows: list[int]
-    predictors: Tensor
-    targets: Tensor
-    lengths: list[int]
-    temperature: Tensor
-    training_modes: list[str]
-    pairings: list[Pairing | None]
-    prompt_lengths: list[int]
+    tokens: Tensor  # [B, S] int64
+    rows: list[int]  # [B]: the rows' indices in the batch
+    predictors: Tensor  # [T]: flat positions (b * S + s) whose hidden states predict `targets`
+    targets: Tensor  # [T] int64: the response tokens, row after row
+    lengths: list[int]  # [B]: response tokens per row
+    temperature: Tensor  # [T]: of the row's mode
+    training_modes: list[str]  # [B]
+    pairings: list[Pairing | None]  # [B]: None for rows whose exact KL is not computed
+    prompt_lengths: list[int]  # [B]: tokens of each row's prompt
 
     @property
     def position_ids(self) -> Tensor:
+        """[B, S] int64: each row counts from 0."""
         return torch.arange(self.tokens.shape[1]).expand_as(self.tokens)
 
     def select(self, hidden: Tensor) -> Tensor:
-        """Hidden states [S, B, H] of the model to those that predict response tokens, [T, H]."""
+        """Select from hidden states [S, B, H] those that predict response tokens, [T, H]."""
         return _at(self.predictors, hidden)
 
     def select_prompts(self, hidden: Tensor) -> Tensor:
-        """Hidden states [S, B, H] of the model to those that predict prompt tokens but each row's
-        first, [P, H].
+        """Select from hidden states [S, B, H] those that predict prompt tokens, [P, H].
+
+        Each row's first token is not among them: nothing predicts it.
         """
         width = self.tokens.shape[1]
         positions = [
@@ -54,7 +53,7 @@ class MicroBatch:
 
     @property
     def prompt_targets(self) -> Tensor:
-        """[P] int64: the tokens that these predict."""
+        """The tokens that the hidden states of `select_prompts` predict, [P] int64."""
         return torch.cat([self.tokens[b, 1:length] for b, length in enumerate(self.prompt_lengths)])
 
 
@@ -70,19 +69,23 @@ def make_microbatch(
     pairings: Mapping[int, Pairing],
     multiple: int = 1,
 ) -> MicroBatch:
-    """The rows at `indices` (none: an empty micro-batch) as one; pairings: by row index, where KL
-    is wanted.
+    """Make one micro-batch of the rows at `indices`; of no indices an empty one.
 
-    multiple: what S must be a multiple of.
+    temperatures: by the row's mode.
+    pairings: by row index, of the rows whose exact KL is computed.
+    multiple: S is a multiple of this, which sequence parallelism needs to split the tokens evenly.
     """
+    # An empty micro-batch still has one token, for the model to run on.
     width = -(-max((rows[i].length for i in indices), default=1) // multiple) * multiple
     tokens = torch.zeros(max(len(indices), 1), width, dtype=torch.int64)
-    nothing = torch.empty(0, dtype=torch.int64)
-    predictors, targets, temperature = [nothing], [nothing], [torch.empty(0)]
+    # Something to concatenate where there are no rows.
+    empty = torch.empty(0, dtype=torch.int64)
+    predictors, targets, temperature = [empty], [empty], [torch.empty(0)]
     for b, index in enumerate(indices):
         row = rows[index]
         start, length = len(row.prompt), row.response_length
         tokens[b, : row.length] = torch.tensor([*row.prompt, *row.rollout.tokens])
+        # The hidden state of a token predicts the next one.
         predictors.append(torch.arange(start - 1, start + length - 1) + b * width)
         targets.append(torch.tensor(row.rollout.tokens))
         temperature.append(torch.full((length,), temperatures[row.mode]))

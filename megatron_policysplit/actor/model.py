@@ -1,6 +1,4 @@
-"""The policy: Megatron-Core's GPTModel, built from a Hugging Face config, that stops at the hidden
-states.
-"""
+"""The policy: Megatron-Core's GPTModel from a Hugging Face config, ending at the hidden states."""
 
 from __future__ import annotations
 
@@ -35,22 +33,23 @@ from megatron_policysplit.vocab_parallel import Head, VocabularyShard
 
 
 class PolicyModel(GPTModel):
-    """A pipeline stage whose forward gives hidden states; `head` is what makes statistics and
-    losses of them.
+    """A pipeline stage whose forward returns hidden states instead of logits.
 
     forward(input_ids[b, s], position_ids[b, s], attention_mask) -> hidden[s, b, h]; on the last
-    stage they have passed the final norm. `vocab_size` is the true one, `padded_vocab_size` a
-    multiple of TP.
+    stage they have passed the final norm. `vocab_parallel` computes statistics and losses from them
+    with `head`. `vocab_size` is the true one, `padded_vocab_size` a multiple of TP.
     """
 
     def __init__(
         self, *, vocab_size: int, tensor: int, llama3_rope: Llama3Rope | None, **arguments: Any
     ):
-        padded = -(-vocab_size // tensor) * tensor
+        padded = -(-vocab_size // tensor) * tensor  # rounded up
         super().__init__(vocab_size=padded, **arguments)
         self.vocab_size = vocab_size
         self.padded_vocab_size = padded
         if llama3_rope is not None:
+            # Megatron's constructor takes only the factor of Llama 3's scaling; the other three
+            # numbers come from the model's config too.
             rope = self.rotary_pos_emb
             rope.inv_freq = rope._apply_scaling(
                 rope.inv_freq,
@@ -61,30 +60,29 @@ class PolicyModel(GPTModel):
             )
 
     def _postprocess(self, hidden_states: Tensor, **unused: Any) -> Tensor:
+        # Megatron's own makes logits of all tokens here, which is what we avoid.
         return hidden_states
 
     def head(self, chunk: int, triton: bool = False) -> Head:
-        """This tensor-parallel rank's shard of the LM head, tied or not; last stage only. chunk:
-        tokens at a time.
-        triton: by Triton kernels.
+        """Return this tensor-parallel rank's shard of the LM head, tied or not; last stage only.
 
         Its rows are [tp_rank * n, (tp_rank + 1) * n) of the vocabulary with n = padded_vocab_size /
-        TP; those at or past `vocab_size` are padding.
+        TP; those at or past `vocab_size` are padding. chunk: tokens whose logits exist at a time.
+        triton: whether Triton kernels do the work.
         """
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         group = parallel_state.get_tensor_model_parallel_group()
         rank = parallel_state.get_tensor_model_parallel_rank()
         shard = VocabularyShard.of(self.vocab_size, len(weight), rank, group)
-        # Under sequence parallelism the backward of `whole` sums the gradients of the hidden
-        # states.
+        # Under sequence parallelism the backward of `whole` sums the gradients of hidden states.
         return Head(weight, shard, chunk, not self.config.sequence_parallel, triton)
 
     def whole(self, hidden: Tensor) -> Tensor:
-        """Hidden states [s, b, h] of all tokens; under sequence parallelism from this rank's [s /
-        TP, b, h].
+        """Return the hidden states [s, b, h] of all tokens.
 
-        Forward then all-gathers over the tensor-parallel group, backward reduce-scatters.
+        Under sequence parallelism this rank has [s / TP, b, h] of them: forward all-gathers over
+        the tensor-parallel group, backward reduce-scatters. Else they are returned as they are.
         """
         if not self.config.sequence_parallel:
             return hidden
@@ -92,8 +90,11 @@ class PolicyModel(GPTModel):
 
 
 class _RMSNorm:
-    """torch's RMSNorm where tokens are split over ranks: Megatron's wrapper of it refuses that for
-    want of the mark by which the gradients of its weight are summed over the tensor-parallel group.
+    """torch's RMSNorm for sequence parallelism, without Transformer Engine.
+
+    Each rank sees a part of the tokens, so the gradients of the norm's weight must be summed over
+    the tensor-parallel group. Megatron does that for weights with the mark `sequence_parallel`;
+    its own wrapper of torch's RMSNorm sets no mark and refuses sequence parallelism.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any):
@@ -102,15 +103,31 @@ class _RMSNorm:
         return norm
 
 
+def _layer_spec(
+    config: TransformerConfig, transformer_engine: bool
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The layers that the model is made of."""
+    if not transformer_engine:
+        return _local_spec(config)
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+    )
+
+
 def _local_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
-    """Megatron's own layers, without Transformer Engine; experts one after the other."""
+    """Build the spec of Megatron's own layers, without Transformer Engine.
+
+    Experts are computed one after the other.
+    """
     experts, qk_layernorm = config.num_moe_experts, config.qk_layernorm
     spec = get_gpt_layer_local_spec(
         num_experts=experts, qk_layernorm=qk_layernorm, normalization="RMSNorm"
     )
     if experts:
-        # The norm before experts is stored as Transformer Engine's layers store it, not as in a
-        # dense layer.
+        # The norm before experts is stored in checkpoints as Transformer Engine's layers store it,
+        # not as in a dense layer.
         spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     if not config.sequence_parallel:
         return spec
@@ -119,6 +136,45 @@ def _local_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmo
     if qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = _RMSNorm
     return TransformerBlockSubmodules([spec] * get_num_layers_to_build(config), layer_norm=_RMSNorm)
+
+
+def _transformer_config(
+    architecture: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    transformer_engine: bool,
+    sequence: bool,
+) -> TransformerConfig:
+    """Megatron's configuration of the layers at this rank's layout.
+
+    architecture: fields that follow from the Hugging Face config.
+    """
+    return TransformerConfig(
+        **architecture,
+        **model_options(),
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
+        moe_grouped_gemm=transformer_engine and "num_moe_experts" in architecture,
+        sequence_parallel=sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        # Every micro-batch has its own length. Megatron refuses that with its default MoE
+        # dispatcher, even for models without experts.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        calculate_per_token_loss=True,
+        # Zeros, for the weights are loaded anyway; but initialization stays on, because it also
+        # marks parameters as tensor-parallel, which gradient norms rely on.
+        init_method=torch.nn.init.zeros_,
+        output_layer_init_method=torch.nn.init.zeros_,
+        embedding_init_method=torch.nn.init.zeros_,
+    )
 
 
 def build_model(
@@ -130,12 +186,15 @@ def build_model(
     transformer_engine: bool | None = None,
     sequence: bool = False,
 ) -> PolicyModel:
-    """This rank's stage of the model, with zero weights; `weights.load_weights` fills them.
+    """Build this rank's stage of the model with zero weights; `weights.load_weights` fills them.
 
-    Needs initialized parallel state. `pre_process` (embedding) and `post_process` (final norm and
-    head) follow the pipeline rank, and `transformer_engine` the device, unless given. Raises
-    ModelError for a config that Megatron-Core cannot express and ConfigError for a layout that does
-    not divide the model.
+    Needs initialized parallel state. Raises ModelError for a config that Megatron-Core cannot
+    express and ConfigError for a layout that does not divide the model.
+
+    pre_process, post_process: whether the stage has the embedding, and the final norm with the
+        head; None: as the pipeline rank says.
+    transformer_engine: whether layers are Transformer Engine's; None: as the device says.
+    sequence: sequence parallelism.
     """
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
@@ -153,44 +212,16 @@ def build_model(
             "training on a GPU needs Transformer Engine, which is not installed; "
             "pip install 'megatron_policysplit[gpu]', or hide the GPU with CUDA_VISIBLE_DEVICES=''"
         )
-    config = TransformerConfig(
-        **arguments.transformer,
-        **model_options(),
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        expert_model_parallel_size=expert,
-        moe_grouped_gemm=transformer_engine and "num_moe_experts" in arguments.transformer,
-        sequence_parallel=sequence,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        activation_func=F.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        attention_softmax_in_fp32=True,
-        # Micro-batches have their own lengths; Megatron refuses that with its default MoE
-        # dispatcher, MoE or not.
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",
-        calculate_per_token_loss=True,
-        # Initialization also marks parameters as tensor-parallel, which gradient norms rely on; so
-        # it stays on.
-        init_method=torch.nn.init.zeros_,
-        output_layer_init_method=torch.nn.init.zeros_,
-        embedding_init_method=torch.nn.init.zeros_,
+    config = _transformer_config(
+        arguments.transformer,
+        dtype=dtype,
+        transformer_engine=transformer_engine,
+        sequence=sequence,
     )
-    if transformer_engine:
-        spec = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=config.qk_layernorm,
-        )
-    else:
-        spec = _local_spec(config)
     gpt = dict(arguments.gpt)
     return PolicyModel(
         config=config,
-        transformer_layer_spec=spec,
+        transformer_layer_spec=_layer_spec(config, transformer_engine),
         vocab_size=gpt.pop("vocab_size"),
         tensor=tensor,
         llama3_rope=arguments.llama3_rope,

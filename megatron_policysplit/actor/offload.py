@@ -1,10 +1,12 @@
 """Frees the actor's GPU memory while engines use the GPU, and brings everything back bit for bit.
 
-Megatron's tensors are views: parameters into the distributed optimizer's buffers, gradients into
-DDP's, master weights and optimizer shards into others. So storages are emptied and filled again
+Megatron's tensors are views of each other: parameters of the distributed optimizer's buffers,
+gradients of DDP's, master weights and optimizer shards of others. Giving a tensor a new storage
+would cut it off from the others. So the storages themselves are emptied and filled again in place
 (`UntypedStorage.resize_`), and no tensor is replaced: every view stays valid, whoever holds it, in
 Megatron-Core, Transformer Engine or torch. (Megatron-Core's own `offload_to_cpu` gives the
-optimizer new tensors, which no longer are its views, and knows no parameters outside of buffers.)
+optimizer new tensors, which are no longer its views, and does not know parameters outside of
+buffers.)
 """
 
 from __future__ import annotations
@@ -25,22 +27,24 @@ from megatron_policysplit.distributed.device import (
 
 Part = Literal["optimizer", "gradients", "parameters"]
 ORDER: tuple[Part, ...] = ("optimizer", "gradients", "parameters")
-# torch rounds a block of pinned memory up to a power of two, so that one for everything could waste
-# as much again.
+# torch rounds a block of pinned memory up to a power of two, so a single block for everything could
+# waste as much again.
 CHUNK_BYTES = 64 * 2**20
-ALIGNMENT_BYTES = 64
+ALIGNMENT_BYTES = 64  # each storage begins at a multiple of this in host memory
 
 
 class Offload:
-    """Of one rank. Parts leave in the order optimizer, gradients, parameters and come back in the
-    reverse order.
+    """Moves one rank's tensors to host memory and back, in three parts.
 
-    optimizer: its state and master weights. gradients: DDP's buffers; their contents are dropped,
-    and zero afterwards.
-    parameters: those of the model, its buffers, and `reference`, further tensors of the actor that
-    live as long.
-    ddp: Megatron's DistributedDataParallel. Host memory, pinned for a GPU, is allocated once and
-    kept. A call out of order raises RuntimeError. No call is collective.
+    Parts leave in the order optimizer, gradients, parameters and come back in the reverse order; a
+    call out of order raises RuntimeError. No call is collective. Host memory, pinned for a GPU, is
+    allocated at the first offload and then reused.
+
+    The optimizer part is its state and master weights. The gradients are DDP's buffers: their
+    contents are dropped, and are zero afterwards. The parameters are those of the model, its
+    buffers, and `reference`, further tensors of the actor that live as long.
+
+    ddp: Megatron's DistributedDataParallel.
     """
 
     def __init__(
@@ -58,56 +62,65 @@ class Offload:
 
     @property
     def away(self) -> tuple[Part, ...]:
-        """The parts that have left the device."""
+        """The parts that have left the device, in the order in which they left."""
         return tuple(self._away)
 
     @property
     def bytes_away(self) -> int:
-        """Device memory that it takes to bring back what is away."""
+        """Bytes of device memory that it takes to bring back what is away."""
         return sum(emptied.nbytes for part in self._away.values() for emptied in part.values())
 
     def free_bytes(self) -> float:
-        """Device memory that no process holds; infinite on the CPU."""
+        """Bytes of device memory that no process holds; infinite on the CPU."""
         return free_memory_bytes()
 
     def offload_optimizer(self) -> None:
+        """Copy the optimizer's state and master weights to host memory and free them."""
         self._check("offload", "optimizer")
-        # Drops what the last step left on the side, and is due before the next anyway.
+        # Frees the gradients that the last step left; the next step would clear them anyway.
         self._optimizer.zero_grad()
-        elsewhere = self._parameters() | self._gradients()
-        self._empty(
-            "optimizer",
-            {key: storage for key, storage in self._states().items() if key not in elsewhere},
-        )
+        # A storage that parts share leaves with the last of them: in fp32 the optimizer steps on
+        # the parameters themselves.
+        shared = self._parameters() | self._gradients()
+        states = {key: storage for key, storage in self._states().items() if key not in shared}
+        self._empty("optimizer", states)
 
     def offload_gradients(self) -> None:
+        """Free DDP's gradient buffers; their contents are lost."""
         self._check("offload", "gradients")
-        elsewhere = self._parameters()
-        self._empty(
-            "gradients",
-            {key: storage for key, storage in self._gradients().items() if key not in elsewhere},
-        )
+        shared = self._parameters()
+        gradients = {
+            key: storage for key, storage in self._gradients().items() if key not in shared
+        }
+        self._empty("gradients", gradients)
 
     def offload_parameters(self) -> None:
-        """Until they are back, `read` gives parameters; nothing else may touch them."""
+        """Copy the parameters to host memory and free them.
+
+        Until they are back `read` gives their values; nothing else may touch them.
+        """
         self._check("offload", "parameters")
         self._empty("parameters", self._parameters())
 
     def restore_parameters(self) -> None:
+        """Bring the parameters back, bit for bit."""
         self._check("restore", "parameters")
         self._fill("parameters")
 
     def restore_gradients(self) -> None:
+        """Allocate DDP's gradient buffers again, filled with zeros."""
         self._check("restore", "gradients")
         self._fill("gradients")
 
     def restore_optimizer(self) -> None:
+        """Bring the optimizer's state and master weights back, bit for bit."""
         self._check("restore", "optimizer")
         self._fill("optimizer")
 
     def read(self, parameter: Tensor) -> Tensor:
-        """The parameter's values on the device: a copy while parameters are away, else itself,
-        detached.
+        """Return a parameter's values on the device: a copy while parameters are away, else itself.
+
+        Detached. Raises RuntimeError for a tensor that is none of the parameters that are away.
         """
         if "parameters" not in self._away:
             return parameter.detach()
@@ -118,6 +131,7 @@ class Offload:
                 "away"
             )
         size, stride, itemsize = parameter.shape, parameter.stride(), parameter.element_size()
+        # The bytes from the first to the last element of this view of the storage, gaps included.
         span = 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
         values = torch.empty(span * itemsize, dtype=torch.uint8, device=self._device)
         self._host["parameters"].read(
@@ -126,6 +140,7 @@ class Offload:
         return values.view(parameter.dtype).as_strided(size, stride)
 
     def _check(self, verb: Literal["offload", "restore"], part: Part) -> None:
+        """Raise RuntimeError unless this part is next."""
         count = len(self._away)
         allowed = ORDER[count : count + 1] if verb == "offload" else ORDER[:count][-1:]
         if part not in allowed:
@@ -135,11 +150,13 @@ class Offload:
             )
 
     def _parameters(self) -> dict[int, UntypedStorage]:
+        """Storages of the model's parameters and buffers and of the reference, by key."""
         return self._storages(
             [*self._ddp.module.parameters(), *self._ddp.module.buffers(), *self._reference]
         )
 
     def _gradients(self) -> dict[int, UntypedStorage]:
+        """Storages of DDP's buffers and of main gradients outside of them, by key."""
         buffers = [
             buffer.grad_data for buffer in (*self._ddp.buffers, *self._ddp.expert_parallel_buffers)
         ]
@@ -148,8 +165,9 @@ class Offload:
         )
 
     def _states(self) -> dict[int, UntypedStorage]:
-        """All that the optimizers step on: their state, and master weights or the parameters
-        themselves.
+        """Storages of all that the optimizers step on, by key.
+
+        That is their state, and master weights or the parameters themselves.
         """
         tensors: list[Tensor] = []
         for optimizer in self._optimizer.megatron.chained_optimizers:
@@ -160,17 +178,17 @@ class Offload:
         return self._storages(tensors)
 
     def _storages(self, tensors: Iterable[Tensor]) -> dict[int, UntypedStorage]:
-        """Each storage on the device once, in the order of the tensors (torch's AdamW counts its
-        steps on the CPU).
-        """
-        found: dict[int, UntypedStorage] = {}
+        """Each storage of the tensors on the device once, by key, in the order of the tensors."""
+        storages: dict[int, UntypedStorage] = {}
         for tensor in tensors:
+            # torch's AdamW counts its steps on the CPU; those stay there.
             if tensor.device == self._device:
                 storage = tensor.untyped_storage()
-                found.setdefault(_key(storage), storage)
-        return found
+                storages.setdefault(_key(storage), storage)
+        return storages
 
     def _empty(self, part: Part, storages: dict[int, UntypedStorage]) -> None:
+        """Copy storages to the part's host memory, if it has any, and set their size to 0."""
         emptied, end = {}, 0
         for key, storage in storages.items():
             emptied[key] = _Emptied(storage, storage.nbytes(), end)
@@ -179,13 +197,15 @@ class Offload:
             self._host[part].reserve(end)
             for item in emptied.values():
                 self._host[part].write(item.position, _bytes(item.storage))
-        return_freed_memory()  # the copies are under way
+        # This waits for the copies, which run asynchronously; only then may the storages go.
+        return_freed_memory()
         for item in emptied.values():
             item.storage.resize_(0)
         return_freed_memory()
         self._away[part] = emptied
 
     def _fill(self, part: Part) -> None:
+        """Give storages their size back and fill them from host memory, or with zeros."""
         for item in self._away[part].values():
             item.storage.resize_(item.nbytes)
             if part in self._host:
@@ -197,24 +217,22 @@ class Offload:
 
 @dataclass(frozen=True)
 class _Emptied:
-    """A storage that had `nbytes` bytes, which are in host memory from `position` on, if they are
-    kept.
-    """
+    """A storage that has been set to size 0."""
 
     storage: UntypedStorage
-    nbytes: int
-    position: int
+    nbytes: int  # its size before
+    position: int  # of its bytes in host memory; meaningless for gradients, which are dropped
 
 
 class HostMemory:
-    """Bytes on the host, in chunks of equal size that are never given back."""
+    """Host memory addressed by byte position, in chunks of equal size that are never given back."""
 
     def __init__(self, chunk_bytes: int):
         self.chunk_bytes = chunk_bytes
         self.chunks: list[Tensor] = []
 
     def reserve(self, nbytes: int) -> None:
-        """Have room for so many bytes."""
+        """Allocate chunks until there is room for `nbytes` bytes."""
         while len(self.chunks) * self.chunk_bytes < nbytes:
             self.chunks.append(host_memory(self.chunk_bytes))
 
@@ -224,13 +242,15 @@ class HostMemory:
             chunk.copy_(part, non_blocking=True)
 
     def read(self, position: int, target: Tensor) -> None:
-        """Copy n bytes from `position` into target[n] (uint8); to a GPU asynchronously, in stream
-        order.
+        """Copy n bytes from `position` into target[n] (uint8).
+
+        To a GPU asynchronously, in stream order: later kernels see the bytes.
         """
         for chunk, part in self._pieces(position, target):
             part.copy_(chunk, non_blocking=True)
 
     def _pieces(self, position: int, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of slices, of a chunk and of `tensor`, that cover the tensor from `position` on."""
         done = 0
         while done < len(tensor):
             number, offset = divmod(position + done, self.chunk_bytes)
@@ -240,12 +260,11 @@ class HostMemory:
 
 
 def _key(storage: UntypedStorage) -> int:
-    """The same for every handle of a storage, empty or not (its address in memory is 0 when it is
-    empty).
-    """
+    """A number that is the same for every Python handle of a storage, empty or not."""
+    # Not data_ptr(): that is 0 while the storage is empty.
     return storage._cdata
 
 
 def _bytes(storage: UntypedStorage) -> Tensor:
-    """A view of the whole storage: uint8[nbytes]."""
+    """A tensor that is the whole storage: uint8[nbytes]."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

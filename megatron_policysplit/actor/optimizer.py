@@ -13,17 +13,15 @@ from megatron_policysplit.config import TrainConfig
 
 @dataclass
 class StepResult:
-    """grad_norm before clipping; learning_rate of this step; stepped is False if the norm was not
-    finite.
-    """
+    """What one optimizer step did; `PolicyOptimizer.step` returns it."""
 
-    grad_norm: float
-    learning_rate: float
-    stepped: bool
+    grad_norm: float  # global norm before clipping
+    learning_rate: float  # of this step
+    stepped: bool  # False if the loss or the norm was not finite
 
 
 class PolicyOptimizer:
-    """AdamW over fp32 master weights, global-norm clipping and the schedule, all Megatron-Core's."""
+    """Megatron-Core's AdamW over fp32 master weights, with gradient clipping and the schedule."""
 
     def __init__(self, model: torch.nn.Module, train: TrainConfig, dtype: torch.dtype):
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -57,7 +55,7 @@ class PolicyOptimizer:
             max_lr=train.learning_rate,
             min_lr=min(train.min_learning_rate, train.learning_rate),
             lr_warmup_steps=train.warmup_steps,
-            # One more than there are: a decay to 0 is reached after the last step, not at it.
+            # One more than there are, so that a decay to 0 is reached only after the last step.
             lr_decay_steps=total + 1,
             lr_decay_style=train.lr_decay,
             start_wd=train.weight_decay,
@@ -68,18 +66,20 @@ class PolicyOptimizer:
         )
 
     def zero_grad(self) -> None:
+        """Clear the gradients of master weights and parameters; DDP's buffers are cleared apart."""
         self.megatron.zero_grad()
 
     def step(self, loss_is_finite: bool) -> StepResult:
-        """Clip and step, unless the loss or the global gradient norm is not finite (the same on all
-        ranks).
+        """Clip and step, unless the loss or the global gradient norm is not finite.
 
-        The schedule moves only with steps that were taken.
+        All ranks must pass the same `loss_is_finite`, and see the same norm. Collective over the
+        ranks that hold the model: the norm is all-reduced. The schedule moves only with steps that
+        were taken.
         """
         self.megatron.prepare_grads()
         norm = float(self.megatron.get_grad_norm())
-        # Step n of the warm-up (n from 1) trains at n / warmup_steps of the peak, so no step is
-        # lost at rate 0.
+        # The schedule moves before the step: step n of the warm-up (n from 1) trains at
+        # n / warmup_steps of the peak, so no step is lost at rate 0. A skipped step moves it back.
         self.schedule.step(increment=1)
         learning_rate = max(group["lr"] for group in self.megatron.param_groups)
         if not (loss_is_finite and math.isfinite(norm)):
@@ -89,8 +89,9 @@ class PolicyOptimizer:
         return StepResult(norm, learning_rate, stepped=True)
 
     def load_state_dict(self, state: dict[str, Any], steps_taken: int) -> None:
-        """Restore what `self.megatron.sharded_state_dict` gave, and the schedule after
-        `steps_taken` steps.
+        """Restore the optimizer's state and set the schedule to `steps_taken` steps.
+
+        state: as `self.megatron.sharded_state_dict` gave it, loaded.
         """
         for optimizer in self.megatron.chained_optimizers:
             _accept_missing_step(optimizer)
@@ -104,12 +105,14 @@ class PolicyOptimizer:
 
     @property
     def steps_taken(self) -> int:
+        """Steps that changed the weights; skipped ones do not count."""
         return self.schedule.num_steps
 
 
 def _add_step(optimizer: torch.optim.Optimizer) -> None:
-    """torch's AdamW counts steps for each parameter; Transformer Engine's and Apex's Adam for each
-    group.
+    """Give torch's AdamW its step counts, which Megatron's `init_state_fn` leaves out.
+
+    It counts steps for each parameter; Transformer Engine's and Apex's Adam count for each group.
     """
     if isinstance(optimizer, torch.optim.AdamW):
         for state in optimizer.state.values():
@@ -117,7 +120,11 @@ def _add_step(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _add_step_zero(loaded: dict[Any, Any]) -> None:
-    """Megatron saves the steps only if they are more than 0; torch's AdamW cannot load without."""
+    """Add step counts of 0 to a loaded state.
+
+    Megatron saves step counts only if they are more than 0; torch's AdamW cannot load without them.
+    """
+    # Several optimizers have integer keys; a single one's state stands alone.
     for part in [part for place, part in loaded.items() if isinstance(place, int)] or [loaded]:
         states = part.get("optimizer", part).get("state", {})
         for state in states.values():
@@ -127,14 +134,14 @@ def _add_step_zero(loaded: dict[Any, Any]) -> None:
 def _accept_missing_step(optimizer) -> None:
     """Let Megatron's distributed optimizer load into torch's AdamW.
 
-    It copies every entry of the Adam state from the checkpoint, which holds `step` elsewhere;
-    torch's AdamW, unlike Transformer Engine's, has `step` among those entries, and the copy would
-    fail for want of it.
+    Megatron copies every entry of the Adam state from the checkpoint. torch's AdamW, unlike
+    Transformer Engine's, has `step` among these entries, but the checkpoint holds it elsewhere, and
+    the copy would fail because it is missing. So the present `step` is added to what is copied.
     """
     if not isinstance(optimizer.optimizer, torch.optim.AdamW):
         return
     copy = getattr(optimizer, "_set_main_param_and_optimizer_states", None)
-    if copy is None:
+    if copy is None:  # not the distributed optimizer
         return
 
     def copy_with_step(model_parameter, tensors):
@@ -146,8 +153,9 @@ def _accept_missing_step(optimizer) -> None:
 
 
 def _separate_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Megatron restores one `step` tensor for all parameters; torch's AdamW would count it up once
-    for each.
+    """Give every parameter of torch's AdamW a `step` tensor of its own.
+
+    Megatron restores one tensor for all parameters, and AdamW would count it up once for each.
     """
     if isinstance(optimizer, torch.optim.AdamW):
         for state in optimizer.state.values():

@@ -1,9 +1,9 @@
-"""Process groups: Megatron's own, and the gloo groups over which rows and decisions travel.
+"""Sets process groups up: Megatron's own, and the gloo groups over which rows and decisions travel.
 
 A *replica* is one copy of the model, TP x PP ranks. Its *leader* is the tensor-rank-0 rank of the
-last pipeline stage: it generates, and token statistics are born there. The *chief*, leader of
-replica 0, logs and writes. Model parallelism is Megatron's; the groups here carry Python objects
-between CPUs.
+last pipeline stage: it generates, and token statistics are computed there. The *chief*, leader of
+replica 0, logs and writes. Model parallelism is Megatron's; the groups made here carry Python
+objects between CPUs.
 
 Under expert parallelism EP replicas in a row share one copy of the experts. Every layer sends
 tokens between them, so they run the same number of forward and backward passes.
@@ -24,33 +24,37 @@ from megatron_policysplit.distributed.device import backend, set_device
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import ConfigError
 
+# Of the control group alone, whose heartbeat must notice a dead rank soon.
 CONTROL_TIMEOUT_SECONDS = 45
 
 
 def initialize(parallel: ParallelConfig, seed: int, *, timeout_seconds: float = 3600.0) -> Layout:
-    """Set torch.distributed, Megatron's groups and the model-parallel RNG up, from RANK,
-    WORLD_SIZE, MASTER_*.
+    """Set torch.distributed, Megatron's groups and the model-parallel RNG up.
 
-    timeout_seconds: of a training collective; ranks that write no part of a checkpoint wait in one
-    for those that do. A process started alone (no RANK) is a world of one. Raises ConfigError if
-    the world's size is not the product of the parallel sizes.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* from the environment; a process that was started
+    alone (no RANK) is a world of one. Collective over all ranks. Raises ConfigError if the world's
+    size is not the product of the parallel sizes.
+
+    timeout_seconds: of a training collective. It is long because ranks that write no part of a
+        checkpoint wait in one for those that do.
     """
+    # Before Megatron is imported: without a GPU it asks for CUDA already then.
     install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    wanted = parallel.tensor * parallel.pipeline * parallel.data
-    if world_size != wanted:
+    needed = parallel.tensor * parallel.pipeline * parallel.data
+    if world_size != needed:
         raise ConfigError(
             f"{world_size} processes are running but parallel.tensor={parallel.tensor} x "
-            "parallel.pipeline="
-            f"{parallel.pipeline} x parallel.data={parallel.data} needs {wanted}; start as many or "
-            "change the layout"
+            f"parallel.pipeline={parallel.pipeline} x parallel.data={parallel.data} "
+            f"needs {needed}; start as many or change the layout"
         )
     set_device(int(os.environ.get("LOCAL_RANK", rank)))
     timeout = timedelta(seconds=timeout_seconds)
     if world_size == 1:
+        # A store in memory: a process that is alone needs no port.
         dist.init_process_group(
             backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
@@ -68,6 +72,7 @@ def initialize(parallel: ParallelConfig, seed: int, *, timeout_seconds: float = 
 
 
 def _layout(parallel: ParallelConfig, rank: int) -> Layout:
+    """Make the gloo groups and describe this rank's place. Collective over all ranks."""
     from megatron.core import parallel_state
 
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
@@ -80,6 +85,8 @@ def _layout(parallel: ParallelConfig, rank: int) -> Layout:
     last = parallel.pipeline - 1
     leader_ranks = [by_place[data, last, 0] for data in range(parallel.data)]
 
+    # `new_group` is collective over the world: every rank makes every group, in the same order,
+    # also those to which it does not belong.
     world = dist.new_group(backend="gloo")
     control = dist.new_group(backend="gloo", timeout=timedelta(seconds=CONTROL_TIMEOUT_SECONDS))
     replica = None

@@ -1,12 +1,9 @@
-"""Weights in from a Hugging Face directory, and out again under their Hugging Face names."""
+"""Loads weights from a Hugging Face directory, and exports them under their Hugging Face names."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import groupby
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -19,9 +16,10 @@ from torch import Tensor, nn
 
 from checkpoints_conv import SafetensorsReader, find_architecture, read_hf_config
 from checkpoints_conv.architectures import in_hf_order
-from checkpoints_conv.mapping import ParamMapping, Sizes
+from checkpoints_conv.mapping import Sizes
 from checkpoints_conv.reader import check_shape
-from megatron_policysplit.distributed.agree import Agreed, PeerFailed
+from megatron_policysplit.actor.export_buckets import Bucket, export_plan
+from megatron_policysplit.distributed.agree import ExportError, PeerFailed
 from megatron_policysplit.distributed.device import training_device
 from megatron_policysplit.errors import ModelError
 
@@ -29,13 +27,13 @@ Destination = Literal["every_rank", "leader", "stage_leader", "nowhere"]
 Read = Callable[[nn.Parameter], Tensor]
 Result = TypeVar("Result")
 CPU = torch.device("cpu")
-EXPERT_BUCKET_ELEMENTS = 2**26  # of experts that are exported together
-# The number of an expert in a parameter's name: of Megatron's own layers, or of Transformer
+# Matches the number of an expert in a parameter's name: of Megatron's own layers, or of Transformer
 # Engine's grouped ones.
 _EXPERT = re.compile(
     r"(?<=\.experts\.local_experts\.)\d+|(?<=\.experts\.linear_fc[12]\.weight)\d+$"
 )
 
+# Export plans by model; an entry goes with its model.
 _plans: WeakKeyDictionary[nn.Module, list[Bucket]] = WeakKeyDictionary()
 
 
@@ -71,6 +69,7 @@ def load_weights(model: nn.Module, hf_path: str | Path) -> None:
                     )
                 info = reader.tensors[src.name]
                 check_shape(src.name, info.shape, src.shape(sizes), info.file)
+            # First: no piece covers the padding rows of the vocabulary.
             parameter.zero_()
             for piece in mapping.pieces(sizes, rank, tensor):
                 block = parameter.narrow(piece.dim, piece.offset, piece.stop - piece.start)
@@ -78,8 +77,10 @@ def load_weights(model: nn.Module, hf_path: str | Path) -> None:
 
 
 def global_parameters(model: nn.Module, sizes: Sizes) -> dict[str, nn.Parameter]:
-    """This rank's parameters by name, wrappers' `module.` removed, layers and experts numbered over
-    the whole model.
+    """This rank's parameters by their names in the whole model.
+
+    Wrappers' `module.` is removed; layers and experts are numbered over all stages and all
+    expert-parallel ranks.
     """
     layers = sizes.layers // parallel_state.get_pipeline_model_parallel_world_size()
     first = parallel_state.get_pipeline_model_parallel_rank() * layers
@@ -104,25 +105,30 @@ def export_weights(
     device: torch.device = CPU,
     read: Read = Tensor.detach,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Full Hugging Face tensors on `device`, in transformers' order, in the parameters' dtype.
+    """Yield full Hugging Face tensors on `device`, in transformers' order.
 
-    A collective over the TP x PP ranks of a replica, and over those of all replicas that share
-    experts with it: all of them must iterate to the end. With "leader" only the replica's leader
-    (TP rank 0 of the last stage) gets tensors, with "stage_leader" TP rank 0 of each stage gets
-    those of its stage; the others' iterators yield nothing. With "nowhere" no rank of the replica
-    gets any: it only gives its experts. A tied head comes once, as the embedding; vocabulary
-    padding is cut.
-
-    read: gives a parameter's values on the rank's own device; needed where parameters wait in host
-    memory.
+    They have the parameters' dtype; a tied head comes once, as the embedding; vocabulary padding is
+    cut. Collective over the TP x PP ranks of a replica and over those of all replicas that share
+    experts with it: all of them must iterate to the end.
 
     Weights travel in buckets known beforehand: the embedding, each layer, and the final norm with
     the head; experts in buckets of their own, each of one expert-parallel rank and of at most
-    EXPERT_BUCKET_ELEMENTS. A bucket costs one all-reduce of a flag over all those ranks, for
-    experts one broadcast from the owning rank over the expert-parallel group of its stage if EP >
-    1, one broadcast from the owning stage if PP > 1 (not for "stage_leader"), and one all-gather if
-    TP > 1; no more than one bucket is held at a time. If another rank's consumer failed (see
-    `consume_weights`), PeerFailed is raised at the next bucket.
+    EXPERT_BUCKET_ELEMENTS. No more than one bucket is held at a time. The collectives of a bucket:
+
+    - one all-reduce of a flag over all the ranks above;
+    - for experts, if EP > 1, one broadcast from the owning rank over the expert-parallel group of
+      its stage;
+    - if PP > 1 and not for "stage_leader", one broadcast from the owning stage;
+    - if TP > 1, one all-gather.
+
+    Raises PeerFailed at the next bucket if another rank's consumer failed (see `consume_weights`),
+    and ExportFailed if this rank could not read its weights.
+
+    destination: which ranks get tensors; the others' iterators yield nothing. "leader": the
+        replica's leader (TP rank 0 of the last stage). "stage_leader": TP rank 0 of each stage gets
+        those of its stage. "nowhere": no rank of the replica, which only gives its experts.
+    read: returns a parameter's values on the rank's own device; needed where parameters wait in
+        host memory.
     """
     if destination not in get_args(Destination):
         raise ValueError(f"destination={destination!r} is not one of {get_args(Destination)}")
@@ -133,27 +139,37 @@ def export_weights(
     by_stage = destination == "stage_leader"
     last_stage = parallel_state.get_pipeline_model_parallel_world_size() - 1
     for bucket in _cached_plan(model, hf_config):
-        own, error = None, None
-        here, wanted = bucket.stage == own_stage, destination != "nowhere"
-        if here and (wanted if bucket.owner is None else bucket.owner == _expert_rank()):
-            try:
-                own = _read(bucket, parameters, read)
-            except Exception as raised:  # raised again below, once all ranks know
-                error = raised
-        _agree(failed=error is not None, raises=error is None)
-        if error is not None:
-            raise ExportFailed(
-                f"this rank could not read its weights ({type(error).__name__}: {error})"
-            ) from error
-        if here and bucket.owner is not None:
-            own = _from_owner(bucket, own, example)
-        if not wanted or (by_stage and not here):
+        is_own_stage, receives = bucket.stage == own_stage, destination != "nowhere"
+        holds = receives if bucket.owner is None else bucket.owner == _expert_rank()
+        local = _read_and_agree(bucket, parameters, read, reads=is_own_stage and holds)
+        # Ranks that receive nothing still give their experts.
+        if is_own_stage and bucket.owner is not None:
+            local = _from_owner(bucket, local, example)
+        if not receives or (by_stage and not is_own_stage):
             continue
-        shards = _gather(bucket, own, example, over_stages=not by_stage)
+        shards = _gather(bucket, local, example, over_stages=not by_stage)
         if destination == "every_rank" or (
             _tensor_rank() == 0 and (by_stage or own_stage == last_stage)
         ):
             yield from _assemble(bucket, shards, sizes, device).items()
+
+
+def _read_and_agree(
+    bucket: Bucket, parameters: dict[str, nn.Parameter], read: Read, *, reads: bool
+) -> Tensor | None:
+    """Read this rank's part of the bucket if it `reads`; raise on all ranks if one could not."""
+    local, error = None, None
+    if reads:
+        try:
+            local = _read(bucket, parameters, read)
+        except Exception as raised:  # raised again below, once all ranks know
+            error = raised
+    _agree(failed=error is not None, raises=error is None)
+    if error is not None:
+        raise ExportFailed(
+            f"this rank could not read its weights ({type(error).__name__}: {error})"
+        ) from error
+    return local
 
 
 def consume_weights(
@@ -165,19 +181,19 @@ def consume_weights(
     device: torch.device = CPU,
     read: Read = Tensor.detach,
 ) -> Result:
-    """Hand `consumer` the stream of `export_weights`; if it raises on any rank, all ranks of the
-    collective raise.
+    """Hand `consumer` the stream of `export_weights`; if it fails on any rank, all ranks raise.
 
     The rank that failed raises its own error, the others PeerFailed, at their next bucket or at the
-    end: nobody hangs. A consumer need not take all tensors. Costs one all-reduce of a flag more
-    than `export_weights`.
+    end, so no rank waits for one that is gone. A consumer need not take all tensors. Costs one
+    all-reduce of a flag more than `export_weights`. Returns what the consumer returns.
     """
     stream = export_weights(model, hf_config, destination, device=device, read=read)
     try:
         result = consumer(stream)
+        # Other ranks are in the collectives of the buckets that the consumer did not take.
         for _ in stream:
             pass
-    except Agreed:
+    except ExportError:  # all ranks know already
         raise
     except BaseException:
         _agree(failed=True, raises=False)
@@ -186,110 +202,16 @@ def consume_weights(
     return result
 
 
-@dataclass(frozen=True)
-class Exported:
-    """One tensor of `export_weights`: its name, shape and owning pipeline stage."""
-
-    name: str
-    shape: tuple[int, ...]
-    stage: int
-
-
-def exported_tensors(hf_config: Mapping[str, Any], pipeline: int) -> list[Exported]:
-    """What `export_weights` gives, in its order, over all stages; the same on every rank."""
-    sizes = find_architecture(hf_config).sizes(hf_config)
-    return [
-        Exported(src.name, src.shape(sizes), bucket.stage)
-        for bucket in export_plan(hf_config, 1, pipeline)
-        for src in in_hf_order(list(bucket.mappings))
-    ]
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Parameters that travel together: their rows of the table, and each one's shape on a rank.
-
-    owner: the expert-parallel rank that has these experts; None for parameters that all of them
-    have.
-    """
-
-    stage: int
-    owner: int | None
-    mappings: tuple[ParamMapping, ...]
-    shapes: tuple[tuple[int, ...], ...]
-
-    @cached_property
-    def numel(self) -> int:
-        """Elements that one tensor-parallel rank contributes."""
-        return sum(prod(shape) for shape in self.shapes)
-
-
-def export_plan(
-    hf_config: Mapping[str, Any], tensor: int, pipeline: int, expert: int = 1
-) -> list[Bucket]:
-    """The buckets of `export_weights` and the ranks that own each; the same on every rank.
-
-    The order of the tensors does not depend on the layout.
-    """
-    architecture = find_architecture(hf_config)
-    sizes = architecture.sizes(hf_config)
-    parts = architecture.mappings(hf_config)
-    plan = []
-    for index, (layer, mappings) in enumerate(parts):
-        if layer is None:
-            stage = 0 if index == 0 else pipeline - 1
-        else:
-            stage = layer // (sizes.layers // pipeline)
-        for owner, rows in _by_owner(mappings, sizes, expert):
-            plan.append(
-                Bucket(
-                    stage,
-                    owner,
-                    tuple(rows),
-                    tuple(mapping.local_shape(sizes, tensor) for mapping in rows),
-                )
-            )
-    return plan
-
-
 def _cached_plan(model: nn.Module, hf_config: Mapping[str, Any]) -> list[Bucket]:
-    """`export_plan` at this rank's layout, made at the model's first export: of many experts it
-    takes a while.
-    """
+    """`export_plan` at this rank's layout; made once per model, for many experts take a while."""
     if model not in _plans:
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         _plans[model] = export_plan(hf_config, _tensor_size(), stages, _expert_size())
     return _plans[model]
 
 
-def _by_owner(
-    mappings: Sequence[ParamMapping], sizes: Sizes, expert: int
-) -> Iterator[tuple[int | None, list[ParamMapping]]]:
-    """Consecutive rows of one expert-parallel rank, at most EXPERT_BUCKET_ELEMENTS of them; others
-    all together.
-    """
-
-    def owner(mapping: ParamMapping) -> int | None:
-        return None if mapping.expert is None else mapping.expert // (sizes.experts // expert)
-
-    for rank, rows in groupby(mappings, key=owner):
-        if rank is None:
-            yield None, list(rows)
-            continue
-        held: list[ParamMapping] = []
-        elements = 0
-        for mapping in rows:
-            more = prod(mapping.local_shape(sizes, 1))
-            if held and elements + more > EXPERT_BUCKET_ELEMENTS:
-                yield rank, held
-                held, elements = [], 0
-            held.append(mapping)
-            elements += more
-        yield rank, held
-
-
 def _read(bucket: Bucket, parameters: dict[str, nn.Parameter], read: Read) -> Tensor:
-    """This rank's parameters of the bucket, flat (bucket.numel elements)."""
+    """Read this rank's parameters of the bucket into one flat tensor of bucket.numel elements."""
     owned = [
         next(parameters[name] for name in mapping.megatron if name in parameters)
         for mapping in bucket.mappings
@@ -297,15 +219,12 @@ def _read(bucket: Bucket, parameters: dict[str, nn.Parameter], read: Read) -> Te
     return torch.cat([read(parameter).reshape(-1) for parameter in owned])
 
 
-def _from_owner(bucket: Bucket, own: Tensor | None, example: Tensor) -> Tensor:
-    """The experts of a bucket, flat, from the rank of this stage that has them; each
-    tensor-parallel rank its shard.
+def _from_owner(bucket: Bucket, local: Tensor | None, example: Tensor) -> Tensor:
+    """Broadcast the experts of a bucket, flat, from the rank of this stage that has them.
+
+    Each tensor-parallel rank broadcasts its shard. local: None on ranks that do not have them.
     """
-    flat = (
-        torch.empty(bucket.numel, dtype=example.dtype, device=training_device())
-        if own is None
-        else own
-    )
+    flat = _flat_buffer(bucket, example) if local is None else local
     if _expert_size() > 1:
         group = parallel_state.get_expert_model_parallel_group()
         dist.broadcast(flat, src=dist.get_global_rank(group, bucket.owner), group=group)
@@ -313,16 +232,14 @@ def _from_owner(bucket: Bucket, own: Tensor | None, example: Tensor) -> Tensor:
 
 
 def _gather(
-    bucket: Bucket, own: Tensor | None, example: Tensor, *, over_stages: bool
+    bucket: Bucket, local: Tensor | None, example: Tensor, *, over_stages: bool
 ) -> list[Tensor]:
-    """The bucket's parameters, flat, of every tensor-parallel rank (shards[TP]); own: this rank's,
-    if its stage's.
+    """Gather the bucket's parameters, flat, of every tensor-parallel rank: shards[TP].
+
+    local: this rank's; None on stages that do not hold the bucket. over_stages: broadcast from the
+    stage that holds it first.
     """
-    flat = (
-        torch.empty(bucket.numel, dtype=example.dtype, device=training_device())
-        if own is None
-        else own
-    )
+    flat = _flat_buffer(bucket, example) if local is None else local
     if over_stages and parallel_state.get_pipeline_model_parallel_world_size() > 1:
         group = parallel_state.get_pipeline_model_parallel_group()
         dist.broadcast(flat, src=dist.get_global_rank(group, bucket.stage), group=group)
@@ -333,10 +250,15 @@ def _gather(
     return shards
 
 
+def _flat_buffer(bucket: Bucket, example: Tensor) -> Tensor:
+    """Room for one tensor-parallel rank's parameters of a bucket, in the dtype of `example`."""
+    return torch.empty(bucket.numel, dtype=example.dtype, device=training_device())
+
+
 def _assemble(
     bucket: Bucket, shards: list[Tensor], sizes: Sizes, device: torch.device
 ) -> dict[str, Tensor]:
-    """Full Hugging Face tensors of a bucket from the shards of all tensor-parallel ranks."""
+    """Assemble full Hugging Face tensors of a bucket from all tensor-parallel ranks' shards."""
     full = {
         src.name: torch.empty(src.shape(sizes), dtype=shards[0].dtype, device=shards[0].device)
         for src in in_hf_order(list(bucket.mappings))
@@ -352,13 +274,14 @@ def _assemble(
     return {name: tensor.to(device) for name, tensor in full.items()}
 
 
-class ExportFailed(Agreed):
+class ExportFailed(ExportError):
     """This rank could not read its own weights."""
 
 
 def _agree(*, failed: bool, raises: bool = True) -> None:
-    """All ranks that take part learn whether one failed (one all-reduce); they raise then, if
-    `raises`.
+    """Tell all ranks that take part whether one of them failed (one all-reduce).
+
+    If one did this raises PeerFailed, unless `raises` is False.
     """
     flag = torch.tensor([int(failed)], dtype=torch.int32, device=training_device())
     dist.all_reduce(

@@ -25,12 +25,15 @@ class PolicyTokens:
     nucleus_entropy: Tensor | None = None  # for a method with `TokenSignals.nucleus_coef`
 
 
+MAXIMA = ("ratio_off_one",)  # the other fields of LossMetrics are sums over tokens
+
+
 @dataclass
 class LossMetrics:
     """What is logged of the tokens of a chunk, a micro-batch or an optimizer step; scalars.
 
-    In `policy_loss`'s answer `loss` has a gradient. The rest are sums over trained tokens, but for
-    the last.
+    `policy_loss` returns one whose `loss` has a gradient. A new metric is a field here, a value
+    there, and its place in `actor.UpdateMetrics`.
     """
 
     loss: Tensor
@@ -46,20 +49,33 @@ class LossMetrics:
             field.name: torch.stack([getattr(part, field.name) for part in parts])
             for field in fields(cls)
         }
-        largest = columns.pop("ratio_off_one").max()
-        return cls(**{name: c.sum() for name, c in columns.items()}, ratio_off_one=largest)
+        return cls(**{name: c.max() if name in MAXIMA else c.sum() for name, c in columns.items()})
+
+    def sums_and_maxima(self) -> tuple[Tensor, Tensor]:
+        """The sums and the maxima, each a vector in fp64 without gradient: what ranks exchange."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {name: value.detach().double() for name, value in values.items()}
+        maxima = [values.pop(name) for name in MAXIMA]
+        return torch.stack(list(values.values())), torch.stack(maxima)
+
+    @classmethod
+    def of_sums_and_maxima(cls, sums: Tensor, maxima: Tensor) -> LossMetrics:
+        """The inverse of `sums_and_maxima`."""
+        names = [field.name for field in fields(cls) if field.name not in MAXIMA]
+        values = dict(zip(names, sums.unbind(), strict=True))
+        return cls(**values, **dict(zip(MAXIMA, maxima.unbind(), strict=True)))
 
     def vector(self) -> Tensor:
-        """[5] fp64 without gradient, in the fields' order: what travels between ranks."""
-        return torch.stack([getattr(self, field.name).detach().double() for field in fields(self)])
+        """Sums, then maxima, as one tensor: what Megatron's schedule hands on."""
+        return torch.cat(self.sums_and_maxima())
 
     @classmethod
     def of_vectors(cls, vectors: Sequence[Tensor]) -> LossMetrics:
         """The metrics of all tokens from the `vector` of each part, on the CPU; zeros of none."""
         if not vectors:
-            return cls(*torch.zeros(len(fields(cls)), dtype=torch.float64).unbind())
-        table = torch.stack(list(vectors)).cpu()
-        return cls(*table[:, :-1].sum(0).unbind(), ratio_off_one=table[:, -1].max())
+            vectors = [torch.zeros(len(fields(cls)), dtype=torch.float64)]
+        table, maxima = torch.stack(list(vectors)).cpu(), len(MAXIMA)
+        return cls.of_sums_and_maxima(table[:, :-maxima].sum(0), table[:, -maxima:].max(0).values)
 
 
 def policy_loss(
@@ -70,10 +86,8 @@ def policy_loss(
     l = max(-A r, -A clip(r, 1 - low, 1 + high)) with r = exp(logprob - old logprob); with dual
     clip, for A < 0, l = min(l, -A dual_clip). Times the importance weight and the method's scale.
     Then + kl_coef * k3 KL to the reference policy, - (entropy_coef + the method's) * entropy, and +
-    the method's drift_coef * |log r|. The loss is the sum of these, each times its token's weight,
-    - nucleus_coef * nucleus entropy.
-
-    signals, policy: of the same T tokens, `signals` as the builder has filled them.
+    drift_coef * |log r|. The loss is the sum of these, each times its token's weight, less
+    nucleus_coef * nucleus entropy. `signals` and `policy` are of the same T tokens.
     """
     trained = signals.weights > 0
     # Untrained tokens may hold anything, NaN too; left in, 0 * NaN would reach the gradient.

@@ -15,8 +15,8 @@ class TokenSignals:
 
     A method makes one for a whole batch (`Method.signals`) and fills the first block of fields.
     `signals.SignalBuilder` cuts it into rows and fills the second block, `Actor.update` joins the
-    rows of a micro-batch, and `loss.policy_loss` reads it. Nothing on that way names the fields, so
-    that a new term of the loss is a field here and a line there. A field that is None has no term.
+    rows of a micro-batch, and `loss.policy_loss` reads it. All fields go that way alike: a new term
+    of the loss is a field here and a line in `policy_loss`. A field that is None has no term.
     """
 
     # A method fills these.

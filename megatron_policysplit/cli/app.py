@@ -1,4 +1,4 @@
-"""What the command lines share: usage lines, exit codes, one sentence instead of a traceback."""
+"""What the command lines share: usage lines, exit codes, errors as one sentence."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ class Command(TyperCommand):
 
 def run_app(commands: typer.Typer) -> None:
     """Run a command; a UserError is one line on stderr and exit code 2."""
-    local_rank = _local_rank()  # as given; `train` fills gaps
+    # Read before the command: `train` fills in the variables that were not set.
+    rank_of_node = local_rank()
     try:
         commands()
     except UserError as error:
-        sys.exit(_report(error, local_rank))
+        sys.exit(report_error(error, rank_of_node))
 
 
-def _local_rank() -> str:
+def local_rank() -> str:
+    """This process's rank on its node, as torchrun or srun set it; "0" where neither did."""
     return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
 
 
-def _report(error: UserError, local_rank: str) -> int:
-    """Print it and return the exit code.
+def report_error(error: UserError, rank_of_node: str) -> int:
+    """Print the error to stderr and return the exit code.
 
-    Of several ranks the first of every node prints it: what is missing may be missing on that node
-    alone.
+    The first rank of every node prints it, because a file may be missing on one node alone.
     """
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or local_rank == "0":
+    if rank == "0" or rank_of_node == "0":
         print(f"{'' if rank == '0' else f'rank {rank}: '}error: {error}", file=sys.stderr)
     return BAD_INPUT

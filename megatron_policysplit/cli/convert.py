@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_policysplit.cli.app import Command, _local_rank, _report, run_app
+from megatron_policysplit.cli.app import Command, local_rank, report_error, run_app
 from megatron_policysplit.errors import DONE, FAILED, ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-UNITS = {
+UNITS = {  # bytes
     "": 1,
     "B": 1,
     "KB": 10**3,
@@ -41,12 +41,16 @@ UNITS = {
 
 
 class Dtype(enum.Enum):
+    """Values of --dtype."""
+
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
 
 
 class Fp8Format(enum.Enum):
+    """Values of --format."""
+
     fp8 = "fp8"
     fp8_block = "fp8-block"
 
@@ -70,8 +74,8 @@ HfOfMegatron = Annotated[
     typer.Option(
         "--hf",
         metavar="DIR",
-        help="Where config.json, tokenizer and chat template come from. Default: hf/ of a converted checkpoint, "
-        "model.path of the run for a training checkpoint.",
+        help="Where config.json, tokenizer and chat template come from. Default: hf/ of a "
+        "converted checkpoint, model.path of the run for a training checkpoint.",
     ),
 ]
 MegatronDir = Annotated[
@@ -79,7 +83,8 @@ MegatronDir = Annotated[
     typer.Option(
         "--megatron",
         metavar="DIR",
-        help="A torch_dist checkpoint: converted, or checkpoints/step_NNNNNN of a run, saved at any TP x PP x EP.",
+        help="A torch_dist checkpoint: converted, or checkpoints/step_NNNNNN of a run, saved at "
+        "any TP x PP x EP.",
     ),
 ]
 Out = Annotated[
@@ -107,14 +112,8 @@ def hf_to_megatron(
 
     with _started_ranks() as ranks:
         name = None if dtype is None else dtype.value
-        convert(
-            hf,
-            out,
-            dtype=name,
-            allow_downcast=allow_downcast,
-            progress=_progress(ranks),
-            ranks=ranks,
-        )
+        options = {"dtype": name, "allow_downcast": allow_downcast}
+        convert(hf, out, **options, progress=_progress(ranks), ranks=ranks)
         _say(ranks, f"wrote {out}")
 
 
@@ -194,8 +193,8 @@ def quantize(
     from checkpoints_conv.quantize import quantize as convert
     from megatron_policysplit.config import ModesConfig
 
-    given = [calibration, calibration_questions, high_entropy_prompt_file]
-    if form is Fp8Format.fp8_block and given != [None, None, None]:
+    calibration_options = [calibration, calibration_questions, high_entropy_prompt_file]
+    if form is Fp8Format.fp8_block and calibration_options != [None, None, None]:
         raise ConfigError(
             "--format fp8-block scales activations as they come and is not calibrated; leave out "
             "--calibration and what belongs to it"
@@ -207,6 +206,7 @@ def quantize(
         )
     _refuse_torchrun("quantize")
 
+    # A function, because `quantize` calls it only after its own checks of the directories.
     def measure() -> Mapping[str, float]:
         from megatron_policysplit.cli.fp8_calibration import QUESTIONS, input_maxima
 
@@ -266,15 +266,18 @@ def inspect(
     """
     from checkpoints_conv.describe import describe
 
-    found = describe(directory, hf)
-    width = max(map(len, found))
-    for label, text in found.items():
+    description = describe(directory, hf)
+    width = max(map(len, description))
+    for label, text in description.items():
         print(f"{label:{width}}  {text}")
 
 
 @contextmanager
 def _started_ranks() -> Iterator[Ranks]:
-    """The ranks of this command, which ends with the body if there are several."""
+    """The ranks of this command: those that torchrun started, else one.
+
+    With several ranks the process ends with the body (`_left_at_once`).
+    """
     from checkpoints_conv.ranks import started_ranks
 
     ranks = started_ranks()
@@ -287,20 +290,20 @@ def _started_ranks() -> Iterator[Ranks]:
 
 @contextmanager
 def _left_at_once() -> Iterator[None]:
-    """End this process with the body, its errors reported, without the finalization of Python.
+    """Report the body's error, if any, and end this process without Python's finalization.
 
-    gloo's threads outlive destroy_process_group, and the one that ran the last collective lets go
-    of its tensors only after the collective is over. They are Python's objects too, so that needs
-    the interpreter's lock, and a thread which asks for that during finalization is unwound by
-    pthread_exit, through destructors of C++ that may not be: std::terminate ends a rank that had
-    done its work.
+    gloo's threads outlive destroy_process_group. The thread that ran the last collective releases
+    its tensors only after the collective is over. They are Python objects too, so it needs the
+    interpreter's lock for that. A thread that asks for the lock during finalization is unwound by
+    pthread_exit, through C++ destructors that must not be unwound: std::terminate then kills a rank
+    that had done its work.
     """
     code = FAILED
     try:
         yield
         code = DONE
     except UserError as error:
-        code = _report(error, _local_rank())
+        code = report_error(error, local_rank())
     except BaseException:
         traceback.print_exc()
     finally:
@@ -310,6 +313,7 @@ def _left_at_once() -> Iterator[None]:
 
 
 def _refuse_torchrun(command: str) -> None:
+    """Raise ConfigError if torchrun started several processes of a command that runs as one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             f"{command} runs as one process, but WORLD_SIZE={os.environ['WORLD_SIZE']}; start it "
@@ -318,13 +322,14 @@ def _refuse_torchrun(command: str) -> None:
 
 
 def _progress(ranks: Ranks):
-    """A bar on rank 0, over its own share."""
+    """A progress bar on rank 0, which counts the tensors of that rank; none on other ranks."""
     from checkpoints_conv.progress import bar, silent
 
     return bar if ranks.rank == 0 else silent
 
 
 def _say(ranks: Ranks, text: str) -> None:
+    """Print on rank 0 only."""
     if ranks.rank == 0:
         print(text)
 

@@ -1,6 +1,4 @@
-"""How large the inputs of a model's matrices get on the questions of a run, for FP8's fixed
-activation scales.
-"""
+"""Largest inputs of a model's matrices on a run's questions, for FP8's fixed activation scales."""
 
 from __future__ import annotations
 
@@ -35,53 +33,61 @@ def input_maxima(
     questions: int = QUESTIONS,
     progress: Progress = silent,
 ) -> dict[str, float]:
-    """The largest absolute value of the input that each quantized weight (by its name) is
-    multiplied with.
+    """Measure, for each quantized weight, the largest absolute value of the input it multiplies.
 
-    calibration: .jsonl or .parquet as for training. At most `questions` of them, spread over the
-    file, go through the model one by one as prompts of both modes, so that both are served with
-    scales that hold for them. All experts of a layer have the same maxima. progress counts tokens.
-    The whole model is held, on the GPU where there is one. Raises DataError for the file,
-    ModelError for a tokenizer or model that cannot be read or whose activations are not finite.
+    Every selection question goes through the model as a prompt of both modes, one at a time, so the
+    scales fit both. The whole model is held in memory, on the GPU where there is one.
+
+    Args:
+        hf: directory of a Hugging Face model.
+        calibration: questions, a .jsonl or .parquet file as for training.
+        modes: the prompts of the modes.
+        questions: how many of the file's questions are used at most, spread over the file.
+        progress: counts tokens.
+
+    Returns the maxima by weight name. All experts of a layer have the same.
+    Raises DataError for the file, ModelError for a tokenizer or model that cannot be read or whose
+    activations are not finite.
     """
     check_modelopt()
-    chosen = spread(load_questions(str(calibration)), questions)
+    selection = spread(load_questions(str(calibration)), questions)
     from megatron_policysplit.data.prompts import PromptBuilder
     from megatron_policysplit.data.tokenizer import load_tokenizer
 
     hf_config = read_hf_config(hf)
     builder = PromptBuilder(load_tokenizer(str(hf)), modes)
     prompts = [
-        tokens for question in chosen for tokens in builder.build(question.messages).values()
+        tokens for question in selection for tokens in builder.build(question.messages).values()
     ]
     longest = hf_config.get("max_position_embeddings") or math.inf
     for tokens in prompts:
         if len(tokens) > longest:
             raise DataError(
                 f"{calibration} has a question whose prompt of {len(tokens)} tokens is longer than "
-                "the model's "
-                f"max_position_embeddings={longest}; leave it out"
+                f"the model's max_position_embeddings={longest}; leave it out"
             )
         if max(tokens) >= hf_config["vocab_size"]:
             raise ModelError(
                 f"the tokenizer of {hf} gives token {max(tokens)}, but "
-                f"vocab_size={hf_config['vocab_size']}; "
-                "it is another model's"
+                f"vocab_size={hf_config['vocab_size']}; it is another model's"
             )
     measured = _measure(hf, prompts, progress)
     return {name: measured[_module(name)] for group in weight_groups(hf_config) for name in group}
 
 
 def spread(questions: Sequence[Question], most: int) -> list[Question]:
-    """At most `most` of them, evenly over the whole."""
-    kept = min(most, len(questions))
-    return [questions[index * len(questions) // kept] for index in range(kept)]
+    """At most `most` of the questions, evenly spaced from the first one on."""
+    count = min(most, len(questions))
+    return [questions[index * len(questions) // count] for index in range(count)]
 
 
 def _measure(
     hf: str | Path, prompts: Sequence[Sequence[int]], progress: Progress
 ) -> dict[str, float]:
-    """Module name -> largest absolute input over all prompts."""
+    """Run the model on the prompts; return module name -> largest absolute input over all of them.
+
+    Raises ModelError where an activation is not finite.
+    """
     import torch
 
     import_modelopt()
@@ -104,7 +110,7 @@ def _measure(
     try:
         with redirect_stdout(io.StringIO()):  # ModelOpt reports what it inserts
             mtq.quantize(model, mtq.FP8_DEFAULT_CFG, calibrate)
-    except AssertionError as error:  # so it says that a maximum is none
+    except AssertionError as error:  # what ModelOpt raises for a maximum that is nan or infinite
         raise ModelError(
             f"activations of {hf} cannot be measured ({error}); its weights or questions are bad"
         ) from error
@@ -112,8 +118,11 @@ def _measure(
 
 
 def _maxima(model: torch.nn.Module) -> Iterator[tuple[str, float]]:
-    """From quantizers called `MODULE.input_quantizer`, and `MODULE.gate_up_proj_input_quantizer` of
-    fused experts.
+    """Yield (module name, largest absolute input) from the quantizers that ModelOpt inserted.
+
+    They are called `MODULE.input_quantizer`; `MODULE.gate_up_proj_input_quantizer` and
+    `MODULE.down_proj_input_quantizer` for fused experts. Raises ModelError for a quantizer that no
+    prompt reached.
     """
     for name, module in model.named_modules():
         if name.endswith("input_quantizer") and module.is_enabled:
@@ -125,25 +134,22 @@ def _maxima(model: torch.nn.Module) -> Iterator[tuple[str, float]]:
 
 
 def _module(weight: str) -> str:
-    """The module whose input a weight is multiplied with; transformers fuses the experts of a
-    layer.
-    """
+    """The module whose input a weight is multiplied with, by the weight's name."""
+    # transformers fuses the experts of a layer into one module.
     fused = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
     return _EXPERT.sub(lambda match: f".experts.{fused[match[1]]}", weight.removesuffix(".weight"))
 
 
 def _read_model(hf: str | Path) -> torch.nn.Module:
+    """The transformers model in its stored dtype. Raises ModelError if it cannot be read."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         # ModelOpt sees the inputs of experts only where each is a call of `linear`.
-        experts = (
-            {"experts_implementation": "eager"}
-            if "num_experts_per_tok" in read_hf_config(hf)
-            else {}
-        )
+        has_experts = "num_experts_per_tok" in read_hf_config(hf)
+        experts = {"experts_implementation": "eager"} if has_experts else {}
         return AutoModelForCausalLM.from_pretrained(
             hf,
             dtype="auto",
@@ -152,7 +158,5 @@ def _read_model(hf: str | Path) -> torch.nn.Module:
             local_files_only=True,
             **experts,
         ).eval()
-    except (
-        Exception
-    ) as error:  # transformers and safetensors raise many kinds; each means an unreadable model
+    except Exception as error:  # transformers and safetensors raise many kinds of error
         raise ModelError(f"cannot load the model in {hf}: {error}") from error

@@ -21,11 +21,11 @@ FAILURE = "rank {rank} failed ({error})"
 T = TypeVar("T")
 
 
-class Agreed(TrainingError):
+class ExportError(TrainingError):
     """An export failed, and every rank that takes part in it knows already."""
 
 
-class PeerFailed(Agreed):
+class PeerFailed(ExportError):
     """This rank stopped because another one failed while it took or gave the weights."""
 
 

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Service(Protocol):
-    """Something that may need all ranks while leaders generate, such as `serving.fleet.Fleet`."""
+    """Something that may need all ranks while leaders generate, such as `training.generation.Generation`."""
 
     def wanted(self) -> bool:
         """Whether this rank wants `serve` to be called; asked at every heartbeat.

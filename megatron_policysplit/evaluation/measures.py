@@ -1,5 +1,6 @@
-"""Measures of a question's samples: pass@k, and how varied free text is. Pure functions of numbers
-and strings.
+"""Measures of a question's samples: pass@k, and how varied free text is.
+
+Pure functions of numbers and strings.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ BLEU_ORDER = 4
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Probability that k of `samples` responses, drawn without return, hold a right one: 1 - C(n-c,
-    k) / C(n, k).
+    """Probability that k of n responses, drawn without replacement, hold a right one.
 
-    Unbiased for the pass@k of the policy (Chen et al. 2021, arXiv 2107.03374, Eq. 1). Raises
-    ValueError unless 1 <= k <= samples and 0 <= right <= samples.
+    1 - C(n - c, k) / C(n, k) with n = samples and c = right, which is unbiased for the pass@k of
+    the policy (Chen et al. 2021, arXiv 2107.03374, Eq. 1). Raises ValueError unless 1 <= k <= n and
+    0 <= c <= n.
     """
     if not (1 <= k <= samples and 0 <= right <= samples):
         raise ValueError(f"pass@{k} of {samples} samples, {right} of them right, is not defined")
@@ -31,65 +32,65 @@ def powers_of_two(most: int) -> list[int]:
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits, and every other visible character by itself; case is kept."""
+    """The words of a text: runs of letters and digits, and every other visible character alone.
+
+    Case is kept.
+    """
     return WORD.findall(text)
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float | None:
-    """Distinct n-grams of words over all of them, both counted over all texts (Li et al. 2016,
-    arXiv 1510.03055).
+    """Distinct n-grams of words over all n-grams, both counted over all texts.
 
-    None where no text has n words.
+    Li et al. 2016, arXiv 1510.03055. None where no text has n words.
     """
     counts = sum((_ngrams(words(text), n) for text in texts), Counter())
     return len(counts) / counts.total() if counts else None
 
 
 def ngram_diversity(texts: Sequence[str], n: int = 2) -> float | None:
-    """Mean over texts of distinct / all n-grams of words of that text: the Policy Split paper's
-    Div-N-Gram.
+    """Mean over texts of distinct / all n-grams of the text: the Policy Split paper's Div-N-Gram.
 
-    The paper prints the sum over its 8 samples; its values are those of a mean. Its words are not
-    described, ours are those of `words`. Texts of fewer than n words are left out; None if all are.
+    The paper prints the sum over its 8 samples; its values are those of a mean. It does not
+    describe its words; ours are those of `words`. Texts of fewer than n words are left out; None
+    if all are.
     """
-    counts = [counted for text in texts if (counted := _ngrams(words(text), n))]
-    return (
-        sum(len(counted) / counted.total() for counted in counts) / len(counts) if counts else None
-    )
+    counts = [ngrams for text in texts if (ngrams := _ngrams(words(text), n))]
+    return _mean([len(ngrams) / ngrams.total() for ngrams in counts]) if counts else None
 
 
 def self_bleu_diversity(texts: Sequence[str]) -> float | None:
-    """1 - mean over texts of BLEU-4(text; the other texts): the Policy Split paper's Div-BLEU; 0
-    where all agree.
+    """1 - mean over texts of BLEU-4(text; the other texts): the Policy Split paper's Div-BLEU.
 
-    The paper names neither words nor smoothing; ours is `bleu`. Texts without words are left out;
-    None where fewer than two are left.
+    0 where all texts are equal. The paper names neither words nor smoothing; ours are those of
+    `bleu`. Texts without words are left out; None where fewer than two are left.
     """
-    tokens = [found for text in texts if (found := words(text))]
+    tokens = [text_words for text in texts if (text_words := words(text))]
     if len(tokens) < 2:
         return None
-    scores = [bleu(one, tokens[:i] + tokens[i + 1 :]) for i, one in enumerate(tokens)]
+    scores = [bleu(hypothesis, tokens[:i] + tokens[i + 1 :]) for i, hypothesis in enumerate(tokens)]
     return 1 - sum(scores) / len(scores)
 
 
 def bleu(hypothesis: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Sentence BLEU (Papineni et al. 2002) of words against several references, in [0, 1].
 
-    Without smoothing: 0 where an order has no match. Orders up to 4, or up to the hypothesis's
+    Without smoothing: 0 where an order has no match. Orders go up to 4, or up to the hypothesis's
     length if that is shorter (sacrebleu's effective_order). The brevity penalty takes the reference
-    nearest in length, of two the shorter.
+    nearest in length, the shorter one of two that are equally near.
     """
     orders = range(1, min(BLEU_ORDER, len(hypothesis)) + 1)
     logs = []
     for n in orders:
-        most: Counter = Counter()
+        # Clipped counts: an n-gram matches at most as often as in the reference with most of it.
+        limits: Counter = Counter()
         for reference in references:
-            most |= _ngrams(reference, n)
-        own = _ngrams(hypothesis, n)
-        matched = (own & most).total()
-        if not matched:
+            limits |= _ngrams(reference, n)
+        ngrams = _ngrams(hypothesis, n)
+        matches = (ngrams & limits).total()
+        if not matches:
             return 0.0
-        logs.append(math.log(matched / own.total()))
+        logs.append(math.log(matches / ngrams.total()))
     nearest = min((abs(len(r) - len(hypothesis)), len(r)) for r in references)[1]
     penalty = min(0.0, 1 - nearest / len(hypothesis))
     return math.exp(penalty + sum(logs) / len(logs))
@@ -98,11 +99,13 @@ def bleu(hypothesis: Sequence[str], references: Sequence[Sequence[str]]) -> floa
 def answer_measures(
     answers: Sequence[Sequence[tuple[str, bool]]], samples: int
 ) -> dict[str, float]:
-    """Over questions, each with `samples` pairs of response text and whether it is right; means
-    over questions.
+    """Measures of right answers, means over questions.
 
-    best_of_<samples>: a right one among all. pass_at_<k>: for powers of two up to `samples`.
-    unique_correct: different right texts.
+    answers: per question `samples` pairs (response text, whether it is right).
+
+    best_of_<samples>: share of questions with a right response.
+    pass_at_<k>: `pass_at_k` for powers of two up to `samples`.
+    unique_correct: number of different right texts.
     """
     right = [{text.strip() for text, is_right in pairs if is_right} for pairs in answers]
     counts = [sum(is_right for _, is_right in pairs) for pairs in answers]
@@ -116,10 +119,10 @@ def answer_measures(
 
 
 def variety_measures(texts: Sequence[Sequence[str]]) -> dict[str, float]:
-    """distinct_1, distinct_2, ngram_diversity_2, self_bleu_diversity of each question's texts,
-    means over questions.
+    """Measures of how varied each question's texts are, means over questions.
 
-    A measure that no question's texts are long or many enough for is left out.
+    Names: distinct_1, distinct_2, ngram_diversity_2, self_bleu_diversity. A measure that no
+    question's texts are long or many enough for is left out.
     """
     measures = {
         "distinct_1": lambda samples: distinct_n(samples, 1),
@@ -128,10 +131,10 @@ def variety_measures(texts: Sequence[Sequence[str]]) -> dict[str, float]:
         "self_bleu_diversity": self_bleu_diversity,
     }
     values = {
-        name: [v for samples in texts if (v := of(samples)) is not None]
-        for name, of in measures.items()
+        name: [value for samples in texts if (value := measure(samples)) is not None]
+        for name, measure in measures.items()
     }
-    return {name: _mean(found) for name, found in values.items() if found}
+    return {name: _mean(of_questions) for name, of_questions in values.items() if of_questions}
 
 
 def _ngrams(tokens: Sequence[str], n: int) -> Counter:

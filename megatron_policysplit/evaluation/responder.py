@@ -1,6 +1,4 @@
-"""Responses of a Hugging Face directory in its modes, without a run: what `generate` and `eval`
-need.
-"""
+"""Responses of a Hugging Face model in its modes without a run, for `generate` and `eval`."""
 
 from __future__ import annotations
 
@@ -20,24 +18,23 @@ from megatron_policysplit.rows import Mode
 
 @dataclass(frozen=True)
 class Response:
-    """One response. tokens: its ids, the stop token kept. surprisals: -log-prob of each at its
-    temperature, nats.
-    """
+    """One response of a mode to a question, made by `Responder`."""
 
-    question: int
+    question: int  # the question's id
     mode: Mode
-    sample: int
-    text: str
-    tokens: list[int]
-    surprisals: list[float]
-    truncated: bool
+    sample: int  # number among the responses to this question in this mode, from 0
+    text: str  # without special tokens
+    tokens: list[int]  # ids, the stop token included
+    surprisals: list[float]  # -log-prob of each token at the sampling temperature, nats
+    truncated: bool  # whether it ended at the token limit
 
 
 def prompts_asked_for(
     config: str | None, prompt: str | None, prompt_file: str | None
 ) -> ModesConfig:
-    """What --config, --high-entropy-prompt and --high-entropy-prompt-file ask for. Raises
-    ConfigError.
+    """The prompts that --config, --high-entropy-prompt and --high-entropy-prompt-file ask for.
+
+    Raises ConfigError where --config is combined with one of the other two.
     """
     if config is None:
         return ModesConfig(high_entropy_prompt=prompt, high_entropy_prompt_file=prompt_file)
@@ -53,10 +50,10 @@ def prompts_asked_for(
 
 
 class Responder:
-    """A model directory behind the prompts of all modes.
+    """A model of a Hugging Face directory that answers questions behind the prompts of its modes.
 
-    dtype: "float32" or "bfloat16". device: as torch names it. max_batch_samples: generated
-    together.
+    dtype: "float32" or "bfloat16". device: as torch names it. max_batch_samples: how many responses
+    are generated at once.
     """
 
     def __init__(
@@ -68,6 +65,7 @@ class Responder:
         device: str = "cpu",
         max_batch_samples: int = 64,
     ):
+        # Before the slow imports, so that a bad directory is refused at once.
         self._tokenizer = load_tokenizer(path)
         from transformers.utils import logging
 
@@ -91,7 +89,12 @@ class Responder:
         seed: int,
         on_response: Callable[[], None] = lambda: None,
     ) -> list[Response]:
-        """`samples` responses to every question in every mode, sorted by question, mode and sample."""
+        """`samples` responses to every question in every mode.
+
+        They are sorted by question, by the name of the mode and by sample.
+
+        on_response is called after each response, in the order in which they are finished.
+        """
         requests = []
         for question in questions:
             prompts = self._prompts.build(question.messages)

@@ -21,8 +21,6 @@ VARIETY_NAMES = {
     "ngram_diversity_2": "distinct word pairs of a response",
     "self_bleu_diversity": "1 - self-BLEU",
 }
-
-
 JUDGE_NAMES = {
     "judge_score": "judge's score (1 to 10)",
     "judge_unparsed": "replies without a score",
@@ -32,34 +30,30 @@ JUDGE_NAMES = {
 
 @dataclass(frozen=True)
 class ModeScores:
-    """Over all questions in one mode.
+    """Scores of one mode over all questions, made by `scores_by_mode`.
 
-    accuracy: share of right responses (pass@1). best_of_k: share of questions with a right
-    response.
-    unique_correct: mean number of distinct right texts per question. mean_surprisal_nats: per
-    token.
-    grading_errors: responses whose reward function failed; they count as wrong. pass_at: pass@k by
-    k.
-    variety: of the texts (`measures.variety_measures`). judge: of a judge model
-    (`judge.judge_measures`), if asked.
+    `eval --output` writes the fields under these names.
     """
 
-    accuracy: float
-    best_of_k: float
-    unique_correct: float
-    mean_surprisal_nats: float
-    mean_tokens: float
-    truncated: float
-    grading_errors: int
-    pass_at: dict[int, float]
-    variety: dict[str, float]
-    judge: dict[str, float | int] = field(default_factory=dict)
+    accuracy: float  # share of right responses (pass@1)
+    best_of_k: float  # share of questions with a right response
+    unique_correct: float  # mean number of distinct right texts per question
+    mean_surprisal_nats: float  # per token
+    mean_tokens: float  # mean length of a response
+    truncated: float  # share of responses that ended at the token limit
+    grading_errors: int  # responses whose reward function failed; they count as wrong
+    pass_at: dict[int, float]  # k -> pass@k
+    variety: dict[str, float]  # `measures.variety_measures` of the texts
+    judge: dict[str, float | int] = field(default_factory=dict)  # `judge_client.judge_measures`
 
 
 def scores_by_mode(
     responses: Sequence[Response], graded: Sequence[Graded]
 ) -> dict[str, ModeScores]:
-    """Mode -> scores. graded[i] belongs to responses[i]; every question has equally many responses."""
+    """Mode's name -> its scores, in the order of the responses' modes.
+
+    graded[i] belongs to responses[i]; every question has equally many responses.
+    """
     scores = {}
     for mode in _modes_in_order(responses):
         pairs = [
@@ -92,12 +86,10 @@ def variety_lines(responses: Sequence[Response]) -> list[str]:
     lines = []
     for mode in _modes_in_order(responses):
         texts = [response.text for response in responses if response.mode == mode]
-        found = variety_measures([texts]) if len(texts) > 1 else {}
-        if found:
-            values = ", ".join(
-                f"{VARIETY_NAMES[name]} {value:.3f}" for name, value in found.items()
-            )
-            lines.append(f"{mode_label(mode.value)}: {values}")
+        measures = variety_measures([texts]) if len(texts) > 1 else {}
+        if measures:
+            values = (f"{VARIETY_NAMES[name]} {value:.3f}" for name, value in measures.items())
+            lines.append(f"{mode_label(mode.value)}: {', '.join(values)}")
     return lines
 
 
@@ -117,14 +109,13 @@ def scores_table(scores: dict[str, ModeScores], samples: int):
     }
     columns = [asdict(mode_scores) for mode_scores in scores.values()]
     for column in columns:
-        column |= {f"pass_at_{k}": value for k, value in column["pass_at"].items()} | column[
-            "variety"
-        ]
-        column |= column["judge"]
+        column |= {f"pass_at_{k}": value for k, value in column["pass_at"].items()}
+        column |= column["variety"] | column["judge"]
+    # From pass@2 on: pass@1 is the accuracy.
     names |= {f"pass_at_{k}": f"pass@{k}" for k in powers_of_two(samples)[1:]}
-    sometimes = VARIETY_NAMES | JUDGE_NAMES
+    optional = VARIETY_NAMES | JUDGE_NAMES
     names |= {
-        key: name for key, name in sometimes.items() if any(key in column for column in columns)
+        key: name for key, name in optional.items() if any(key in column for column in columns)
     }
     for key, name in names.items():
         table.add_row(name, *(_cell(column.get(key)) for column in columns))
@@ -132,11 +123,12 @@ def scores_table(scores: dict[str, ModeScores], samples: int):
 
 
 def _cell(value: float | int | None) -> str:
+    """A number as the table shows it; a dash where nothing was measured."""
     if value is None:
         return "–"
     return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
 def _modes_in_order(responses: Sequence[Response]) -> list[Mode]:
-    """In the order in which they were asked for; of the first question, where all are."""
+    """The modes in the order of their first responses."""
     return list(dict.fromkeys(response.mode for response in responses))

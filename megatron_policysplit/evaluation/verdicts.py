@@ -1,5 +1,6 @@
-"""The judge at work: in the evaluations of a run, where all ranks wait for the chief's requests,
-and in `eval`.
+"""The judge at work, in the evaluations of a run and in `policysplit eval`.
+
+In a run the chief alone sends requests, and all ranks wait for it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from megatron_policysplit.config import Config, JudgeConfig
+from megatron_policysplit.config import JudgeConfig
 from megatron_policysplit.config.checks import check_judge_keys
 from megatron_policysplit.config.load import load_config
 from megatron_policysplit.data.questions import Question
@@ -29,22 +30,17 @@ Key = tuple[str, int, int]  # mode or name of eval.prompts, question, sample
 
 
 class EvaluationJudge:
-    """eval.judge of a run. Every method is collective over all ranks; the chief alone sends
-    requests.
+    """The judge of a run's evaluations. Every rank makes one; only the chief sends requests.
 
-    Building it tries the judge out: JudgeError on every rank if it cannot be used, StopRequested
-    after a signal.
+    Making one and every method are collective over all ranks. Making one tries the judge out: it
+    raises JudgeError on every rank if the judge cannot be used, StopRequested after a signal.
     """
 
     def __init__(
-        self, config: Config, layout: Layout, control: Control, log: Callable[[str], None]
+        self, settings: JudgeConfig, layout: Layout, control: Control, log: Callable[[str], None]
     ):
-        self._settings, self._layout, self._control, self._log = (
-            config.eval.judge,
-            layout,
-            control,
-            log,
-        )
+        self._settings, self._layout = settings, layout
+        self._control, self._log = control, log
         self._judge: JudgeClient | None = None
         layout.barrier()
         trial = control.attend(self._open() if layout.is_chief else None)
@@ -59,28 +55,31 @@ class EvaluationJudge:
     ) -> dict[Key, Verdict]:
         """Verdicts on the first responses to the first questions, on the chief; {} elsewhere.
 
-        answers: by mode or name of eval.prompts, on the chief. A judge that fails is told by one
-        message, not raised. Raises StopRequested on every rank after a signal.
+        A judge that fails is logged in one message and not raised. Raises StopRequested on every
+        rank after a signal.
+
+        Args:
+            answers: rollouts by mode or name of eval.prompts; read on the chief.
+            questions: the evaluation questions.
+            text: the response text of a rollout.
         """
-        chosen, pairs = [], []
+        judged, pairs = [], []
         if self._judge is not None:
-            chosen = [
+            judged = [
                 (name, rollout)
-                for name, some in answers.items()
-                for rollout in _first(self._settings, some, questions)
+                for name, rollouts in answers.items()
+                for rollout in _first(self._settings, rollouts, questions)
             ]
-            pairs = _pairs([(r.question, text(r)) for _, r in chosen], questions)
+            pairs = _pairs([(r.question, text(r)) for _, r in judged], questions)
         # The control group's short time-out begins when the last rank is here.
         self._layout.barrier()
-        found = (
-            self._control.attend(self._judge.judge(pairs) if self._judge is not None else None)
-            or []
-        )
-        if (said := failures(found)) is not None:
-            self._log(said)
+        requests = self._judge.judge(pairs) if self._judge is not None else None
+        verdicts = self._control.attend(requests) or []
+        if (message := failures(verdicts)) is not None:
+            self._log(message)
         return {
             (name, r.question, r.sample): verdict
-            for (name, r), verdict in zip(chosen, found, strict=True)
+            for (name, r), verdict in zip(judged, verdicts, strict=True)
         }
 
     async def _open(self) -> Verdict:
@@ -89,21 +88,16 @@ class EvaluationJudge:
 
 
 class OfflineJudge:
-    """The judge of `policysplit eval`, tried out when it is built. What goes wrong later is said on
-    stderr.
+    """The judge of `policysplit eval`. Making one tries the judge out; later failures go to stderr.
 
     keys: KEY=VALUE, those of eval.judge. Raises ConfigError or JudgeError.
     """
 
     def __init__(self, keys: Sequence[str]):
-        needed = (
-            "model.path=none",
-            "data.path=none",
-            "run.dir=none",
-        )  # what a run needs, and a judge does not
-        self.settings = load_config(
-            None, [*needed, *(f"eval.judge.{key}" for key in keys)]
-        ).eval.judge
+        # Keys that every configuration must have, though a judge needs none of them.
+        required = ("model.path=none", "data.path=none", "run.dir=none")
+        overrides = [*required, *(f"eval.judge.{key}" for key in keys)]
+        self.settings = load_config(None, overrides).eval.judge
         if self.settings.url is None:
             raise ConfigError(
                 "--judge needs the address of a server; give --judge url=http://host:port/v1, too"
@@ -121,57 +115,56 @@ class OfflineJudge:
         questions: Sequence[Question],
     ) -> dict[str, ModeScores]:
         """The scores, with the judge's measures of the first responses to the first questions."""
-        chosen = _first(self.settings, responses, questions)
-        pairs = _pairs([(response.question, response.text) for response in chosen], questions)
+        judged = _first(self.settings, responses, questions)
+        pairs = _pairs([(response.question, response.text) for response in judged], questions)
         verdicts = asyncio.run(self._judge.judge(pairs))
-        if (said := failures(verdicts)) is not None:
-            _warn(said)
+        if (message := failures(verdicts)) is not None:
+            _warn(message)
         by_mode: dict[str, list[Verdict]] = {}
-        for response, verdict in zip(chosen, verdicts, strict=True):
+        for response, verdict in zip(judged, verdicts, strict=True):
             by_mode.setdefault(response.mode.value, []).append(verdict)
         return {
-            mode: replace(found, judge=judge_measures(by_mode[mode]))
-            for mode, found in scores.items()
+            mode: replace(mode_scores, judge=judge_measures(by_mode[mode]))
+            for mode, mode_scores in scores.items()
         }
 
 
 def judge_metrics(verdicts: Mapping[Key, Verdict]) -> dict[str, float]:
-    """`eval/<mode or name>/<measure>` (`judge_measures`)."""
+    """`judge_measures` of each mode or name of eval.prompts, as `eval/<mode or name>/<measure>`."""
     by_name: dict[str, list[Verdict]] = {}
     for (name, _, _), verdict in verdicts.items():
         by_name.setdefault(name, []).append(verdict)
     return {
-        f"eval/{n}/{measure}": float(v)
-        for n, some in by_name.items()
-        for measure, v in judge_measures(some).items()
+        f"eval/{name}/{measure}": float(value)
+        for name, of_name in by_name.items()
+        for measure, value in judge_measures(of_name).items()
     }
 
 
 def with_verdicts(
     records: Sequence[dict[str, Any]], verdicts: Mapping[Key, Verdict]
 ) -> list[dict[str, Any]]:
-    """Rollout records, those that were judged with `judge`: score, reply, error."""
-    found = [
-        verdicts.get((record["mode"], record["question"], record["sample"])) for record in records
-    ]
-    return [
-        r | {"judge": asdict(v)} if v is not None else r
-        for r, v in zip(records, found, strict=True)
-    ]
+    """The rollout records; those that were judged with `judge`: {score, reply, error}."""
+    result = []
+    for record in records:
+        verdict = verdicts.get((record["mode"], record["question"], record["sample"]))
+        result.append(record if verdict is None else record | {"judge": asdict(verdict)})
+    return result
 
 
 def failures(verdicts: Sequence[Verdict]) -> str | None:
-    """One sentence about the responses that got no reply, with the first reason; None if all got
-    one.
-    """
+    """One sentence about the responses that got no reply, with the first reason; else None."""
     errors = [verdict.error for verdict in verdicts if verdict.error is not None]
     if not errors:
         return None
-    return f"{len(errors)} of {len(verdicts)} responses were not judged (judge_failed); the first: {errors[0]}"
+    return (
+        f"{len(errors)} of {len(verdicts)} responses were not judged (judge_failed); the first: "
+        f"{errors[0]}"
+    )
 
 
 def question_text(question: Question) -> str:
-    """What the judge reads as the question: the message, or of several each with its role."""
+    """The question as the judge reads it: its one message, or several, each after its role."""
     if len(question.messages) == 1:
         return question.messages[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in question.messages)
@@ -182,29 +175,29 @@ def _warn(text: str) -> None:
 
 
 def _first(settings: JudgeConfig, answers: Sequence, questions: Sequence[Question]) -> list:
-    """The first eval.judge.samples of `answers` (rollouts or responses) to the first
-    eval.judge.questions.
+    """The answers that are judged: the first to the first questions, as many as eval.judge says.
+
+    answers: rollouts or responses.
     """
-    wanted = {question.id for question in questions[: settings.questions]}
+    ids = {question.id for question in questions[: settings.questions]}
     return [
-        answer
-        for answer in answers
-        if answer.question in wanted and answer.sample < settings.samples
+        answer for answer in answers if answer.question in ids and answer.sample < settings.samples
     ]
 
 
 def _pairs(
     answers: Sequence[tuple[int, str]], questions: Sequence[Question]
 ) -> list[tuple[str, str]]:
+    """(question text, response text) of each pair (question id, response text)."""
     texts = {question.id: question_text(question) for question in questions}
     return [(texts[id], response) for id, response in answers]
 
 
 def _no_score(settings: JudgeConfig, trial: Verdict) -> str:
-    said = " ".join(trial.reply.split())
+    """The warning about a judge whose reply to the trial holds no score."""
+    reply = " ".join(trial.reply.split())
     return (
         f"the judge {settings.model} gave a trial response no score that can be read: its reply "
-        "must end in a line "
-        f"`Score: N` and be shorter than eval.judge.max_tokens={settings.max_tokens}; it ended: "
-        f"{said[-200:]!r}"
+        "must end in a line `Score: N` and be shorter than "
+        f"eval.judge.max_tokens={settings.max_tokens}; it ended: {reply[-200:]!r}"
     )

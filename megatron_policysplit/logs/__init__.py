@@ -10,15 +10,18 @@ from megatron_policysplit.logs.sink import Sink, without_secrets
 
 
 class Logger:
-    """Hands metrics, rollouts and messages to every sink that the `log` section of the config asks
-    for.
+    """Hands metrics, rollouts and messages to every sink that the config's `log` section asks for.
 
-    Files are always written: metrics.jsonl and messages.log, and rollouts/ unless `log.rollouts` is
-    false. Create it on the chief rank only. Metric values are numbers; a value that is not finite
-    is stored as null in files and as it is elsewhere. resolved_config goes, without secrets, to
-    TensorBoard and wandb.
+    Made on the chief rank only. Files are always written: metrics.jsonl and messages.log, and
+    rollouts/ unless `log.rollouts` is false. Metric values are numbers; a value that is not finite
+    is stored as null in files and as it is elsewhere. Raises ConfigError when a sink's package is
+    missing.
 
-    Raises ConfigError when a sink's package is missing or wandb refuses to start.
+    Args:
+        config: which sinks there are.
+        run_dir: where files go; it is created.
+        total_steps: for the progress display.
+        resolved_config: goes, without secrets, to TensorBoard and wandb.
     """
 
     def __init__(
@@ -29,8 +32,9 @@ class Logger:
         self.sinks = list(_sinks(config, run_dir, total_steps, without_secrets(resolved_config)))
 
     def start(self, step: int) -> None:
-        """Begin after `step` trained steps (0: a fresh run); what files hold of later steps is
-        dropped.
+        """Begin after `step` trained steps (0: a fresh run); drop what files hold of later steps.
+
+        Raises ConfigError when wandb refuses to start.
         """
         for sink in self.sinks:
             sink.start(step)

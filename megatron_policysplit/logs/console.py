@@ -38,7 +38,7 @@ Metrics = dict[str, float]
 
 
 class ConsoleSink(Sink):
-    """A bar over steps and, below it, a table of the modes and one line per other group of metrics."""
+    """A bar over steps; below it a table of the modes, and a line per other group of metrics."""
 
     def __init__(self, total_steps: int, console: Console | None = None):
         self.console = console or standard_console()
@@ -68,12 +68,11 @@ class ConsoleSink(Sink):
             self.live.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
-        if (
-            not self.metrics
-        ):  # servers may have taken minutes to start, and an evaluation came first
-            self.began = time.monotonic() - metrics.get(
-                "time/step_s", time.monotonic() - self.began
-            )
+        # The pace counts from the first step's begin: servers may have taken minutes to start, and
+        # an evaluation came first.
+        if not self.metrics:
+            now = time.monotonic()
+            self.began = now - metrics.get("time/step_s", now - self.began)
         self.metrics = dict(metrics)
         self.progress.update(self.task, completed=step, pace=self._pace(step))
         self._show(lambda: f"step {step}/{self.total} ({self._pace(step)}){plain_line(metrics)}")
@@ -112,7 +111,7 @@ class ConsoleSink(Sink):
 
 
 def standard_console() -> Console:
-    """Standard output; a letter that its encoding lacks is escaped instead of ending the run."""
+    """A console on standard output, which escapes letters that the output's encoding lacks."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     # Asking the stream itself: FORCE_COLOR must not turn a log file into a screen.
@@ -120,8 +119,9 @@ def standard_console() -> Console:
 
 
 def modes_table(metrics: Metrics, evals: Metrics) -> list[Table]:
-    """Rows: every metric that a mode has, training first; columns: the modes. Empty without
-    metrics.
+    """A table with a row per metric of a mode, training first, and a column per mode.
+
+    [] without metrics.
     """
     table = Table(box=None, pad_edge=False)
     table.add_column("")
@@ -140,9 +140,7 @@ def modes_table(metrics: Metrics, evals: Metrics) -> list[Table]:
 
 
 def group_lines(metrics: Metrics, evals: Metrics) -> list[Text]:
-    """One line for every group that is not a mode: `kl`, `actor`, `time`, ... and groups of a
-    user's own.
-    """
+    """One line for every group that is not a mode: `kl`, `actor`, `time` ..., and a user's own."""
     modes = modes_in_metrics(metrics)
     groups = {
         group: values for source in (evals, metrics) for group, values in grouped(source).items()
@@ -162,19 +160,23 @@ def group_lines(metrics: Metrics, evals: Metrics) -> list[Text]:
 
 
 def plain_line(metrics: Metrics, shown: dict[str, tuple[str, ...]] = PLAIN) -> str:
-    """` | group: name value, ...` for every group; a group named in `shown` only with those names."""
+    """` | group: name value, ...` for every group of metrics.
+
+    shown: group -> the names to show of it; other groups are shown whole.
+    """
     line = ""
     for group, values in grouped(metrics).items():
         whole = PLAIN_MODE if shown and is_mode(values) else values
-        chosen = {name: value for name, value in values.items() if name in shown.get(group, whole)}
-        if chosen:
-            parts = ", ".join(f"{label(name)} {number(value)}" for name, value in chosen.items())
+        names = shown.get(group, whole)
+        selection = {name: value for name, value in values.items() if name in names}
+        if selection:
+            parts = ", ".join(f"{label(name)} {number(value)}" for name, value in selection.items())
             line += f" | {label(group) or 'other'}: {parts}"
     return line
 
 
 def modes_in_metrics(metrics: Metrics) -> list[str]:
-    """The two modes, whether there are metrics of them or not, and the others that sampled."""
+    """The names of the modes: the two of Policy Split in any case, and others that sampled."""
     others = [group for group, values in grouped(metrics).items() if is_mode(values)]
     return list(dict.fromkeys([*(mode.value for mode in MODES), *others]))
 
@@ -194,18 +196,20 @@ def grouped(metrics: Metrics) -> dict[str, Metrics]:
 
 
 def label(name: str) -> str:
+    """A group's or a metric's name as people read it."""
     if name.endswith("_s") and not name.endswith("_per_s"):
         return name.removesuffix("_s").replace("_", " ") + " (s)"
     return LABELS.get(name, name.replace("_", " "))
 
 
 def number(value: float) -> str:
-    """Four significant digits; whole numbers up to six digits as they are."""
+    """A value with four significant digits; whole numbers of up to six digits as they are."""
     value = float(value)
     return f"{value:.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:
+    """Seconds as hours:minutes:seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

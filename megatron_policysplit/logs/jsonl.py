@@ -1,5 +1,9 @@
-"""Files: metrics.jsonl, rollouts/{step,eval}_NNNNNN.jsonl, reward_errors.jsonl (not gradable),
-messages.log.
+"""Logs as files in the run directory.
+
+metrics.jsonl: metrics, one line per step and kind.
+rollouts/step_NNNNNN.jsonl, rollouts/eval_NNNNNN.jsonl: every rollout.
+reward_errors.jsonl: rollouts that could not be graded.
+messages.log: sentences for the user.
 """
 
 from __future__ import annotations
@@ -8,15 +12,16 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from megatron_policysplit.errors import DataError
 from megatron_policysplit.logs.sink import Sink
 
 
 class JsonlSink(Sink):
-    """One JSON object a line; files that are replaced are written beside and renamed.
+    """Writes JSON lines; a file that is replaced is written beside and renamed into place.
 
     A line of metrics.jsonl is {"step", "kind": "train" or "eval", "time": Unix seconds,
     metrics...}. It never holds two lines of one step and kind: on resume the lines of steps that
@@ -27,8 +32,8 @@ class JsonlSink(Sink):
         self.run_dir = run_dir
         self.dump_rollouts = dump_rollouts
         self.path = run_dir / "metrics.jsonl"
-        self.file = None
-        self.written: set[tuple[int, str]] = set()
+        self.file = None  # metrics.jsonl, open for appending between `start` and `close`
+        self.written: set[tuple[int, str]] = set()  # (step, kind) of its lines
 
     def start(self, step: int) -> None:
         self._keep(lambda record: record["step"] <= step)
@@ -46,23 +51,16 @@ class JsonlSink(Sink):
         self._dump(self.run_dir / "rollouts" / f"eval_{step:06d}.jsonl", step, records)
 
     def _dump(self, path: Path, step: int, records: list[dict]) -> None:
-        failed = [record for record in records if record.get("reward_error")]
-        if failed:
-            with open(
-                self.run_dir / "reward_errors.jsonl",
-                "a",
-                encoding="utf-8",
-                errors="backslashreplace",
-            ) as file:
-                file.writelines(to_json({"step": step, **record}) + "\n" for record in failed)
+        errors = [record for record in records if record.get("reward_error")]
+        if errors:
+            with _open_to_append(self.run_dir / "reward_errors.jsonl") as file:
+                file.writelines(to_json({"step": step, **record}) + "\n" for record in errors)
         if self.dump_rollouts:
             path.parent.mkdir(exist_ok=True)
             replace(path, map(to_json, records))
 
     def message(self, text: str) -> None:
-        with open(
-            self.run_dir / "messages.log", "a", encoding="utf-8", errors="backslashreplace"
-        ) as file:
+        with _open_to_append(self.run_dir / "messages.log") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def close(self) -> None:
@@ -77,32 +75,35 @@ class JsonlSink(Sink):
             )
         if (step, kind) in self.written:
             self._keep(lambda record: (record["step"], record["kind"]) != (step, kind))
-        self.file.write(
-            to_json({"step": step, "kind": kind, "time": time.time(), **metrics}) + "\n"
-        )
+        record = {"step": step, "kind": kind, "time": time.time(), **metrics}
+        self.file.write(to_json(record) + "\n")
         self.file.flush()
         self.written.add((step, kind))
 
-    def _keep(self, wanted) -> None:
-        """Rewrite metrics.jsonl with the wanted records only, and open it for appending."""
+    def _keep(self, condition: Callable[[dict], bool]) -> None:
+        """Rewrite metrics.jsonl with the records that meet a condition, and open it to append."""
         self.close()
-        records = (
-            [record for record in read_metrics_file(self.path) if wanted(record)]
-            if self.path.exists()
-            else []
-        )
+        records = read_metrics_file(self.path) if self.path.exists() else []
+        records = [record for record in records if condition(record)]
         replace(self.path, map(to_json, records))
         self.written = {(record["step"], record["kind"]) for record in records}
-        self.file = open(self.path, "a", encoding="utf-8", errors="backslashreplace")
+        self.file = _open_to_append(self.path)
+
+
+def _open_to_append(path: Path) -> TextIO:
+    # A lone surrogate in a text must not end the run.
+    return open(path, "a", encoding="utf-8", errors="backslashreplace")
 
 
 def rollout_path(run_dir: Path, step: int) -> Path:
+    """The dump of the rollouts of a training step."""
     return Path(run_dir) / "rollouts" / f"step_{step:06d}.jsonl"
 
 
 def replace(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file beside `path`, flush it to disk and rename it into place: readers see old
-    or new, whole.
+    """Replace a text file by lines, so that readers see the old or the new file as a whole.
+
+    The new one is written beside `path`, flushed to disk and renamed into place.
     """
     beside = path.with_name(path.name + ".partial")
     with open(beside, "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -113,17 +114,18 @@ def replace(path: Path, lines: Iterable[str]) -> None:
 
 
 def to_json(record: dict) -> str:
-    """One line of standard JSON: what is not finite becomes null, numbers of numpy and torch become
-    plain ones.
+    """A record as one line of standard JSON.
+
+    Numbers that are not finite become null, scalars of numpy and torch become plain numbers.
     """
     return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:
-    """The records of a JSONL file. A last line without its newline was cut by a crash and is left
-    out.
+    """The records of a JSONL file.
 
-    Raises DataError naming file and line when any other line is not a JSON object.
+    A last line without its newline was cut by a crash and is left out. Raises DataError naming file
+    and line when any other line is not a JSON object.
     """
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
@@ -141,7 +143,7 @@ def read_jsonl(path: Path) -> Iterator[dict]:
 
 
 def read_metrics_file(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; DataError when one has no `step` or no `kind`."""
+    """The records of a metrics.jsonl. Raises DataError when one has no `step` or no `kind`."""
     records = list(read_jsonl(path))
     for record in records:
         if not isinstance(record.get("step"), int) or record.get("kind") not in ("train", "eval"):

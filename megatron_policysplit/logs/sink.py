@@ -1,20 +1,22 @@
-"""What a place that metrics go to must do."""
+"""The interface of sinks, the places that logs go to."""
 
 from __future__ import annotations
 
 import re
 
+# Keys whose value is left out of logs: api_key, my_password, hf-token ...
 SECRET = re.compile(
-    r"(^|[_\-.])((api|access|private|secret)_?key|secrets?|passwd|passwords?|token|credentials?|authorization)$",
+    r"(^|[_\-.])((api|access|private|secret)_?key|secrets?|passwd|passwords?|token|credentials?"
+    r"|authorization)$",
     re.I,
 )
 
 
 class Sink:
-    """Receives what the chief rank logs; a sink overrides the calls it has a use for.
+    """Receives what the chief rank logs. A sink overrides the calls it has a use for.
 
-    Metric names are flat with slashes (`normal/reward`); a sink shows or stores every metric it is
-    given, known or not. Entropies and KL are in nats, `time/*_s` in seconds.
+    Metric names are flat with slashes (`normal/reward`). A sink shows or stores every metric it
+    gets, known or not. Entropies and KL are in nats, `time/*_s` in seconds.
     """
 
     def start(self, step: int) -> None:

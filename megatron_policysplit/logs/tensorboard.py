@@ -1,4 +1,4 @@
-"""TensorBoard event files."""
+"""Logs as TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from megatron_policysplit.logs.sink import Sink
 
 
 class TensorBoardSink(Sink):
-    """One scalar per metric under its own name. On resume the points of later steps are purged."""
+    """Writes one scalar per metric under its own name; on resume purges the points of later steps.
+
+    resolved_config: shown as text, without secrets.
+    """
 
     def __init__(self, directory: Path, resolved_config: dict):
         from torch.utils.tensorboard import SummaryWriter

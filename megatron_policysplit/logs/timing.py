@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class Phases:
-    """`with phases.measure("score"): ...` adds to `seconds["score"]`."""
+    """Seconds by phase: `with phases.measure("score"): ...` adds to `seconds["score"]`."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
@@ -25,6 +25,6 @@ class Phases:
         return {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
 
     def add(self, other: Phases) -> None:
-        """Add the seconds that were measured elsewhere, in a thread of its own."""
+        """Add seconds that were measured elsewhere, such as by another thread."""
         for name, seconds in other.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds

@@ -1,4 +1,4 @@
-"""Weights & Biases, online or offline."""
+"""Logs to Weights & Biases, online or offline."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_policysplit.logs.sink import Sink
 
 
 class WandbSink(Sink):
-    """One wandb run per run directory: its id stays in wandb_id.txt, so a resumed run continues it.
+    """Logs to one wandb run per run directory, which a resumed run continues (wandb_id.txt).
 
     Metrics are plotted over our own `step`. wandb's internal counter only grows and would reject
     the steps that a resumed run trains again. Neither the command line nor the terminal is sent.
@@ -65,7 +65,7 @@ class WandbSink(Sink):
 
 
 def run_id(run_dir: Path) -> str:
-    """The wandb id of a run directory; made on the first call and the same ever after."""
+    """The wandb id of a run directory, which the first call makes and writes to wandb_id.txt."""
     path = run_dir / "wandb_id.txt"
     if not path.exists():
         replace(path, [uuid.uuid4().hex[:12]])

@@ -1,4 +1,4 @@
-"""Rollouts and the rows that train on them; the types are handed on from `rows.types`."""
+"""Rollouts, and the rows that train on them: the names of `rows.types`."""
 
 from megatron_policysplit.rows.types import (
     MODES,

@@ -1,10 +1,10 @@
-"""Which replica trains which rows, in which optimizer step and micro-batch. Pure, and alike on
-every rank.
+"""Which replica trains which rows, in which optimizer step and micro-batch.
 
-The unit of placement is a rollout: its rows (one per training mode) go to the same replica and
-optimizer step, and stand next to each other when micro-batches are cut, so that the exact KL
-between the modes needs no communication between replicas and little waiting. The assignment of
-rollouts to optimizer steps depends on the seed alone, never on the layout.
+Pure functions with the same result on every rank. The unit of placement is a rollout: its rows (one
+per training mode) go to the same replica and optimizer step, and are adjacent when micro-batches
+are cut. The exact KL between the modes then needs no communication between replicas and little
+waiting. The assignment of rollouts to optimizer steps depends on the seed alone, never on the
+layout.
 """
 
 from __future__ import annotations
@@ -18,30 +18,26 @@ from megatron_policysplit.rows.types import Row
 
 @dataclass
 class ReplicaMicroBatches:
-    """Micro-batches (lists of row indices) of one replica in one optimizer step.
+    """Micro-batches of one replica in one optimizer step, each a list of row indices.
 
-    train: rows that are scored and trained, in the same micro-batches both times. train_only:
-    trained, not scored.
-    score_only: rows that cannot change the weights; scored for metrics, then skipped. compared:
-    scored besides, for the comparison with the engine alone, in micro-batches of their own, so that
-    nothing else depends on it. Lists without a row stand at the end where replicas that share
-    experts have more.
+    Where replicas share experts, empty lists at the end make their numbers of micro-batches equal.
     """
 
-    train: list[list[int]] = field(default_factory=list)
-    train_only: list[list[int]] = field(default_factory=list)
+    train: list[list[int]] = field(default_factory=list)  # scored and trained, cut alike both times
+    train_only: list[list[int]] = field(default_factory=list)  # trained, but not scored
+    # Rows that cannot change the weights: scored for statistics and metrics, and not trained.
     score_only: list[list[int]] = field(default_factory=list)
+    # Rows scored only for the comparison with the engine, in micro-batches of their own, so that
+    # the comparison changes nothing else.
     compared: list[list[int]] = field(default_factory=list)
 
 
 @dataclass
 class Plan:
-    """steps[k] holds the row indices of optimizer step k; micro_batches[k][d] what replica d does
-    of it.
-    """
+    """Which rows every replica trains, by optimizer step. Made on leaders by `make_plan`."""
 
-    steps: list[list[int]]
-    micro_batches: list[list[ReplicaMicroBatches]]
+    steps: list[list[int]]  # [step]; the step's row indices, sorted
+    micro_batches: list[list[ReplicaMicroBatches]]  # [step][replica]
 
 
 def make_plan(
@@ -56,52 +52,57 @@ def make_plan(
     max_tokens: int,
     seed: int,
 ) -> Plan:
-    """Plan for `rows` (sorted by key). live[r]: whether row r can change the weights. scored[r]:
-    whether it is scored; None: every row is. compared[r]: whether a row that is not scored is
-    compared with the engine; None: none is.
+    """Plan for `rows`, which are sorted by key.
 
-    A micro-batch holds at most `max_tokens` tokens, padding included (a single longer row is alone
-    in one).
-    expert: so many replicas in a row share experts, and get equal numbers of micro-batches.
+    live: [R], whether the row can change the weights.
+    scored: [R], whether the row is scored; None: every row is.
+    compared: [R], whether an unscored row is compared with the engine; None: none is.
+    replicas: number of data-parallel replicas.
+    expert: number of consecutive replicas that share experts and so need equal numbers of
+        micro-batches, because their ranks communicate in every one.
+    max_tokens: upper bound of a micro-batch, padding included; a longer row is alone in one.
+    seed: of the assignment of rollouts to optimizer steps.
     """
-    here = [True] * len(rows) if scored is None else scored
+    is_scored = [True] * len(rows) if scored is None else scored
     rollouts: dict[tuple, list[int]] = {}
     for index, row in enumerate(rows):
         rollouts.setdefault(row.rollout.key, []).append(index)
-    members = list(rollouts.values())
-    order = list(range(len(members)))
+    rows_of_rollout = list(rollouts.values())
+    order = list(range(len(rows_of_rollout)))
     random.Random(seed).shuffle(order)
+    # One mask over all rows for each field of `ReplicaMicroBatches`.
+    masks = {
+        "train": [a and s for a, s in zip(live, is_scored, strict=True)],
+        "train_only": [a and not s for a, s in zip(live, is_scored, strict=True)],
+        "score_only": [s and not a for a, s in zip(live, is_scored, strict=True)],
+        "compared": [False] * len(rows) if compared is None else compared,
+    }
 
     steps, micro_batches = [], []
     for step in range(optimizer_steps):
-        chosen = order[
-            len(order) * step // optimizer_steps : len(order) * (step + 1) // optimizer_steps
-        ]
-        groups = [members[i] for i in sorted(chosen)]
+        start, end = (len(order) * k // optimizer_steps for k in (step, step + 1))
+        # Sorted again: the shuffle decides on the step alone, not on the order within it.
+        groups = [rows_of_rollout[rollout] for rollout in sorted(order[start:end])]
         steps.append(sorted(index for group in groups for index in group))
         per_replica = [ReplicaMicroBatches() for _ in range(replicas)]
-        chosen_rows = {
-            "train": [alive and there for alive, there in zip(live, here, strict=True)],
-            "train_only": [alive and not there for alive, there in zip(live, here, strict=True)],
-            "score_only": [there and not alive for alive, there in zip(live, here, strict=True)],
-            "compared": [False] * len(rows) if compared is None else compared,
-        }
-        for name, wanted in chosen_rows.items():
-            kept = [
-                kept for group in groups if (kept := [index for index in group if wanted[index]])
-            ]
-            for replica, part in zip(per_replica, _balance(kept, rows, replicas), strict=True):
+        for name, mask in masks.items():
+            masked = [[index for index in group if mask[index]] for group in groups]
+            parts = _balance([group for group in masked if group], rows, replicas)
+            for replica, part in zip(per_replica, parts, strict=True):
                 setattr(replica, name, _cut(part, rows, max_tokens))
             for first in range(0, replicas, expert):
-                _even_out(
-                    [getattr(replica, name) for replica in per_replica[first : first + expert]]
-                )
+                sharing = per_replica[first : first + expert]
+                _even_out([getattr(replica, name) for replica in sharing])
         micro_batches.append(per_replica)
     return Plan(steps, micro_batches)
 
 
 def _balance(groups: list[list[int]], rows: Sequence[Row], replicas: int) -> list[list[list[int]]]:
-    """Rollouts to replicas: the costliest first, always to the least loaded replica."""
+    """Groups of row indices for every replica, with about equal numbers of tokens.
+
+    Greedy: the costliest group first, each to the replica with the least load. Ties go to the lower
+    index, so that every rank finds the same assignment.
+    """
     cost = [sum(rows[i].length for i in group) for group in groups]
     load = [0] * replicas
     parts: list[list[list[int]]] = [[] for _ in range(replicas)]
@@ -113,9 +114,12 @@ def _balance(groups: list[list[int]], rows: Sequence[Row], replicas: int) -> lis
 
 
 def _cut(groups: list[list[int]], rows: Sequence[Row], max_tokens: int) -> list[list[int]]:
-    """Rows of similar length together, partners adjacent, until padding would exceed `max_tokens`."""
+    """Micro-batches of the rows of `groups`, of at most `max_tokens` tokens with padding.
+
+    Rows of similar length share a micro-batch, and the rows of a group are adjacent.
+    """
     batches: list[list[int]] = []
-    longest = 0
+    longest = 0  # tokens of the longest row of the open micro-batch, to which others are padded
     for group in sorted(groups, key=lambda group: (max(rows[i].length for i in group), group)):
         for index in group:
             longest = max(longest, rows[index].length)
@@ -128,7 +132,7 @@ def _cut(groups: list[list[int]], rows: Sequence[Row], max_tokens: int) -> list[
 
 
 def _even_out(parts: list[list[list[int]]]) -> None:
-    """Give all parts as many micro-batches as the one that has most."""
-    most = max(len(part) for part in parts)
+    """Append empty micro-batches, in place, until all `parts` have as many as the longest."""
+    longest = max(len(part) for part in parts)
     for part in parts:
-        part += [[] for _ in range(most - len(part))]
+        part += [[] for _ in range(longest - len(part))]

@@ -1,3 +1,1 @@
-"""Several methods over several seeds, each run a `policysplit train` of its own, and one report of
-them all.
-"""
+"""Studies: several methods over several seeds, each run a `policysplit train`, and one report."""

@@ -16,54 +16,50 @@ from megatron_policysplit.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 PLACEHOLDER = re.compile(r"\{(python|dir|run|seed|slot)\}")
-SETS_ITSELF = ("run.dir", "run.seed")
+SET_BY_STUDY = ("run.dir", "run.seed")
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study as its file describes it.
+    """A study as its file describes it: the fields are the file's keys. Made by `load_study`."""
 
-    config: the configuration file of every run. dir: where everything goes. methods: name ->
-    overrides of its runs.
-    baseline: the method that the others are compared with. overrides: of all runs, before the
-    method's. at_once: runs that train at the same time. prepare: a command, run once for every text
-    that its placeholders give. environment: variables of every process. measures: names in
-    metrics.jsonl; empty takes those of the report. figures: title -> the methods whose curves it
-    shows; empty shows all in one. stop_on_failure: start nothing more after a run failed.
-    """
-
-    config: str
-    dir: str
+    config: str  # the configuration file of every run
+    dir: str  # where everything goes
     seeds: list[int]
-    methods: dict[str, list[str]]
-    baseline: str
-    overrides: list[str] = field(default_factory=list)
-    at_once: int = 1
+    methods: dict[str, list[str]]  # name -> overrides of its runs
+    baseline: str  # the method that the others are compared with
+    overrides: list[str] = field(default_factory=list)  # of all runs, before the method's
+    at_once: int = 1  # runs that train at the same time
+    # A command; it is run once for every text that its placeholders give.
     prepare: str | None = None
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)  # variables of every process
+    # Names in metrics.jsonl to compare; empty takes those that the report knows.
     measures: list[str] = field(default_factory=list)
+    # Title -> the methods whose curves the figure shows; empty shows all in one figure.
     figures: dict[str, list[str]] = field(default_factory=dict)
-    stop_on_failure: bool = False
+    stop_on_failure: bool = False  # whether to start nothing more after a run failed
 
     @property
     def runs(self) -> list[StudyRun]:
-        """Every run, seed by seed: an unfinished study has compared as many seeds as it could."""
+        """Every run, all methods of a seed before the next seed.
+
+        In this order an unfinished study has compared as many seeds as it could.
+        """
         return [
             StudyRun(method, seed, Path(self.dir)) for seed in self.seeds for method in self.methods
         ]
 
     def settings(self, run: StudyRun) -> list[str]:
         """The overrides of `policysplit train` for a run."""
-        given = [fill(text, self.dir, run) for text in [*self.overrides, *self.methods[run.method]]]
-        return [*given, f"run.seed={run.seed}", f"run.dir={run.directory}"]
+        texts = [*self.overrides, *self.methods[run.method]]
+        overrides = [fill(text, self.dir, run) for text in texts]
+        return [*overrides, f"run.seed={run.seed}", f"run.dir={run.directory}"]
 
     def preparation(self, run: StudyRun) -> list[str] | None:
         """The command that must have succeeded before this run; None if there is none."""
-        return (
-            None
-            if self.prepare is None
-            else [fill(word, self.dir, run) for word in shlex.split(self.prepare)]
-        )
+        if self.prepare is None:
+            return None
+        return [fill(word, self.dir, run) for word in shlex.split(self.prepare)]
 
 
 @dataclass(frozen=True)
@@ -84,13 +80,15 @@ class StudyRun:
 
     @property
     def log(self) -> Path:
-        """What its process writes to the terminal, of every start."""
+        """The file of what its processes write to the terminal, one start after the other."""
         return self.study / self.method / f"seed_{self.seed}.log"
 
 
 def fill(text: str, directory: str, run: StudyRun, slot: int = 0) -> str:
-    """`text` with {python}, {dir} (of the study), {run} (the method's name), {seed} and {slot}
-    filled in.
+    """`text` with its placeholders filled in.
+
+    They are {python} (this interpreter), {dir} (of the study), {run} (the method's name), {seed}
+    and {slot} (which of the `at_once` places the run has, from 0).
     """
     values = {
         "python": sys.executable,
@@ -103,17 +101,15 @@ def fill(text: str, directory: str, run: StudyRun, slot: int = 0) -> str:
 
 
 def load_study(path: str | Path) -> Study:
-    """The study of a YAML file, its runs' configurations checked too. Raises ConfigError: one
-    sentence, one remedy.
-    """
+    """The study of a YAML file, its runs' configurations checked too. Raises ConfigError."""
     study = parse_study(_read(path), path)
     _check_runs(study, path)
     return study
 
 
 def parse_study(content: Mapping[str, Any], path: str | Path) -> Study:
-    """A study from the file's content. Raises ConfigError."""
-    known = [one.name for one in fields(Study)]
+    """The study of a file's content. path is for messages. Raises ConfigError."""
+    known = [key.name for key in fields(Study)]
     for key in content:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
@@ -122,78 +118,86 @@ def parse_study(content: Mapping[str, Any], path: str | Path) -> Study:
     for key in ("config", "dir", "seeds", "methods", "baseline"):
         if content.get(key) is None:
             raise ConfigError(f"{path}: {key} is missing; {_MEANING[key]}")
-    given = {key: value for key, value in content.items() if value is not None}
-    for key, value in given.items():
-        fits, wanted = _KINDS[key]
-        if not fits(value):
-            raise ConfigError(f"{path}: {key}={_show(value)} is not {wanted}")
-    _check_values(given, path)
-    given["methods"] = {name: overrides or [] for name, overrides in given["methods"].items()}
-    given["environment"] = {
-        name: str(value) for name, value in given.get("environment", {}).items()
+    values = {key: value for key, value in content.items() if value is not None}
+    for key, value in values.items():
+        is_valid, description = _KINDS[key]
+        if not is_valid(value):
+            raise ConfigError(f"{path}: {key}={_show(value)} is not {description}")
+    _check_values(values, path)
+    values["methods"] = {name: overrides or [] for name, overrides in values["methods"].items()}
+    values["environment"] = {
+        name: str(value) for name, value in values.get("environment", {}).items()
     }
-    return Study(**given)
+    return Study(**values)
 
 
-def _check_values(given: dict[str, Any], path: str | Path) -> None:
-    seeds, methods, baseline = given["seeds"], given["methods"], given["baseline"]
-    twice = [seed for seed in seeds if seeds.count(seed) > 1]
-    if twice:
+def _check_values(values: dict[str, Any], path: str | Path) -> None:
+    """Raise ConfigError unless the values, each of the right kind, fit each other."""
+    seeds, methods, baseline = values["seeds"], values["methods"], values["baseline"]
+    duplicates = [seed for seed in seeds if seeds.count(seed) > 1]
+    if duplicates:
         raise ConfigError(
-            f"{path}: seeds={_show(seeds)} names {twice[0]} twice; remove one of them"
+            f"{path}: seeds={_show(seeds)} names {duplicates[0]} twice; remove one of them"
         )
     for name in methods:
         if not NAME.fullmatch(name):
             raise ConfigError(
                 f"{path}: methods.{name} cannot name a directory; use letters, digits, '_', '-' "
-                "and '.', a letter or "
-                "digit first"
+                "and '.', a letter or digit first"
             )
     if baseline not in methods:
         raise ConfigError(
             f"{path}: baseline={baseline} is none of the methods; use one of {', '.join(methods)}"
         )
-    for title, shown in given.get("figures", {}).items():
-        if unknown := [name for name in shown if name not in methods]:
+    for title, names in values.get("figures", {}).items():
+        if unknown := [name for name in names if name not in methods]:
             raise ConfigError(
                 f"{path}: figures.{title} shows {unknown[0]}, which is none of the methods; use "
-                "some of "
-                f"{', '.join(methods)}"
+                f"some of {', '.join(methods)}"
             )
-    for key, overrides in [
-        ("overrides", given.get("overrides", [])),
-        *((f"methods.{n}", o) for n, o in methods.items()),
-    ]:
-        for override in overrides or []:
-            name = override.partition("=")[0]
-            if name in SETS_ITSELF:
-                raise ConfigError(
-                    f"{path}: {key} sets {name}, which the study sets for every run; remove "
-                    f"{override}"
-                )
-            if "{slot}" in override:
-                raise ConfigError(
-                    f"{path}: {key} holds {override}, but {{slot}} stands in environment only; "
-                    f"remove it"
-                )
+    _check_overrides("overrides", values.get("overrides", []), path)
+    for name, overrides in methods.items():
+        _check_overrides(f"methods.{name}", overrides or [], path)
+    _check_prepare(values.get("prepare"), path)
+
+
+def _check_overrides(key: str, overrides: list[str], path: str | Path) -> None:
+    """Raise ConfigError for an override of what the study sets, or with a slot in it."""
+    for override in overrides:
+        name = override.partition("=")[0]
+        if name in SET_BY_STUDY:
+            raise ConfigError(
+                f"{path}: {key} sets {name}, which the study sets for every run; remove {override}"
+            )
+        if "{slot}" in override:
+            raise ConfigError(
+                f"{path}: {key} holds {override}, but {{slot}} stands in environment only; "
+                "remove it"
+            )
+
+
+def _check_prepare(command: str | None, path: str | Path) -> None:
+    """Raise ConfigError for a preparation whose command does not exist."""
+    if command is None:
+        return
     try:
-        words = shlex.split(given.get("prepare", "true"))
+        words = shlex.split(command)
     except ValueError as error:
         raise ConfigError(
-            f"{path}: prepare={given['prepare']} is no command line ({error}); fix it"
+            f"{path}: prepare={command} is no command line ({error}); fix it"
         ) from error
     if not words:
         raise ConfigError(f"{path}: prepare is empty; write a command or remove the key")
-    if "prepare" in given and words[0] != "{python}" and shutil.which(words[0]) is None:
+    if words[0] != "{python}" and shutil.which(words[0]) is None:
         raise ConfigError(
-            f"{path}: prepare={given['prepare']} starts with {words[0]}, which is no command; "
-            "correct it"
+            f"{path}: prepare={command} starts with {words[0]}, which is no command; correct it"
         )
 
 
 def _check_runs(study: Study, path: str | Path) -> None:
-    """Every method's configuration, with the first seed, as far as that is possible without its
-    files.
+    """Check every method's configuration with the first seed. Raises ConfigError.
+
+    Its files are not looked at: `prepare` may have to make them first.
     """
     from megatron_policysplit.algorithms.checks import check_method
     from megatron_policysplit.config.checks import check_config
@@ -210,6 +214,7 @@ def _check_runs(study: Study, path: str | Path) -> None:
 
 
 def _read(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError."""
     import yaml
 
     try:
@@ -236,10 +241,11 @@ def _show(value: Any) -> str:
 
 
 def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _is_whole(value: Any, least: int) -> bool:
+    # True and False are integers to Python.
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -255,7 +261,8 @@ def _are_figures(value: Any) -> bool:
 
 def _are_variables(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(one, (str, int, float)) for name, one in value.items()
+        isinstance(name, str) and isinstance(text, (str, int, float))
+        for name, text in value.items()
     )
 
 
@@ -264,6 +271,7 @@ _TEXTS = (
     _is_texts,
     "a list of key=value texts; write [key=value, ...], quoted where they hold ': '",
 )
+# Key -> (whether a value is of the right kind, the end of the sentence if it is not).
 _KINDS = {
     "config": _TEXT,
     "dir": _TEXT,
@@ -292,6 +300,7 @@ _KINDS = {
     ),
     "stop_on_failure": (lambda value: isinstance(value, bool), "true or false"),
 }
+# Key that must be given -> the remedy where it is not.
 _MEANING = {
     "config": "give the configuration file of the runs",
     "dir": "give the directory of everything the study writes",

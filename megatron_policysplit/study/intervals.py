@@ -1,8 +1,8 @@
-"""Means with confidence intervals of a handful of values. Student's t, because five seeds are too
-few for a bootstrap.
+"""Means of a handful of values with confidence intervals of Student's t.
 
-A bootstrap of n = 5 values resamples them from a spread that is too small by sqrt((n - 1) / n) and
-knows nothing of the tails; the t interval is exact for normal values at any n >= 2.
+Five seeds are too few for a bootstrap: with n = 5 it resamples from a spread that is too small by
+sqrt((n - 1) / n) and knows nothing of the tails. The t interval is exact for normal values at any
+n >= 2.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean of n values and the ends of its interval; None where one value has no interval."""
+    """The mean of n values and its confidence interval, made by `estimate`."""
 
     n: int
     mean: float
-    low: float | None
+    low: float | None  # ends of the interval; None for a single value
     high: float | None
 
 
 def estimate(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate | None:
-    """mean -+ t * s / sqrt(n) with n - 1 degrees of freedom; None without values."""
+    """The mean with mean -+ t * s / sqrt(n), t of n - 1 degrees of freedom; None without values."""
     if not values:
         return None
     mean, n = statistics.fmean(values), len(values)
@@ -37,8 +37,9 @@ def estimate(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimat
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t by bisection of its distribution function. Raises ValueError unless
-    0.5 < p < 1.
+    """The quantile of Student's t distribution, by bisection of its distribution function.
+
+    Raises ValueError unless 0.5 < probability < 1 and degrees >= 1.
     """
     if not 0.5 < probability < 1 or degrees < 1:
         raise ValueError(
@@ -48,7 +49,7 @@ def t_quantile(probability: float, degrees: int) -> float:
     low, high = 0.0, 1.0
     while t_distribution(high, degrees) < probability:
         high *= 2
-    for _ in range(100):
+    for _ in range(100):  # far below the resolution of a double
         middle = (low + high) / 2
         low, high = (
             (middle, high) if t_distribution(middle, degrees) < probability else (low, middle)
@@ -57,8 +58,9 @@ def t_quantile(probability: float, degrees: int) -> float:
 
 
 def t_distribution(t: float, degrees: int) -> float:
-    """P(T <= t) for t >= 0, by the finite series for whole degrees (Abramowitz and Stegun 26.7.3
-    and 26.7.4).
+    """P(T <= t) for t >= 0 and whole degrees of freedom.
+
+    By the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4.
     """
     angle = math.atan2(t, math.sqrt(degrees))
     cosine = math.cos(angle)

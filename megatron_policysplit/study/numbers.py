@@ -1,6 +1,4 @@
-"""What a study found: final measures and costs of its finished runs, and how methods differ from
-the baseline.
-"""
+"""The numbers of a study: final measures and costs of its finished runs, compared by method."""
 
 from __future__ import annotations
 
@@ -18,6 +16,7 @@ from megatron_policysplit.study.config import Study, StudyRun
 from megatron_policysplit.study.intervals import CONFIDENCE, estimate
 from megatron_policysplit.study.runner import State
 
+# Measures that the report takes unless the study names its own, in this order.
 SHOWN = (
     r"accuracy",
     r"pass_at_\d+",
@@ -35,27 +34,24 @@ PHASES = ("step", "generate", "reward", "wait", "score", "update", "sync")
 
 @dataclass
 class Finished:
-    """A finished run: its records, and responses sampled a step (None where config.yaml is not
-    there).
-    """
+    """A finished run and what it logged. Made by `finished_runs`."""
 
     run: StudyRun
-    train: list[dict]
-    evals: list[dict]
-    responses: int | None
+    train: list[dict]  # training records of metrics.jsonl, by step
+    evals: list[dict]  # evaluation records, by step
+    responses: int | None  # sampled in each step; None where config.yaml is gone
 
     def final(self, measure: str) -> float | None:
-        """The value of the last record that has the measure; None if none has or it was not finite
-        there.
-        """
-        found = [record[measure] for record in (*self.train, *self.evals) if measure in record]
-        return found[-1] if found else None
+        """The value of the last record with the measure; None without one or if not finite."""
+        values = [record[measure] for record in (*self.train, *self.evals) if measure in record]
+        return values[-1] if values else None
 
     def costs(self) -> dict[str, float]:
         """Means over the training steps after the first, which warms up.
 
-        Seconds of every phase; generation_share: of the step; score_update_ms_per_response:
-        milliseconds of scoring and updating for every sampled response.
+        <phase>_s: seconds of every phase.
+        generation_share: the part of the step's time that generation takes.
+        score_update_ms_per_response: milliseconds of scoring and updating per sampled response.
         """
         records = self.train[1:] or self.train
         costs = {}
@@ -73,26 +69,30 @@ class Finished:
 
 
 def finished_runs(study: Study) -> list[Finished]:
-    """The finished runs' records. Raises DataError for files that are damaged or gone."""
+    """The finished runs with their records. Raises DataError for files that are damaged or gone."""
     state = State(study)
-    found = []
+    runs = []
     for run in study.runs:
         if state.finished(run):
             train, evals = read_metrics(run.directory)
-            found.append(Finished(run, train, evals, _responses(run.directory / CONFIG_FILE)))
-    return found
+            runs.append(Finished(run, train, evals, _responses(run.directory / CONFIG_FILE)))
+    return runs
 
 
 def study_numbers(study: Study, runs: list[Finished]) -> dict[str, Any]:
     """What report.json holds. Only finished runs count.
 
-    curves: measure -> method -> steps of the evaluations, values of every seed at them (None: not
-    measured).
-    measures: measure -> method -> {values by seed, estimate, difference}; costs: cost -> method ->
-    {values by seed, estimate, ratio}. difference and ratio: to the baseline, seed by seed where
-    both have finished, then their mean and interval; None for the baseline itself and where no seed
-    is shared. Raises DataError for a measure of the study that no run has logged.
+    runs: run's name -> state and, by state, steps or error.
+    measures: measure -> method -> {values by seed, estimate, difference}.
+    costs: cost -> method -> {values by seed, estimate, ratio}.
+    curves: measure -> method -> {steps of the evaluations, values of every seed at them}; None is
+    not measured.
+
+    difference and ratio are to the baseline. They are taken seed by seed where both runs have
+    finished, then averaged with an interval; None for the baseline itself and where no seed is
+    shared. Raises DataError for a measure of the study that no run has logged.
     """
+    # `name=name`: else every function would see the last name of the loop.
     measures = {
         name: _by_method(runs, lambda run, name=name: run.final(name))
         for name in _measures(study, runs)
@@ -107,11 +107,14 @@ def study_numbers(study: Study, runs: list[Finished]) -> dict[str, Any]:
         "baseline": study.baseline,
         "at_once": study.at_once,
         "confidence": CONFIDENCE,
-        "interval": "Student's t, of the mean over seeds; differences and ratios are paired by seed",
+        "interval": "Student's t, of the mean over seeds; differences and ratios are paired by "
+        "seed",
         "runs": _states(study, runs),
-        "measures": _compared(measures, study.baseline, "difference", lambda own, base: own - base),
-        "costs": _compared(
-            by_cost, study.baseline, "ratio", lambda own, base: own / base if base else None
+        "measures": _comparisons(
+            measures, study.baseline, "difference", lambda value, base: value - base
+        ),
+        "costs": _comparisons(
+            by_cost, study.baseline, "ratio", lambda value, base: value / base if base else None
         ),
         "curves": {
             name: _curves(runs, name) for name in logged_names(runs) if re.fullmatch(CURVES, name)
@@ -122,66 +125,70 @@ def study_numbers(study: Study, runs: list[Finished]) -> dict[str, Any]:
 def table(numbers: Mapping[str, Any]) -> list[dict[str, Any]]:
     """`study_numbers` as rows of a flat table, for report.csv."""
     rows = []
-    for kind, compared in (("measures", "difference"), ("costs", "ratio")):
+    for kind, comparison in (("measures", "difference"), ("costs", "ratio")):
         for name, methods in numbers[kind].items():
-            for method, found in methods.items():
-                row = {
-                    "kind": kind.removesuffix("s"),
-                    "name": name,
-                    "method": method,
-                    **_flat(found["estimate"], ""),
-                }
-                row |= {"compared_by": compared, **_flat(found[compared], "compared_")}
-                rows.append(
-                    row | {f"seed_{seed}": value for seed, value in found["values"].items()}
-                )
+            for method, figures in methods.items():
+                row = {"kind": kind.removesuffix("s"), "name": name, "method": method}
+                row |= _flat(figures["estimate"], "")
+                row |= {"compared_by": comparison, **_flat(figures[comparison], "compared_")}
+                row |= {f"seed_{seed}": value for seed, value in figures["values"].items()}
+                rows.append(row)
     return rows
 
 
-def _flat(found: dict | None, prefix: str) -> dict[str, Any]:
-    return {
-        prefix + key: None if found is None else found[key] for key in ("n", "mean", "low", "high")
-    }
+def _flat(estimate: dict | None, prefix: str) -> dict[str, Any]:
+    """The columns of an estimate, empty where there is none."""
+    keys = ("n", "mean", "low", "high")
+    return {prefix + key: None if estimate is None else estimate[key] for key in keys}
 
 
 def _by_method(
     runs: list[Finished], value: Callable[[Finished], float | None]
 ) -> dict[str, dict[int, float]]:
-    """method -> seed -> value, where there is one."""
+    """method -> seed -> value, of the runs that have a value."""
     result: dict[str, dict[int, float]] = {}
     for run in runs:
-        if (found := value(run)) is not None:
-            result.setdefault(run.run.method, {})[run.run.seed] = found
+        if (number := value(run)) is not None:
+            result.setdefault(run.run.method, {})[run.run.seed] = number
     return result
 
 
-def _compared(
+def _comparisons(
     measured: dict[str, dict[str, dict[int, float]]],
     baseline: str,
     name: str,
     compare: Callable[[float, float], float | None],
 ) -> dict[str, Any]:
+    """measure -> method -> {values by seed, estimate, `name`: the comparison with the baseline}.
+
+    Args:
+        measured: measure -> method -> seed -> value.
+        baseline: the method that the others are compared with.
+        name: what the comparison is called.
+        compare: two values of a seed, a method's and the baseline's -> their comparison, if any.
+    """
     result: dict[str, Any] = {}
     for measure, methods in measured.items():
         base = methods.get(baseline, {})
         result[measure] = {}
         for method, values in methods.items():
             pairs = [compare(value, base[seed]) for seed, value in values.items() if seed in base]
-            other = [] if method == baseline else [pair for pair in pairs if pair is not None]
+            by_seed = [] if method == baseline else [pair for pair in pairs if pair is not None]
             result[measure][method] = {
                 "values": values,
                 "estimate": asdict(estimate(list(values.values()))),
-                name: asdict(estimate(other)) if other else None,
+                name: asdict(estimate(by_seed)) if by_seed else None,
             }
     return result
 
 
 def _measures(study: Study, runs: list[Finished]) -> list[str]:
-    logged = list(
-        dict.fromkeys(
-            name for run in runs for record in (*run.train, *run.evals) for name in record
-        )
-    )
+    """The measures to compare: the study's own, else those of SHOWN, mode by mode.
+
+    Raises DataError for a measure of the study that no finished run has logged.
+    """
+    records = (record for run in runs for record in (*run.train, *run.evals))
+    logged = list(dict.fromkeys(name for record in records for name in record))
     if study.measures:
         for name in study.measures:
             if runs and name not in logged:
@@ -192,24 +199,21 @@ def _measures(study: Study, runs: list[Finished]) -> list[str]:
                 )
         return [name for name in study.measures if name in logged]
     groups = list(dict.fromkeys(name.split("/")[1] for name in logged if name.startswith("eval/")))
-    return [
-        name
-        for group in groups
-        for pattern in SHOWN
-        for name in sorted(
-            filter(re.compile(rf"eval/{re.escape(group)}/{pattern}").fullmatch, logged),
-            key=_natural,
-        )
-    ]
+    measures = []
+    for group in groups:
+        for pattern in SHOWN:
+            matches = re.compile(rf"eval/{re.escape(group)}/{pattern}").fullmatch
+            measures += sorted(filter(matches, logged), key=_natural_order)
+    return measures
 
 
 def logged_names(runs: list[Finished]) -> list[str]:
-    """Names that some run's evaluations have, in their order."""
+    """The names of all metrics in the runs' evaluations, in the order of first appearance."""
     return list(dict.fromkeys(name for run in runs for record in run.evals for name in record))
 
 
 def _curves(runs: list[Finished], name: str) -> dict[str, dict[str, Any]]:
-    """method -> {steps, values: seed -> one a step}, of the methods that have logged it."""
+    """method -> {steps, values: seed -> one value a step}, of the methods that logged `name`."""
     result = {}
     for method in dict.fromkeys(run.run.method for run in runs):
         series = {
@@ -218,18 +222,22 @@ def _curves(runs: list[Finished], name: str) -> dict[str, dict[str, Any]]:
             if run.run.method == method and any(name in record for record in run.evals)
         }
         if series:
-            steps = sorted({step for one in series.values() for step in one})
-            values = {seed: [one.get(step) for step in steps] for seed, one in series.items()}
+            steps = sorted({step for by_step in series.values() for step in by_step})
+            values = {
+                seed: [by_step.get(step) for step in steps] for seed, by_step in series.items()
+            }
             result[method] = {"steps": steps, "values": values}
     return result
 
 
-def _natural(name: str) -> list:
+def _natural_order(name: str) -> list:
+    """A key to sort names by, with the numbers in them as numbers: pass_at_8 before pass_at_16."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _states(study: Study, runs: list[Finished]) -> dict[str, dict[str, Any]]:
-    state, finished = State(study), {one.run.name: one for one in runs}
+    """Run's name -> its state: finished with its steps, failed with its error, or unfinished."""
+    state, finished = State(study), {run.run.name: run for run in runs}
     result = {}
     for run in study.runs:
         error = state.error(run)
@@ -247,7 +255,10 @@ def _states(study: Study, runs: list[Finished]) -> dict[str, dict[str, Any]]:
 
 
 def _responses(path: Path) -> int | None:
-    """Responses sampled a step: questions of a batch times samples of a question."""
+    """Responses sampled in a step, questions of a batch times samples of a question.
+
+    path: the run's config.yaml; None where it is not there.
+    """
     import yaml
 
     if not path.exists():

@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_policysplit.config.modes import mode_label
+from megatron_policysplit.reports.curves import (
+    data_url,
+    figure_theme,
+    mark_as_empty,
+    style_axis,
+)
 from megatron_policysplit.reports.page import STYLE
-from megatron_policysplit.reports.run_report import data_url
 from megatron_policysplit.study.config import Study
 from megatron_policysplit.study.numbers import (
     Finished,
@@ -22,7 +27,9 @@ from megatron_policysplit.study.numbers import (
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 PANELS = {  # pattern of the measure -> title, unit
     r"accuracy": ("Accuracy", "share of right responses"),
@@ -54,10 +61,11 @@ COLOURS = {  # Okabe-Ito first; line styles tell more than eight methods apart
     ),
 }
 LINES = ("-", "--", ":", "-.")
+PASS_AT_K = r"pass_at_\d+"
 
 
 def write_study_report(study: Study) -> list[Path]:
-    """report.html, report.json and report.csv in the study's directory; their paths.
+    """Write report.html, report.json and report.csv into the study's directory; return their paths.
 
     Raises DataError for damaged metrics of a finished run, or a measure that no run has logged.
     """
@@ -76,25 +84,19 @@ def write_study_report(study: Study) -> list[Path]:
         writer.writerows(rows)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(show=_show, title=measure_title, style=STYLE)
-    shown = study.figures or {"All methods": list(study.methods)}
-    figures = [
-        {"title": title} | {theme: data_url(figure, "svg") for theme, figure in drawn.items()}
-        for title, methods in shown.items()
-        if (
-            drawn := {
-                theme: figure
-                for theme in COLOURS
-                if (figure := curves(methods, runs, theme)) is not None
-            }
-        )
-    ]
+    figures = []
+    for title, methods in (study.figures or {"All methods": list(study.methods)}).items():
+        by_theme = {theme: curves(methods, runs, theme) for theme in COLOURS}
+        urls = {theme: data_url(f, "svg") for theme, f in by_theme.items() if f is not None}
+        if urls:
+            figures.append({"title": title} | urls)
     page = environment.from_string(PAGE).render(study=study, numbers=numbers, figures=figures)
     html.write_text(page, encoding="utf-8", errors="replace")
     return [html, as_json, as_csv]
 
 
 def measure_title(name: str) -> str:
-    """A measure or cost as people read it."""
+    """The name of a measure or cost as people read it."""
     group, _, leaf = name.removeprefix("eval/").rpartition("/")
     names = {
         "entropy_nats": "entropy (nats)",
@@ -104,85 +106,52 @@ def measure_title(name: str) -> str:
         "generation_share": "generation's share of the step",
         "score_update_ms_per_response": "score and update (ms per response)",
     }
-    leaf = names.get(
-        leaf, re.sub(r"^pass_at_(\d+)$", r"pass@\1", re.sub(r"^best_of_", "best-of-", leaf))
-    )
+    leaf = names.get(leaf, leaf)
+    leaf = re.sub(r"^pass_at_(\d+)$", r"pass@\1", re.sub(r"^best_of_", "best-of-", leaf))
     leaf = re.sub(r"^(\w+)_s$", r"\1 (s)", leaf).replace("_", " ")
     return f"{mode_label(group)}: {leaf}" if group else leaf
 
 
 def curves(methods: Sequence[str], runs: list[Finished], theme: str) -> Figure | None:
-    """A row per measure, a column per mode: means over a method's seeds, bands from the lowest to
-    the highest seed.
+    """Curves of methods: a row per measure, a column per mode; the last row is pass@k over k.
 
-    The last row is pass@k over k at the end of training. None where no finished run of `methods`
-    was evaluated.
+    Lines are means over a method's seeds, bands reach from the lowest to the highest seed. pass@k
+    is that at the end of training. None where no finished run of `methods` was evaluated.
+
+    theme: a key of COLOURS.
     """
-    import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     runs = [run for run in runs if run.run.method in methods]
     logged = logged_names(runs)
     groups = list(dict.fromkeys(name.split("/")[1] for name in logged if name.startswith("eval/")))
-    rows = [p for p in PANELS if any(_matching(logged, group, p) for group in groups)]
-    rows += [r"pass_at_\d+"] * any(_matching(logged, group, r"pass_at_\d+") for group in groups)
+    rows = [p for p in PANELS if any(_matches(logged, group, p) for group in groups)]
+    rows += [PASS_AT_K] * any(_matches(logged, group, PASS_AT_K) for group in groups)
     if not rows:
         return None
-    ink, paper = ("#d7dade", "#16191d") if theme == "dark" else ("#24292f", "#ffffff")
-    look = {
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "xtick.color": ink,
-        "ytick.color": ink,
-        "axes.edgecolor": ink,
-    }
-    with matplotlib.rc_context(
-        {**look, "font.family": "sans-serif", "font.size": 9.5, "figure.facecolor": paper}
-    ):
+    with figure_theme(theme == "dark") as colours:
         figure = Figure(
             figsize=(4.8 * max(2, len(groups)), 2.7 * len(rows) + 0.6), layout="constrained"
         )
         axes = figure.subplots(len(rows), len(groups), squeeze=False)
-        legend = {}
+        legend: dict[str, Line2D] = {}
         for row, pattern in enumerate(rows):
-            over_k = pattern.startswith("pass")
-            title, unit = ("Pass@k at the end", "probability") if over_k else PANELS[pattern]
+            title, unit = PANELS.get(pattern, ("Pass@k at the end", "probability"))
+            xlabel = "k" if pattern == PASS_AT_K else "training step"
             for axis, group in zip(axes[row], groups, strict=True):
-                axis.set_facecolor(paper)
-                axis.spines[["top", "right"]].set_visible(False)
-                axis.grid(axis="y", color=ink, alpha=0.15, linewidth=0.8)
-                axis.set_title(f"{title}, {mode_label(group)}", loc="left", fontweight="bold")
-                axis.set(xlabel="k" if over_k else "training step", ylabel=unit)
-                axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 2.5, 5, 10]))
-                names = _matching(logged, group, pattern)
+                style_axis(axis, colours, f"{title}, {mode_label(group)}", xlabel, unit)
+                names = _matches(logged, group, pattern)
                 for number, method in enumerate(methods):
-                    mine = [run for run in runs if run.run.method == method]
-                    points = _over_k(mine, names) if over_k else _over_steps(mine, names[:1])
-                    if not points:
-                        continue
-                    x = sorted(points)
-                    colour = COLOURS[theme][number % len(COLOURS[theme])]
-                    style = {
-                        "color": colour,
-                        "linestyle": LINES[number // len(COLOURS[theme]) % len(LINES)],
-                    }
-                    means = [sum(points[at]) / len(points[at]) for at in x]
-                    (line,) = axis.plot(
-                        x, means, marker="o", markersize=3.5, linewidth=1.8, **style
-                    )
-                    axis.fill_between(
-                        x,
-                        [min(points[at]) for at in x],
-                        [max(points[at]) for at in x],
-                        color=colour,
-                        alpha=0.15,
-                    )
-                    legend.setdefault(method, line)
+                    method_runs = [run for run in runs if run.run.method == method]
+                    if pattern == PASS_AT_K:
+                        points = _over_k(method_runs, names)
+                    else:
+                        points = _over_steps(method_runs, names[:1])
+                    if points:
+                        line = _draw(axis, points, theme, number)
+                        legend.setdefault(method, line)
                 if not axis.lines:
-                    axis.text(
-                        0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=ink
-                    )
+                    mark_as_empty(axis, colours)
         ncols = min(6, len(legend))
         figure.legend(
             legend.values(), legend.keys(), loc="outside lower center", ncols=ncols, frameon=False
@@ -190,39 +159,59 @@ def curves(methods: Sequence[str], runs: list[Finished], theme: str) -> Figure |
     return figure
 
 
-def _matching(logged: list[str], group: str, pattern: str) -> list[str]:
+def _draw(axis: Axes, points: dict[int, list[float]], theme: str, number: int) -> Line2D:
+    """Draw a method's means and band; the number of the method decides on colour and line style.
+
+    points: x -> one value a seed.
+    """
+    palette = COLOURS[theme]
+    colour = palette[number % len(palette)]
+    line_style = LINES[number // len(palette) % len(LINES)]
+    x = sorted(points)
+    (line,) = axis.plot(
+        x,
+        [sum(points[at]) / len(points[at]) for at in x],
+        color=colour,
+        linestyle=line_style,
+        marker="o",
+        markersize=3.5,
+        linewidth=1.8,
+    )
+    lowest, highest = [min(points[at]) for at in x], [max(points[at]) for at in x]
+    axis.fill_between(x, lowest, highest, color=colour, alpha=0.15)
+    return line
+
+
+def _matches(logged: list[str], group: str, pattern: str) -> list[str]:
+    """The evaluation metrics of a mode whose name, without the mode, matches a pattern."""
     return [name for name in logged if re.fullmatch(rf"eval/{re.escape(group)}/{pattern}", name)]
 
 
 def _over_steps(runs: list[Finished], names: list[str]) -> dict[int, list[float]]:
-    """step -> a value of every run; steps that a run lacks, or where its value was not finite, are
-    left out.
-    """
+    """step -> one value a run, at the steps where every run has a finite value."""
     series = [
         {r["step"]: r[n] for r in run.evals for n in names if r.get(n) is not None} for run in runs
     ]
     shared = set.intersection(*map(set, series)) if series else set()
-    return {step: [one[step] for one in series] for step in shared}
+    return {step: [by_step[step] for by_step in series] for step in shared}
 
 
 def _over_k(runs: list[Finished], names: list[str]) -> dict[int, list[float]]:
     """k -> the final pass@k of every run that has it."""
-    found = {int(name.rpartition("_")[2]): [run.final(name) for run in runs] for name in names}
-    return {
-        k: kept
-        for k, values in found.items()
-        if (kept := [value for value in values if value is not None])
-    }
+    result = {}
+    for name in names:
+        values = [value for run in runs if (value := run.final(name)) is not None]
+        if values:
+            result[int(name.rpartition("_")[2])] = values
+    return result
 
 
-def _show(found: dict | None, sign: bool = False) -> str:
-    """`mean [low, high]`; only the mean where one value has no interval, a dash where there is
-    none.
-    """
-    if found is None:
+def _show(estimate: dict | None, sign: bool = False) -> str:
+    """`mean [low, high]`; the mean alone without an interval, a dash without an estimate."""
+    if estimate is None:
         return "–"
     mean, low, high = (
-        None if found[key] is None else f"{found[key]:{'+' * sign}.3g}"
+        None if estimate[key] is None else f"{estimate[key]:{'+' * sign}.3g}"
         for key in ("mean", "low", "high")
     )
     return mean if low is None else f"{mean} [{low}, {high}]"
@@ -233,33 +222,35 @@ PAGE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>Study: {{ study.methods | join(", ") }}</title>
 <style>{{ style | safe }}</style>
 </head>
 <body>
 {% macro comparison(kind, compared, sign) %}
 {% for name, methods in numbers[kind].items() %}
-{% for method, found in methods.items() %}
+{% for method, figures in methods.items() %}
 <tr><td class="name">{{ title(name) if loop.first else "" }}</td><td class="name">{{ method }}</td>
-<td>{{ found.estimate.n }}</td><td>{{ show(found.estimate) }}</td>
-<td>{{ "baseline" if method == study.baseline else show(found[compared], sign) }}</td></tr>
+<td>{{ figures.estimate.n }}</td><td>{{ show(figures.estimate) }}</td>
+<td>{{ "baseline" if method == study.baseline else show(figures[compared], sign) }}</td></tr>
 {% endfor %}{% endfor %}
 {% endmacro %}
 <h1>Study</h1>
-<p>{{ study.methods | length }} methods x {{ study.seeds | length }} seeds of {{ study.config }}; baseline
-<b>{{ study.baseline }}</b>. Only finished runs are counted.</p>
+<p>{{ study.methods | length }} methods x {{ study.seeds | length }} seeds of {{ study.config }};
+baseline <b>{{ study.baseline }}</b>. Only finished runs are counted.</p>
 
 <h2>Final measures</h2>
 {% if numbers.measures %}
 <div class="wide"><table>
-<tr><th class="name">measure</th><th class="name">method</th><th>seeds</th><th>mean [95% interval]</th>
+<tr><th class="name">measure</th><th class="name">method</th><th>seeds</th>
+<th>mean [95% interval]</th>
 <th>difference to {{ study.baseline }} [95% interval]</th></tr>
 {{ comparison("measures", "difference", true) }}
 </table></div>
-<p>Of each run's last evaluation. Intervals are Student's t of the mean over seeds; differences are taken seed by seed
-before. They say how certain the mean over seeds is, not how far single runs lie apart, and they are not corrected for
-the number of comparisons.</p>
+<p>Of each run's last evaluation. Intervals are Student's t of the mean over seeds; differences are
+taken seed by seed before. They say how certain the mean over seeds is, not how far single runs lie
+apart, and they are not corrected for the number of comparisons.</p>
 {% else %}<p>No finished run has logged an evaluation.</p>{% endif %}
 
 {% if figures %}
@@ -267,7 +258,8 @@ the number of comparisons.</p>
 {% for figure in figures %}
 <h3>{{ figure.title }}</h3>
 <figure><picture><source srcset="{{ figure.dark }}" media="(prefers-color-scheme: dark)">
-<img src="{{ figure.light }}" alt="Measures by training step, mean over seeds with a band from lowest to highest">
+<img src="{{ figure.light }}"
+  alt="Measures by training step, mean over seeds with a band from lowest to highest">
 </picture></figure>
 {% endfor %}
 <p>Lines are means over seeds, bands reach from the lowest to the highest seed.</p>
@@ -280,10 +272,11 @@ the number of comparisons.</p>
 <th>times that of {{ study.baseline }} [95% interval]</th></tr>
 {{ comparison("costs", "ratio", false) }}
 </table></div>
-<p>Means over each run's training steps but its first; ratios are taken seed by seed. A response is a sampled one,
-however many prompts it is trained under. With rollout.overlap generation lies beside the step before.
-{% if study.at_once > 1 %}<b>Up to {{ study.at_once }} runs shared the machine</b>, so these times are not those of a
-run alone.{% endif %}</p>
+<p>Means over each run's training steps but its first; ratios are taken seed by seed. A response is
+a sampled one, however many prompts it is trained under. With rollout.overlap generation lies beside
+the step before.
+{% if study.at_once > 1 %}<b>Up to {{ study.at_once }} runs shared the machine</b>, so these times
+are not those of a run alone.{% endif %}</p>
 {% else %}<p>No finished run has logged times.</p>{% endif %}
 
 <h2>Runs</h2>

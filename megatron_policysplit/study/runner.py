@@ -1,5 +1,6 @@
-"""Runs a study: as many processes at once as asked, what is finished never again, what was
-interrupted goes on.
+"""Runs a study: several processes at once, each a run or a run's preparation.
+
+What is finished is never run again; what was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from megatron_policysplit.study.config import Study, StudyRun, fill
 STATE_FILE = "study_state.json"
 TRAINER = (sys.executable, "-m", "megatron_policysplit.cli", "train")
 _PR_SET_PDEATHSIG = 1
-_TAIL_BYTES = 64 * 1024
+_TAIL_BYTES = 64 * 1024  # of a log, in which a process's last error is looked for
 
 
 class State:
-    """What has ended, in `study_state.json`: replaced whole after every run, so a killed study
-    knows where it was.
+    """Which runs have ended and how, kept in `study_state.json`.
 
-    A run is finished if it ended with exit code 0 under the very same configuration and overrides.
+    The file is replaced as a whole after every run, so a study that was killed knows where it was.
+    A run is finished if it ended with exit code 0 under the same configuration and overrides.
     """
 
     def __init__(self, study: Study):
@@ -51,32 +52,32 @@ class State:
 
     def finished(self, run: StudyRun) -> bool:
         """Whether there is nothing left to do for this run."""
-        found = self.runs.get(run.name)
-        return (
-            found is not None and found["code"] == DONE and found["settings"] == self._digest(run)
-        )
+        end = self.runs.get(run.name)
+        return end is not None and end["code"] == DONE and end["settings"] == self._digest(run)
 
     def error(self, run: StudyRun) -> str | None:
         """Why the run failed when it was last started; None if it did not."""
         return self.runs.get(run.name, {}).get("error")
 
     def ended(self, run: StudyRun, code: int, error: str | None) -> None:
+        """Record that a run ended, with its exit code and, if it failed, why."""
         self.runs[run.name] = {"code": code, "settings": self._digest(run), "error": error}
         self._write()
 
     def forget(self, run: StudyRun) -> None:
-        """It starts again: what became of it before no longer counts."""
+        """Drop what became of a run before, because it starts again."""
         if self.runs.pop(run.name, None) is not None:
             self._write()
 
     def has_prepared(self, command: list[str]) -> None:
+        """Record that a preparation succeeded."""
         self.prepared.append(command)
         self._write()
 
     def _digest(self, run: StudyRun) -> str:
-        text = json.dumps(
-            [Path(self.study.config).read_text(encoding="utf-8"), self.study.settings(run)]
-        )
+        """A hash of the configuration file and the overrides of a run."""
+        config = Path(self.study.config).read_text(encoding="utf-8")
+        text = json.dumps([config, self.study.settings(run)])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _write(self) -> None:
@@ -90,28 +91,29 @@ class State:
 
 @dataclass
 class _Job:
-    """A process under way: a run, or the preparation that it and others wait for."""
+    """A process at work: a run, or the preparation that it and others wait for."""
 
-    name: str
+    name: str  # in messages
     run: StudyRun
     log: Path
-    written: int
-    slot: int
+    written: int  # bytes of the log that earlier starts wrote
+    slot: int  # its place among those at work, from 0
     process: subprocess.Popen
-    began: float
-    preparation: list[str] | None
+    began: float  # by time.monotonic
+    preparation: list[str] | None  # the command, if it is one
 
 
 def run_study(
     study: Study, *, trainer: Sequence[str] = TRAINER, say: Callable[[str], None] = print
 ) -> int:
-    """Runs what is not finished. Returns DONE; FAILED if a run failed; STOPPED if a signal left
-    runs unfinished.
+    """Run what is not finished; return DONE, FAILED if a run failed, STOPPED if one was stopped.
 
     SIGTERM or SIGINT is passed to the processes once; they save and end, and the same study goes on
-    later. If this process is killed, they get SIGTERM from the kernel. A run that failed is tried
-    again by the next call. Must be called in the main thread. Raises ConfigError where the
-    directory cannot be written, or where another process runs the study.
+    later. If this process is killed, they get SIGTERM from the kernel. The next call tries a run
+    that failed again. Must be called in the main thread. Raises ConfigError where the directory
+    cannot be written, or where another process runs the study.
+
+    trainer: the command that trains, before CONFIG and overrides. say: takes each message.
     """
     directory = Path(study.dir)
     try:
@@ -132,6 +134,8 @@ def run_study(
 
 
 class _Runner:
+    """One call of `run_study`: the loop that starts, watches and ends processes."""
+
     def __init__(
         self, study: Study, state: State, trainer: Sequence[str], say: Callable[[str], None]
     ):
@@ -139,10 +143,10 @@ class _Runner:
         self.waiting = [run for run in study.runs if not state.finished(run)]
         self.jobs: list[_Job] = []
         self.unprepared: dict[str, str] = {}  # preparation that failed -> its error
-        self.signal: int | None = None
-        self.told = False
+        self.signal: int | None = None  # the first one that arrived
+        self.signal_is_passed = False
         self.failed = False
-        self.variables = self._variables()
+        self.variables = self._thread_variables()
 
     def run(self) -> int:
         total, left = len(self.study.runs), len(self.waiting)
@@ -155,14 +159,14 @@ class _Runner:
         }
         try:
             while self.jobs or (self.waiting and not self._stopping()):
-                self._start_what_can()
-                self._pass_the_signal_on()
+                self._start_jobs()
+                self._pass_signal()
                 time.sleep(0.05)
                 for job in [job for job in self.jobs if job.process.poll() is not None]:
                     self.jobs.remove(job)
                     self._end(job)
         finally:
-            for job in self.jobs:  # only where this process itself fails
+            for job in self.jobs:  # there are some only where this process itself fails
                 os.killpg(job.process.pid, signal.SIGKILL)
                 job.process.wait()
             for number, handler in before.items():
@@ -177,7 +181,8 @@ class _Runner:
     def _stopping(self) -> bool:
         return self.signal is not None or (self.failed and self.study.stop_on_failure)
 
-    def _start_what_can(self) -> None:
+    def _start_jobs(self) -> None:
+        """Start the runs and preparations that there is room for."""
         for run in list(self.waiting):
             free = set(range(self.study.at_once)) - {job.slot for job in self.jobs}
             if self._stopping() or not free:
@@ -192,6 +197,7 @@ class _Runner:
                 self.waiting.remove(run)
                 self._fail(run, FAILED, f"its preparation failed: {self.unprepared[str(command)]}")
             elif command not in [job.preparation for job in self.jobs]:
+                # Every preparation gets a log of its own, those of earlier calls included.
                 number = len(list(Path(self.study.dir).glob("prepare_*.log")))
                 log = Path(self.study.dir) / f"prepare_{number}.log"
                 self._start(command, run, min(free), f"preparation of {run.name}", log, command)
@@ -206,7 +212,7 @@ class _Runner:
         preparation: list[str] | None = None,
     ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        given = {
+        environment = {
             name: fill(value, self.study.dir, run, slot)
             for name, value in self.study.environment.items()
         }
@@ -214,22 +220,24 @@ class _Runner:
             written = output.tell()
             process = subprocess.Popen(
                 list(command),
-                env={**os.environ, **self.variables, **given},
+                env={**os.environ, **self.variables, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # Ctrl-C reaches it through us alone
-                preexec_fn=partial(_ask_to_end_with, os.getpid(), ctypes.CDLL(None).prctl),
+                # prctl is looked up before the fork, because the child must not load a library.
+                preexec_fn=partial(_end_with_parent, os.getpid(), ctypes.CDLL(None).prctl),
             )
         self.jobs.append(
             _Job(name, run, log, written, slot, process, time.monotonic(), preparation)
         )
         self.say(f"{time.strftime('%H:%M:%S')} {name}: started, output in {log}")
 
-    def _pass_the_signal_on(self) -> None:
-        if self.signal is None or self.told:
+    def _pass_signal(self) -> None:
+        """Pass a signal on as SIGTERM, once."""
+        if self.signal is None or self.signal_is_passed:
             return
-        self.told = True
+        self.signal_is_passed = True
         self.say(
             f"{signal.Signals(self.signal).name}: waiting for {len(self.jobs)} processes to save "
             "and end"
@@ -237,12 +245,14 @@ class _Runner:
         for job in self.jobs:
             if job.process.poll() is not None:
                 continue
+            # A run passes it to its ranks itself; a preparation is any command, with any children.
             if job.preparation is None:
                 job.process.send_signal(signal.SIGTERM)
             else:
                 os.killpg(job.process.pid, signal.SIGTERM)
 
     def _end(self, job: _Job) -> None:
+        """Record and report how a process ended."""
         code, seconds = job.process.returncode, time.monotonic() - job.began
         if code == DONE:
             self.say(
@@ -268,13 +278,16 @@ class _Runner:
                 self.say(f"{time.strftime('%H:%M:%S')} {job.name}: failed: {error}")
 
     def _fail(self, run: StudyRun, code: int, error: str) -> None:
+        """Record and report that a run failed."""
         self.failed = True
         self.state.ended(run, code, error)
         self.say(f"{time.strftime('%H:%M:%S')} {run.name}: failed: {error}")
 
-    def _variables(self) -> dict[str, str]:
-        """The cores shared out among runs at once; `policysplit train` shares its part among its
-        ranks.
+    def _thread_variables(self) -> dict[str, str]:
+        """OMP_NUM_THREADS for every process: the cores shared out among all ranks at work.
+
+        Empty for one run at a time, which `policysplit train` shares out itself, and where the
+        variable is set.
         """
         if self.study.at_once == 1 or "OMP_NUM_THREADS" in os.environ or not self.waiting:
             return {}
@@ -286,8 +299,10 @@ class _Runner:
 
 
 def last_error(log: Path, start: int, code: int) -> str:
-    """Why a process ended: its last line that starts with `error: `, else its last line, and how it
-    ended.
+    """Why a process ended: its last line that starts with `error: `, else its last, and how.
+
+    log: the file it wrote to. start: bytes of the file that are older. code: its return code,
+    negative for a signal.
     """
     with log.open("rb") as file:
         file.seek(max(start, log.stat().st_size - _TAIL_BYTES))
@@ -298,12 +313,12 @@ def last_error(log: Path, start: int, code: int) -> str:
         ]
     errors = [line for line in lines if line.startswith("error: ")]
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    said = (errors or lines or ["it wrote nothing"])[-1].removeprefix("error: ")
-    return f"{said} ({how}; {log})"
+    reason = (errors or lines or ["it wrote nothing"])[-1].removeprefix("error: ")
+    return f"{reason} ({how}; {log})"
 
 
-def _ask_to_end_with(parent: int, prctl) -> None:
-    """In a new process: SIGTERM as soon as the study ends, however it ends."""
+def _end_with_parent(parent: int, prctl) -> None:
+    """In a new process: ask the kernel for SIGTERM as soon as the study ends, however it ends."""
     prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:
+    if os.getppid() != parent:  # the study ended before the request
         os._exit(FAILED)

@@ -1,4 +1,4 @@
-"""Builds a run on every rank: process groups, log, actor, journal, rollouts, questions."""
+"""Builds a run on every rank: process groups, log, actor, journal, generation, questions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megatron_policysplit.distributed.control import Control
 from megatron_policysplit.distributed.device import missing_triton, use_triton
 from megatron_policysplit.distributed.stop_signal import StopSignal
 from megatron_policysplit.evaluation.verdicts import EvaluationJudge
+from megatron_policysplit.training.generation import build_generation
 from megatron_policysplit.training.journal import Journal, open_log
 from megatron_policysplit.training.questions import (
     load_evaluation_questions,
     load_training_questions,
 )
-from megatron_policysplit.training.rollouts import build_rollouts
 from megatron_policysplit.training.run import Run
 
 
@@ -39,7 +39,7 @@ def build_run(config: Config, stop: StopSignal) -> Run:
         resources.callback(log.close)
         judge = None
         if config.eval.judge.url is not None:
-            judge = EvaluationJudge(config, layout, control, log.message)
+            judge = EvaluationJudge(config.eval.judge, layout, control, log.message)
 
         # The actor comes before the engines: colocated ones start on GPUs that it has left.
         actor = Actor(config, read_hf_config(config.model.path), layout)
@@ -48,8 +48,10 @@ def build_run(config: Config, stop: StopSignal) -> Run:
         if (reason := _slow_head(config, actor)) is not None:
             journal.message(reason)
         state = journal.state
-        rollouts = build_rollouts(config, layout, control, actor, state, journal.message, resources)
-        leader, message = rollouts.leader, journal.message
+        generation = build_generation(
+            config, layout, control, actor, state, journal.message, resources
+        )
+        leader, message = generation.leader, journal.message
         questions = load_training_questions(
             config, layout, leader, state.date, state.stream, message
         )
@@ -61,7 +63,7 @@ def build_run(config: Config, stop: StopSignal) -> Run:
             control=control,
             algorithm=build_algorithm(config.algorithm),
             actor=actor,
-            rollouts=rollouts,
+            generation=generation,
             journal=journal,
             questions=questions,
             eval_questions=eval_questions,

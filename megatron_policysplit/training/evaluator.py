@@ -56,8 +56,8 @@ class Evaluator:
     ) -> tuple[list[Rollout], list[Row], list[TokenStatistics]]:
         """Graded responses to all questions under `prompts` in `modes`; their rows, statistics."""
         run = self.run
-        with run.rollouts.awake():
-            rollouts = run.rollouts.driver.generate(
+        with run.generation.awake():
+            rollouts = run.generation.driver.generate(
                 run.state.step,
                 list(run.eval_questions.questions.values()),
                 prompts,

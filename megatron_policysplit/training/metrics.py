@@ -1,5 +1,6 @@
-"""What a batch of graded, scored rows says: per mode, and between the modes. Entropies and KL in
-nats.
+"""Metrics of a batch of graded and scored rows: per mode, and between the modes.
+
+Entropies and KL are in nats. `statistics` are the actor's, one entry per row.
 """
 
 from __future__ import annotations
@@ -17,20 +18,24 @@ from megatron_policysplit.rows import RIGHT, Mode, Rollout, Row, modes_in
 def mode_metrics(
     rows: Sequence[Row], statistics: Sequence[TokenStatistics], mode: Mode
 ) -> dict[str, float]:
-    """Of what `mode` sampled, under its own prompt; {} if it sampled nothing.
+    """Metrics of the responses that `mode` sampled, under its own prompt; {} if there are none.
 
-    reward, accuracy, truncated_share: means over responses. response_tokens: mean length. Means
-    over the tokens of scored responses, left out where none is: entropy_nats (also in bits, the
-    paper's unit), kl_nats (this mode || normal, of the normal mode || high-entropy).
+    reward, accuracy, truncated_share: means over responses.
+    response_tokens: mean length.
+    entropy_nats, entropy_bits (the paper's unit): mean over the tokens of scored responses.
+    kl_nats: mean over these tokens of KL(this mode || normal); KL(normal || high-entropy) for the
+    normal mode.
+
+    Entropy and KL are left out where no response is scored.
     """
-    own = [
+    pairs = [
         (row.rollout, s)
         for row, s in zip(rows, statistics, strict=True)
         if row.mode == mode and row.on_policy
     ]
-    if not own:
+    if not pairs:
         return {}
-    rollouts = [rollout for rollout, _ in own]
+    rollouts = [rollout for rollout, _ in pairs]
     result = {
         "reward": _mean([rollout.reward for rollout in rollouts]),
         "accuracy": _mean([rollout.reward > RIGHT for rollout in rollouts]),
@@ -38,36 +43,43 @@ def mode_metrics(
         "truncated_share": _mean([rollout.finish_reason == "length" for rollout in rollouts]),
     }
     kl = mode_divergences(rows, statistics, mode)
-    if entropies := [s.entropy for _, s in own if s.scored]:
+    if entropies := [s.entropy for _, s in pairs if s.scored]:
         nats = float(torch.cat(entropies).mean())
         result |= {"entropy_nats": nats, "entropy_bits": nats / math.log(2)}
-    if (to := (Mode.HIGH_ENTROPY if mode == Mode.NORMAL else Mode.NORMAL).value) in kl:
-        result["kl_nats"] = kl[to]
+    counterpart = (Mode.HIGH_ENTROPY if mode == Mode.NORMAL else Mode.NORMAL).value
+    if counterpart in kl:
+        result["kl_nats"] = kl[counterpart]
     return result
 
 
 def mode_divergences(
     rows: Sequence[Row], statistics: Sequence[TokenStatistics], mode: Mode
 ) -> dict[str, float]:
-    """Mean over the tokens of what `mode` sampled of KL(mode || other), nats, by the names of the
-    others scored.
+    """Mean of KL(mode || other) in nats, by the other modes' names, sorted.
+
+    The mean is over the tokens of the responses that `mode` sampled and that were scored under the
+    other mode's prompt too.
     """
-    found: dict[str, list[torch.Tensor]] = {}
+    by_mode: dict[str, list[torch.Tensor]] = {}
     for row, s in zip(rows, statistics, strict=True):
         if row.mode == mode and row.on_policy:
             for name, values in s.kl.items():
-                found.setdefault(name, []).append(values)
-    return {name: float(torch.cat(values).mean()) for name, values in sorted(found.items())}
+                by_mode.setdefault(name, []).append(values)
+    return {name: float(torch.cat(values).mean()) for name, values in sorted(by_mode.items())}
 
 
 def training_metrics(
     rows: Sequence[Row], statistics: Sequence[TokenStatistics], live: Sequence[bool]
 ) -> dict:
-    """Flat names for the logs: per mode, KL both ways, agreement of engine and actor, skipped rows."""
+    """Metrics of a training batch under the flat names of the logs.
+
+    `<mode>/...` (`mode_metrics`), `kl/<mode>_to_<other>` (`mode_divergences`), the difference of
+    engine and actor, and counts of rows and of failed rewards. live: whether each row is trained.
+    """
     result: dict[str, float] = {}
     for mode in modes_in(rows):
         metrics = mode_metrics(rows, statistics, mode)
-        metrics.pop("kl_nats", None)
+        metrics.pop("kl_nats", None)  # in `kl/...`, in both directions
         for other, kl in mode_divergences(rows, statistics, mode).items():
             result[f"kl/{mode.value}_to_{other}"] = kl
         result |= {f"{mode.value}/{name}": value for name, value in metrics.items()}
@@ -94,10 +106,14 @@ def evaluation_metrics(
     *,
     variety: bool = False,
 ) -> dict[str, float]:
-    """`eval/<mode>/...`: mode_metrics, and of the `samples` responses to each question
-    `answer_measures`.
+    """Metrics of an evaluation as `eval/<mode>/...`: `mode_metrics` and `answer_measures`.
 
-    variety: `variety_measures` of their texts, too.
+    Args:
+        rows: those of the evaluation's rollouts.
+        statistics: the actor's, one entry per row.
+        text: the response text of a rollout.
+        samples: responses to each question in each mode.
+        variety: whether to add `variety_measures` of the texts.
     """
     result: dict[str, float] = {}
     for mode in modes_in(rows):
@@ -127,13 +143,14 @@ def prompt_metrics(
     *,
     variety: bool = False,
 ) -> dict[str, float]:
-    """`eval/<name>/...`: `evaluation_metrics` of what was sampled under another prompt, as the
-    normal mode samples.
+    """`evaluation_metrics` of the responses under a prompt of eval.prompts, as `eval/<name>/...`.
+
+    Their rows carry the normal mode, whose sampling settings such prompts use.
     """
-    found = evaluation_metrics(rows, statistics, text, samples, variety=variety)
+    metrics = evaluation_metrics(rows, statistics, text, samples, variety=variety)
     return {
         f"eval/{name}/" + key.removeprefix(f"eval/{Mode.NORMAL.value}/"): value
-        for key, value in found.items()
+        for key, value in metrics.items()
     }
 
 

@@ -1,7 +1,7 @@
 """Everything that can be checked before a process starts or a weight is read.
 
-torch is imported only for model.megatron, algorithm.options, algorithm.old_logprobs=engine and
-rollout.engine=replay.
+To be fast, it imports torch only for model.megatron, algorithm.options,
+algorithm.old_logprobs=engine and rollout.engine=replay.
 """
 
 from __future__ import annotations
@@ -33,20 +33,18 @@ from megatron_policysplit.evaluation.judge_prompt import judge_api_key, read_jud
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found. parameters counts every stored weight; eval_questions is 0 without
-    evaluation.
-    """
+    """A run that may start, in numbers. Made by `preflight`, printed by `policysplit train`."""
 
     architecture: str
-    parameters: int
+    parameters: int  # every stored weight counts
     train_questions: int
-    eval_questions: int
+    eval_questions: int  # 0 without evaluation
     ranks: int
-    resumes: bool
+    resumes: bool  # whether run.dir holds this very run already
     warnings: list[str]
 
     def lines(self, config: Config) -> list[str]:
-        """For the terminal, warnings last."""
+        """The lines that a run prints at its start, warnings last."""
         layout = config.parallel
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
         evaluation = f", {self.eval_questions} for evaluation" if self.eval_questions else ""
@@ -66,21 +64,21 @@ class Preflight:
 
 
 def _engines(config: Config) -> str:
+    """What generates, and how new weights reach it, in one line."""
     rollout, server = config.rollout, config.rollout.server
     if rollout.engine != "sglang":
         return rollout.engine
     if rollout.addresses:
-        where = ", ".join(rollout.addresses)
+        servers = ", ".join(rollout.addresses)
     else:
         count = world_size(config) // server.tensor if rollout.colocated else server.count or 1
-        where = (
-            f"{count} of tensor parallelism {server.tensor}"
-            + " on the actor's GPUs" * rollout.colocated
-        )
-    return f"sglang ({where}), weights by {config.weight_sync.transport}"
+        place = " on the actor's GPUs" * rollout.colocated
+        servers = f"{count} of tensor parallelism {server.tensor}{place}"
+    return f"sglang ({servers}), weights by {config.weight_sync.transport}"
 
 
 def _judge(config: Config) -> list[str]:
+    """The line about the judge; [] without one."""
     judge = config.eval.judge
     if judge.url is None:
         return []
@@ -92,8 +90,9 @@ def _judge(config: Config) -> list[str]:
 
 
 def preflight(config: Config) -> Preflight:
-    """Checks keys, model, data, reward, run directory and checkpoint; raises a UserError for the
-    first wrong one.
+    """Check keys, model, data, reward, servers, judge, run directory and checkpoint.
+
+    Starts nothing and writes nothing. Raises a UserError for the first thing that is wrong.
     """
     warnings = check_config(config)
     check_method(config)
@@ -112,6 +111,7 @@ def preflight(config: Config) -> Preflight:
 
 
 def _check_model(config: Config) -> tuple[str, int]:
+    """The name of the model's architecture and its number of weights. Raises a UserError."""
     from checkpoints_conv import check_safetensors, find_architecture, read_hf_config
     from megatron_policysplit.config.model_layout import check_layout
     from megatron_policysplit.data.prompts import read_eval_prompts, read_prompts
@@ -129,8 +129,7 @@ def _check_model(config: Config) -> tuple[str, int]:
     if not has_chat_template(path):
         raise ModelError(
             f"the tokenizer of model.path={path} has no chat template; put a chat_template.jinja "
-            "into that directory "
-            "or use an instruction-tuned model"
+            "into that directory or use an instruction-tuned model"
         )
     read_prompts(config.modes)
     read_eval_prompts(config.eval.prompts, config.modes)
@@ -138,7 +137,7 @@ def _check_model(config: Config) -> tuple[str, int]:
 
 
 def _check_start(config: Config, hf_config: dict[str, Any]) -> None:
-    """Raises a UserError unless model.megatron, if given, is whole and of model.path's model."""
+    """Raise a UserError unless model.megatron, if given, is complete and of model.path's model."""
     if config.model.megatron is None:
         return
     from checkpoints_conv.megatron_reader import MegatronCheckpoint
@@ -160,14 +159,14 @@ def _check_start(config: Config, hf_config: dict[str, Any]) -> None:
 
 
 def _check_data(config: Config) -> tuple[int, int]:
+    """The numbers of questions for training and for evaluation. Raises a UserError."""
     from megatron_policysplit.data.questions import load_questions
 
     questions = len(load_questions(config.data.path, config.data.options))
     if config.data.batch_questions > questions:
         raise ConfigError(
             f"data.batch_questions={config.data.batch_questions} is more than the {questions} "
-            "questions of "
-            f"data.path={config.data.path}; use at most {questions}"
+            f"questions of data.path={config.data.path}; use at most {questions}"
         )
     replay = config.rollout.replay_dir
     if config.rollout.engine == "replay" and not Path(replay).is_dir():
@@ -195,8 +194,8 @@ def _check_servers(config: Config) -> None:
     if python is not None and not rollout.addresses and shutil.which(python) is None:
         raise ConfigError(
             f"rollout.server.python={python} is not an executable; give the interpreter of an "
-            "environment with SGLang "
-            "(on a machine without a GPU `make sglang-cpu` makes one: .venv-sglang/bin/python)"
+            "environment with SGLang (on a machine without a GPU `make sglang-cpu` makes one: "
+            ".venv-sglang/bin/python)"
         )
 
 
@@ -205,6 +204,7 @@ def check_run_dir(config: Config) -> bool:
 
     Raises ConfigError if it holds another one, or cannot be created or written.
     """
+    # The nearest directory that exists decides whether run.dir can be made.
     directory = Path(config.run.dir)
     existing = next(
         parent for parent in [directory, *directory.absolute().parents] if parent.exists()
@@ -222,33 +222,33 @@ def check_run_dir(config: Config) -> bool:
     if not file.exists() or not _has_begun(directory):
         return False
     try:
-        there = fingerprint(load_config(str(file), []))
+        existing_run = fingerprint(load_config(str(file), []))
     except ConfigError as error:
         raise ConfigError(
             f"run.dir={directory} holds a run whose configuration cannot be read ({error}); "
             f"give another run.dir, or delete {directory}"
         ) from error
-    difference = first_difference(there, fingerprint(config))
+    difference = first_difference(existing_run, fingerprint(config))
     if difference is not None:
         name, old, new = difference
         raise ConfigError(
             f"run.dir={directory} holds another run, with {name}={show(old)} where this one has "
-            f"{show(new)}; "
-            f"give another run.dir, or delete {directory}"
+            f"{show(new)}; give another run.dir, or delete {directory}"
         )
     return True
 
 
 def _has_begun(directory: Path) -> bool:
-    """Whether a run wrote anything worth keeping: one that was refused at its start left only its
-    configuration.
+    """Whether the run in a directory wrote anything worth keeping.
+
+    A run that was refused at its start left only its configuration.
     """
     metrics = directory / "metrics.jsonl"
     return (directory / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def _check_checkpoint(config: Config) -> None:
-    """Raises CheckpointError unless the checkpoint that the run would go on from is of this model."""
+    """Raise CheckpointError if the newest checkpoint of run.dir is of another model."""
     from checkpoints_conv import read_hf_config
 
     for path in complete(Path(config.run.dir) / "checkpoints")[-1:]:
@@ -256,7 +256,10 @@ def _check_checkpoint(config: Config) -> None:
 
 
 def prepare_run_dir(config: Config) -> None:
-    """Creates run.dir and writes the configuration into it, complete or not at all."""
+    """Create run.dir and write the configuration into it, complete or not at all.
+
+    Raises ConfigError where that is not possible.
+    """
     directory = Path(config.run.dir)
     partial = directory / f".{CONFIG_FILE}.partial"
     try:

@@ -15,9 +15,15 @@ def rollout_records(
     prompts: Mapping[int, str],
     text: Callable[[Rollout], str],
 ) -> list[dict[str, Any]]:
-    """One record a rollout. prompts: question id -> text of the normal mode's prompt.
+    """One JSON record per rollout, in the order of the rollouts.
 
-    `prompt` and `response` are text for reading; `tokens` are what counts.
+    The record's `prompt` and `response` are text for reading; the replay engine reads `tokens`.
+
+    Args:
+        rollouts: graded rollouts.
+        questions: question id -> question.
+        prompts: question id -> text of the normal mode's prompt.
+        text: the response text of a rollout.
     """
     return [
         {

@@ -40,14 +40,14 @@ class PendingBatch:
 
         May be called again. `phases` takes the seconds of all rounds, as `Driver.finish` says.
         """
-        rounds = [self.run.rollouts.driver.finish(batch, phases) for batch in self.rounds]
+        rounds = [self.run.generation.driver.finish(batch, phases) for batch in self.rounds]
         if self._rollouts is not None:
             return self._rollouts
         selected: list[int] = []
         if self.selection is not None:
             selected = self._selected_questions(rounds)
             while self._lacks(selected) and self._draw_again():
-                rounds.append(self.run.rollouts.driver.finish(self.rounds[-1], phases))
+                rounds.append(self.run.generation.driver.finish(self.rounds[-1], phases))
                 selected = self._selected_questions(rounds)
         responses = [rollout for rollouts in rounds for rollout in rollouts]
         self.generated_tokens = sum(len(rollout.tokens) for rollout in responses)
@@ -83,7 +83,7 @@ class PendingBatch:
         run, is_first = self.run, not self.rounds
         self.questions += questions
         self.cursor = run.questions.cursor
-        batch = run.rollouts.driver.begin(
+        batch = run.generation.driver.begin(
             self.number,
             questions,
             run.questions.prompts,

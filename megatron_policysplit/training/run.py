@@ -16,9 +16,9 @@ from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.evaluation.verdicts import EvaluationJudge
 from megatron_policysplit.rollout.driver import Leader
 from megatron_policysplit.rows import Mode
+from megatron_policysplit.training.generation import Generation
 from megatron_policysplit.training.journal import Journal
 from megatron_policysplit.training.questions import EvaluationQuestions, TrainingQuestions
-from megatron_policysplit.training.rollouts import Rollouts
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Run:
     control: Control
     algorithm: Algorithm
     actor: Actor  # scores rows and trains on them
-    rollouts: Rollouts  # generates
+    generation: Generation  # has questions answered
     journal: Journal  # writes down, and holds the state that a checkpoint has
     questions: TrainingQuestions
     eval_questions: EvaluationQuestions
@@ -45,7 +45,7 @@ class Run:
     @property
     def leader(self) -> Leader | None:
         """What a replica's leader generates and grades with; None on other ranks."""
-        return self.rollouts.leader
+        return self.generation.leader
 
     @property
     def samples_per_mode(self) -> Mapping[Mode, int]:

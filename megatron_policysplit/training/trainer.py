@@ -32,16 +32,13 @@ from megatron_policysplit.training.run import Run
 
 
 @dataclass
-class ScoredRows:
-    """The rows of a batch with what the policy says of them before the update; on leaders."""
+class PlacedRows:
+    """The rows of a batch and where they are trained; on leaders, but for `placed`."""
 
-    version: int  # of the weights before the update
     rows: Sequence[Row]
-    live: Sequence[bool]  # rows that can change the weights
-    scored: Sequence[bool]  # rows whose statistics something reads
+    is_live: Sequence[bool]  # whether a row can change the weights
+    is_scored: Sequence[bool]  # whether something reads a row's statistics
     placed: PlacedBatch  # on every rank, as the actor takes it
-    old: Sequence[TokenStatistics]  # of every row, by the weights before the update
-    reference: Sequence[Tensor] | None  # log-probs of the initial policy, with algorithm.kl_coef
 
 
 class Trainer:
@@ -51,8 +48,8 @@ class Trainer:
         self.run, self.config = run, run.config
         self.row_settings = RowSettings.of(run.config)
         self.evaluator = Evaluator(run)
-        probe = Probe(run.layout, run.actor, run.rollouts.engine_log_probs, self.resync)
-        self.gate = AgreementGate(run.config, probe, run.journal)
+        probe = Probe(run.layout, run.actor, run.generation.engine_log_probs, self.resync)
+        self.gate = AgreementGate.of(run.config, probe, run.journal)
         # With rollout.overlap, the batch that is generated while the one before is trained.
         self.ahead: PendingBatch | None = None
 
@@ -92,79 +89,95 @@ class Trainer:
         correct.
         """
         run, overlap, phases = self.run, self.config.rollout.overlap, Phases()
-        batch, version = run.state.step, run.state.weight_version
+        step, version = run.state.step, run.state.weight_version
         with phases.measure("step"):
-            with run.rollouts.awake():
-                pending, self.ahead = self.ahead or self.ask(batch), None
+            with run.generation.awake():
+                pending, self.ahead = self.ahead or self.ask(step), None
                 rollouts = pending.finish(phases)
             check_staleness(rollouts, version, self.config.rollout)
-            if overlap and batch + 1 < self.config.train.steps:
+            if overlap and step + 1 < self.config.train.steps:
                 self.sync(phases)
-                self.ahead = self.ask(batch + 1)
+                self.ahead = self.ask(step + 1)
 
             rows = share_rollouts(rollouts, run.questions.prompts, run.training_modes)
             with phases.measure("score"):
-                scored = self.log_probs(rows)
-            agreement = self.gate.check(batch, rows, scored.old, version, run.rollouts.served)
+                batch = self.place(rows)
+                old, reference = self.log_probs(batch.placed)
+            agreement = self.gate.check(step, rows, old, version, run.generation.served)
             # Replicas score for different times, which the control group would not wait for.
             run.layout.barrier()
             run.control.check()  # the last look for a stop signal before the longest phase
 
             with phases.measure("update"):
-                advantages, updates = self.advantages(scored), []
-                for k in range(scored.placed.optimizer_steps):
-                    current = self.log_probs_again(scored, k)
-                    signals = advantages.for_step(k, current)
-                    updates.append(run.actor.update(scored.placed, k, signals))
-            self._move_on(pending, advantages, updates)
+                builder, updates = self.signal_builder(batch, old, reference), []
+                for k in range(batch.placed.optimizer_steps):
+                    current = self.log_probs_before(k, batch.placed)
+                    advantages = builder.for_step(k, current)
+                    updates.append(run.actor.update(batch.placed, k, advantages))
+            self._move_on(pending, builder, updates)
             if not overlap:
                 self.sync(phases)
         update = UpdateMetrics.over(updates)
-        self._log(pending, rollouts, scored, agreement, advantages, update, phases)
+        self._log(pending, rollouts, batch, old, agreement, builder, update, phases)
         self._stop_if_bad(rollouts)
 
     def ask(self, batch: int) -> PendingBatch:
         """Draw the questions of batch `batch` and start to generate."""
         return PendingBatch(self.run, batch)
 
-    def log_probs(self, rows: Sequence[Row]) -> ScoredRows:
-        """Log-probs, entropies and KL of the rows, by the weights before the update."""
-        run, batch = self.run, self.run.state.step
-        live = live_rows(rows, run.algorithm, self.row_settings)
-        scored = scored_rows(rows, live, run.algorithm, self.row_settings)
-        due = self.gate.due(batch)
-        compared = [
-            due and row.on_policy and not is_scored
-            for row, is_scored in zip(rows, scored, strict=True)
+    def place(self, rows: Sequence[Row]) -> PlacedRows:
+        """Decide which rows are trained and which are scored, and send every replica its own."""
+        run, step = self.run, self.run.state.step
+        is_live = live_rows(rows, run.algorithm, self.row_settings)
+        is_scored = scored_rows(rows, is_live, run.algorithm, self.row_settings)
+        # The gate compares engine and actor on rows that the engine sampled. Of those that nothing
+        # else would score, it has some scored for itself.
+        due = self.gate.due(step)
+        is_compared = [
+            due and row.on_policy and not scored
+            for row, scored in zip(rows, is_scored, strict=True)
         ]
-        placed = run.actor.place(rows, live, run.seed(batch), scored=scored, compared=compared)
-        old = run.actor.log_probs(placed)
+        placed = run.actor.place(
+            rows, is_live, run.seed(step), scored=is_scored, compared=is_compared
+        )
+        return PlacedRows(rows, is_live, is_scored, placed)
+
+    def log_probs(self, placed: PlacedBatch) -> tuple[list[TokenStatistics], list[Tensor] | None]:
+        """Statistics of the rows before the update, and the initial policy's log-probs (kl_coef)."""
+        old = self.run.actor.log_probs(placed)
         reference = None
         if self.config.algorithm.kl_coef > 0:
-            reference = run.actor.reference_log_probs(placed)
-        return ScoredRows(run.state.weight_version, rows, live, scored, placed, old, reference)
+            reference = self.run.actor.reference_log_probs(placed)
+        return old, reference
 
-    def advantages(self, scored: ScoredRows) -> SignalBuilder:
-        """What makes the batch's advantages, one optimizer step after the other."""
+    def log_probs_before(
+        self, optimizer_step: int, placed: PlacedBatch
+    ) -> dict[int, TokenStatistics] | None:
+        """Statistics of a step's rows by the weights as they are, with algorithm.statistics=step.
+
+        None where those of the score pass serve: without that key, and at the first step.
+        """
+        if self.config.algorithm.statistics != "step" or optimizer_step == 0:
+            return None
+        return self.run.actor.step_log_probs(placed, optimizer_step)
+
+    def signal_builder(
+        self,
+        batch: PlacedRows,
+        old: Sequence[TokenStatistics],
+        reference: Sequence[Tensor] | None,
+    ) -> SignalBuilder:
+        """What makes advantages and loss weights, one optimizer step after the other."""
         return SignalBuilder(
-            scored.rows,
-            scored.old,
-            scored.placed.plan,
+            batch.rows,
+            old,
+            batch.placed.plan,
             self.run.algorithm,
             self.row_settings,
             state=self.run.state.method or None,
-            reference=scored.reference,
+            reference=reference,
             seed=self.run.seed(self.run.state.step),
         )
-
-    def log_probs_again(self, scored: ScoredRows, step: int) -> dict[int, TokenStatistics] | None:
-        """Statistics of a step's rows by the weights as they are, with algorithm.statistics=step.
-
-        None at the first optimizer step, whose weights are those of the score pass.
-        """
-        if self.config.algorithm.statistics != "step" or step == 0:
-            return None
-        return self.run.actor.step_log_probs(scored.placed, step)
 
     def evaluate_and_save(self) -> None:
         """What is due after the batches trained so far, at the start of a run and at its end too.
@@ -186,7 +199,8 @@ class Trainer:
         if not self.run.eval_questions.questions:
             return
         if self.ahead is not None:
-            self.ahead.finish(Phases())  # it stays as it is; the engines are needed
+            # An evaluation needs the engines. The batch stays: it is trained after this.
+            self.ahead.finish(Phases())
         self.sync()
         accuracy = self.evaluator.evaluate()
         if accuracy > self.run.state.best:
@@ -196,29 +210,30 @@ class Trainer:
 
     def save(self) -> None:
         """Save a checkpoint of the state after the last trained batch."""
-        self.run.rollouts.sleep()
+        # After a stop signal engines on the actor's GPUs may have the memory that saving needs.
+        self.run.generation.sleep()
         self.run.journal.save()
 
     def sync(self, phases: Phases | None = None) -> None:
         """Give the engines the actor's weights, unless they have them."""
         with (phases or Phases()).measure("sync"):
-            self.run.rollouts.load()
+            self.run.generation.sync()
 
     def resync(self) -> None:
         """Give the engines the actor's weights, whatever they have, before the gate ends the run."""
         self._forget_ahead()
-        self.run.rollouts.load(again=True)
+        self.run.generation.sync(again=True)
 
     def _forget_ahead(self) -> None:
         if self.ahead is not None:
             self.ahead.cancel()
             self.ahead = None
 
-    def _move_on(self, pending: PendingBatch, advantages: SignalBuilder, updates: Sequence) -> None:
+    def _move_on(self, pending: PendingBatch, builder: SignalBuilder, updates: Sequence) -> None:
         """The state after a trained batch: what a checkpoint taken now would have."""
         run = self.run
         bad_steps = sum(not update.result.stepped for update in updates)
-        run.state.method = run.layout.broadcast_from_chief(advantages.state)
+        run.state.method = run.layout.broadcast_from_chief(builder.state)
         run.state.step += 1
         run.state.stream = pending.cursor
         run.state.optimizer_steps = run.actor.optimizer.steps_taken
@@ -230,26 +245,30 @@ class Trainer:
         self,
         pending: PendingBatch,
         rollouts: Sequence[Rollout],
-        scored: ScoredRows,
+        batch: PlacedRows,
+        old: Sequence[TokenStatistics],
         agreement: dict[str, float],
-        advantages: SignalBuilder,
+        builder: SignalBuilder,
         update: UpdateMetrics,
         phases: Phases,
     ) -> None:
         """Metrics and rollouts of a trained batch, on the chief (one all-reduce over the world)."""
-        run, rows = self.run, scored.rows
+        run = self.run
         memory = run.layout.all_reduce_max(peak_memory_bytes())
         if not run.layout.is_chief:
             return
-        metrics = training_metrics(rows, scored.old, scored.live) | update.named()
-        metrics |= _throughput(scored, pending, phases) | agreement
-        metrics |= staleness_metrics(rollouts, scored.version) | advantages.metrics()
+        metrics = training_metrics(batch.rows, old, batch.is_live) | update.named()
+        metrics |= _throughput(batch, pending, phases) | agreement
+        # The batch was sampled and scored before the update, which made a new version.
+        version = run.state.weight_version - 1
+        metrics |= staleness_metrics(rollouts, version) | builder.metrics()
         metrics |= {
-            "actor/unscored_rows": float(len(scored.scored) - sum(scored.scored)),
+            "actor/unscored_rows": float(len(batch.is_scored) - sum(batch.is_scored)),
             "memory/peak_gib": memory / 2**30,
             "actor/bad_steps_total": float(run.state.bad_steps),
         }
         metrics |= pending.metrics
+        # A write that fails here ends this rank alone; the launcher then ends the others.
         records = run.questions.records([*rollouts, *pending.unused], run.leader)
         run.journal.log.log(run.state.step, metrics)
         run.journal.log.rollouts(run.state.step, records)
@@ -278,13 +297,13 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _throughput(scored: ScoredRows, pending: PendingBatch, phases: Phases) -> dict[str, float]:
+def _throughput(batch: PlacedRows, pending: PendingBatch, phases: Phases) -> dict[str, float]:
     """Seconds per phase, and tokens per second of generation, score and update."""
-    lengths = [row.length for row in scored.rows]
+    lengths = [row.length for row in batch.rows]
     tokens = {
         "generate": pending.generated_tokens,
-        "score": sum(n for n, is_scored in zip(lengths, scored.scored, strict=True) if is_scored),
-        "update": sum(n for n, is_live in zip(lengths, scored.live, strict=True) if is_live),
+        "score": sum(n for n, scored in zip(lengths, batch.is_scored, strict=True) if scored),
+        "update": sum(n for n, live in zip(lengths, batch.is_live, strict=True) if live),
     }
     speed = {
         f"throughput/{name}_tokens_per_s": count / phases.seconds[name]

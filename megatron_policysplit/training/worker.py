@@ -1,7 +1,8 @@
-"""One rank of a training run: `python -m megatron_policysplit.training.worker CONFIG [key=value ...]`.
+"""One rank of a training run.
 
-Started by `policysplit train`, torchrun or srun. Imports stay inside `main`: reward workers are
-spawned processes that import this module again.
+`policysplit train` starts `python -m megatron_policysplit.training.worker CONFIG [key=value ...]`
+for each local rank; with one rank, or under torchrun or srun, it calls `main` itself. Imports stay
+inside `main`: reward workers are spawned processes that import this module again.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import traceback
 
 from megatron_policysplit.errors import BAD_INPUT, FAILED, STOPPED
 
-SAME_ERROR_SECONDS = 3.0
+SAME_ERROR_SECONDS = 3.0  # how long rank 0 waits for others with the same error
 
 
 def main(argv: list[str]) -> int:
     """Run this rank; returns the exit code (see `policysplit train --help`)."""
     from megatron_policysplit.distributed.stop_signal import StopRequested, StopSignal
 
+    # Before the slow imports: a signal during them must not end this rank without its exit code.
     stop = StopSignal().install()
     import warnings
 
@@ -74,47 +76,46 @@ def main(argv: list[str]) -> int:
 
 
 def _report(text: str) -> None:
-    """To stderr, once for all ranks that say the same. Rank 0, which hosts the store, gives the
-    others time to ask.
+    """Print to stderr, once for all ranks that report the same text.
+
+    Every rank with the text counts itself in the process group's store, and the first one prints.
+    Rank 0, which hosts the store, waits up to SAME_ERROR_SECONDS for the others to count.
     """
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
         print(text, file=sys.stderr, flush=True)
         return
-    store, said = dist.distributed_c10d._get_default_store(), f"policysplit/said/{text_hash(text)}"
+    store, key = dist.distributed_c10d._get_default_store(), f"policysplit/said/{text_hash(text)}"
     try:
-        first = store.add(said, 1) == 1
-    except (
-        RuntimeError
-    ):  # the rank that hosts the store is gone; saying it twice beats not saying it
-        first = True
-    if first:
+        is_first = store.add(key, 1) == 1
+    except RuntimeError:
+        is_first = True  # the rank that hosts the store is gone; better twice than not at all
+    if is_first:
         print(text, file=sys.stderr, flush=True)
-    deadline = time.monotonic() + SAME_ERROR_SECONDS
-    while (
-        dist.get_rank() == 0
-        and store.add(said, 0) < dist.get_world_size()
-        and time.monotonic() < deadline
-    ):
-        time.sleep(0.05)
+    if dist.get_rank() == 0:
+        deadline = time.monotonic() + SAME_ERROR_SECONDS
+        while store.add(key, 0) < dist.get_world_size() and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def text_hash(text: str) -> str:
+    """A short name for a text, the same on every rank (Python's own hash is not)."""
     import hashlib
 
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _first_sentence(error: BaseException) -> str:
-    """What happened, without the place in gloo's or NCCL's sources and their general advice."""
+    """The first sentence of an error, without the place in gloo's or NCCL's sources."""
     line = str(error).strip().split("\n")[0]
     return re.sub(r"^\[\S+\] ", "", line).split(". ")[0][:300]
 
 
 def leave(code: int) -> None:
-    """End this rank. Not by sys.exit: a peer that is gone must not keep it in an atexit handler of
-    a backend.
+    """End this rank at once with an exit code.
+
+    Not by sys.exit: a peer that is gone must not keep this rank in a backend's atexit handler.
     """
     sys.stdout.flush()
     sys.stderr.flush()

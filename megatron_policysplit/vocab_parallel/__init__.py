@@ -1,5 +1,6 @@
-"""Token statistics and losses over a vocabulary sharded across tensor-parallel ranks, without
-holding its logits.
+"""Log-probs, entropies, KL and losses over a vocabulary sharded across tensor-parallel ranks.
+
+Logits exist for one chunk of tokens at a time. docs/vocab_parallel.md derives the formulas.
 """
 
 from megatron_policysplit.vocab_parallel.fused_loss import FusedLoss, fused_loss

@@ -1,8 +1,7 @@
-"""One chunk of tokens through a shard of the LM head: reduced to floats, or to the gradient of its
-logits.
+"""One chunk of tokens through a shard of the LM head: to floats per token, or to dL/dlogits.
 
-Two implementations: torch, which holds the chunk's logits, and Triton kernels on a GPU, which hold
-none.
+Two implementations: `TorchPass` holds the chunk's logits, `TritonPass` runs kernels on a GPU that
+hold none.
 """
 
 from __future__ import annotations
@@ -29,62 +28,69 @@ from megatron_policysplit.vocab_parallel.reduction import (
 if TYPE_CHECKING:
     from megatron_policysplit.vocab_parallel.shard import Head
 
-SLICE_ROWS = 8192  # of a weight of 16 bits, widened at a time
+SLICE_ROWS = 8192  # rows of a weight of 16 bits that are widened to 32 bits at a time
 
 
 @dataclass(frozen=True)
 class States(PerToken):
-    """One of two policies at P tokens: hidden states [N, H], temperature [P], and rows [P] int64,
-    which of the hidden states is each token's; None: each in turn. logits [N, padded columns], if
-    they are there.
-    """
+    """One of two policies at P tokens that are reduced as pairs."""
 
-    hidden: Tensor
-    temperature: Tensor
-    rows: Tensor | None = None
-    logits: Tensor | None = None
+    hidden: Tensor  # hidden states [N, H]
+    temperature: Tensor  # [P]
+    rows: Tensor | None = None  # [P] int64: the hidden state of each token; None: token i has i
+    logits: Tensor | None = None  # [N, padded columns], where they have been made already
 
 
 class ChunkPass(Protocol):
-    """hidden [C, H] of a chunk. What a reduction gives beside the floats may be given to the
-    others, as long as no further chunk but the next has been reduced.
+    """How a chunk of C tokens with hidden states [C, H] is computed; `chunk_pass` makes one.
+
+    `reduce` and `reduce_for_gradient` return floats and possibly a tensor of the logits' size. That
+    tensor is valid until the second reduction after it: there are two buffers, which take turns.
     """
 
     def reduce(self, hidden: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
-        """`reduction.reduce_logits` of the chunk, [4, C], and the chunk's logits [C, padded
-        columns] if there are.
+        """Return `reduction.reduce_logits` of the chunk, [4, C], and its logits if it has any.
+
+        Logits: [C, padded columns]; None by kernels.
         """
 
     def reduce_for_gradient(
         self, hidden: Tensor, tokens: Tokens
     ) -> tuple[Tensor, Exponentials | None]:
-        """The same floats, bit for bit, and what `gradient` can use."""
+        """Return the floats of `reduce`, bit for bit, and exponentials for `gradient` to use."""
 
     def reduce_pair(self, a: States, b: States) -> Tensor:
-        """`reduction.reduce_pair` of two policies, [6, P]. Logits that are there stay there."""
+        """Return `reduction.reduce_pair` of two policies, [6, P].
+
+        The buffer of the logits that were passed in is not overwritten.
+        """
 
     def gradient(
         self,
         hidden: Tensor,
-        kept: Exponentials | None,
+        exponentials: Exponentials | None,
         tokens: Tokens,
         merged: Merged,
         slopes: Slopes,
     ) -> Tensor:
-        """d loss / d logits [C, padded columns] in the dtype of `hidden`; may overwrite `kept`."""
+        """Return d loss / d logits, [C, padded columns] in the dtype of `hidden`.
+
+        exponentials: of `reduce_for_gradient`, which may be overwritten; None: the logits are made
+        again.
+        """
 
 
 def chunk_pass(head: Head, tokens: int) -> ChunkPass:
-    """How the chunks of a call with so many tokens are computed."""
+    """Return the implementation for a call of the head with so many tokens."""
     return TritonPass(head) if head.triton else TorchPass(head, tokens)
 
 
 def shard_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """hidden [C, H] @ weight [padded columns, H]^T into `out` [C, padded columns], fp32 (fp64 for
-    fp64 operands).
+    """Write hidden [C, H] @ weight [padded columns, H]^T into `out` [C, padded columns]; return it.
 
-    Operands of 16 bits are widened, the weight a slice at a time, so that logits are not rounded to
-    16 bits: KL between policies that are close would drown in that.
+    `out` is fp32 (fp64 for fp64 operands). Operands of 16 bits are widened, the weight a slice at a
+    time, so that logits are not rounded to 16 bits: the KL between policies that are close would
+    drown in the rounding.
     """
     if weight.dtype == out.dtype:
         return torch.mm(hidden, weight.t(), out=out)
@@ -96,16 +102,14 @@ def shard_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
 
 class TorchPass:
-    """Matrix products of torch into buffers that take turns: the logits of this chunk and of the
-    one before.
+    """Matrix products of torch into two buffers that take turns.
+
+    They hold the logits of this chunk and of the one before, which `fused_loss` still works on.
     """
 
     def __init__(self, head: Head, tokens: int):
-        self._weight, self._shard, self._chunk = (
-            head.weight.detach(),
-            head.shard,
-            min(head.chunk, tokens),
-        )
+        self._weight, self._shard = head.weight.detach(), head.shard
+        self._chunk = min(head.chunk, tokens)
         self._buffers: list[Tensor] = []
 
     def reduce(self, hidden: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -124,27 +128,28 @@ class TorchPass:
             logits_a, logits_b, a.temperature, b.temperature, self._shard, a.rows, b.rows
         )
         if b.logits is None:
-            # So that the buffer of `logits_a` is not the next to be overwritten.
+            # The logits of b took the other buffer. Turn back, so that the next product overwrites
+            # them again and not `logits_a`, which the chunk may need for further pairs.
             self._buffers.reverse()
         return parts
 
     def gradient(
         self,
         hidden: Tensor,
-        kept: Exponentials | None,
+        exponentials: Exponentials | None,
         tokens: Tokens,
         merged: Merged,
         slopes: Slopes,
     ) -> Tensor:
-        if kept is not None:
-            return exponentials_gradient(kept, tokens, merged, slopes, self._shard).to(hidden.dtype)
-        logits = self._logits(hidden)
-        return logits_gradient(logits, tokens, merged, slopes, self._shard, out=logits).to(
-            hidden.dtype
-        )
+        if exponentials is not None:
+            gradient = exponentials_gradient(exponentials, tokens, merged, slopes, self._shard)
+        else:
+            logits = self._logits(hidden)
+            gradient = logits_gradient(logits, tokens, merged, slopes, self._shard, out=logits)
+        return gradient.to(hidden.dtype)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """[C, padded columns] in the buffer that was not used last."""
+        """The logits [C, padded columns], in the buffer that was not used last."""
         if len(self._buffers) < 2:
             dtype = statistics_dtype(self._weight)
             self._buffers.append(
@@ -156,11 +161,10 @@ class TorchPass:
 
 
 class TritonPass:
-    """Kernels that go over the vocabulary in tiles; only `gradient` writes something of the logits'
-    size.
-    """
+    """Kernels that walk over the vocabulary in tiles and hold no logits; see `triton_head`."""
 
     def __init__(self, head: Head):
+        # Imported here: the package must import on machines without triton.
         from megatron_policysplit.vocab_parallel import triton_head
 
         self._kernels, self._weight, self._shard = triton_head, head.weight.detach(), head.shard
@@ -171,10 +175,14 @@ class TritonPass:
             hidden, self._weight, local, tokens.temperature, columns
         ), None
 
+    # The kernels leave no exponentials; `gradient` computes them again.
     reduce_for_gradient = reduce
 
     def reduce_pair(self, a: States, b: States) -> Tensor:
-        hidden = [of.hidden if of.rows is None else of.hidden[of.rows] for of in (a, b)]
+        hidden = [
+            states.hidden if states.rows is None else states.hidden[states.rows]
+            for states in (a, b)
+        ]
         temperatures = a.temperature, b.temperature
         return self._kernels.reduce_head_pair(
             *hidden, self._weight, *temperatures, self._shard.columns
@@ -183,7 +191,7 @@ class TritonPass:
     def gradient(
         self,
         hidden: Tensor,
-        kept: Exponentials | None,
+        exponentials: Exponentials | None,
         tokens: Tokens,
         merged: Merged,
         slopes: Slopes,

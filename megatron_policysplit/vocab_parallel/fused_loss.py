@@ -1,10 +1,11 @@
-"""A policy loss from hidden states in one pass: the chunk that makes the logits makes their
-gradient too.
+"""A policy loss from hidden states in one pass: each chunk's logits become their own gradient.
 
-The loss is a sum over tokens of a known function of a token's own log-prob and entropy; its weights
-hold the global denominators, so nothing that comes later can change a token's gradient but a common
-factor. Forward therefore computes both gradients; backward multiplies them by that factor and hands
-them on. While a chunk's floats are gathered from the other ranks, the next chunk's logits are made.
+The loss is a sum over tokens of a known function of the token's own log-prob and entropy. Its
+weights hold the global denominators already, so whatever follows the loss can only multiply all
+gradients by one common factor. Forward therefore computes the gradients of the hidden states and of
+the weight while it has the logits; backward multiplies them by that factor and hands them on. This
+takes three matrix products a token, where making the logits again in backward takes four. While a
+chunk's floats are gathered from the other ranks, the next chunk's logits are computed.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ from megatron_policysplit.vocab_parallel.reduction import (
 from megatron_policysplit.vocab_parallel.shard import Gathering, Head
 from megatron_policysplit.vocab_parallel.weight_gradient import WeightGradient
 
-# (tokens of the call, log-probs, entropy) -> the sum of their losses, a scalar with gradient in the
-# last two; with thresholds of nuclei these have entropies, which are a fourth argument, with
+# (span of the call's tokens, log-probs, entropy) -> the sum of their losses, a scalar with gradient
+# in the last two. With thresholds of nuclei the nuclei's entropies are a fourth argument, with
 # gradient too.
 TokenLoss = Callable[..., Tensor]
 
 
 class FusedLoss(NamedTuple):
-    """loss: scalar with gradient. logprobs, entropy [T]: nats, without."""
+    """What `fused_loss` returns."""
 
-    loss: Tensor
-    logprobs: Tensor
-    entropy: Tensor
+    loss: Tensor  # scalar, with gradient
+    logprobs: Tensor  # [T], nats, without gradient
+    entropy: Tensor  # [T], nats, without gradient
 
 
 def fused_loss(
@@ -58,18 +59,21 @@ def fused_loss(
     token_loss: TokenLoss,
     thresholds: Tensor | None = None,
 ) -> FusedLoss:
-    """The sum of `token_loss` over hidden states [T, H] at targets [T] (int64, global ids) and
-    temperature [T].
+    """Sum `token_loss` over T tokens, computing log-probs and entropies a chunk at a time.
 
-    token_loss(span, logprobs, entropy) gets the chunks in order, `span` of the T tokens each, and
-    must not look beyond its arguments' tokens; it is called once per chunk, also where no gradient
-    is wanted. The loss is differentiable in `hidden` and `head.weight`, once. Collectives: an
-    all-gather of 4 floats a token per chunk, overlapped with the next chunk's matrix product; in
-    backward one all-reduce of the gradient of `hidden`.
+    The loss is differentiable in `hidden` and `head.weight`, once. Collectives over the
+    tensor-parallel group: per chunk an all-gather of 4 floats a token (6 with thresholds),
+    overlapped with the next chunk's matrix product; in backward one all-reduce of the gradient of
+    `hidden`. Raises ValueError for thresholds with a head of Triton kernels.
 
-    thresholds [T], logits: those of `score`'s nuclei. The all-gather is then of 6 floats, and two
-    more chunks of logits are held at times. Raises ValueError for these with a head of Triton
-    kernels.
+    hidden: [T, H].
+    targets: [T] int64, global ids.
+    temperature: [T].
+    token_loss: token_loss(span, logprobs, entropy) is called once per chunk, in order, also where
+        no gradient is needed; `span` says which of the T tokens the chunk has. It must not use
+        statistics of other tokens.
+    thresholds: [T] logits, the nuclei that `score` found; up to two more chunks of logits are then
+        held at times.
     """
     if thresholds is not None:
         needs_logits(head)
@@ -83,12 +87,12 @@ def fused_loss(
 
 @dataclass
 class _Chunk:
-    """A chunk whose floats are on their way. kept: with thresholds its logits, which no later chunk
-    but one uses.
-    """
+    """A chunk whose floats are on their way to the other ranks."""
 
     span: slice
-    kept: Exponentials | Tensor | None
+    # What the reduction left of its logits: the exponentials, with thresholds the logits
+    # themselves, None by kernels. The product of the chunk after the next overwrites them.
+    remains: Exponentials | Tensor | None
     gathering: Gathering
 
 
@@ -99,33 +103,35 @@ class _FusedLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, head, token_loss, needed, thresholds):
         tokens = Tokens(targets, temperature.to(statistics_dtype(hidden)))
         passing = chunk_pass(head, len(hidden))
-        grad_hidden = (
-            torch.empty_like(hidden, memory_format=torch.contiguous_format) if needed else None
-        )
-        total = WeightGradient(weight) if needed else None
+        grad_hidden, total = None, None
+        if needed:
+            grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+            total = WeightGradient(weight)
         loss = tokens.temperature.new_zeros(())
-        logprobs, entropy = (
-            torch.empty_like(tokens.temperature),
-            torch.empty_like(tokens.temperature),
-        )
+        logprobs = torch.empty_like(tokens.temperature)
+        entropy = torch.empty_like(tokens.temperature)
+        # The gradient of a nucleus needs the logits themselves, not their exponentials.
         reduce = passing.reduce_for_gradient if needed and thresholds is None else passing.reduce
-        for chunk in _ahead(_reduced(reduce, head, hidden, tokens, thresholds)):
+        # One chunk ahead: the next chunk's matrix product runs while this one's floats travel.
+        for chunk in _one_ahead(_reduce_chunks(reduce, head, hidden, tokens, thresholds)):
             span = chunk.span
-            gathered, *inside = chunk.gathering.wait()
+            gathered, *nucleus_parts = chunk.gathering.wait()
             merged = merge(gathered, tokens.temperature[span])
-            nucleus = (
-                merge_nucleus(gathered[:, 0], *inside, tokens.temperature[span]) if inside else None
-            )
+            nucleus = None
+            if nucleus_parts:
+                nucleus = merge_nucleus(gathered[:, 0], *nucleus_parts, tokens.temperature[span])
             logprobs[span], entropy[span] = merged.logprobs, merged.entropy
-            part, slopes, by_nucleus = _slopes(token_loss, span, merged, nucleus, needed)
+            part, slopes, by_nucleus = _loss_and_slopes(token_loss, span, merged, nucleus, needed)
             loss += part
             if needed:
                 if nucleus is None:
-                    grad = passing.gradient(hidden[span], chunk.kept, tokens[span], merged, slopes)
+                    grad = passing.gradient(
+                        hidden[span], chunk.remains, tokens[span], merged, slopes
+                    )
                 else:
                     of_nucleus = (thresholds[span], nucleus, by_nucleus)
                     grad = gradient_with_nucleus(
-                        chunk.kept, tokens[span], merged, slopes, *of_nucleus, head.shard
+                        chunk.remains, tokens[span], merged, slopes, *of_nucleus, head.shard
                     )
                     grad = grad.to(hidden.dtype)
                 torch.mm(grad, weight, out=grad_hidden[span])
@@ -137,6 +143,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, scale, *unused):
+        # The gradients are multiplied in place below, so they can be handed on only once.
         if ctx.total is None:
             raise RuntimeError(
                 "the gradients of a fused loss have been handed on already: call backward once"
@@ -147,42 +154,42 @@ class _FusedLoss(torch.autograd.Function):
         return grad_hidden, total.deliver(scale), None, None, None, None, None, None
 
 
-def _reduced(
+def _reduce_chunks(
     reduce, head: Head, hidden: Tensor, tokens: Tokens, thresholds: Tensor | None
 ) -> Iterator[_Chunk]:
+    """Reduce the chunks in order and begin to gather the floats of each."""
     for span in head.chunks(len(hidden)):
-        parts, kept = reduce(hidden[span], tokens[span])
+        parts, remains = reduce(hidden[span], tokens[span])
         floats = [parts]
         if thresholds is not None:
-            floats.append(
-                reduce_nucleus(
-                    kept, parts[0], thresholds[span], tokens.temperature[span], head.shard
-                )
-            )
-        yield _Chunk(span, kept, Gathering(floats, head.shard))
+            t = tokens.temperature[span]
+            floats.append(reduce_nucleus(remains, parts[0], thresholds[span], t, head.shard))
+        yield _Chunk(span, remains, Gathering(floats, head.shard))
 
 
-def _ahead(chunks: Iterator[_Chunk]) -> Iterator[_Chunk]:
-    """The same chunks, each handed out only when the next one has been begun."""
-    before = None
+def _one_ahead(chunks: Iterator[_Chunk]) -> Iterator[_Chunk]:
+    """The same chunks, each handed out only after the next one's gathering has begun."""
+    previous = None
     for chunk in chunks:
-        if before is not None:
-            yield before
-        before = chunk
-    if before is not None:
-        yield before
+        if previous is not None:
+            yield previous
+        previous = chunk
+    if previous is not None:
+        yield previous
 
 
-def _slopes(
+def _loss_and_slopes(
     token_loss: TokenLoss, span: slice, merged: Merged, nucleus: MergedNucleus | None, needed: bool
 ) -> tuple[Tensor, Slopes, Tensor | None]:
-    """The chunk's loss, a scalar, and its derivatives by the log-probs and, if it has any, by the
-    entropies and by the nuclei's.
+    """The chunk's loss, a scalar, and its derivatives by log-probs and entropies, and by nuclei's.
+
+    The derivatives by the two kinds of entropy are None where the loss does not depend on them.
     """
     values = [merged.logprobs, merged.entropy] + ([] if nucleus is None else [nucleus.entropy])
     values = [value.detach().requires_grad_(needed) for value in values]
     with torch.enable_grad():
         loss = token_loss(span, *values)
+    # A loss may be a constant that depends on none of its arguments.
     if not needed or not loss.requires_grad:
         return loss.detach(), Slopes(torch.zeros_like(merged.logprobs), None), None
     by_logprob, by_entropy, *by_nucleus = torch.autograd.grad(loss, values, allow_unused=True)

@@ -1,17 +1,15 @@
-"""The algebra: a shard of logits reduced to a few floats per token, shards merged, and the gradient
-of the logits.
+"""The algebra: logits of a shard to a few floats per token, their merge, and the logits' gradient.
 
-With z the logits of a token, t its temperature and m = max z over the columns of a shard, x = (z -
-m) / t and e = exp(x). A shard gives m, sum e, sum e x and z at the target; so does, with other m,
-the whole row, whose sums are the shards' sums brought to a common m. Then with s = log sum e of the
-row:
+For one token let z be its logits, t its temperature and m = max z over the columns of a shard. With
+x = (z - m) / t and e = exp(x) a shard gives m, sum e, sum e x and z at the target. The same
+quantities of the whole row, all columns of all shards, follow from them: each shard's sums are
+brought to the m of the row and added. With s = log sum e of the row:
 
     log p(target) = (z_target - m) / t - s        entropy = s - E[x]
-    KL(a || b) = E_a[x_a - x_b] - (s_a - s_b)     which is exactly 0 for equal logits
+    KL(a || b) = E_a[x_a - x_b] - (s_a - s_b)     exactly 0 for equal logits
 
-Subtracting m before dividing by t costs no digits however far all logits are from 0. Everything
-here works on rows a few at a time, so that what it needs beside its input and output stays in a
-processor's cache.
+Subtracting m before dividing by t loses no digits, however far all logits are from 0. Every
+function works on a few rows at a time, so that its temporary tensors stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -25,13 +23,14 @@ from torch import Tensor
 
 from megatron_policysplit.vocab_parallel.shard import VocabularyShard
 
-TILE_ELEMENTS = 2**18
+TILE_ELEMENTS = 2**18  # logits that are worked on at a time: 1 MiB in fp32
 
 
 class PerToken:
-    """A dataclass of tensors [T], or None for one that is not there; cut like a tensor."""
+    """Base of dataclasses whose fields are tensors [T], or None for an absent one."""
 
     def __getitem__(self, rows: slice) -> Self:
+        """The same object of some of the tokens; every field is indexed."""
         return type(self)(
             *(None if value is None else value[rows] for value in vars(self).values())
         )
@@ -39,48 +38,50 @@ class PerToken:
 
 @dataclass(frozen=True)
 class Tokens(PerToken):
-    """What is asked of the logits of T tokens: targets (int64, global ids) and temperature, [T]."""
+    """What the statistics of T tokens depend on beside their logits."""
 
-    targets: Tensor
-    temperature: Tensor
+    targets: Tensor  # [T] int64, global ids
+    temperature: Tensor  # [T] in the dtype of the statistics
 
 
 @dataclass(frozen=True)
 class Slopes(PerToken):
-    """d loss / d logprobs and d loss / d entropy, [T] each; None for an entropy without gradient."""
+    """Derivatives of the loss by the statistics of every token."""
 
-    by_logprob: Tensor
-    by_entropy: Tensor | None
+    by_logprob: Tensor  # [T]: d loss / d logprobs
+    by_entropy: Tensor | None  # [T]: d loss / d entropy; None where the loss has no entropy
 
 
 @dataclass(frozen=True)
 class Exponentials:
-    """What `reduce_logits` leaves of logits if asked: e [T, padded columns], and m of the shard [T]
-    in `highest`.
-    """
+    """The exponentials that `reduce_logits` leaves in place of the logits if asked."""
 
-    values: Tensor
-    highest: Tensor
+    values: Tensor  # [T, padded columns]: e
+    highest: Tensor  # [T]: m of the shard
 
 
 @dataclass(frozen=True)
 class Merged(PerToken):
-    """Of whole rows, [T] each: log_p of any column is (z - top) / temperature - log_total. Nats."""
+    """Statistics over the whole vocabulary, [T] each, in nats; `merge` makes them.
 
-    top: Tensor
-    log_total: Tensor
-    logprobs: Tensor
+    log p of any column is (z - top) / temperature - log_total.
+    """
+
+    top: Tensor  # m of the row: the highest logit
+    log_total: Tensor  # s: log sum e of the row
+    logprobs: Tensor  # of the targets
     entropy: Tensor
 
 
 @dataclass(frozen=True)
 class MergedPair(PerToken):
-    """Of two policies a and b at the same tokens, [T] each: KL(a || b) and KL(b || a), nats; and
-    what their gradients need: log p of policy a is (z_a - top_a) / temperature_a - log_total_a.
+    """KL between two policies a and b at the same tokens, [T] each, and what its gradients need.
+
+    log p of policy a is (z_a - top_a) / temperature_a - log_total_a; that of b likewise.
     """
 
-    kl_ab: Tensor
-    kl_ba: Tensor
+    kl_ab: Tensor  # KL(a || b), nats
+    kl_ba: Tensor  # KL(b || a), nats
     top_a: Tensor
     log_total_a: Tensor
     top_b: Tensor
@@ -88,21 +89,22 @@ class MergedPair(PerToken):
 
 
 def statistics_dtype(logits: Tensor) -> torch.dtype:
+    """The dtype of all statistics: fp32, or fp64 for tensors in fp64."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def reduce_logits(
     logits: Tensor, tokens: Tokens, shard: VocabularyShard, *, leave_exponentials: bool = False
 ) -> Tensor:
-    """[4, T]: m, sum e, sum e x, z at the target (0 where another rank has it), of logits [T,
-    padded columns].
+    """Reduce logits [T, padded columns] to m, sum e, sum e x and z at the target: [4, T].
 
-    leave_exponentials: overwrite the true columns of `logits`, of 32 or 64 bits, with e; for
-    `exponentials_gradient`.
+    z at the target is 0 where another rank has the target. leave_exponentials: overwrite the true
+    columns of `logits`, which must be of 32 or 64 bits, with e; `exponentials_gradient` uses them.
     """
     parts = logits.new_empty(4, len(logits), dtype=statistics_dtype(logits))
     temperature = tokens.temperature
     local, owned = _local(tokens.targets, shard)
+    # Dividing by 1 would change no bit but cost a pass over the logits.
     scaled = bool((temperature != 1).any())
     for rows in tiles(logits):
         z = true_columns(logits[rows], shard)
@@ -111,6 +113,7 @@ def reduce_logits(
         )
         parts[3, rows] = at_target.where(owned[rows], 0.0)
         highest, x = _shift(z, temperature[rows] if scaled else None)
+        # `z` is a view of `logits` here: for 32 and 64 bits `true_columns` does not copy.
         e = torch.exp(x, out=z) if leave_exponentials else x.exp()
         parts[0, rows], parts[1, rows], parts[2, rows] = highest, e.sum(1), x.mul_(e).sum(1)
     return parts
@@ -125,38 +128,36 @@ def reduce_pair(
     rows_a: Tensor | None = None,
     rows_b: Tensor | None = None,
 ) -> Tensor:
-    """[6, P]: m_a, sum e_a, sum e_a (x_a - x_b), m_b, sum e_b, sum e_b (x_b - x_a), of pairs of
-    policies.
+    """Reduce the logits of P pairs of policies to six floats a pair: [6, P].
 
-    a, b: logits [N, padded columns]; temperature_* [P]. rows_* [P] int64: which row of the logits
-    is each pair's, so that none is copied but a tile's; None: each in turn.
+    The rows are m_a, sum e_a, sum e_a (x_a - x_b), m_b, sum e_b, sum e_b (x_b - x_a).
+
+    a, b: logits [N, padded columns].
+    temperature_a, temperature_b: [P].
+    rows_a, rows_b: [P] int64, the row of the logits that each pair uses, so that only a tile of
+        them is ever copied; None: pair i uses row i.
     """
     parts = a.new_empty(6, len(temperature_a), dtype=statistics_dtype(a))
     scaled_a, scaled_b = bool((temperature_a != 1).any()), bool((temperature_b != 1).any())
     for pairs in tiles(a, len(temperature_a)):
-        highest_a, x_a = _shift(
-            _rows(a, rows_a, pairs, shard), temperature_a[pairs] if scaled_a else None
-        )
-        highest_b, x_b = _shift(
-            _rows(b, rows_b, pairs, shard), temperature_b[pairs] if scaled_b else None
-        )
-        e_a, e_b, d = x_a.exp(), x_b.exp(), x_a.sub_(x_b)
-        parts[0, pairs], parts[1, pairs], parts[2, pairs] = (
-            highest_a,
-            e_a.sum(1),
-            e_a.mul_(d).sum(1),
-        )
-        parts[3, pairs], parts[4, pairs], parts[5, pairs] = (
-            highest_b,
-            e_b.sum(1),
-            -e_b.mul_(d).sum(1),
-        )
+        t_a = temperature_a[pairs] if scaled_a else None
+        t_b = temperature_b[pairs] if scaled_b else None
+        highest_a, x_a = _shift(_rows(a, rows_a, pairs, shard), t_a)
+        highest_b, x_b = _shift(_rows(b, rows_b, pairs, shard), t_b)
+        e_a, e_b, gap = x_a.exp(), x_b.exp(), x_a.sub_(x_b)
+        # Each sum of e before e is overwritten by e times the gap.
+        parts[0, pairs], parts[1, pairs] = highest_a, e_a.sum(1)
+        parts[2, pairs] = e_a.mul_(gap).sum(1)
+        parts[3, pairs], parts[4, pairs] = highest_b, e_b.sum(1)
+        parts[5, pairs] = -e_b.mul_(gap).sum(1)
     return parts
 
 
 def merge(gathered: Tensor, temperature: Tensor) -> Merged:
-    """From `reduce_logits` of every shard, [shards, 4, T]; temperature [T]. The same bits wherever
-    it is done.
+    """Merge `reduce_logits` of every shard, [shards, 4, T]; temperature [T].
+
+    A sum of floats depends on its order. The shards come in rank order on every rank, so all ranks
+    get the same bits.
     """
     top, step = shard_steps(gathered[:, 0], temperature)
     log_total, mean = merge_shards(gathered[:, 1], gathered[:, 2], step, step)
@@ -165,14 +166,16 @@ def merge(gathered: Tensor, temperature: Tensor) -> Merged:
 
 
 def merge_pair(gathered: Tensor, temperature_a: Tensor, temperature_b: Tensor) -> MergedPair:
-    """From `reduce_pair` of every shard, [shards, 6, T]. In fp64: the sums can be large, their
-    difference small.
+    """Merge `reduce_pair` of every shard, [shards, 6, T]; temperature_* [T].
+
+    Computed in fp64: a KL is a small difference of sums that can be large.
     """
     dtype, gathered = gathered.dtype, gathered.double()
     top_a, step_a = shard_steps(gathered[:, 0], temperature_a.double())
     top_b, step_b = shard_steps(gathered[:, 3], temperature_b.double())
     log_a, mean_a = merge_shards(gathered[:, 1], gathered[:, 2], step_a, step_a - step_b)
     log_b, mean_b = merge_shards(gathered[:, 4], gathered[:, 5], step_b, step_b - step_a)
+    # KL(a || b) = mean_a - gap; KL(b || a) = mean_b + gap.
     gap = log_a - log_b
     merged = (mean_a - gap, mean_b + gap, top_a, log_a, top_b, log_b)
     return MergedPair(*(value.to(dtype) for value in merged))
@@ -186,14 +189,14 @@ def logits_gradient(
     shard: VocabularyShard,
     out: Tensor,
 ) -> Tensor:
-    """d loss / d logits into `out` [T, padded columns], which may be `logits` itself. Padding
-    columns get 0.
+    """Write d loss / d logits into `out` [T, padded columns], which may be `logits`; return it.
 
-    dlogp/dz = (1[target] - p) / t; dH/dz = -p (log p + H) / t.
+    dlogp/dz = (1[target] - p) / t; dH/dz = -p (log p + H) / t. Padding columns get 0.
     """
     factors = _Factors.of((-merged.log_total).exp(), tokens, merged, slopes, shard)
     for rows in tiles(logits):
         z = true_columns(logits[rows], shard)
+        # Here e is shifted by the m of the row, so p = e exp(-log_total).
         e = (z - merged.top[rows, None]).div_(tokens.temperature[rows, None]).exp_()
         out[rows, : shard.columns] = _into_gradient(e, factors[rows])
     out[:, shard.columns :] = 0
@@ -207,11 +210,14 @@ def exponentials_gradient(
     slopes: Slopes,
     shard: VocabularyShard,
 ) -> Tensor:
-    """`logits_gradient` in place of the exponentials: what `reduce_logits` computed is not computed
-    again.
+    """Overwrite the exponentials with d loss / d logits, as `logits_gradient` gives it.
+
+    Returns [T, padded columns]. No exponential is computed a second time.
     """
-    e, below = exponentials.values, (exponentials.highest - merged.top) / tokens.temperature
-    factors = _Factors.of((below - merged.log_total).exp(), tokens, merged, slopes, shard)
+    e = exponentials.values
+    # These e are shifted by the m of the shard; the step brings p to the m of the row.
+    step = (exponentials.highest - merged.top) / tokens.temperature
+    factors = _Factors.of((step - merged.log_total).exp(), tokens, merged, slopes, shard)
     for rows in tiles(e):
         _into_gradient(e[rows, : shard.columns], factors[rows])
     e[:, shard.columns :] = 0
@@ -220,16 +226,14 @@ def exponentials_gradient(
 
 @dataclass(frozen=True)
 class _Factors(PerToken):
-    """What turns e into the gradient of the logits, [T] each: p = e to_p; slopes by z, not by z /
-    t; the target's column in the shard, if it has any, and what is added there.
-    """
+    """What turns e into the gradient of the logits, [T] each."""
 
-    to_p: Tensor
+    to_p: Tensor  # p = e to_p
     entropy: Tensor
-    by_logprob: Tensor
-    by_entropy: Tensor | None
-    column: Tensor
-    at_column: Tensor
+    by_logprob: Tensor  # d loss / d logprobs, divided by the temperature
+    by_entropy: Tensor | None  # d loss / d entropy, divided by the temperature
+    column: Tensor  # the target's column, clamped into the shard
+    at_column: Tensor  # what is added there; 0 where the target is another shard's
 
     @classmethod
     def of(
@@ -244,15 +248,16 @@ class _Factors(PerToken):
 
 
 def _into_gradient(e: Tensor, factors: _Factors) -> Tensor:
-    """e [T, v] overwritten with d loss / d z. Without entropy that is e times one number a token."""
-    if factors.by_entropy is None:
+    """Overwrite e [T, v] with d loss / d z, and return it."""
+    if factors.by_entropy is None:  # then it is e times one number a token, but at the target
         e.mul_((factors.to_p * -factors.by_logprob)[:, None])
     else:
         p = e.mul_(factors.to_p[:, None])
-        log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log_()  # where p is 0, p log p must be
+        # Where p is 0 its logarithm must be finite, so that p log p is 0 too.
+        log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log_()
         by_entropy = log_p.add_(factors.entropy[:, None]).mul_(factors.by_entropy[:, None])
         p.mul_(by_entropy.add_(factors.by_logprob[:, None]).neg_())
-    if e.shape[1]:
+    if e.shape[1]:  # a shard of padding alone has no column to add to
         e.scatter_add_(1, factors.column[:, None], factors.at_column[:, None])
     return e
 
@@ -269,58 +274,56 @@ def pair_gradient(
     add_to_a: Tensor,
     add_to_b: Tensor,
 ) -> None:
-    """Add d loss / d z_a and d loss / d z_b to two [T, padded columns]; by_kl_* [T]: d loss / d KL.
+    """Add d loss / d z_a to `add_to_a` and d loss / d z_b to `add_to_b`, [T, padded columns] each.
 
-    With L = log p_a - log p_b: dKL(a||b)/dz_a = p_a (L - KL(a||b)) / t_a and dKL(a||b)/dz_b = (p_b
-    - p_a) / t_b.
+    by_kl_ab, by_kl_ba [T]: d loss / d KL. With L = log p_a - log p_b:
+
+        dKL(a || b)/dz_a = p_a (L - KL(a || b)) / t_a        dKL(a || b)/dz_b = (p_b - p_a) / t_b
     """
     for rows in tiles(a):
-        log_a = _log_p(
-            a[rows], temperature_a[rows], merged.top_a[rows], merged.log_total_a[rows], shard
-        )
-        log_b = _log_p(
-            b[rows], temperature_b[rows], merged.top_b[rows], merged.log_total_b[rows], shard
-        )
+        t_a, t_b = temperature_a[rows], temperature_b[rows]
+        log_a = _log_p(a[rows], t_a, merged.top_a[rows], merged.log_total_a[rows], shard)
+        log_b = _log_p(b[rows], t_b, merged.top_b[rows], merged.log_total_b[rows], shard)
         p_a, p_b, gap = log_a.exp(), log_b.exp(), log_a - log_b
         ab, ba = by_kl_ab[rows, None], by_kl_ba[rows, None]
         to_a = p_a * (gap - merged.kl_ab[rows, None]) * ab + (p_a - p_b) * ba
         to_b = p_b * (-gap - merged.kl_ba[rows, None]) * ba + (p_b - p_a) * ab
-        add_to_a[rows, : shard.columns] += to_a / temperature_a[rows, None]
-        add_to_b[rows, : shard.columns] += to_b / temperature_b[rows, None]
+        add_to_a[rows, : shard.columns] += to_a / t_a[:, None]
+        add_to_b[rows, : shard.columns] += to_b / t_b[:, None]
 
 
 def tiles(logits: Tensor, rows: int | None = None) -> Iterator[slice]:
-    """Rows as wide as those of `logits`, as many (None) or `rows`, a few at a time that make about
-    TILE_ELEMENTS.
+    """Slices of rows that together have about TILE_ELEMENTS logits.
+
+    logits: gives the width of a row. rows: how many rows are sliced; None: those of `logits`.
     """
-    height, rows = (
-        max(1, TILE_ELEMENTS // max(1, logits.shape[1])),
-        len(logits) if rows is None else rows,
-    )
-    return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
+    height = max(1, TILE_ELEMENTS // max(1, logits.shape[1]))
+    count = len(logits) if rows is None else rows
+    return (slice(start, min(start + height, count)) for start in range(0, count, height))
 
 
 def _local(targets: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
-    """Targets as columns of the shard, clamped into it, and whether they are in it; [T] each."""
+    """Targets as columns of the shard, clamped into it, and whether they lie in it; [T] each."""
     local = targets - shard.start
     return local.clamp(0, max(0, shard.columns - 1)), (local >= 0) & (local < shard.columns)
 
 
 def true_columns(logits: Tensor, shard: VocabularyShard) -> Tensor:
-    """Logits [T, padded columns] without the padding, in at least 32 bits."""
+    """Logits [T, padded columns] without the padding, in at least 32 bits; a view if they are."""
     return logits[:, : shard.columns].to(statistics_dtype(logits))
 
 
 def _rows(logits: Tensor, rows: Tensor | None, tile: slice, shard: VocabularyShard) -> Tensor:
-    """The true columns of a tile of `logits`, or of a tile of those at `rows`."""
+    """The true columns of a tile of `logits`; with `rows` of a tile of the logits at these rows."""
     if rows is None:
         return true_columns(logits[tile], shard)
     return true_columns(logits[:, : shard.columns].index_select(0, rows[tile]), shard)
 
 
 def _shift(z: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
-    """m [T] and x [T, v], a new tensor; a temperature of None is 1. m is minus infinity if the
-    shard is empty.
+    """m [T] and x [T, v], a new tensor; a temperature of None is 1.
+
+    m is minus infinity if the shard has no columns.
     """
     highest = z.max(1).values if z.shape[1] else z.new_full((len(z),), -torch.inf)
     x = z - highest[:, None]
@@ -330,29 +333,31 @@ def _shift(z: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
 def _log_p(
     logits: Tensor, temperature: Tensor, top: Tensor, log_total: Tensor, shard: VocabularyShard
 ) -> Tensor:
-    """log p of the shard's columns [T, v], a new tensor."""
+    """log p of the shard's columns, [T, v] in a new tensor."""
     z = true_columns(logits, shard)
     return (z - top[:, None]).div_(temperature[:, None]).sub_(log_total[:, None])
 
 
 def shard_steps(highest: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """From the shards' maxima [shards, T]: the row's, [T], and how far each lies below it, [shards,
-    T] (<= 0).
+    """The row's maximum [T] from the shards' [shards, T], and the steps of their x, <= 0.
 
-    An empty shard is no step below; its sums are 0 anyway.
+    A shard's step [shards, T] is what its x gains when it is shifted by the row's maximum.
     """
     top = highest.max(0).values
     step = (highest - top) / temperature
+    # A shard without columns has sums of 0, which an infinite step would turn into NaN.
     return top, step.where(highest != -torch.inf, 0.0)
 
 
 def merge_shards(
     total: Tensor, moment: Tensor, step: Tensor, moment_step: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Shards' [shards, T] to (log sum e, E[x]) over the whole row, [T] each.
+    """Merge sums of shards to (log sum e, E[x]) over the whole row, [T] each.
 
-    total: a shard's sum e; moment: its sum e x. step, moment_step: what the shifted logits and x
-    gain when the shift is the row's.
+    total: [shards, T], sum e of each shard.
+    moment: [shards, T], its sum e x; for a pair of policies sum e_a (x_a - x_b).
+    step: [shards, T], what the exponent of e gains when the shift is that of the row.
+    moment_step: [shards, T], what x, or x_a - x_b, gains then.
     """
     scale = step.exp()
     total_all = (scale * total).sum(0)

@@ -1,6 +1,4 @@
-"""Which columns of the vocabulary a rank holds, and the one collective by which ranks learn of each
-other's.
-"""
+"""A rank's columns of the vocabulary and of the LM head, and the all-gather that joins ranks."""
 
 from __future__ import annotations
 
@@ -14,48 +12,47 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """Columns [start, start + columns) of the vocabulary are this rank's; later columns of its
-    logits are padding.
-    """
+    """The columns of the vocabulary on this rank; later columns of its logits are padding."""
 
-    start: int
-    columns: int
-    group: dist.ProcessGroup | None
+    start: int  # global id of the first column
+    columns: int  # columns that are not padding; 0 where the whole shard is padding
+    group: dist.ProcessGroup | None  # tensor-parallel group; None without tensor parallelism
 
     @classmethod
     def of(
         cls, vocab_size: int, padded_columns: int, rank: int, group: dist.ProcessGroup | None
     ) -> VocabularyShard:
-        """The shard of `rank` when each rank holds `padded_columns` columns of the padded
-        vocabulary.
-        """
+        """The shard of `rank` if each rank holds `padded_columns` of the padded vocabulary."""
         start = rank * padded_columns
         return cls(start, max(0, min(padded_columns, vocab_size - start)), group)
 
     @property
     def ranks(self) -> int:
+        """Ranks that share the vocabulary."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
 
 class Gathering:
-    """An all-gather under way: the ranks' `parts`, of one dtype, in one collective. The merging is
-    up to the caller.
+    """An all-gather under way: `parts` of every rank, all of one dtype, in one collective.
+
+    It begins when the object is made; `wait` gives the result. The caller merges the parts.
     """
 
     def __init__(self, parts: Sequence[Tensor], shard: VocabularyShard):
         self._shapes = [part.shape for part in parts]
-        mine = torch.cat([part.reshape(-1) for part in parts])
+        flat = torch.cat([part.reshape(-1) for part in parts])
         self._work = None
-        if shard.ranks == 1 or not len(mine):
-            self._all = mine.expand(shard.ranks, -1)
+        # All ranks pass parts of the same sizes, so all of them skip an empty collective.
+        if shard.ranks == 1 or not len(flat):
+            self._all = flat.expand(shard.ranks, -1)
         else:
-            self._all = mine.new_empty(shard.ranks, len(mine))
+            self._all = flat.new_empty(shard.ranks, len(flat))
             self._work = dist.all_gather(
-                list(self._all.unbind()), mine, group=shard.group, async_op=True
+                list(self._all.unbind()), flat, group=shard.group, async_op=True
             )
 
     def wait(self) -> list[Tensor]:
-        """Every part with the ranks as a new first dimension, in rank order."""
+        """Return every part with the ranks as a new first dimension, in rank order."""
         if self._work is not None:
             self._work.wait()
         pieces = self._all.split([shape.numel() for shape in self._shapes], dim=1)
@@ -67,28 +64,27 @@ class Gathering:
 
 @dataclass(frozen=True)
 class Head:
-    """A rank's shard of the LM head: weight [padded columns, H], chunk: tokens whose logits exist
-    at a time.
+    """A rank's shard of the LM head. `PolicyModel.head` makes it."""
 
-    reduces_hidden: backward sums the gradient of the hidden states over the ranks (one all-reduce).
-    Off where the hidden states come from `gather_sequence`, whose backward sums and scatters.
-    triton: by kernels that hold no logits (a GPU, operands of at most 32 bits).
-    """
-
-    weight: Tensor
+    weight: Tensor  # [padded columns, H]
     shard: VocabularyShard
-    chunk: int
+    chunk: int  # tokens whose logits exist at a time
+    # Whether backward sums the gradient of the hidden states over the ranks (one all-reduce). Off
+    # under sequence parallelism, where the backward of `PolicyModel.whole` sums and scatters it.
     reduces_hidden: bool = True
+    # Whether kernels that hold no logits do the work: a GPU, operands of at most 32 bits.
     triton: bool = False
 
     def chunks(self, tokens: int) -> Iterator[slice]:
+        """The chunks of a call with so many tokens, in order."""
         return (
             slice(start, min(start + self.chunk, tokens)) for start in range(0, tokens, self.chunk)
         )
 
     def sum_over_ranks(self, grad_hidden: Tensor) -> Tensor:
-        """The gradient of the hidden states [T, H], of which each rank has its columns' part, in
-        place.
+        """Sum the gradient of the hidden states [T, H] over the ranks, in place (one all-reduce).
+
+        Each rank has the part that comes through its own columns.
         """
         if self.reduces_hidden and self.shard.ranks > 1:
             dist.all_reduce(grad_hidden, group=self.shard.group)

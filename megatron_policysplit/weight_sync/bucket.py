@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.multiprocessing import get_sharing_strategy, reductions, set_sharing_strategy
 
 if TYPE_CHECKING:
-    from megatron_policysplit.actor.weights import Exported
+    from megatron_policysplit.actor.export_buckets import Exported
 
 DEVICE_ARGUMENT = 6  # position of the device among the arguments of torch's rebuild_cuda_tensor
 

@@ -27,7 +27,7 @@ from megatron_policysplit.weight_sync.session import Hook, Step
 from megatron_policysplit.weight_sync.tensor import TensorTransport
 from megatron_policysplit.weight_sync.transport import SyncSettings, Transport, TransportContext
 
-# By weight_sync.transport of the configuration, whose choices are these (config/schema.py).
+# By weight_sync.transport of the configuration, whose choices are these (config/rollout_schema.py).
 TRANSPORTS: dict[str, Callable[[TransportContext], Transport]] = {
     "tensor": TensorTransport,
     "distributed": DistributedTransport,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_policysplit.actor.actor import Actor
-from megatron_policysplit.actor.weights import Read, exported_tensors
+from megatron_policysplit.actor.export_buckets import exported_tensors
+from megatron_policysplit.actor.weights import Read
 from megatron_policysplit.config import Config, WeightSyncConfig
 from megatron_policysplit.distributed.control import Control
 from megatron_policysplit.distributed.layout import Layout

@@ -151,7 +151,7 @@ def run_case(case, path, actor):
     parts = layout.all_gather_leaders(asyncio.run(sample()) if engine is not None else [])
     rows = share_rollouts([rollout for part in parts for rollout in part], prompts)
     old = actor.log_probs(actor.place(rows, [False] * len(rows), seed=0))
-    gate = AgreementGate(config, Probe(layout, actor, score, sync), SilentLog())
+    gate = AgreementGate.of(config, Probe(layout, actor, score, sync), SilentLog())
     version = 6 if case.by_scoring else 5
     try:
         return None, gate.check(0, rows, old, version=version, served=version)

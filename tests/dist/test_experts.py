@@ -92,9 +92,9 @@ def loaded_model(case, layout):
 def check_cases(rank, cases, shape):
     """Check exports; return the largest logit difference of each case (last stage)."""
     layout = start(shape)
-    from megatron_policysplit.actor import weights
+    from megatron_policysplit.actor import export_buckets, weights
 
-    weights.EXPERT_BUCKET_ELEMENTS = FEW_ELEMENTS
+    export_buckets.EXPERT_BUCKET_ELEMENTS = FEW_ELEMENTS
     tensor, pipeline, expert = shape
     plans = []
     make_plan = weights.export_plan
@@ -108,7 +108,7 @@ def check_cases(rank, cases, shape):
             theirs = load_file(case.logits_file)[str(layout.data_rank)]
             differences.append((logits - theirs).abs().max().item())
         check_plan(make_plan(hf_config, tensor, pipeline, expert), expert)
-        listed = [(tensor.name, tensor.shape) for tensor in weights.exported_tensors(hf_config, pipeline)]
+        listed = [(tensor.name, tensor.shape) for tensor in export_buckets.exported_tensors(hf_config, pipeline)]
         plans.clear()
         exported = list(weights.export_weights(model, hf_config, "every_rank"))
         assert [(name, tuple(tensor.shape)) for name, tensor in exported] == listed

@@ -1,7 +1,8 @@
 """Names, shapes and stored keys of Transformer Engine's layers, by Megatron-Core's own code around stand-ins for them.
 
-Models are built from Megatron-Core's Transformer Engine spec in processes where `transformer_engine` is
-`tests/support/fake_transformer_engine.py`, and loaded, exported and saved without a GPU.
+Models are built from Megatron-Core's Transformer Engine spec in processes where, before Megatron-Core
+looks for it, `transformer_engine` is `tests/support/fake_transformer_engine.py`; they are loaded,
+exported and saved without a GPU.
 """
 
 import pytest
@@ -48,17 +49,52 @@ def models(tmp_path_factory):
     return paths
 
 
+@pytest.fixture(scope="module")
+def around_stand_ins(models, tmp_path_factory):
+    """What `inspect` gives, by shape, and `capture`: each the answers of its world, or its error."""
+    root = tmp_path_factory.mktemp("saved")
+    worlds = {"capture": (capture, 1, models[MOE, False])}
+    for shape in SHAPES:
+        directory = root / str(shape)
+        directory.mkdir()
+        worlds[str(shape)] = (inspect, shape.world, chosen(models, shape), shape, str(directory))
+    (outcomes,) = run_distributed(run_worlds, 1, worlds, start="spawn", timeout_seconds=240)
+    return outcomes | {"root": root}
+
+
+def chosen(models, shape):
+    return [path for (family, _), path in models.items() if shape.expert == 1 or family == MOE]
+
+
+def run_worlds(rank, worlds):
+    """Each world as forks of this process, the only one that imports Megatron-Core around the stand-ins."""
+    from tests.support import fake_transformer_engine
+
+    fake_transformer_engine.install()
+    from tests.support import preload  # noqa: F401
+
+    return {name: answers_or_error(*world) for name, world in worlds.items()}
+
+
+def answers_or_error(function, world_size, *args):
+    try:
+        return run_distributed(function, world_size, *args, start="fork")
+    except RuntimeError as error:
+        return str(error)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_tables_and_stored_keys_are_those_of_the_layer_specs(models, tmp_path, shape):
-    chosen = [path for (family, _), path in models.items() if shape.expert == 1 or family == MOE]
-    ranks = run_distributed(inspect, shape.world, chosen, shape, str(tmp_path))
-    for number, path in enumerate(chosen):
+def test_tables_and_stored_keys_are_those_of_the_layer_specs(models, around_stand_ins, tmp_path, shape):
+    ranks = around_stand_ins[str(shape)]
+    assert isinstance(ranks, list), ranks
+    directory = around_stand_ins["root"] / str(shape)
+    for number, path in enumerate(chosen(models, shape)):
         hf_config = read_hf_config(path)
         stored = [rank[number] for rank in ranks]
         tensors = {key: size for rank in stored for key, size in rank.tensors.items()}
         assert tensors == expected_tensors(hf_config, shape.tensor, copies=False)
         assert set().union(*(rank.extra_states for rank in stored)) == set(extra_state_keys(hf_config))
-        saved = tmp_path / f"saved-{number}"
+        saved = directory / f"saved-{number}"
         assert not MegatronCheckpoint(saved, path).copies
         megatron_to_hf(saved, tmp_path / f"back-{number}", hf=path)
         assert_same_model(path, tmp_path / f"back-{number}")
@@ -68,7 +104,6 @@ def inspect(rank, paths, shape, directory):
     """What each model would store on this rank, after all else that is said about it has been checked."""
     from tests.support import fake_transformer_engine
 
-    fake_transformer_engine.install()
     layout = start(shape)
     from megatron.core import parallel_state
 
@@ -99,11 +134,11 @@ def inspect(rank, paths, shape, directory):
     return stored
 
 
-def test_a_capture_of_the_layers_is_what_the_tables_say(models):
+def test_a_capture_of_the_layers_is_what_the_tables_say(models, around_stand_ins):
     """What tests/gpu does with Transformer Engine itself."""
-    path = models[MOE, False]
-    (captured,) = run_distributed(capture, 1, path, True)
-    assert captured == expected_capture(read_hf_config(path))
+    assert isinstance(around_stand_ins["capture"], list), around_stand_ins["capture"]
+    (captured,) = around_stand_ins["capture"]
+    assert captured == expected_capture(read_hf_config(models[MOE, False]))
     assert captured["parameters"]["decoder.layers.1.mlp.experts.linear_fc1.weight7"] == [80, 64]
     assert captured["stored"]["decoder.layers.mlp.experts.experts.linear_fc1.weight"] == [2, 8, 80, 64]
     assert "decoder.layers.mlp.experts.experts.linear_fc2._extra_state/shard_1.7_2.8" in captured["extra_states"]

@@ -13,8 +13,8 @@ def config(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def straight(config, tmp_path_factory) -> e2e.Running:
-    """TP=2, every sink: six steps in one go, checkpoints after steps 3 and 6."""
+def straight(config, tmp_path_factory) -> e2e.Run:
+    """TP=2, every sink, by the command: six steps in one go, checkpoints after steps 3 and 6."""
     directory = tmp_path_factory.mktemp("straight") / "run"
     sinks = ("log.tensorboard=true", "log.wandb_project=test", "log.wandb_mode=offline")
-    return e2e.train(config, directory, *sinks)
+    return e2e.train_by_command(config, directory, *sinks)

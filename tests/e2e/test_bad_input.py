@@ -168,5 +168,5 @@ def test_a_checkpoint_of_another_model(refused, straight, config, tmp_path):
 def test_what_only_the_ranks_can_see_is_said_once(config, tmp_path, override, message, monkeypatch):
     """Prompts are built by the leader alone; every rank ends with its error, at once."""
     monkeypatch.undo()
-    running = e2e.train(config, tmp_path / "run", override, code=2)
+    running = e2e.train_by_command(config, tmp_path / "run", override, code=2)
     assert running.errors == [f"error: {message}"], running.text()

@@ -27,7 +27,7 @@ def trained(directory) -> dict[int, dict[int, list[float]]]:
 
 
 @pytest.fixture(scope="module")
-def whole(config, tmp_path_factory) -> e2e.Running:
+def whole(config, tmp_path_factory) -> e2e.Run:
     return e2e.train(config, tmp_path_factory.mktemp("dapo") / "run", *DAPO)
 
 

@@ -55,15 +55,15 @@ def test_signal_before_anything_is_checked(config, tmp_path, monkeypatch):
 
 def stop_at_the_end(rank: int, argv: list[str]) -> int:
     from megatron_policysplit.training import worker
-    from megatron_policysplit.training.run import Run
+    from megatron_policysplit.training.journal import Journal
 
-    export = Run.export
+    export = Journal.export
 
     def signalled(self, name):
         os.kill(os.getpid(), signal.SIGTERM)
         export(self, name)
 
-    Run.export = signalled
+    Journal.export = signalled
     return worker.main(argv)
 
 

@@ -39,7 +39,7 @@ def written(directory) -> str:
 def test_scores_are_logged_and_failures_counted(config, server, tmp_path):
     """Two questions x two samples x three prompts twice; the second time the server is mostly out of order."""
     server.script = [None] * (1 + 12) + ["no score"] + [503] * 100
-    run = e2e.train(config, tmp_path / "run", *SHORT, *keys(server, concurrency=1, retries=0))
+    run = e2e.train_by_command(config, tmp_path / "run", *SHORT, *keys(server, concurrency=1, retries=0))
     first, last = e2e.metrics(run.directory, "eval")
     records = [json.loads(line) for line in (run.directory / "rollouts" / "eval_000000.jsonl").open()]
     judged = [record for record in records if "judge" in record]

@@ -24,7 +24,7 @@ def keys(path) -> list[tuple]:
 
 
 @pytest.fixture(scope="module")
-def overlapped(config, tmp_path_factory) -> e2e.Running:
+def overlapped(config, tmp_path_factory) -> e2e.Run:
     return e2e.train(config, tmp_path_factory.mktemp("overlap") / "run", *OVERLAP)
 
 

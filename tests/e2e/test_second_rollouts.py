@@ -21,12 +21,12 @@ def ordinary_and_auxiliary(records: list[dict]) -> tuple[list[dict], list[dict]]
 
 
 @pytest.fixture(scope="module")
-def scope(config, tmp_path_factory) -> e2e.Running:
+def scope(config, tmp_path_factory) -> e2e.Run:
     return e2e.train(config, tmp_path_factory.mktemp("scope") / "run", *SCOPE)
 
 
 @pytest.fixture(scope="module")
-def aepo(config, tmp_path_factory) -> e2e.Running:
+def aepo(config, tmp_path_factory) -> e2e.Run:
     return e2e.train(config, tmp_path_factory.mktemp("aepo") / "run", *AEPO)
 
 

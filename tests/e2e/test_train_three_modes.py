@@ -66,7 +66,7 @@ def test_its_dump_is_replayed_to_the_same_weights(config, run, tmp_path):
 
 
 def test_other_modes_are_another_run(config, run):
-    refused = e2e.train(config, run.directory, *THREE[2:], code=2)
+    refused = e2e.train_by_command(config, run.directory, *THREE[2:], code=2)
     assert "modes.others={" in "".join(refused.errors)
-    refused = e2e.train(config, run.directory, THREE[0], *THREE[2:], "rollout.normal.share=5", code=2)
+    refused = e2e.train_by_command(config, run.directory, THREE[0], *THREE[2:], "rollout.normal.share=5", code=2)
     assert "rollout.normal.share=1 where this one has 5" in "".join(refused.errors)

@@ -39,5 +39,5 @@ def captured():
 def test_layers_have_the_names_shapes_and_keys_of_the_tables(tmp_path, captured, family):
     path = make_model(tmp_path / family, family, tied=False, num_hidden_layers=2)
     hf_to_megatron(path, f"{path}-megatron", dtype="bfloat16", allow_downcast=True)
-    (captured[family],) = run_distributed(capture, 1, str(path), False)
+    (captured[family],) = run_distributed(capture, 1, str(path))
     assert captured[family] == expected_capture(read_hf_config(path))

@@ -1,4 +1,4 @@
-"""Whole runs of `policysplit train` as a user starts them, on a tiny random model.
+"""Whole runs on a tiny random model: by `policysplit train`, as users start them, or ranks alone.
 
 Reward workers import this module: nothing heavy at the top.
 """
@@ -14,13 +14,14 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 GATE = "POLICYSPLIT_TEST_GATE"
 MARKER = "POLICYSPLIT_TEST_MARKER"
 TIMED = ("time", "time/", "throughput/", "memory/")
+OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GATE_METRICS = "agreement/"  # of the first batch after every start, and then every so many steps
 TRAIN_ANSWER, EVAL_ANSWER = "train", "eval"
 SETTINGS = """
@@ -71,15 +72,70 @@ def _fill_padding_row(file: Path) -> None:
 
 
 @dataclass
-class Running:
-    """A started `policysplit train`: its output goes to files, its processes carry a marker of their own."""
+class Run:
+    """A run whose output goes to a file and whose processes carry a marker of their own."""
 
     directory: Path
-    process: subprocess.Popen
     marker: str
     gate: Path
-    output: Path
-    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def output(self) -> Path:
+        return self.gate / "output.txt"
+
+    def text(self) -> str:
+        return self.output.read_text()
+
+    @property
+    def errors(self) -> list[str]:
+        """Lines of stderr, which shares a file with stdout, that are errors or the launcher's."""
+        said = ("error: ", "policysplit: ")
+        return [line for line in self.text().splitlines() if line.startswith(said)]
+
+    def environ(self) -> dict[str, str]:
+        """Of its processes, one thread a rank."""
+        environ = dict(os.environ)
+        for name in os.environ:
+            if name.startswith(("SLURM_", "WANDB_")) or name in OF_A_RANK:
+                del environ[name]
+        own = {MARKER: self.marker, GATE: str(self.gate)}
+        return environ | own | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def processes(self) -> list:
+        """psutil processes of this run that still live, launcher included."""
+        import psutil
+
+        return [process for process in psutil.process_iter() if self._is_ours(process)]
+
+    def kill(self) -> None:
+        for process in self.processes():
+            process.send_signal(signal.SIGKILL)
+
+    def assert_nothing_left(self) -> None:
+        """No process of the run may be left a few seconds later."""
+        deadline = time.monotonic() + 10
+        while left := self.processes():
+            if time.monotonic() > deadline:
+                named = [f"{process.pid} {process.as_dict(['cmdline', 'status'])}" for process in left]
+                self.kill()
+                raise AssertionError(f"left behind: {named}\n{self.text()}")
+            time.sleep(0.1)
+
+    def _is_ours(self, process) -> bool:
+        import psutil
+
+        try:
+            alive = process.status() != psutil.STATUS_ZOMBIE
+            return alive and process.environ().get(MARKER) == self.marker
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            return False
+
+
+@dataclass
+class Running(Run):
+    """A started `policysplit train`."""
+
+    process: subprocess.Popen
 
     def hold(self, answer: str) -> None:
         """Make the next reward of a question with this answer wait, and wait until one does."""
@@ -108,20 +164,8 @@ class Running:
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"the run did not end in {seconds} s:\n{self.text()}") from None
-        deadline = time.monotonic() + 10
-        while left := self.processes():
-            if time.monotonic() > deadline:
-                named = [f"{process.pid} {process.as_dict(['cmdline', 'status'])}" for process in left]
-                self.kill()
-                raise AssertionError(f"left behind: {named}\n{self.text()}")
-            time.sleep(0.1)
+        self.assert_nothing_left()
         return code
-
-    def processes(self) -> list:
-        """psutil processes of this run that still live, launcher included."""
-        import psutil
-
-        return [process for process in psutil.process_iter() if self._is_ours(process)]
 
     def rank(self, number: int):
         """The psutil process of a rank."""
@@ -135,56 +179,85 @@ class Running:
         return found[0]
 
     def kill(self) -> None:
-        for process in self.processes():
-            process.send_signal(signal.SIGKILL)
+        super().kill()
         self.process.wait()
-
-    def text(self) -> str:
-        return self.output.read_text()
-
-    @property
-    def errors(self) -> list[str]:
-        """Lines of stderr, which shares a file with stdout, that are errors or the launcher's."""
-        return [line for line in self.text().splitlines() if line.startswith(("error: ", "policysplit: "))]
-
-    def _is_ours(self, process) -> bool:
-        import psutil
-
-        try:
-            alive = process.status() != psutil.STATUS_ZOMBIE
-            return alive and process.environ().get(MARKER) == self.marker
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            return False
 
 
 def _is_worker(process) -> bool:
     return "megatron_policysplit.training.worker" in process.cmdline()
 
 
-def start(config: Path, directory: Path, *overrides: str) -> Running:
-    """Start `policysplit train config run.dir=directory ...`, one thread a rank."""
+def _new(directory: Path) -> Run:
+    """Nothing of it runs yet."""
     marker = uuid.uuid4().hex
-    gate = directory.parent / f"gate-{marker}"
-    gate.mkdir(parents=True)
-    output = gate / "output.txt"
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "WANDB_"))}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environ.pop(name, None)
-    environ |= {MARKER: marker, GATE: str(gate), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = Run(directory, marker, directory.parent / f"gate-{marker}")
+    run.gate.mkdir(parents=True)
+    return run
+
+
+def start(config: Path, directory: Path, *overrides: str) -> Running:
+    """Start `policysplit train config run.dir=directory ...`."""
+    run = _new(directory)
     command = [sys.executable, "-m", "megatron_policysplit.cli", "train", str(config), f"run.dir={directory}"]
-    with output.open("w") as file:
+    with run.output.open("w") as file:
         process = subprocess.Popen(
-            [*command, *overrides], env=environ, stdout=file, stderr=file, cwd=gate, start_new_session=True
+            [*command, *overrides],
+            env=run.environ(),
+            stdout=file,
+            stderr=file,
+            cwd=run.gate,
+            start_new_session=True,
         )
-    return Running(directory, process, marker, gate, output)
+    return Running(run.directory, run.marker, run.gate, process)
 
 
-def train(config: Path, directory: Path, *overrides: str, code: int = 0) -> Running:
-    """Run to the end and assert the exit code."""
+def train_by_command(config: Path, directory: Path, *overrides: str, code: int = 0) -> Running:
+    """Run `policysplit train` to the end and assert the exit code."""
     running = start(config, directory, *overrides)
     ended = running.finish()
     assert ended == code, f"exit code {ended} instead of {code}:\n{running.text()}"
     return running
+
+
+def train(config: Path, directory: Path, *overrides: str, code: int = 0) -> Run:
+    """Run to the end and assert every rank's exit code.
+
+    What the command does, without a process of its own and without the launcher: `run_distributed`
+    starts the ranks, in a fraction of a second.
+    """
+    from megatron_policysplit.config.load import load_config, world_size
+    from megatron_policysplit.training.preflight import preflight, prepare_run_dir
+    from tests.support.dist import run_distributed
+
+    run, argv = _new(directory), [str(config), f"run.dir={directory}", *overrides]
+    loaded = load_config(argv[0], argv[1:])
+    preflight(loaded)
+    prepare_run_dir(loaded)
+    ranks = world_size(loaded)
+    with run.output.open("wb") as file:
+        try:
+            codes = run_distributed(
+                _train_rank,
+                ranks,
+                run.gate,
+                argv,
+                timeout_seconds=150,
+                environ=run.environ(),
+                output=file,
+            )
+        except RuntimeError as error:
+            error.add_note(run.text())
+            raise
+    run.assert_nothing_left()
+    assert codes == [code] * ranks, f"exit codes {codes} instead of {code}:\n{run.text()}"
+    return run
+
+
+def _train_rank(rank: int, directory: Path, argv: list[str]) -> int:
+    from megatron_policysplit.training import worker
+
+    os.chdir(directory)
+    return worker.main(argv)
 
 
 def at_step(source: Path, target: Path, step: int) -> Path:

@@ -16,12 +16,16 @@ import pickle
 import signal
 import time
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tests.support.dist import Surroundings, forking_context
 
 ALLOWED = {  # as far as SGLang's own list is needed
     ("collections", "OrderedDict"),
@@ -89,9 +93,10 @@ class FakeEngine:
 def fake_engine(directory: Path, *, tensor: int = 1, faults: tuple[Fault, ...] = (), open_session: bool = False):
     """A running engine. open_session: as a trainer that died leaves it."""
     directory.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
+    context, surroundings = forking_context(), Surroundings.of()
     mine, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, str(directory), tensor, faults, open_session), daemon=True)
+    engine = partial(_Engine, str(directory), tensor, faults, open_session)
+    process = context.Process(target=_serve, args=(surroundings, theirs, engine), daemon=True)
     process.start()
     try:
         if not mine.poll(60):
@@ -102,10 +107,11 @@ def fake_engine(directory: Path, *, tensor: int = 1, faults: tuple[Fault, ...] =
         process.join()
 
 
-def _serve(pipe, directory: str, tensor: int, faults: tuple[Fault, ...], open_session: bool) -> None:
+def _serve(surroundings: Surroundings, pipe, make_engine: Callable[[], _Engine]) -> None:
+    surroundings.take_over()
     from aiohttp import web
 
-    engine = _Engine(directory, tensor, faults, open_session)
+    engine = make_engine()
 
     async def main() -> None:
         app = web.Application(middlewares=[engine.middleware], client_max_size=2**28)

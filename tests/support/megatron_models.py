@@ -150,17 +150,13 @@ def expected_tensors(hf_config, tensor, copies):
     }
 
 
-def capture(rank, path, fake):
+def capture(rank, path):
     """A model of Transformer Engine's layers on one rank, as JSON has it: parameters, stored tensors, extra states.
 
-    fake: built of stand-ins. The converted checkpoint beside `path` is loaded into it, too.
+    The converted checkpoint beside `path` is loaded into it, too.
     """
     import torch
 
-    if fake:
-        from tests.support import fake_transformer_engine
-
-        fake_transformer_engine.install()
     start()
     from checkpoints_conv import find_architecture, read_hf_config
     from megatron_policysplit.actor.weights import global_parameters

@@ -29,7 +29,7 @@ from megatron_policysplit.serving import fleet as fleets
 from megatron_policysplit.serving.build import open_fleet
 from megatron_policysplit.serving.fleet import Fleet
 from megatron_policysplit.serving.members import Member
-from megatron_policysplit.training.rollouts import build_fleet
+from megatron_policysplit.training.generation import build_fleet
 from tests.support.sglang import Reference
 
 HEARTBEAT_SECONDS = 0.05

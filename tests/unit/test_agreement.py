@@ -10,7 +10,7 @@ from megatron_policysplit.algorithms.advantages import TokenStatistics
 from megatron_policysplit.config import Config
 from megatron_policysplit.errors import EngineError, TrainingError
 from megatron_policysplit.rows import MODES, Mode, Rollout, share_rollouts
-from megatron_policysplit.training.agreement.bounds import Bounds, Difference, choose_bounds
+from megatron_policysplit.training.agreement.bounds import AgreementSettings, Bounds, Difference, choose_bounds
 from megatron_policysplit.training.agreement.diagnosis import EXCERPT_ROWS, EXCERPT_TOKENS, Probe, excerpt
 from megatron_policysplit.training.agreement.gate import AgreementGate, agreement_metrics, compare, compare_by_scoring
 
@@ -108,12 +108,13 @@ def test_only_samples_of_the_weights_in_question_count_behind_their_own_prompt()
 def test_bounds_follow_the_precisions_and_a_low_temperature(engine, actor_dtype, server_dtype, expected):
     config = Config()
     config.rollout.engine, config.model.dtype, config.rollout.server.dtype = engine, actor_dtype, server_dtype
-    bounds = choose_bounds(config)
+    settings = AgreementSettings.of(config)
+    bounds = choose_bounds(settings)
     assert bounds.mean == expected and bounds.k3 > bounds.mean**2
-    assert choose_bounds(config, 1.7) == bounds
-    assert choose_bounds(config, 0.5) == Bounds(2 * bounds.mean, 4 * bounds.k3)
+    assert choose_bounds(settings, 1.7) == bounds
+    assert choose_bounds(settings, 0.5) == Bounds(2 * bounds.mean, 4 * bounds.k3)
     config.agreement.max_difference, config.agreement.max_k3 = 0.2, 0.3
-    assert choose_bounds(config, 0.5) == Bounds(0.2, 0.3)
+    assert choose_bounds(AgreementSettings.of(config), 0.5) == Bounds(0.2, 0.3)
 
 
 def test_a_difference_that_is_not_a_number_is_past_every_bound():
@@ -172,7 +173,7 @@ def gate_of(config, probe=None):
         raise AssertionError("the engine was asked")
 
     log = Messages()
-    return AgreementGate(config, probe or Probe(OneRank(), None, never, never), log), log
+    return AgreementGate.of(config, probe or Probe(OneRank(), None, never, never), log), log
 
 
 def batch(shift, version):

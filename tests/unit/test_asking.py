@@ -76,7 +76,7 @@ def run_with(grade, method="dapo", options=None, state=None, told=None, leads=Tr
         samples_per_mode=samples_per_mode(config.rollout, config.modes, algorithm.method),
         questions=TrainingQuestions(by_id, {}, QuestionStream(questions, BATCH, seed=1)),
         state=state or TrainerState(),
-        rollouts=SimpleNamespace(driver=driver),
+        generation=SimpleNamespace(driver=driver),
         driver=driver,
         layout=SimpleNamespace(broadcast_from_chief=broadcast_from_chief),
         journal=SimpleNamespace(message=messages.append),

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -122,25 +123,35 @@ def test_unfinished_work_is_cancelled(heard):
     assert [found["told"] for found in heard] == [["cancelled"] * 3, [], []]
 
 
-def frozen_peer(rank: int) -> tuple:
-    """Rank 1 stops answering without ending, as a hung machine does: its connections stay open."""
+def frozen_peer(rank: int, directory: Path) -> tuple:
+    """Rank 1 stops answering without ending, as a hung machine does: its connections stay open.
+
+    directory: where the others say that they have noticed, which all wait for: rank 0 hosts the store.
+    """
+
+    def wait_for_the_others():
+        while len(list(directory.iterdir())) < 2:
+            time.sleep(0.05)
+
     import megatron_policysplit.distributed.control as module
 
     module.MISSING_SECONDS = 1.0
     control = make_control(rank)
     control.check()
     if rank == 1:
-        time.sleep(GROUP_SECONDS + 5)
+        wait_for_the_others()
         return "", 0.0
     began = time.monotonic()
     with pytest.raises(RuntimeError):
         control.attend(work(60) if rank == 0 else None)
-    seconds = time.monotonic() - began
-    return module.missing_ranks(rank, 3), seconds
+    seconds, missing = time.monotonic() - began, module.missing_ranks(rank, 3)
+    (directory / str(rank)).touch()
+    wait_for_the_others()
+    return missing, seconds
 
 
-def test_a_rank_that_does_not_answer_is_named():
-    answers = run_distributed(frozen_peer, 3)
+def test_a_rank_that_does_not_answer_is_named(tmp_path):
+    answers = run_distributed(frozen_peer, 3, tmp_path)
     assert [text for text, _ in answers] == ["rank 1 did not answer", "", "rank 1 did not answer"]
     assert all(GROUP_SECONDS - 1 < seconds < 45 for text, seconds in answers if text)  # not the work's 60 s
 

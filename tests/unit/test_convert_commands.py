@@ -9,6 +9,7 @@ import typer
 
 from checkpoints_conv.progress import bar, token_bar
 from megatron_policysplit.cli.convert import parse_size
+from tests.support.commands import run_module
 from tests.support.conversion import assert_same_model, make_tree, tensors_of
 from tests.support.fp8 import WHOLE_BLOCKS
 from tests.support.hf_models import make_model
@@ -23,19 +24,30 @@ def original(tmp_path_factory):
     return make_tree(make_model(root / "hf", "qwen3_moe", tied=False, num_hidden_layers=2))
 
 
-def run(*arguments, program=MODULE, code=0, **environment):
-    """stdout of a command that must end with `code`; stderr without the progress bar if it is not 0."""
+def start(*arguments, program=MODULE, code=0, **environment):
+    """Run a command as a user starts it, which must end with `code`; its stdout, or its stderr if `code` is not 0."""
     command = [sys.executable, "-W", "ignore", *program, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    return printed(subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}), code)
+
+
+def run(*arguments, program=MODULE, code=0, **environment):
+    """The same, sooner."""
+    _, module, *first = program
+    return printed(run_module(module, [*first, *map(str, arguments)], {**os.environ, **environment}), code)
+
+
+def printed(done, code):
+    """Without the progress bar, which a terminal alone is shown."""
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stderr
 
 
 def test_the_whole_way(original, tmp_path):
     megatron, back = tmp_path / "megatron", tmp_path / "back"
-    to_megatron = run("hf-to-megatron", "--hf", original, "--out", megatron, program=POLICYSPLIT)
+    to_megatron = start("hf-to-megatron", "--hf", original, "--out", megatron, program=POLICYSPLIT)
     assert to_megatron == f"wrote {megatron}\n"
-    assert run("verify", "--hf", original, "--megatron", megatron) == f"{len(tensors_of(original))} tensors are equal\n"
+    equal = start("verify", "--hf", original, "--megatron", megatron)
+    assert equal == f"{len(tensors_of(original))} tensors are equal\n"
     assert "Megatron-Core torch_dist, 1 file" in run("inspect", megatron)
     size = ("--max-shard-size", "60KB")
     assert run("megatron-to-hf", "--megatron", megatron, "--out", back, *size) == f"wrote {back}\n"
@@ -151,7 +163,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python", 
 
 
 def test_torchrun_shares_the_work(original, tmp_path):
-    out = run("hf-to-megatron", "--hf", original, "--out", tmp_path / "megatron", program=TORCHRUN)
+    out = start("hf-to-megatron", "--hf", original, "--out", tmp_path / "megatron", program=TORCHRUN)
     assert out == f"wrote {tmp_path / 'megatron'}\n"
     assert len(list((tmp_path / "megatron").glob("*.distcp"))) == 2
     assert "2 files" in run("inspect", tmp_path / "megatron")
@@ -167,12 +179,12 @@ if "RANK" in os.environ:
 def test_ranks_end_without_finalization(original, tmp_path):
     """gloo's threads still run when a command is over; where Python finalizes beside them, they may end the process."""
     (tmp_path / "sitecustomize.py").write_text(ABORTS)
-    out = run(
+    out = start(
         "hf-to-megatron", "--hf", original, "--out", tmp_path / "there", program=TORCHRUN, PYTHONPATH=str(tmp_path)
     )
     assert out == f"wrote {tmp_path / 'there'}\n"
     again = ("hf-to-megatron", "--hf", original, "--out", tmp_path / "there")
-    refused = run(*again, program=TORCHRUN, code=1, PYTHONPATH=str(tmp_path))  # 1: torchrun's own
+    refused = start(*again, program=TORCHRUN, code=1, PYTHONPATH=str(tmp_path))  # 1: torchrun's own
     assert refused.count("error: --out ") == 1 and "exitcode  : 2" in refused
 
 

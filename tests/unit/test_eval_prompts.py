@@ -11,7 +11,7 @@ from megatron_policysplit.data.prompts import read_eval_prompts
 from megatron_policysplit.data.questions import Question
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.rows import Mode
-from megatron_policysplit.training.build import _other_prompts
+from megatron_policysplit.training.questions import _other_prompts
 from tests.support.toy_chat import make_chat_model
 
 QUESTIONS = [Question(i, [{"role": "user", "content": f"What is {i}+1?"}], None, {}) for i in (3, 8)]

@@ -33,9 +33,13 @@ def test_example_loads_without_warnings(path):
 def test_example_study_loads(path, monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)
     study = load_study(path)
+    by_method = {run.method: run for run in study.runs}
+    assert len({run.directory for run in study.runs}) == len(study.runs) > len(by_method)
     for run in study.runs:
-        assert load_config(study.config, study.settings(run)).run.dir == str(run.directory)
+        assert f"run.dir={run.directory}" in study.settings(run)
         assert study.preparation(run)[-1] == str(run.seed)
+    for run in by_method.values():  # of all runs it would take seconds
+        assert load_config(study.config, study.settings(run)).run.dir == str(run.directory)
 
 
 def test_qwen3_8b_has_the_papers_hyper_parameters():

@@ -13,6 +13,7 @@ from megatron_policysplit.config import LogConfig
 from megatron_policysplit.errors import DataError
 from megatron_policysplit.logs import Logger
 from megatron_policysplit.reports import run_report as report
+from megatron_policysplit.reports.curves import modes_figure
 
 MODES = ("normal", "high_entropy")
 HOSTILE = "<script>alert(1)</script><img src=http://example.org/x.png>&\"'"
@@ -149,7 +150,7 @@ def test_curves_are_a_png(tmp_path):
 
 
 def test_curves_hold_the_logged_numbers(tmp_path):
-    figure = report._figure({"a": report.read_metrics(make_run(tmp_path))}, dark=False)
+    figure = modes_figure({"a": report.read_metrics(make_run(tmp_path))}, dark=False)
     accuracy, entropy, unique, kl = figure.axes
     drawn = {tuple(line.get_ydata()) for line in accuracy.lines}
     assert drawn == {(0.5, 1.0), (0.25, 0.75), (1.25, 1.75)}  # batches of both modes coincide; evaluations
@@ -216,7 +217,7 @@ def test_titles_fit_every_algorithm(tmp_path):
     run = make_run(tmp_path)
     report.write_report({"grpo": run}, tmp_path / "report.html")
     assert "Policy Split" not in (tmp_path / "report.html").read_text()
-    assert report._figure({"grpo": report.read_metrics(run)}, dark=False).get_suptitle() == (
+    assert modes_figure({"grpo": report.read_metrics(run)}, dark=False).get_suptitle() == (
         "The modes over training steps"
     )
 

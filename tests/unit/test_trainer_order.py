@@ -1,7 +1,7 @@
 """What the trainer does when: with generation beside training and without, around evaluations, stops and checkpoints.
 
-The run is a real `Run` with real `Rollouts` (their `load`, `awake` and `engine_log_probs` are under test) of parts that
-only remember what was asked of them.
+The run is a real `Run` with a real `Generation` (its `sync`, `awake` and `engine_log_probs` are under test) of parts
+that only remember what was asked of them.
 """
 
 from contextlib import ExitStack
@@ -16,9 +16,9 @@ from megatron_policysplit.config import Config
 from megatron_policysplit.distributed.stop_signal import StopRequested
 from megatron_policysplit.errors import DONE, STOPPED, EngineError, EngineLost
 from megatron_policysplit.training import trainer as trainers
+from megatron_policysplit.training.generation import Generation
 from megatron_policysplit.training.journal import Journal, SilentLog
 from megatron_policysplit.training.questions import EvaluationQuestions, TrainingQuestions
-from megatron_policysplit.training.rollouts import Rollouts
 from megatron_policysplit.training.run import Run
 
 FAR = {"live_rows": [], "check_staleness": None}
@@ -106,7 +106,7 @@ class Parts:
         self._stop_if_signalled()
 
     def attend(self, work, service):
-        assert isinstance(service, Rollouts) and service.fleet is self
+        assert isinstance(service, Generation) and service.fleet is self
         self._stop_if_signalled()
         return work
 
@@ -161,19 +161,16 @@ def build(tmp_path, monkeypatch):
         resources.callback(log.append, "close")
         journal = FakeJournal(config, log, state or TrainerState())
         leader = SimpleNamespace(engine=parts)
-        rollouts = Rollouts(config, LAYOUT, parts, parts, journal.state, leader, parts)
-        rollouts.driver.begin, rollouts.driver.finish, rollouts.driver.generate = (
-            parts.begin,
-            parts.finish,
-            parts.generate,
-        )
+        generation = Generation(config, LAYOUT, parts, parts, journal.state, leader, parts)
+        for name in ("begin", "finish", "generate"):
+            setattr(generation.driver, name, getattr(parts, name))
         run = Run(
             config=config,
             layout=LAYOUT,
             control=parts,
             algorithm=build_algorithm(config.algorithm),
             actor=parts,
-            rollouts=rollouts,
+            generation=generation,
             journal=journal,
             questions=TrainingQuestions(stream=Stream()),
             eval_questions=EvaluationQuestions({1: 1} if eval_every else {}),
@@ -333,15 +330,15 @@ def test_a_stop_before_the_engines_first_turn_ends(build):
 
 def test_an_engine_is_asked_for_scores_in_its_turn(build):
     trainer, parts = build(colocated=True)
-    rollouts = trainer.run.rollouts
+    generation = trainer.run.generation
     parts.log_probs = lambda sequences: [[-0.5] for _ in sequences]
-    assert rollouts.engine_log_probs(["a", "b"]) == [[-0.5], [-0.5]]
+    assert generation.engine_log_probs(["a", "b"]) == [[-0.5], [-0.5]]
     assert told(parts) == "to generation, sync 0, to training"
     parts.log.clear()
-    rollouts.colocation = None
-    assert rollouts.engine_log_probs(["a"]) == [[-0.5]]
-    rollouts.leader = None
-    assert rollouts.engine_log_probs(["a"]) == []
+    generation.colocation = None
+    assert generation.engine_log_probs(["a"]) == [[-0.5]]
+    generation.leader = None
+    assert generation.engine_log_probs(["a"]) == []
     assert parts.log == []
 
 

@@ -7,13 +7,15 @@ import pytest
 import torch
 
 MODULE = "megatron_policysplit.vocab_parallel.triton_head"
+KERNELS = "megatron_policysplit.vocab_parallel.triton_kernels"
 # Tokens, features, true columns, padded columns: blocks of the interpreter are 16 x 32 x 32.
 SHAPES = [(1, 8, 5, 8), (5, 40, 70, 80), (17, 32, 64, 64), (33, 100, 131, 256), (16, 64, 1, 3)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def is_triton(name):
-    return name.split(".")[0] == "triton" and not name.startswith("triton._C")
+def depends_on_triton(name):
+    """Triton itself, except for its extension modules, and the modules of ours whose import decorates kernels."""
+    return name in (MODULE, KERNELS) or name.split(".")[0] == "triton" and not name.startswith("triton._C")
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +27,21 @@ def head():
     """
     from megatron_policysplit import vocab_parallel
 
-    before = {name: module for name, module in sys.modules.items() if is_triton(name) or name == MODULE}
+    before = {name: module for name, module in sys.modules.items() if depends_on_triton(name)}
     for name in before:
         del sys.modules[name]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         yield importlib.import_module(MODULE)
     # Kept under another name: Python clears at exit what is in sys.modules, and nanobind complains of what is left.
-    for name in [name for name in sys.modules if is_triton(name) or name == MODULE]:
+    for name in [name for name in sys.modules if depends_on_triton(name)]:
         sys.modules[f"interpreted.{name}"] = sys.modules.pop(name)
     sys.modules.update(before)
-    del vocab_parallel.triton_head
-    if MODULE in before:
-        vocab_parallel.triton_head = before[MODULE]
+    for name in (MODULE, KERNELS):
+        attribute = name.rpartition(".")[2]
+        delattr(vocab_parallel, attribute)
+        if name in before:
+            setattr(vocab_parallel, attribute, before[name])
 
 
 def random_case(tokens, features, columns, padded, dtype=torch.float32, seed=0):

@@ -22,6 +22,7 @@ from megatron_policysplit.weight_sync import session, shared_memory, tensor
 from megatron_policysplit.weight_sync.bucket import payload, plan_buckets
 from megatron_policysplit.weight_sync.groups import own_address
 from megatron_policysplit.weight_sync.transport import sync_settings
+from tests.support.commands import run_code
 from tests.support.fake_sglang import Unpickler
 
 CPU = torch.device("cpu")
@@ -139,13 +140,18 @@ def test_the_memory_manager_inherits_nothing_and_ends():
         "buffer.release(); memory.close()\n"
         "assert not psutil.Process().children()\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    done = run_code(code)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), 9)"])
-def test_a_process_that_ends_without_a_release_leaves_nothing(end):
+def start_python(code):
+    """As users start it, to its real end."""
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+
+
+@pytest.mark.parametrize(("end", "run"), [("", start_python), ("os.kill(os.getpid(), 9)", run_code)])
+def test_a_process_that_ends_without_a_release_leaves_nothing(end, run):
     """Neither at its own end nor when it is killed, when the manager sees to it."""
     code = (
         "import os, torch\n"
@@ -153,8 +159,7 @@ def test_a_process_that_ends_without_a_release_leaves_nothing(end):
         "memory = SharedMemory(); buffer = memory.buffer(10, torch.device('cpu'))\n"
         "print(buffer.name, memory._socket.decode(), flush=True)\n" + end
     )
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    done = run(code)
     name, manager = done.stdout.split()
     deadline = time.monotonic() + 60
     while (os.path.exists(f"/dev/shm{name}") or os.path.exists(manager)) and time.monotonic() < deadline:
@@ -230,7 +235,7 @@ def test_a_flush_waits_for_requests_to_be_gone(monkeypatch):
     monkeypatch.setattr(session, "FLUSH_AGAIN_SECONDS", 0.0)
     assert sync_once(Recorder(flush=[refused(), refused()])).count("flush") == 3
     with pytest.raises(EngineRefused):
-        sync_once(Recorder(flush=[refused() for _ in range(10**6)]), limit=0.05)
+        sync_once(Recorder(flush=[refused()] * 10**6), limit=0.05)
 
 
 def test_another_version_than_the_one_set_is_a_failure_and_the_engine_is_paused():

@@ -1,4 +1,4 @@
-"""What an advantage method sees: a batch of rows as flat tensors, on the CPU, over all replicas."""
+"""The batch that a method computes advantages from: rows as flat CPU tensors, over all replicas."""
 
 from __future__ import annotations
 
@@ -14,89 +14,92 @@ from megatron_policysplit.rows import Row
 
 @dataclass
 class TokenStatistics:
-    """Per response token of one row, fp32, nats: log-prob [T] and entropy [T] of the policy before
-    the update.
+    """Statistics of one row under its own prompt, at its T response tokens.
 
-    kl: by the name of another training mode, KL(this row's mode || that mode) [T] at the same
-    tokens, where asked for. prompt_logprob: mean of the log-probs of the prompt's tokens but the
-    first (0 for a prompt of one), where the method asks for it.
-    nucleus_entropy, nucleus_threshold [T]: nats, and a logit (`vocab_parallel.Nucleus`), where it
-    asks for these.
-    scored: False for a row that nothing needed to score; everything is 0 then, unless the row was
-    compared with the engine.
+    Score passes make them (`actor/scoring.py`); methods, metrics and the comparison of engine and
+    actor read them.
     """
 
-    logprobs: Tensor
-    entropy: Tensor
+    logprobs: Tensor  # [T] fp32, nats; of the policy before the update
+    entropy: Tensor  # [T] fp32, nats; over the whole vocabulary
+    # By the name of another training mode: KL(this row's mode || that mode) at the same tokens, [T]
+    # fp32, nats. Only for rows whose KL is logged (`log.kl_tokens`).
     kl: dict[str, Tensor] = field(default_factory=dict)
+    # Mean log-prob of the prompt's tokens except the first, nats; 0 for a prompt of one token. None
+    # unless the method has `prompt_logprobs`.
     prompt_logprob: float | None = None
+    # Of each token's top-p nucleus, [T] fp32: the entropy in nats of the distribution renormalised
+    # over it, and the threshold that logits in the nucleus reach (`vocab_parallel.Nucleus`). None
+    # unless the method has a `nucleus`.
     nucleus_entropy: Tensor | None = None
     nucleus_threshold: Tensor | None = None
+    # False for a row that nothing had to score. Its values are then 0, unless the row was scored
+    # for the comparison with the engine alone.
     scored: bool = True
 
 
 @dataclass
 class AdvantageBatch:
-    """R rows with T response tokens in all; row r's tokens are [offsets[r], offsets[r + 1]).
+    """R rows, trained under M modes, with T response tokens in all, one row after the other.
 
-    rewards [R] fp32. group [R] int64: rows of one question under one training mode. modes [R]:
-    names of the rows' training modes. others [R, M - 1] int64: the rows of the same response under
-    the other modes (of M in all), filled up with -1. auxiliary [R] bool: of a second rollout at
-    another temperature, in groups of its own; its log-probs are at the mode's temperature all the
-    same. logprobs, entropy [T] fp32 nats under the row's own prompt, by the weights before the
-    update. mask [T] bool: tokens that are trained, and over which statistics are taken.
-    old_logprobs [T]: those of the ratio, which differ from `logprobs` only where
-    algorithm.statistics=step took new ones before a later optimizer step. clip_low, clip_high: the
-    loss's clip of their ratio. seed: of what a method draws at random. prompt_logprob [R] fp32: the
-    mean log-prob of the tokens of the row's prompt but the first, if the method asks for it
-    (`Method.prompt_logprobs`). nucleus_entropy [T] nats, of the distribution renormalised over the
-    nucleus, likewise (`Method.nucleus`).
+    Made by `make_batch` and completed by `signals.SignalBuilder`; methods compute token signals
+    from it.
     """
 
-    rewards: Tensor
-    group: Tensor
-    modes: Sequence[str]
-    others: Tensor
-    offsets: Tensor
+    rewards: Tensor  # [R] fp32
+    group: Tensor  # [R] int64; equal for the rows of one question under one training mode
+    modes: Sequence[str]  # [R]; name of each row's training mode
+    others: Tensor  # [R, M - 1] int64; rows of the same response under the other modes, then -1
+    offsets: Tensor  # [R + 1] int64; row r has the tokens from offsets[r] to offsets[r + 1] - 1
+    # Under the row's own prompt, by the weights before the batch, or before the optimizer step with
+    # algorithm.statistics=step; [T] fp32, nats.
     logprobs: Tensor
     entropy: Tensor
-    mask: Tensor
+    mask: Tensor  # [T] bool; tokens that are trained, and that statistics are taken over
+    # [T] fp32, nats; the denominator of the loss's ratio. They differ from `logprobs` only at a
+    # later optimizer step with algorithm.statistics=step.
     old_logprobs: Tensor
+    # [R] bool; rows of a second rollout, which was sampled at another temperature. They are in
+    # groups of their own. Their log-probs are at the mode's temperature, like those of other rows.
     auxiliary: Tensor
-    clip_low: float = math.inf
+    clip_low: float = math.inf  # the loss clips the ratio to [1 - clip_low, 1 + clip_high]
     clip_high: float = math.inf
-    seed: int = 0
+    seed: int = 0  # of random draws, see `generator`
+    # [R] fp32, nats; mean log-prob of the prompt's tokens except the first. None unless the method
+    # has `prompt_logprobs`.
     prompt_logprob: Tensor | None = None
+    # [T] fp32, nats; entropy of the distribution renormalised over the nucleus. None unless the
+    # method has a `nucleus`.
     nucleus_entropy: Tensor | None = None
 
     @property
     def row_of_token(self) -> Tensor:
-        """[T] int64: the row each token belongs to."""
+        """[T] int64: index of the row that each token belongs to."""
         lengths = self.offsets.diff()
         return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
 
     def on_tokens(self, per_row: Tensor) -> Tensor:
-        """[T]: each row's value [R] at every token of it, 0 outside the mask."""
+        """[T]: the value of each token's row, from `per_row` [R]; 0 outside the mask."""
         return per_row[self.row_of_token] * self.mask
 
     @property
     def ordinary(self) -> Tensor:
-        """[T] bool: trained tokens that are not of auxiliary rows."""
+        """[T] bool: trained tokens of rows that are not auxiliary."""
         return self.mask & ~self.auxiliary[self.row_of_token]
 
     def mean_entropy(self) -> float:
-        """Over all trained tokens but those of auxiliary rows, nats; 0 without any."""
-        counted = self.ordinary
-        return float(self.entropy[counted].double().mean()) if counted.any() else 0.0
+        """Mean entropy in nats over the trained tokens of ordinary rows; 0 if there are none."""
+        ordinary = self.ordinary
+        return float(self.entropy[ordinary].double().mean()) if ordinary.any() else 0.0
 
     def clipped(self, advantages: Tensor) -> Tensor:
-        """[T] bool: tokens of these advantages [T] to which PPO's clip leaves no gradient."""
+        """[T] bool: tokens that PPO's clip leaves without a gradient, given `advantages` [T]."""
         ratio = torch.exp(self.logprobs - self.old_logprobs)
         too_high = (advantages > 0) & (ratio > 1 + self.clip_high)
         return too_high | ((advantages < 0) & (ratio < 1 - self.clip_low))
 
     def generator(self) -> torch.Generator:
-        """For random draws, the same on every rank."""
+        """A new generator for random draws; it gives the same numbers on every rank."""
         return torch.Generator().manual_seed(self.seed)
 
     def rows_in(self, mode: str) -> Tensor:
@@ -104,11 +107,9 @@ class AdvantageBatch:
         return torch.tensor([name == mode for name in self.modes], dtype=torch.bool)
 
     def at_others(self, values: Tensor) -> Tensor:
-        """[T]: for each token, the mean of `values` at the same token of the response over the rows
-        of other modes.
+        """[T]: mean of `values` [T] at the same response token over the rows of the other modes.
 
-        Raises ValueError if a row has not one of every other mode or rows of a response differ in
-        length.
+        Raises ValueError if a response lacks a row of some mode, or if its rows differ in length.
         """
         if self.others.shape[1] == 0 or (self.others < 0).any():
             raise ValueError(
@@ -122,14 +123,14 @@ class AdvantageBatch:
                 "exactly"
             )
         row = self.row_of_token
-        position = torch.arange(len(row)) - self.offsets[row]
+        position = torch.arange(len(row)) - self.offsets[row]  # of the token within its response
         return values[self.offsets[self.others[row]] + position[:, None]].mean(1)
 
 
 def make_batch(
     rows: Sequence[Row], statistics: Sequence[TokenStatistics], masks: Sequence[Tensor]
 ) -> AdvantageBatch:
-    """Rows (in any order) and their statistics as one `AdvantageBatch`; masks[r] is bool [T_r]."""
+    """One batch of `rows`, in any order, with their statistics; masks[r] is [T_r] bool."""
     lengths = torch.tensor([row.response_length for row in rows])
     logprobs = torch.cat([s.logprobs for s in statistics])
     prompts = [s.prompt_logprob for s in statistics]
@@ -138,7 +139,7 @@ def make_batch(
         rewards=torch.tensor([row.rollout.reward for row in rows], dtype=torch.float32),
         group=group_numbers(rows),
         modes=[row.mode.value for row in rows],
-        others=_others(rows),
+        others=_rows_of_other_modes(rows),
         offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
         logprobs=logprobs,
         entropy=torch.cat([s.entropy for s in statistics]),
@@ -151,23 +152,25 @@ def make_batch(
 
 
 def group_numbers(rows: Sequence[Row]) -> Tensor:
-    """[R] int64: equal for rows of one advantage group (`RowKey.group`), counted from 0."""
+    """[R] int64: number of each row's advantage group (`RowKey.group`), counted from 0."""
     groups: dict[tuple, int] = {}
     return torch.tensor(
         [groups.setdefault(row.key.group, len(groups)) for row in rows], dtype=torch.int64
     )
 
 
-def _others(rows: Sequence[Row]) -> Tensor:
-    """[R, M - 1] int64: for each row the other rows of its response, in their order, filled up with
-    -1.
+def _rows_of_other_modes(rows: Sequence[Row]) -> Tensor:
+    """[R, M - 1] int64: for each row the other rows of its response, in their order, then -1.
+
+    M is the largest number of rows that a response has.
     """
-    together: dict[tuple, list[int]] = {}
+    rows_of_response: dict[tuple, list[int]] = {}
     for index, row in enumerate(rows):
-        together.setdefault(row.rollout.key, []).append(index)
-    most = max((len(indices) for indices in together.values()), default=1)
-    result = [[-1] * (most - 1) for _ in rows]
-    for indices in together.values():
+        rows_of_response.setdefault(row.rollout.key, []).append(index)
+    largest = max((len(indices) for indices in rows_of_response.values()), default=1)
+    result = [[-1] * (largest - 1) for _ in rows]
+    for indices in rows_of_response.values():
         for index in indices:
             result[index][: len(indices) - 1] = [other for other in indices if other != index]
-    return torch.tensor(result, dtype=torch.int64).reshape(len(rows), most - 1)
+    # The shape is explicit because an empty list would otherwise lose its second dimension.
+    return torch.tensor(result, dtype=torch.int64).reshape(len(rows), largest - 1)

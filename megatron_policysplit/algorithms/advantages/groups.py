@@ -1,5 +1,6 @@
-"""Statistics within groups, and what rewards alone say of a response: [N] values, [N] int64 groups,
-fp64 inside.
+"""Statistics within groups, and advantages that follow from rewards alone.
+
+`group` is [N] int64, the group number of each value, counted from 0. Sums are in fp64.
 """
 
 from __future__ import annotations
@@ -7,21 +8,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-EPSILON = 1e-6
+EPSILON = 1e-6  # added to a spread before dividing by it, as in verl
 
 
 def group_sums(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of `values` [N] within each group, and the number of them, spread back to [N] fp64."""
+    """Sum and number of the `values` [N] of each value's group, two [N] fp64."""
     values = values.double()
-    empty = torch.zeros(_groups(group), dtype=torch.float64)
-    count = empty.index_add(0, group, torch.ones_like(values))
-    return empty.index_add(0, group, values)[group], count[group]
+    zeros = torch.zeros(_group_count(group), dtype=torch.float64)
+    count = zeros.index_add(0, group, torch.ones_like(values))
+    return zeros.index_add(0, group, values)[group], count[group]
 
 
 def group_mean_std(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation of `values` [N] within each group, spread back to [N].
+    """Mean and unbiased standard deviation of each value's group, from `values` [N]; two [N] fp64.
 
-    A group of one has standard deviation 0. Computed in fp64.
+    A group of one has standard deviation 0.
     """
     total, count = group_sums(values, group)
     mean = total / count
@@ -30,10 +31,10 @@ def group_mean_std(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def group_extremes(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest and smallest of `values` [N] within each group, spread back to [N]."""
-    empty = values.new_zeros(_groups(group))
-    highest = empty.scatter_reduce(0, group, values, "amax", include_self=False)
-    lowest = empty.scatter_reduce(0, group, values, "amin", include_self=False)
+    """Largest and smallest value of each value's group, from `values` [N]; two [N] of its dtype."""
+    zeros = values.new_zeros(_group_count(group))
+    highest = zeros.scatter_reduce(0, group, values, "amax", include_self=False)
+    lowest = zeros.scatter_reduce(0, group, values, "amin", include_self=False)
     return highest[group], lowest[group]
 
 
@@ -43,15 +44,18 @@ def zscore(rewards: Tensor, group: Tensor) -> Tensor:
     A group whose rewards are all equal gets exactly 0.
     """
     mean, std = group_mean_std(rewards, group)
-    return ((rewards.double() - mean) / (std + EPSILON)).where(_differ(rewards, group), 0.0).float()
+    scores = (rewards.double() - mean) / (std + EPSILON)
+    # Rounding in the mean would otherwise leave a tiny advantage where all rewards are equal.
+    return scores.where(_rewards_differ(rewards, group), 0.0).float()
 
 
 def centered(rewards: Tensor, group: Tensor) -> Tensor:
-    """Dr. GRPO: r_i - mean r within each group; [R] -> [R] fp32, exactly 0 where rewards are all
-    equal.
+    """Dr. GRPO: r_i - mean r within each group; [R] -> [R] fp32.
+
+    A group whose rewards are all equal gets exactly 0.
     """
     total, count = group_sums(rewards, group)
-    return (rewards.double() - total / count).where(_differ(rewards, group), 0.0).float()
+    return (rewards.double() - total / count).where(_rewards_differ(rewards, group), 0.0).float()
 
 
 def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
@@ -60,14 +64,16 @@ def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
     A group of one, which has no others, and a group whose rewards are all equal get exactly 0.
     """
     total, count = group_sums(rewards, group)
-    others = (total - rewards.double()) / (count - 1).clamp(min=1)
-    return (rewards.double() - others).where(_differ(rewards, group), 0.0).float()
+    mean_of_others = (total - rewards.double()) / (count - 1).clamp(min=1)
+    advantages = rewards.double() - mean_of_others
+    return advantages.where(_rewards_differ(rewards, group), 0.0).float()
 
 
-def _differ(rewards: Tensor, group: Tensor) -> Tensor:
+def _rewards_differ(rewards: Tensor, group: Tensor) -> Tensor:
+    """[N] bool: whether the rewards of each value's group are not all equal."""
     highest, lowest = group_extremes(rewards, group)
     return highest > lowest
 
 
-def _groups(group: Tensor) -> int:
+def _group_count(group: Tensor) -> int:
     return int(group.max()) + 1 if len(group) else 0

@@ -1,10 +1,12 @@
-"""Adaptive entropy control (Skywork-OR1, arXiv 2505.22312): a bonus whose coefficient climbs while
-entropy is too low.
+"""Adaptive entropy control: an entropy bonus whose coefficient rises while the entropy is too low.
 
-With H the mean entropy over all trained tokens and c_0 = 0, at each optimizer step
+Source: Skywork-OR1 (arXiv 2505.22312). GRPO's advantages, and at optimizer step k, with H the mean
+entropy in nats over all trained tokens and c_0 = 0:
 
-    loss - c_k H  if H <= target, the plain loss otherwise
-    c_{k+1} = c_k + delta  if H <= target, c_k - delta otherwise, kept within [0, coef_max]
+    loss    = L_GRPO - c_k H   where H <= target, L_GRPO alone otherwise
+    c_{k+1} = c_k + delta      where H <= target, c_k - delta otherwise; within [0, coef_max]
+
+The bonus is differentiable. The coefficient c is the method's state.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from megatron_policysplit.config import key
 @dataclass(frozen=True)
 class Options:
     target: float = key(0.2, "Entropy in nats at and below which the bonus acts.", above=0.0)
-    delta: float = key(0.005, "How far the coefficient moves at an optimizer step.", above=0.0)
-    coef_max: float = key(1.0, "Bound of the coefficient.", above=0.0)
+    delta: float = key(0.005, "Change of the coefficient at an optimizer step.", above=0.0)
+    coef_max: float = key(1.0, "Upper bound of the coefficient.", above=0.0)
 
 
 def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSignals:

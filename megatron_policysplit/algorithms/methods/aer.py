@@ -1,17 +1,18 @@
-"""AER, adaptive entropy regularisation (after arXiv 2510.10959): a bonus for hard questions that
-holds a set entropy.
+"""AER, adaptive entropy regularisation: a bonus for hard questions holds the entropy at a target.
 
-UNVERIFIED RECONSTRUCTION. The paper's equations were not found. That a question's coefficient comes
-from its difficulty, that the target is a ratio tau of the initial entropy, about 0.4, and that a
-global scale is moved at every step to stay there, is told of it; the formulas and the other
-defaults are ours:
+UNVERIFIED RECONSTRUCTION after arXiv 2510.10959, whose equations were not found. Summaries of the
+paper say that a question's coefficient follows from its difficulty, that the target is a ratio tau
+of the initial entropy (about 0.4), and that a global scale moves at every step to stay there. The
+formulas below and the other defaults are ours. GRPO's advantages, and at optimizer step k:
 
-    p_q  = share of right answers in the question's group       w_q = max(0, rho - p_q) / rho loss -
-    c_k w_q H_t for each token of question q             c_0 = 0, H_0 = mean entropy of the run's
-    first batch c_{k+1} = c_k + rate (tau H_0 - H_k), within [0, coef_max]   H_k = mean entropy at
-    optimizer step k
+    loss    = L_GRPO - c_k w_q H_t                  for each token t of question q
+    w_q     = max(0, rho - p_q) / rho
+    c_{k+1} = c_k + rate (tau H_0 - H_k)            within [0, coef_max], from c_0 = 0
 
-Means of entropies are over all trained tokens, in nats; c and H_0 are state.
+- p_q is the share of right answers in the question's group.
+- H_t is the token's entropy, differentiable.
+- H_k is the mean entropy at step k, H_0 that of the run's first batch, both over all trained tokens
+  and in nats. c and H_0 are the method's state.
 """
 
 from __future__ import annotations
@@ -35,22 +36,26 @@ from megatron_policysplit.config import key
 
 @dataclass(frozen=True)
 class Options:
-    tau: float = key(0.4, "Target entropy, as a share of that of the run's first batch.", above=0.0)
+    tau: float = key(
+        0.4,
+        "Target entropy, as a share of that of the run's first batch (0.4 is the paper's).",
+        above=0.0,
+    )
     rho: float = key(
-        0.5, "Share of right answers from which a question gets no bonus (a guess).", above=0.0
+        0.5, "Share of right answers from which on a question gets no bonus (a guess).", above=0.0
     )
     rate: float = key(
         0.005,
-        "How fast the scale follows the distance to the target, per nat (a guess).",
+        "Step of the scale c per nat of distance to the target (a guess).",
         above=0.0,
     )
-    coef_max: float = key(0.05, "Bound of the scale (a guess).", above=0.0)
+    coef_max: float = key(0.05, "Upper bound of the scale c (a guess).", above=0.0)
 
 
 def difficulty(rewards: Tensor, group: Tensor, options: Options) -> Tensor:
-    """w [R] fp32, of the question of each row; 0 where at least `rho` of the answers are right."""
-    right, count = group_sums(rewards > RIGHT, group)
-    return ((options.rho - right / count).clamp(min=0) / options.rho).float()
+    """w_q of each row's question, [R] fp32; 0 where at least `rho` of its answers are right."""
+    rights, count = group_sums(rewards > RIGHT, group)
+    return ((options.rho - rights / count).clamp(min=0) / options.rho).float()
 
 
 def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSignals:
@@ -60,7 +65,10 @@ def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSigna
 
 
 def next_state(state: State, batch: AdvantageBatch, options: Options) -> State:
-    """`initial` is there from the first batch with trained tokens on."""
+    """c after this optimizer step, and H_0 as `initial`.
+
+    A batch without trained tokens changes nothing; H_0 is that of the first batch with some.
+    """
     if not batch.mask.any():
         return state
     entropy = batch.mean_entropy()

@@ -1,16 +1,18 @@
-"""ARM, advantage re-weighting by confidence, as in ProGRPO (arXiv 2602.05281): what the policy is
-sure of gains less.
+"""ARM, advantage re-weighting by confidence: answers that the policy is sure of gain less.
 
-With A_i GRPO's advantage, in groups whose rewards are not all equal,
+Source: ProGRPO (arXiv 2602.05281). With A_i GRPO's advantage, in groups whose rewards are not all
+equal:
 
-    A~_i   = A_i + alpha (c(q) - c(o_i | q)) c(o|q) = exp(mean log pi) over the `share` of the
-    response's trained tokens that have the lowest probability c(q)   = exp(mean log pi) over the
-    prompt's tokens but the first, which nothing predicts
+    A~_i   = A_i + alpha (c(q) - c(o_i|q))
+    c(o|q) = exp(mean log pi)   over the `share` of the response's trained tokens that have the
+                                lowest probability
+    c(q)   = exp(mean log pi)   over the prompt's tokens except the first, which nothing predicts
+
+Log-probs are those of the score pass, at the sampling temperature, prompts included. Nothing of
+A~_i carries a gradient.
 
 UNVERIFIED in two places: the paper's alpha was not found, and its c(q) was found to come from the
-prompt's perplexity, but not how; the formula above and the default of alpha are ours. Log-probs are
-those of the score pass, at the sampling temperature, prompts included; nothing of them carries a
-gradient.
+prompt's perplexity, but not how. The formula of c(q) and the default of alpha are ours.
 """
 
 from __future__ import annotations
@@ -34,18 +36,16 @@ from megatron_policysplit.config import key
 
 @dataclass(frozen=True)
 class Options:
-    alpha: float = key(0.3, "Weight of the confidences' difference (a guess).", minimum=0.0)
+    alpha: float = key(0.3, "Weight of the difference of the confidences (a guess).", minimum=0.0)
     share: float = key(
         0.2,
-        "Share of a response's tokens, those of lowest probability, that its confidence is of.",
+        "Share of a response's tokens, those of lowest probability, that give its confidence.",
         above=0.0,
     )
 
 
 def response_confidence(batch: AdvantageBatch, share: float) -> Tensor:
-    """c(o|q) [R], over ceil(share T) of the T trained tokens of each response; 1 for one that has
-    none.
-    """
+    """c(o|q) of every response, [R], over ceil(share T) of its T trained tokens; 1 without any."""
     lengths = batch.offsets.diff().tolist()
     rows = zip(batch.logprobs.split(lengths), batch.mask.split(lengths), strict=True)
     return torch.stack([_lowest_mean(logprobs[mask], share) for logprobs, mask in rows]).exp()
@@ -60,13 +60,13 @@ def _lowest_mean(values: Tensor, share: float) -> Tensor:
 
 @torch.no_grad()
 def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSignals:
-    """Raises ValueError for a batch without the prompts' log-probs."""
+    """Advantages A~_i. Raises ValueError for a batch without the prompts' log-probs."""
     if batch.prompt_logprob is None:
         raise ValueError("the batch has no log-probs of prompts, which this method needs")
-    surprise = batch.prompt_logprob.exp() - response_confidence(batch, options.share)
+    difference = batch.prompt_logprob.exp() - response_confidence(batch, options.share)
     mixed = in_mixed_groups(batch.rewards, batch.group, options)
     return TokenSignals(
-        batch.on_tokens(zscore(batch.rewards, batch.group) + options.alpha * surprise * mixed)
+        batch.on_tokens(zscore(batch.rewards, batch.group) + options.alpha * difference * mixed)
     )
 
 

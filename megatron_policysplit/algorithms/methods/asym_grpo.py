@@ -1,11 +1,14 @@
-"""AsymGRPO (arXiv 2604.04894): a group's success rate p weighs right and wrong answers, each with
-its exponent.
+"""AsymGRPO: a group's success rate weighs right and wrong answers, each with its own exponent.
 
-    A_i = ((1 - p) / p)^beta_pos   where the answer is right
-    A_i = -(p / (1 - p))^beta_neg  where it is wrong
+Source: arXiv 2604.04894. With p the share of right answers in the group:
 
-At 0.5 and 0.5 that is GRPO with the population's standard deviation and no epsilon; at 0 and 0 it
-is +1 and -1. The formula is known to us from notes on the paper, which agree, not from its text; no
+    A_i = ((1 - p) / p)^beta_pos    where the answer is right
+    A_i = -(p / (1 - p))^beta_neg   where it is wrong
+
+A group that is all right or all wrong has the advantage 0. With both exponents 0.5 this is GRPO
+with the population's standard deviation and no epsilon. With both 0 it is +1 and -1.
+
+The formula comes from two sets of notes on the paper, which agree, and not from its text. No
 official code was found.
 """
 
@@ -39,12 +42,13 @@ class Options:
 
 
 def response_advantages(rewards: Tensor, group: Tensor, options: Options) -> Tensor:
-    """[R] fp32; rewards [R] count as right above 0.5. A group that is all right or all wrong gets
-    0.
+    """A_i of every response, [R] fp32; 0 in a group that is all right or all wrong.
+
+    rewards: [R] fp32, right above 0.5. group: [R] int64.
     """
     right = rewards > RIGHT
     rights, count = group_sums(right, group)
-    odds = (count - rights) / rights  # of failure; unused where the group is all alike
+    odds = (count - rights) / rights  # of failure; inf or 0 where all are alike, masked below
     advantage = torch.where(right, odds**options.beta_pos, -(odds**-options.beta_neg))
     return advantage.where((rights > 0) & (rights < count), 0.0).float()
 

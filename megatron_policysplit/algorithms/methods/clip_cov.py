@@ -1,9 +1,11 @@
-"""Clip-Cov (arXiv 2505.22617): a few tokens whose log-prob and advantage rise together lose their
-gradient.
+"""Clip-Cov: a few random tokens whose log-prob and advantage rise together lose their gradient.
 
-With C_t = (A_t - mean A)(log pi_t - mean log pi) over all trained tokens, max(1, floor(ratio N)) of
-the N tokens are drawn at random among those with low < C_t < high that PPO's clip leaves alone, and
-their loss is multiplied by 0.
+Source: arXiv 2505.22617. GRPO's advantages A_t, and for every trained token t the covariance
+
+    C_t = (A_t - mean A) (log pi_t - mean log pi)    means over all N trained tokens
+
+max(1, floor(ratio N)) tokens are drawn at random among those with low < C_t < high that PPO's clip
+leaves alone. Their loss is multiplied by 0; denominators stay the same.
 """
 
 from __future__ import annotations
@@ -26,17 +28,17 @@ from megatron_policysplit.config import key
 @dataclass(frozen=True)
 class Options:
     ratio: float = key(
-        2e-4, "Share of the trained tokens that is cut, at least one of them.", above=0.0
+        2e-4, "Share of the trained tokens that lose their gradient, at least one token.", above=0.0
     )
-    low: float = key(1.0, "Tokens with less covariance are no candidates.")
-    high: float = key(5.0, "Nor are those with more.")
+    low: float = key(1.0, "Tokens with a smaller covariance are no candidates.")
+    high: float = key(5.0, "Tokens with a larger covariance are no candidates.")
 
 
 def covariance(batch: AdvantageBatch, advantages: Tensor) -> Tensor:
-    """C [T] fp32 over the trained tokens; 0 outside the mask."""
+    """C_t of every token, [T] fp32, with means over the trained tokens; 0 outside the mask."""
     result = torch.zeros_like(advantages)
-    kept, logprobs = advantages[batch.mask].double(), batch.logprobs[batch.mask].double()
-    result[batch.mask] = ((kept - kept.mean()) * (logprobs - logprobs.mean())).float()
+    trained, logprobs = advantages[batch.mask].double(), batch.logprobs[batch.mask].double()
+    result[batch.mask] = ((trained - trained.mean()) * (logprobs - logprobs.mean())).float()
     return result
 
 
@@ -49,11 +51,12 @@ def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSigna
         & (products < options.high)
         & ~batch.clipped(advantages)
     )
-    (places,) = candidates.nonzero(as_tuple=True)
-    wanted = max(1, int(options.ratio * int(batch.mask.sum())))
-    drawn = places[torch.randperm(len(places), generator=batch.generator())[:wanted]]
+    (positions,) = candidates.nonzero(as_tuple=True)
+    count = max(1, int(options.ratio * int(batch.mask.sum())))
+    # The batch's generator has the same seed on every rank, so that all drop the same tokens.
+    order = torch.randperm(len(positions), generator=batch.generator())
     scale = torch.ones_like(advantages)
-    scale[drawn] = 0.0
+    scale[positions[order[:count]]] = 0.0
     return TokenSignals(advantages, scale=scale)
 
 

@@ -1,19 +1,24 @@
-"""DAPO (arXiv 2503.14476): GRPO with a higher upper clip, token mean, dynamic sampling and overlong
-punishment.
+"""DAPO: GRPO with a higher upper clip, a token mean, dynamic sampling and an overlong punishment.
 
-Clip-higher: the ratio counts between 0.8 and 1.28. Dynamic sampling: a question whose responses are
-all graded alike has no advantage and is dropped; further questions are drawn, a whole batch at a
-time, until data.batch_questions mixed ones are there. The paper sets no bound on that; `max_rounds`
-is ours. The rule sees the grades, without the punishment
+Source: arXiv 2503.14476.
 
-    0                                   where |o| <= L_max - L_cache
-    (L_max - L_cache - |o|) / L_cache   where it is longer, down to -1 at L_max
+- Clip-higher: the ratio is clipped to [0.8, 1.28].
+- Dynamic sampling: a question whose responses all have the same grade has no advantage and is
+  dropped. Further questions are drawn, a whole batch at a time, until there are
+  data.batch_questions questions with mixed grades. The paper sets no bound on the number of
+  batches; `max_rounds` is ours. The rule looks at the grades without the punishment. The logged
+  rewards are those of the trained questions; dynamic/* says how many were dropped, and the mean
+  reward of all.
+- Overlong punishment: a response of |o| tokens has this added to its reward, before
+  A_i = (r_i - mean r) / (std r + 1e-6) is computed:
 
-that is added to them before A_i = (r_i - mean r) / (std r + 1e-6). L_max is
-rollout.max_response_tokens. The paper grades +1 and -1, where ours are 1 and 0: `punishment: 0.5`
-is the paper's against the difference of right and wrong. It has no KL term; algorithm.kl_coef is 0
-by default. With dynamic sampling the logged rewards are those of the questions kept; dynamic/* says
-how many were dropped, and the mean reward of all.
+      0                                   where |o| <= L_max - L_cache
+      (L_max - L_cache - |o|) / L_cache   where it is longer, down to -1 at L_max
+
+  L_max is rollout.max_response_tokens and L_cache is `cache_tokens`. The paper grades right and
+  wrong +1 and -1, this project 1 and 0. `punishment: 0.5` is therefore as strong as the paper's.
+
+The paper has no KL term; algorithm.kl_coef is 0 by default.
 """
 
 from __future__ import annotations
@@ -40,17 +45,20 @@ CACHE_SHARE = 4096 / 20480  # of the paper's L_max
 @dataclass(frozen=True)
 class Options:
     dynamic_sampling: bool = key(
-        True, "Train questions with mixed grades only, and draw others for the rest."
+        True, "Train questions with mixed grades only, and draw others in place of the rest."
     )
     max_rounds: int = key(
         10, "Batches of questions drawn for one that is trained, at most.", minimum=1
     )
     cache_tokens: int | None = key(
         None,
-        "L_cache; null: 0.2 of rollout.max_response_tokens, as in the paper. 0: no punishment.",
+        "L_cache in tokens. null is 0.2 of rollout.max_response_tokens, as in the paper; 0 is no "
+        "punishment.",
         minimum=0,
     )
-    punishment: float = key(1.0, "Of a response of rollout.max_response_tokens.", minimum=0.0)
+    punishment: float = key(
+        1.0, "Punishment of a response of rollout.max_response_tokens tokens.", minimum=0.0
+    )
 
 
 def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSignals:
@@ -58,8 +66,9 @@ def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSigna
 
 
 def length_reward(lengths: Tensor, longest: int, options: Options) -> Tensor:
-    """[R] fp32, 0 down to -punishment: Eq. 13, for responses of `lengths` [R] int64 tokens of at
-    most `longest`.
+    """The overlong punishment (Eq. 13) of every response, [R] fp32 from 0 down to -punishment.
+
+    lengths: [R] int64, tokens of the responses. longest: L_max in tokens.
     """
     cache = longest * CACHE_SHARE if options.cache_tokens is None else options.cache_tokens
     if cache == 0:
@@ -68,6 +77,7 @@ def length_reward(lengths: Tensor, longest: int, options: Options) -> Tensor:
 
 
 def mixed(rewards: Sequence[float]) -> bool:
+    """Whether the responses to a question have more than one grade."""
     return len(set(rewards)) > 1
 
 

@@ -1,5 +1,11 @@
-"""Dr. GRPO (arXiv 2503.20783): GRPO without the division by the standard deviation and by a
-response's own length.
+"""Dr. GRPO: GRPO without the division by the standard deviation and by a response's own length.
+
+Source: arXiv 2503.20783.
+
+    A_i = r_i - mean r
+
+The loss of a response is summed over its tokens and divided by the constant
+rollout.max_response_tokens.
 """
 
 from __future__ import annotations
@@ -15,9 +21,7 @@ from megatron_policysplit.algorithms.advantages import (
 
 
 def signals(batch: AdvantageBatch, options: NoOptions, state: State) -> TokenSignals:
-    """A_i = r_i - mean r; the constant length is the loss aggregation's
-    (rollout.max_response_tokens).
-    """
+    """A_i = r_i - mean r; the constant length is in the loss aggregation of `METHOD`."""
     return TokenSignals(batch.on_tokens(centered(batch.rewards, batch.group)))
 
 

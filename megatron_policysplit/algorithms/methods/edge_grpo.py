@@ -1,10 +1,12 @@
-"""EDGE-GRPO's entropy-driven advantage (arXiv 2507.21848): responses of low entropy get the larger
-advantage.
+"""EDGE-GRPO's entropy-driven advantage: responses of low entropy get the larger advantage.
 
-    A^_i = A_i / H^_i,  H^_i = the response's mean entropy / the mean of those of its group
+Source: arXiv 2507.21848. With A_i GRPO's advantage:
+
+    A^_i = A_i / H^_i
+    H^_i = mean entropy of the response / mean of the mean entropies of its group's responses
 
 UNVERIFIED: the paper's normaliser was not found; dividing by the group's mean is our reading. The
-paper's other half, guided error correction, is not here.
+paper's other half, guided error correction, is not implemented.
 """
 
 from __future__ import annotations
@@ -27,12 +29,15 @@ from megatron_policysplit.config import key
 
 @dataclass(frozen=True)
 class Options:
-    least: float = key(1e-3, "Normalised entropies below this count as this.", above=0.0)
+    least: float = key(
+        1e-3, "Lower bound of the normalised entropy that divides the advantage.", above=0.0
+    )
 
 
 def normalized_entropy(batch: AdvantageBatch) -> Tensor:
-    """H^ [R]: mean entropy of each response over that of its group's responses; 1 where the group
-    has none.
+    """H^_i of every response, [R] fp32; 1 in a group without entropy.
+
+    Means are over trained tokens; a response without any is not in its group's mean.
     """
     row = batch.row_of_token[batch.mask]
     total = batch.rewards.new_zeros(len(batch.rewards)).index_add(0, row, batch.entropy[batch.mask])

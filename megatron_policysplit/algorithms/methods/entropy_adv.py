@@ -1,10 +1,11 @@
-"""Entropy-Adv (arXiv 2506.14758): each token's advantage grows with its entropy, by at most |A| /
-kappa.
+"""Entropy-Adv: a token's advantage is raised with its entropy, by at most |A| / kappa.
+
+Source: arXiv 2506.14758. With A_t GRPO's advantage:
 
     A~_t = A_t + min(alpha H_t, |A_t| / kappa)
 
 H_t is the exact entropy of the policy, without a gradient. The bonus strengthens right answers and
-weakens the blame of wrong ones; the paper finds that entropy *falls* with it.
+weakens the blame of wrong ones. The paper finds that entropy *falls* with it.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from megatron_policysplit.config import key
 
 @dataclass(frozen=True)
 class Options:
-    alpha: float = key(0.4, "Scale of the entropy.", minimum=0.0)
+    alpha: float = key(0.4, "Advantage per nat of entropy.", minimum=0.0)
     kappa: float = key(
-        2.0, "The bonus is at most |advantage| / kappa; above 1 it cannot change a sign.", above=0.0
+        2.0,
+        "The bonus is at most |advantage| / kappa; with kappa above 1 it cannot change a sign.",
+        above=0.0,
     )
 
 

@@ -1,5 +1,10 @@
-"""GRPO with a plain entropy bonus: minus coef times the token's entropy, differentiable, over the
-whole vocabulary.
+"""Plain entropy bonus: GRPO with every token's entropy, times a constant, subtracted from the loss.
+
+    loss_t = L_GRPO,t - coef H_t
+
+H_t is the entropy over the whole vocabulary, in nats and differentiable. Source: verl's
+actor.entropy_coeff. The default of `coef` is what Policy Split's authors tuned it to (arXiv
+2604.11510).
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from megatron_policysplit.config import key
 class Options:
     coef: float = key(
         0.003,
-        "Weight of the entropy; 0.003 is what Policy Split's authors tuned it to.",
+        "Weight of the entropy in the loss; 0.003 is what Policy Split's authors tuned it to.",
         minimum=0.0,
     )
 

@@ -1,9 +1,12 @@
-"""Forking tokens, the 80/20 rule (arXiv 2506.01939): only the tokens of highest entropy carry the
-policy gradient.
+"""Forking tokens, the 80/20 rule: only the tokens of highest entropy carry the policy gradient.
 
-A token's term counts if its entropy is at least the (1 - share)-quantile of the entropies of all
-trained tokens of the batch. The loss is still divided by all tokens. The paper trains on top of
-DAPO; here the mask is on top of GRPO with DAPO's clip and token mean.
+Source: arXiv 2506.01939. GRPO's advantages; the loss of a token is multiplied by
+
+    1   where H_t is at least the (1 - share)-quantile of the entropies of all trained tokens
+    0   elsewhere
+
+The loss is still divided by the number of all trained tokens. The paper trains on top of DAPO. Here
+the mask is on top of GRPO with DAPO's clip and token mean.
 """
 
 from __future__ import annotations
@@ -25,23 +28,24 @@ from megatron_policysplit.config import key
 
 @dataclass(frozen=True)
 class Options:
-    share: float = key(0.2, "Share of the trained tokens that is kept.", above=0.0)
+    share: float = key(0.2, "Share of the trained tokens that carry the gradient.", above=0.0)
 
 
 def threshold(entropy: Tensor, share: float) -> float:
-    """The entropy that a `share` of the tokens [N] reaches: the ceil(share N)-th largest; of no
-    tokens, infinity.
+    """The ceil(share N)-th largest of N entropies [N]: a `share` of the tokens reaches it.
+
+    Infinity if there are no tokens.
     """
     if not len(entropy):
         return float("inf")
-    kept = max(1, min(len(entropy), -int(-share * len(entropy) // 1)))
-    return float(entropy.kthvalue(len(entropy) - kept + 1).values)
+    count = max(1, min(len(entropy), -int(-share * len(entropy) // 1)))  # ceil, within [1, N]
+    return float(entropy.kthvalue(len(entropy) - count + 1).values)  # kthvalue counts from below
 
 
 def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSignals:
     advantages = batch.on_tokens(zscore(batch.rewards, batch.group))
-    kept = batch.entropy >= threshold(batch.entropy[batch.mask], options.share)
-    return TokenSignals(advantages, scale=kept.to(torch.float32))
+    is_forking = batch.entropy >= threshold(batch.entropy[batch.mask], options.share)
+    return TokenSignals(advantages, scale=is_forking.to(torch.float32))
 
 
 METHOD = Method(signals, source="arXiv 2506.01939", options=Options, loss={"clip_high": 0.28})

@@ -1,10 +1,14 @@
-"""KL-Cov (arXiv 2505.22617): the tokens of largest covariance are held near the policy that sampled
-them.
+"""KL-Cov: the tokens of largest covariance are held near the policy that sampled them.
 
-All tokens have the unclipped loss -A_t r_t; the floor(share N) of the N trained tokens with the
-largest C_t (see `clip_cov`) get beta |log pi - log pi_old| on top, at least one of them. At a
-batch's first optimizer step that term is 0 and has no gradient: the method differs from the
-unclipped loss with train.optimizer_steps_per_batch > 1 only.
+Source: arXiv 2505.22617. GRPO's advantages A_t, the ratio r_t = pi_t / pi_old,t without a clip, and
+the covariance C_t of `clip_cov`:
+
+    loss_t = -A_t r_t                                   for every trained token
+             + beta |log pi_t - log pi_old,t|           for those with the largest C_t
+
+The second term is for floor(share N) of the N trained tokens, at least one. At a batch's first
+optimizer step it is 0 and has no gradient. The method therefore differs from the unclipped loss
+only with train.optimizer_steps_per_batch > 1.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from megatron_policysplit.config import key
 class Options:
     share: float = key(
         2e-3,
-        "Share of the trained tokens that is held; the paper's for 7B, 2e-4 for 32B.",
+        "Share of the trained tokens that are held; the paper has 2e-3 for 7B and 2e-4 for 32B.",
         above=0.0,
     )
     beta: float = key(1.0, "Weight of |log pi - log pi_old|.", minimum=0.0)
@@ -39,6 +43,7 @@ class Options:
 def signals(batch: AdvantageBatch, options: Options, state: State) -> TokenSignals:
     advantages = batch.on_tokens(zscore(batch.rewards, batch.group))
     tokens = int(batch.mask.sum())
+    # -inf keeps tokens outside the mask from being among the largest.
     products = covariance(batch, advantages).where(batch.mask, -math.inf)
     drift = torch.zeros_like(advantages)
     drift[products.topk(min(tokens, max(1, int(options.share * tokens)))).indices] = options.beta

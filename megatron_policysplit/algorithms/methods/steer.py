@@ -1,12 +1,16 @@
-"""STEER (arXiv 2510.10150): tokens whose step would change the entropy much count less.
+"""STEER: tokens whose gradient step would change the entropy much count less in the loss.
 
-To first order a token's step changes the entropy in proportion to
+Source: arXiv 2510.10150; formulas are from the authors' code. With A_t GRPO's advantage, a token's
+step changes the entropy, to first order, in proportion to
 
     Omega_t = A_t / pi_old(t) * pi(t) (1 - pi(t)) (log pi(t) + H_t)
 
-and its loss is multiplied by w_t: with `variant: exp`, clip(exp(-k |Omega_t|), low, 1) with k = -ln
-low / max(max |Omega|, 0.02); with `variant: linear`, from `high` where |Omega| is smallest down to
-`low` where it is largest. Nothing of w carries a gradient. Formulas from the authors' code.
+The token's loss is multiplied by w_t, which carries no gradient:
+
+    w_t = clip(exp(-k |Omega_t|), low, 1)   with `variant: exp`, where
+                                            k = -ln low / max(max |Omega|, 0.02)
+    w_t = linear in |Omega_t|               with `variant: linear`, from `high` where |Omega| is
+                                            smallest down to `low` where it is largest
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from megatron_policysplit.algorithms.advantages import (
 )
 from megatron_policysplit.config import key
 
-LEAST_RANGE = 0.02
+LEAST_RANGE = 0.02  # bound of max |Omega| from below, so that tiny changes are not blown up
 
 
 @dataclass(frozen=True)
@@ -34,23 +38,25 @@ class Options:
     variant: str = key("exp", "How the weight falls with |Omega|.", choices=("exp", "linear"))
     low: float = key(0.8, "Weight of the token whose step changes the entropy most.", above=0.0)
     high: float = key(
-        1.2, "Weight of the one whose step changes it least, with variant=linear.", above=0.0
+        1.2,
+        "Weight of the token whose step changes the entropy least, with variant=linear.",
+        above=0.0,
     )
 
 
 def entropy_change(batch: AdvantageBatch, advantages: Tensor) -> Tensor:
-    """Omega [T]."""
+    """Omega_t of every token, [T] fp32."""
     probability = batch.logprobs.exp()
     return (
         advantages
-        * (batch.logprobs - batch.old_logprobs).exp()
+        * (batch.logprobs - batch.old_logprobs).exp()  # pi / pi_old
         * (1 - probability)
         * (batch.logprobs + batch.entropy)
     )
 
 
 def weights(change: Tensor, mask: Tensor, options: Options) -> Tensor:
-    """w [T] from Omega [T]; 1 outside the mask."""
+    """w_t of every token, [T] fp32, from Omega_t, [T]; 1 outside the mask."""
     size = change.abs()
     if not mask.any():
         return torch.ones_like(size)

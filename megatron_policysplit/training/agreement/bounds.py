@@ -1,56 +1,87 @@
-"""How far engine and actor may be apart: the figures of a comparison, and their bounds.
+"""How far apart engine and actor may be: the figures of a comparison, and their bounds.
 
-With d = actor - engine log-prob (nats, per response token) the figures are mean |d| and mean exp(d)
-- 1 - d, the k3 estimate of KL(engine || actor). At temperature 1 and above they may be, by default:
+With d = actor - engine log-prob (nats, per response token), the figures are mean |d| and mean
+exp(d) - 1 - d. The second is the k3 estimate of KL(engine || actor). The default bounds at
+temperature 1 and above:
 
     actor      engine     mean |d|   k3
     float32    float32    0.001      1e-5
     else                  0.08       0.03
 
-float32: kernels that only order their sums differently stay below 1e-4, GPU kernels that multiply
-with TF32 near 1e-3.
-bfloat16: SmolLM2-135M-Instruct on a CPU is at 0.033 to 0.041, with either side or both in bfloat16;
-larger models on GPUs are said to be at 0.01 to 0.04. Twice that is the bound; a sampling
-temperature off by a tenth already makes about as much. Rounding noise has k3 of 0.8 to 1.2 times
-the square of mean |d|; the bounds of k3 are some four to ten times that, so that they speak of a
-few tokens that are far off, not of the same noise again. A temperature T < 1 divides the logits'
-noise too: the defaults grow by 1/T, and by 1/T^2 for k3. Bounds from the configuration are taken as
-they are.
+- float32: kernels that only order their sums differently stay below 1e-4, GPU kernels that multiply
+  with TF32 near 1e-3.
+- bfloat16: SmolLM2-135M-Instruct on a CPU is at 0.033 to 0.041, with either side or both in
+  bfloat16; larger models on GPUs are said to be at 0.01 to 0.04. The bound is twice that. A
+  sampling temperature off by a tenth already makes about as much.
+- k3: rounding noise has a k3 of 0.8 to 1.2 times the square of mean |d|. The bounds of k3 are four
+  to ten times that, so they catch a few tokens that are far off, not the same noise again.
+- Temperature: T < 1 divides the logits' noise too, so the defaults grow by 1/T, and by 1/T^2 for
+  k3. Bounds from the configuration are not scaled.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_policysplit.config import Config
+from megatron_policysplit.config import AgreementConfig, Config
+from megatron_policysplit.config.modes import temperatures_by_mode
+from megatron_policysplit.rows import Mode
+
+
+@dataclass(frozen=True)
+class AgreementSettings:
+    """What the gate, its bounds and its diagnosis need of a run's configuration."""
+
+    agreement: AgreementConfig
+    temperatures: Mapping[Mode, float]  # at which each mode samples
+    engine: str  # rollout.engine
+    transport: str  # weight_sync.transport; read where engine is "sglang"
+    actor_dtype: str  # model.dtype
+    engine_dtype: str  # what the engine computes in
+
+    @classmethod
+    def of(cls, config: Config) -> AgreementSettings:
+        """The settings of a run. An engine without a dtype of its own computes in the actor's."""
+        is_sglang, actor_dtype = config.rollout.engine == "sglang", config.model.dtype
+        return cls(
+            agreement=config.agreement,
+            temperatures=temperatures_by_mode(config.rollout, config.modes),
+            engine=config.rollout.engine,
+            transport=config.weight_sync.transport,
+            actor_dtype=actor_dtype,
+            engine_dtype=(config.rollout.server.dtype if is_sglang else None) or actor_dtype,
+        )
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Over some response tokens, with d = actor - engine log-prob in nats: mean |d|, and k3 = mean
-    exp(d) - 1 - d.
-    """
+    """How far apart actor and engine are on some response tokens, d = actor - engine log-prob."""
 
     tokens: int
-    mean: float
-    k3: float
+    mean: float  # mean |d|, nats
+    k3: float  # mean exp(d) - 1 - d, nats
 
     @classmethod
     def of(cls, actor: Sequence[Tensor], engine: Sequence[Tensor]) -> Difference:
-        """actor, engine: log-probs [T] of the same responses in the same order; at least one token."""
-        d = torch.cat([value.double() for value in actor]) - torch.cat(
-            [value.double() for value in engine]
+        """The difference over all tokens of some responses; at least one token.
+
+        actor, engine: log-probs [T] of the same responses in the same order.
+        """
+        # In float64: in float32 expm1(d) - d loses k3 to rounding where d is small.
+        actor_logprobs, engine_logprobs = (
+            torch.cat([value.double() for value in side]) for side in (actor, engine)
         )
+        d = actor_logprobs - engine_logprobs
         return cls(len(d), float(d.abs().mean()), float((torch.expm1(d) - d).mean()))
 
     @classmethod
-    def together(cls, parts: Sequence[Difference]) -> Difference:
-        """Over the tokens of all parts."""
+    def merge(cls, parts: Sequence[Difference]) -> Difference:
+        """The difference over the tokens of all parts."""
         tokens = sum(part.tokens for part in parts)
         mean, k3 = (
             sum(getattr(part, name) * part.tokens for part in parts) / tokens
@@ -60,34 +91,35 @@ class Difference:
 
     @property
     def rank(self) -> float:
-        """Its mean, infinite where that is not a number: to sort by."""
+        """A key to sort by: the mean, or infinity where the mean is not a finite number."""
         return self.mean if math.isfinite(self.mean) else math.inf
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Of mean |d| and of k3, nats."""
+    """The largest mean |d| and the largest k3 (nats) at which engine and actor agree."""
 
     mean: float
     k3: float
 
     def hold(self, difference: Difference) -> bool:
+        """Whether a difference is within both bounds; one that is not a number never is."""
         return difference.mean <= self.mean and difference.k3 <= self.k3
 
 
 FLOAT32, BFLOAT16 = Bounds(mean=1e-3, k3=1e-5), Bounds(mean=0.08, k3=0.03)
 
 
-def choose_bounds(config: Config, temperature: float = 1.0) -> Bounds:
-    """The bounds of log-probs at a temperature: the configuration's, else those for the two
-    precisions.
+def choose_bounds(settings: AgreementSettings, temperature: float = 1.0) -> Bounds:
+    """The bounds for log-probs at a temperature.
+
+    They are agreement.max_difference and agreement.max_k3 where given, else the defaults for the
+    precisions of actor and engine.
     """
-    engine = config.rollout.server.dtype if config.rollout.engine == "sglang" else None
-    default = (
-        FLOAT32 if {config.model.dtype, engine or config.model.dtype} == {"float32"} else BFLOAT16
-    )
+    dtypes = {settings.actor_dtype, settings.engine_dtype}
+    default = FLOAT32 if dtypes == {"float32"} else BFLOAT16
     noise = 1 / min(1.0, temperature)
     return Bounds(
-        mean=config.agreement.max_difference or default.mean * noise,
-        k3=config.agreement.max_k3 or default.k3 * noise**2,
+        mean=settings.agreement.max_difference or default.mean * noise,
+        k3=settings.agreement.max_k3 or default.k3 * noise**2,
     )

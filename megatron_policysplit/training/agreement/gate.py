@@ -1,12 +1,11 @@
-"""Do engine and actor give the same log-probs? A comparison after the first sync and every
-`agreement.every` steps.
+"""The agreement gate: do engine and actor give the same log-probs?
 
-A sample's engine log-prob and the actor's, under the prompt it was sampled with and at its
-temperature, come from the same weights, so they differ by arithmetic alone (`agreement_bounds.py`
-says how far they may). Where no sample comes from the actor's very weights (rollout.overlap), the
-engine scores a few of the batch's responses instead. A comparison past a bound warns and is
-repeated with the next batch; after `agreement.breaches` in a row the run ends with the likely cause
-(`agreement_probe.py`).
+They are compared after the first sync and every `agreement.every` steps. A token's log-prob from
+the engine and from the actor, behind the same prompt and at the same temperature, come from the
+same weights, so they differ by arithmetic alone (`bounds.py` says how far they may). Where no
+sample comes from exactly the actor's weights (rollout.overlap), the engine scores a few of the
+batch's responses instead. A comparison past a bound warns and is repeated with the next batch;
+after `agreement.breaches` in a row the run ends with the likely cause (`diagnosis.py`).
 """
 
 from __future__ import annotations
@@ -16,10 +15,14 @@ from typing import Any
 
 from megatron_policysplit.algorithms.advantages import TokenStatistics
 from megatron_policysplit.config import Config
-from megatron_policysplit.config.modes import temperatures_by_mode
 from megatron_policysplit.errors import TrainingError, UserError
 from megatron_policysplit.rows import Mode, Row, modes_in
-from megatron_policysplit.training.agreement.bounds import Difference, choose_bounds
+from megatron_policysplit.training.agreement.bounds import (
+    AgreementSettings,
+    Bounds,
+    Difference,
+    choose_bounds,
+)
 from megatron_policysplit.training.agreement.diagnosis import (
     Breach,
     Probe,
@@ -34,52 +37,56 @@ Differences = Mapping[Mode, Difference]
 def compare(
     rows: Sequence[Row], old: Sequence[TokenStatistics], version: int
 ) -> dict[Mode, Difference]:
-    """Per sampling mode, over the rows behind the prompt they were sampled with, by weights of
-    `version` alone.
+    """The difference of each sampling mode, on the log-probs that came with the samples.
 
-    old: the actor's statistics of the rows with those weights, at the sampling temperatures. {} if
-    there are none.
+    Only rows count that were sampled by weights of `version` alone, and only behind the prompt
+    they were sampled with. {} if there are none.
+
+    old: the actor's statistics of the rows with those weights, at the sampling temperatures.
     """
     result = {}
     for mode in modes_in(rows):
-        own = [
+        pairs = [
             (row, s)
             for row, s in zip(rows, old, strict=True)
-            if row.mode == mode and _sampled_by(row, version)
+            if row.mode == mode and _was_sampled_by(row, version)
         ]
-        if own:
+        if pairs:
             result[mode] = Difference.of(
-                [s.logprobs for _, s in own], sampled_logprobs([row for row, _ in own])
+                [s.logprobs for _, s in pairs], sampled_logprobs([row for row, _ in pairs])
             )
     return result
 
 
 def compare_by_scoring(rows: Sequence[Row], probe: Probe) -> dict[Mode, Difference]:
-    """Per sampling mode, over a few rows that the engine scores with the weights it holds now, at
-    temperature 1.
+    """The difference of each sampling mode, on a few rows that the engine scores at temperature 1.
 
-    For samples of older weights. Collective over all ranks; {} on ranks that do not lead.
+    For batches whose samples come from older weights: the engine scores with those it holds now.
+    Collective over all ranks; {} on ranks that do not lead.
     """
     modes = modes_in(rows)
-    chosen = [
+    rows = [
         row
         for mode in modes
         for row in excerpt([r for r in rows if r.mode == mode and r.on_policy])
     ]
-    actor = probe.by_actor(chosen, temperature=1.0)
-    engine = probe.by_engine(chosen, actor)
+    actor = probe.by_actor(rows, temperature=1.0)
+    engine = probe.by_engine(rows, actor)
     result = {}
     for mode in modes:
-        own = [(a, e) for row, a, e in zip(chosen, actor, engine, strict=True) if row.mode == mode]
-        if own:
-            result[mode] = Difference.of(*zip(*own, strict=True))
+        pairs = [(a, e) for row, a, e in zip(rows, actor, engine, strict=True) if row.mode == mode]
+        if pairs:
+            result[mode] = Difference.of(*zip(*pairs, strict=True))
     return result
 
 
 def agreement_metrics(differences: Differences) -> dict[str, float]:
-    """`agreement/...`, and the same per sampling mode: difference and k3 in nats, tokens compared."""
+    """`agreement/<name>` over all modes and `agreement/<mode>/<name>` for each sampling mode.
+
+    Names: difference and k3 (nats), and tokens, the number compared.
+    """
     named = {f"{mode.value}/": difference for mode, difference in differences.items()}
-    named[""] = Difference.together(list(differences.values()))
+    named[""] = Difference.merge(list(differences.values()))
     return {
         f"agreement/{prefix}{name}": float(value)
         for prefix, difference in named.items()
@@ -92,27 +99,35 @@ def agreement_metrics(differences: Differences) -> dict[str, float]:
 
 
 class AgreementGate:
-    """Compares when it is due, warns, and ends the run. Every rank makes one and calls `check` for
-    every batch.
+    """Compares engine and actor when it is due, warns, and ends the run.
 
-    Its only state is how many comparisons in a row failed. It need not outlive the process: the
+    Every rank makes one (`of`) and calls `check` for every batch. Its only state is whether it has
+    compared yet and how many comparisons in a row failed. That need not outlive the process: the
     first batch of a resumed run is compared again.
+
+    Args:
+        settings: bounds, rhythm and what the diagnosis names.
+        probe: asks engine and actor.
+        log: where warnings go, by its `message(text)`.
     """
 
-    def __init__(self, config: Config, probe: Probe, log: Any):
-        self.config, self.probe, self.log = config, probe, log
-        self.temperatures = temperatures_by_mode(config.rollout, config.modes)
-        self.compared = False
-        self.breaches = 0
+    def __init__(self, settings: AgreementSettings, probe: Probe, log: Any):
+        self.settings, self.probe, self.log = settings, probe, log
+        self.has_compared = False
+        self.breaches = 0  # comparisons in a row that were past their bounds
+
+    @classmethod
+    def of(cls, config: Config, probe: Probe, log: Any) -> AgreementGate:
+        """The gate of a run."""
+        return cls(AgreementSettings.of(config), probe, log)
 
     def due(self, step: int) -> bool:
-        """Whether the batch after `step` trained ones is compared; a replayed batch has no engine
-        to compare with.
-        """
-        every = self.config.agreement.every
-        if every == 0 or self.config.rollout.engine == "replay":
+        """Whether the batch after `step` trained ones is compared."""
+        every = self.settings.agreement.every
+        # A replayed batch has no engine to compare with.
+        if every == 0 or self.settings.engine == "replay":
             return False
-        return not self.compared or self.breaches > 0 or step % every == 0
+        return not self.has_compared or self.breaches > 0 or step % every == 0
 
     def check(
         self,
@@ -122,12 +137,17 @@ class AgreementGate:
         version: int,
         served: int,
     ) -> dict[str, float]:
-        """Metrics of the comparison if one is due, else {}. To be called between scoring a batch
-        and its update.
+        """Compare if it is due; return the comparison's metrics, or {} without one.
 
-        rows, old: of the batch after `step` trained ones, read on leaders. version: of the actor's
-        weights; served: of the engines'. Collective over all ranks. Raises TrainingError on every
-        rank when the run must not go on.
+        To be called between scoring a batch and its update. Collective over all ranks. Raises
+        TrainingError on every rank when the run must not go on.
+
+        Args:
+            step: number of trained batches before this one.
+            rows: the batch; read on leaders.
+            old: the actor's statistics of the rows at the sampling temperatures; read on leaders.
+            version: weight version of the actor.
+            served: weight version of the engines.
         """
         if not self.due(step):
             return {}
@@ -140,52 +160,55 @@ class AgreementGate:
             if served != version:  # nothing to compare with before the next sync
                 return {}
             differences = layout.broadcast_from_chief(compare_by_scoring(rows, self.probe))
-        self.compared = True
-        bounds = {
-            mode: choose_bounds(self.config, self.temperatures[mode] if sampled else 1.0)
-            for mode in differences
-        }
+        self.has_compared = True
+        # Scores are taken at temperature 1, whatever the samples' temperature.
+        temperatures = self.settings.temperatures if sampled else dict.fromkeys(differences, 1.0)
+        bounds = {mode: choose_bounds(self.settings, temperatures[mode]) for mode in differences}
         past = [
             mode for mode, difference in differences.items() if not bounds[mode].hold(difference)
         ]
         self.breaches = self.breaches + 1 if past else 0
         if past:
             mode = max(past, key=lambda mode: differences[mode].rank)
-            own = [
+            pairs = [
                 (row, s)
                 for row, s in zip(rows, old, strict=True)
-                if row.mode == mode and (_sampled_by(row, version) if sampled else row.on_policy)
+                if row.mode == mode
+                and (_was_sampled_by(row, version) if sampled else row.on_policy)
             ]
-            worst = [
-                row
-                for row, s in own
-                if not sampled
-                or not bounds[mode].hold(Difference.of([s.logprobs], sampled_logprobs([row])))
-            ]
-            counts = layout.broadcast_from_chief((len(worst), len(own)))
-            self._warn_or_end(
-                Breach(mode, differences[mode], bounds[mode], sampled, worst, *counts), step, rows
-            )
+            suspects = _rows_past(bounds[mode], pairs) if sampled else [row for row, _ in pairs]
+            counts = layout.broadcast_from_chief((len(suspects), len(pairs)))
+            breach = Breach(mode, differences[mode], bounds[mode], sampled, suspects, *counts)
+            self._warn_or_end(breach, step, rows)
         return agreement_metrics(differences) | {"agreement/breaches": float(self.breaches)}
 
     def _warn_or_end(self, breach: Breach, step: int, batch: Sequence[Row]) -> None:
-        limit = self.config.agreement.breaches
+        """Log the breach, or raise TrainingError with the likely cause if it is one too many."""
+        limit = self.settings.agreement.breaches
         if self.breaches < limit:
             ends = f"the run ends after {limit} such comparisons in a row (agreement.breaches)"
             self.log.message(f"{breach.figures} before step {step + 1}; {ends}")
             return
         try:
-            cause = diagnose(breach, batch, self.temperatures, self.config, self.probe)
+            cause = diagnose(breach, batch, self.settings, self.probe)
         except UserError as error:
             cause = f"unknown, because the engine could not be asked ({error})"
         raise TrainingError(
             f"{breach.figures} before step {step + 1}, in comparison {self.breaches} in a row "
-            "(agreement.breaches); "
-            f"likely cause: {cause}"
+            f"(agreement.breaches); likely cause: {cause}"
         )
 
 
-def _sampled_by(row: Row, version: int) -> bool:
-    return row.on_policy and all(
-        sampled_by == version for _, sampled_by in row.rollout.weight_versions
-    )
+def _rows_past(bounds: Bounds, pairs: Sequence[tuple[Row, TokenStatistics]]) -> list[Row]:
+    """The rows whose own figures, on the log-probs that came with the samples, are past bounds."""
+    return [
+        row
+        for row, s in pairs
+        if not bounds.hold(Difference.of([s.logprobs], sampled_logprobs([row])))
+    ]
+
+
+def _was_sampled_by(row: Row, version: int) -> bool:
+    """Whether weights of `version` sampled every token of the row, behind this very prompt."""
+    versions = (sampling_version for _, sampling_version in row.rollout.weight_versions)
+    return row.on_policy and all(sampling_version == version for sampling_version in versions)

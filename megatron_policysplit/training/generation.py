@@ -1,4 +1,4 @@
-"""Where a run's rollouts come from: the driver, the engines behind it, and the weights they get."""
+"""What generates in a run: the driver, the engines behind it, and the weights they get."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from megatron_policysplit.weight_sync import WeightSync, sync_settings
 from megatron_policysplit.weight_sync.in_process import load_in_process
 
 
-class Rollouts:
+class Generation:
     """Generation, as the trainer sees it. Every method is collective over all ranks.
 
     With a fleet it implements `control.Service`: while leaders generate, an engine that came back
@@ -63,7 +63,7 @@ class Rollouts:
         )
         self.served = -1  # the weight version that the engines were given last
 
-    def load(self, *, again: bool = False) -> None:
+    def sync(self, *, again: bool = False) -> None:
         """Give the engines the actor's weights, unless they have this version; `again`: even then.
 
         Engines on the actor's own GPUs get theirs in `awake`.
@@ -71,7 +71,7 @@ class Rollouts:
         if self.colocation is not None:
             return
         if again or self.served != self.state.weight_version:
-            self._load()
+            self._sync()
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -85,7 +85,7 @@ class Rollouts:
             return
         if not self.colocation.engines_turn:
             self.colocation.to_generation()
-        self._load()  # what an engine released is lost, so that its turn begins with a load
+        self._sync()  # what an engine released is lost, so that its turn begins with a load
         try:
             yield
         except StopRequested:
@@ -119,7 +119,7 @@ class Rollouts:
         self.fleet.resync(self.state.weight_version)
         self._expect(self.state.weight_version)
 
-    def _load(self) -> None:
+    def _sync(self) -> None:
         version = self.state.weight_version
         if self.fleet is not None:
             self.fleet.sync(version)
@@ -134,7 +134,7 @@ class Rollouts:
             self.leader.engine.serve_version(version)
 
 
-def build_rollouts(
+def build_generation(
     config: Config,
     layout: Layout,
     control: Control,
@@ -142,7 +142,7 @@ def build_rollouts(
     state: TrainerState,
     message: Callable[[str], None],
     resources: ExitStack,
-) -> Rollouts:
+) -> Generation:
     """Start what generates (collective over all ranks); `resources` takes it down again.
 
     Raises a UserError on every rank if anything cannot be started; StopRequested.
@@ -158,7 +158,7 @@ def build_rollouts(
         resources.callback(leader.rewards.close)
         if fleet is not None:
             resources.callback(lambda: control.run(leader.engine.aclose()))
-    return Rollouts(config, layout, control, actor, state, leader, fleet)
+    return Generation(config, layout, control, actor, state, leader, fleet)
 
 
 def build_fleet(

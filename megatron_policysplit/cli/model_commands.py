@@ -1,0 +1,188 @@
+"""The commands that run a model without training it: `generate` and `eval`.
+
+`main.py` registers both, so that `policysplit --help` lists them where they belong.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron_policysplit.cli.options import (
+    BatchSamples,
+    Device,
+    Dtype,
+    JudgeKeys,
+    MaxTokens,
+    ModeChoice,
+    ModelDir,
+    Modes,
+    Precision,
+    Prompt,
+    PromptFile,
+    RunConfig,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    check_output,
+    finite,
+)
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from megatron_policysplit.config import ModesConfig
+    from megatron_policysplit.evaluation.responder import Response
+    from megatron_policysplit.rows import Mode
+
+
+def generate(
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask.")],
+    model: ModelDir,
+    mode: ModeChoice = Modes.both,
+    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Responses per mode.")] = 1,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = -1,
+    max_tokens: MaxTokens = 512,
+    seed: Seed = 0,
+    config: RunConfig = None,
+    high_entropy_prompt: Prompt = None,
+    high_entropy_prompt_file: PromptFile = None,
+    dtype: Dtype = Precision.float32,
+    device: Device = "cpu",
+) -> None:
+    """Ask one question; the modes answer side by side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron_policysplit.config.modes import mode_label
+    from megatron_policysplit.data.questions import Question
+    from megatron_policysplit.evaluation.responder import Responder, prompts_asked_for
+    from megatron_policysplit.evaluation.scores import variety_lines
+    from megatron_policysplit.rollout.engine import Sampling
+
+    prompts = prompts_asked_for(config, high_entropy_prompt, high_entropy_prompt_file)
+    responder = Responder(model, prompts, dtype=dtype.value, device=device)
+    dataset = [Question(0, [{"role": "user", "content": question}], None, {})]
+    modes, sampling = _modes(mode, prompts), Sampling(temperature, top_p, top_k, max_tokens)
+    responses = responder.respond(dataset, modes, samples, sampling, seed)
+    by_mode_and_sample = {(response.mode, response.sample): response for response in responses}
+    table = Table(*(mode_label(mode.value) for mode in modes), show_lines=True, expand=True)
+    for sample in range(samples):
+        table.add_row(*(_cell(by_mode_and_sample[mode, sample]) for mode in modes))
+    Console().print(table)
+    for line in variety_lines(responses):
+        print(line)
+
+
+def evaluate(
+    model: ModelDir,
+    data: Annotated[
+        str, typer.Option(metavar="PATH", help="A .jsonl or .parquet file, or reasoning_gym:NAME.")
+    ],
+    reward: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="math, reasoning_gym, exact or package.module:function."),
+    ] = "math",
+    samples: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Responses per question and mode.")
+    ] = 8,
+    questions: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Only the first N questions.")
+    ] = None,
+    mode: ModeChoice = Modes.both,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = -1,
+    max_tokens: MaxTokens = 1024,
+    seed: Seed = 0,
+    config: RunConfig = None,
+    high_entropy_prompt: Prompt = None,
+    high_entropy_prompt_file: PromptFile = None,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that grade.")] = 2,
+    timeout_seconds: Annotated[
+        float,
+        typer.Option(
+            metavar="X", min=0.1, callback=finite, help="Time limit for grading one response."
+        ),
+    ] = 10.0,
+    batch_samples: BatchSamples = 64,
+    judge: JudgeKeys = None,
+    dtype: Dtype = Precision.float32,
+    device: Device = "cpu",
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Write the numbers here, too.")
+    ] = None,
+) -> None:
+    """Measure a model in its modes: accuracy, pass@k, unique right answers, variety of the texts,
+    surprisal.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from megatron_policysplit.data.questions import load_questions
+    from megatron_policysplit.evaluation.responder import Responder, prompts_asked_for
+    from megatron_policysplit.evaluation.scores import scores_by_mode, scores_table
+    from megatron_policysplit.evaluation.verdicts import OfflineJudge
+    from megatron_policysplit.rewards import RewardPool
+    from megatron_policysplit.rollout.engine import Sampling
+
+    if output is not None:
+        check_output(output)
+    prompts = prompts_asked_for(config, high_entropy_prompt, high_entropy_prompt_file)
+    dataset = load_questions(data, {})[:questions]
+    # Tried out before the model is loaded: a judge that cannot be used ends the command at once.
+    offline_judge = OfflineJudge(judge) if judge else None
+    with RewardPool(reward, workers, timeout_seconds) as pool:
+        responder = Responder(
+            model, prompts, dtype=dtype.value, device=device, max_batch_samples=batch_samples
+        )
+        sampling, modes = Sampling(temperature, top_p, top_k, max_tokens), _modes(mode, prompts)
+        # The progress bar goes to stderr, so that stdout holds the table alone.
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("generating", total=len(dataset) * len(modes) * samples)
+            responses = responder.respond(
+                dataset, modes, samples, sampling, seed, lambda: progress.advance(task)
+            )
+        by_id = {question.id: question for question in dataset}
+        graded = pool.grade([(response.text, by_id[response.question]) for response in responses])
+    scores = scores_by_mode(responses, graded)
+    if offline_judge is not None:
+        scores = offline_judge.judge(scores, responses, dataset)
+    Console().print(scores_table(scores, samples))
+    if output is not None:
+        settings = {
+            "model": model,
+            "data": data,
+            "reward": reward,
+            "questions": len(dataset),
+            "samples": samples,
+        }
+        settings |= asdict(sampling) | {"seed": seed, "prompts": asdict(prompts)}
+        settings |= {} if offline_judge is None else {"judge": asdict(offline_judge.settings)}
+        by_mode = {name: asdict(mode_scores) for name, mode_scores in scores.items()}
+        output.write_text(json.dumps(settings | {"modes": by_mode}, indent=2) + "\n")
+
+
+def _modes(mode: Modes, prompts: ModesConfig) -> list[Mode]:
+    """The modes that --mode asks for; `both` means every mode that has a prompt."""
+    from megatron_policysplit.config.modes import modes_of
+    from megatron_policysplit.rows import Mode
+
+    return list(modes_of(prompts)) if mode is Modes.both else [Mode(mode.value)]
+
+
+def _cell(response: Response) -> Text:
+    """A response's text with its length in tokens and its mean surprisal below."""
+    from rich.text import Text
+
+    count = len(response.tokens)
+    length = f"{count} token{'' if count == 1 else 's'}{', cut' if response.truncated else ''}"
+    figures = f"\n[{length}, {sum(response.surprisals) / count:.2f} nats/token]"
+    return Text(response.text.strip()).append(figures, style="dim")

@@ -1,0 +1,131 @@
+"""Types of the command line's arguments and options: their names, help texts and checks."""
+
+from __future__ import annotations
+
+import enum
+import math
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_policysplit.errors import ConfigError
+
+
+class Modes(enum.Enum):
+    """Values of --mode."""
+
+    both = "both"
+    normal = "normal"
+    high_entropy = "high_entropy"
+
+
+class Precision(enum.Enum):
+    """Values of --dtype."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def finite(value: float) -> float:
+    """The value. Raises typer.BadParameter for nan and infinity, which `min` lets pass."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
+def _check_top_k(value: int) -> int:
+    """The value. Raises typer.BadParameter for 0, which lies between -1 (all) and 1."""
+    if value == 0:
+        raise typer.BadParameter("0 keeps no token; use -1 to keep all, or at least 1")
+    return value
+
+
+ConfigPath = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="YAML file; see docs/configuration.md.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Keys that win over the file.", show_default=False),
+]
+ModelDir = Annotated[
+    str, typer.Option("--model", metavar="DIR", help="Directory of a Hugging Face model.")
+]
+ModeChoice = Annotated[
+    Modes,
+    typer.Option(
+        "--mode", help="Which policy answers; both: those of modes.others in --config too."
+    ),
+]
+Temperature = Annotated[
+    float,
+    typer.Option(metavar="X", min=1e-6, callback=finite, help="Sampling temperature of all modes."),
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        metavar="X", min=1e-6, max=1.0, callback=finite, help="Nucleus mass of all modes."
+    ),
+]
+TopK = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=-1,
+        callback=_check_top_k,
+        help="Keep the N most likely tokens only; -1 keeps all.",
+    ),
+]
+MaxTokens = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Longest response, end-of-sequence token included.")
+]
+Seed = Annotated[
+    int, typer.Option(metavar="N", min=0, help="The same seed gives the same responses.")
+]
+RunConfig = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Prompts of all modes as in this YAML file, such as config.yaml of a run; only its "
+        "modes.* are used. A chat template that writes the date gets today's, not the run's.",
+    ),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="System prompt of the high-entropy mode instead of ours."),
+]
+PromptFile = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Read the high-entropy prompt from this UTF-8 file."),
+]
+Dtype = Annotated[Precision, typer.Option(help="Precision of the model.")]
+Device = Annotated[
+    str, typer.Option(metavar="DEVICE", help="Where the model runs: cpu, cuda, cuda:1 ...")
+]
+JudgeKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--judge",
+        metavar="KEY=VALUE",
+        help="Have a model score responses: a key of eval.judge in docs/configuration.md, such as "
+        "url=http://host:port/v1 and model=NAME; once for each key.",
+    ),
+]
+BatchSamples = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Responses generated together.")
+]
+
+
+def check_output(output: Path) -> None:
+    """Check, before the work starts, that its result can be written. Raises ConfigError."""
+    directory = output.absolute().parent
+    if not directory.is_dir():
+        raise ConfigError(
+            f"--output {output}: the directory {output.parent} does not exist; create it first"
+        )
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a directory; give the name of a file")
+    if not os.access(output if output.exists() else directory, os.W_OK):
+        raise ConfigError(f"--output {output} cannot be written: no permission; give another file")
