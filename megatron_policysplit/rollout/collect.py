@@ -1,6 +1,4 @@
-"""The leader's side of generation: what to ask for, in lots from a shared queue, until all of it is
-there.
-"""
+"""The leader's side of generation: requests in lots from a shared queue, until all are answered."""
 
 from __future__ import annotations
 
@@ -24,19 +22,16 @@ Lot = Sequence[Request]
 
 @dataclass
 class CollectStats:
-    """lots: taken by this leader. retried: samples requested again. duplicates: rollouts dropped as
-    such.
-    generated_tokens: of the rollouts kept. seconds: from the first lot to the last rollout.
-    """
+    """Counts of one `collect`, on one leader."""
 
-    lots: int = 0
-    retried: int = 0
-    duplicates: int = 0
-    generated_tokens: int = 0
-    seconds: float = 0.0
+    lots: int = 0  # taken from the queue
+    retried: int = 0  # samples requested again
+    duplicates: int = 0  # rollouts dropped because their sample had one already
+    generated_tokens: int = 0  # of the returned rollouts
+    seconds: float = 0.0  # from the first lot to the last rollout
 
     def named(self) -> dict[str, float]:
-        """What went wrong on this leader's side, for the logs."""
+        """Return what went wrong on this leader's side, by the names of the logs."""
         return {
             "rollout/retried": float(self.retried),
             "rollout/duplicates": float(self.duplicates),
@@ -44,18 +39,19 @@ class CollectStats:
 
 
 class QuestionQueue:
-    """Hands out the numbers 0 .. lots-1, each to one leader.
-
-    store: a torch.distributed Store that all leaders share, or None for a single leader. key: a
-    counter of the store that nothing has used before, so one of its own for every rollout batch.
-    """
+    """Hands out the numbers 0 .. lots-1, each to one leader, so that fast leaders take more."""
 
     def __init__(self, store: torch.distributed.Store | None, key: str, lots: int):  # noqa: F821
+        """Start at 0.
+
+        store: a torch.distributed Store that all leaders share, or None for a single leader.
+        key: a counter of the store that nothing has used before, so a new one for every batch.
+        """
         self._store, self._key, self._lots = store, key, lots
         self._local = itertools.count()
 
     def next(self) -> int | None:
-        """The next lot's number, or None when all have been handed out."""
+        """Return the next lot's number, or None when all have been handed out."""
         lot = next(self._local) if self._store is None else self._store.add(self._key, 1) - 1
         return lot if lot < self._lots else None
 
@@ -70,7 +66,7 @@ class RequestSettings:
 
 
 def request_settings(rollout: RolloutConfig, modes: ModesConfig, seed: int) -> RequestSettings:
-    """The settings of a run's requests; `seed` is run.seed."""
+    """Return the settings of a run's requests; `seed` is run.seed."""
     return RequestSettings(sampling_by_mode(rollout, modes), rollout.max_response_tokens, seed)
 
 
@@ -83,14 +79,13 @@ def build_requests(
     purpose: str = "train",
     second: SecondRollout | None = None,
 ) -> list[Request]:
-    """One request per question and mode that is sampled at all; questions stay together, in their
-    order.
+    """Build one request per question and mode that samples; a question's requests stay together.
 
-    second: further samples of the first questions, by requests of their own. Their numbers go on
-    from the others', so their seeds are others too.
-
-    prompts: question -> mode -> prompt token ids. samples_per_mode: of the modes that sample.
+    prompts: question -> mode -> prompt token ids.
+    samples_per_mode: of the modes that sample.
     purpose: "train" or "evaluation", which never share a seed.
+    second: further samples of the first questions, by requests of their own. Their numbers continue
+        those of the first samples, so that they have seeds of their own.
     """
     requests = []
     for position, question in enumerate(questions):
@@ -122,8 +117,9 @@ def build_requests(
 
 
 def split_lots(requests: Iterable[Request], lot_questions: int) -> list[list[Request]]:
-    """Lots of `lot_questions` questions each (the last may have fewer), all modes of a question in
-    one lot.
+    """Split requests into lots of `lot_questions` questions each; the last may have fewer.
+
+    All requests of a question, of all its modes, are in one lot.
     """
     by_question: dict[int, list[Request]] = {}
     for request in requests:
@@ -142,13 +138,16 @@ async def collect(
 ) -> tuple[list[Rollout], CollectStats]:
     """Generate every lot that `next_lot` gives until it gives None; rollouts come sorted by key.
 
-    concurrency: lots submitted at the same time. timeout_seconds: of one attempt at one lot.
-    Samples that an attempt did not deliver are requested again, at most `retries` times; a second
-    rollout of a sample is dropped and counted. Raises TrainingError naming what is still missing
-    after that, or a rollout that was never requested; the engine's own errors, EnginePaused among
-    them, pass through and end the other lots.
+    next_lot: returns another lot at every call, None when there is none left.
+    concurrency: lots submitted at the same time.
+    retries: how often the samples that an attempt did not deliver are requested again.
+    timeout_seconds: time limit of one attempt at one lot.
+
+    A second rollout of a sample is dropped and counted. Raises TrainingError naming what is missing
+    after all attempts, or a rollout that was never requested. The engine's own errors, EnginePaused
+    among them, pass through and end the other lots.
     """
-    stats, rollouts, began = CollectStats(), [], time.monotonic()
+    stats, rollouts, start = CollectStats(), [], time.monotonic()
 
     async def worker() -> None:
         while (lot := next_lot()) is not None:
@@ -160,55 +159,57 @@ async def collect(
             for _ in range(concurrency):
                 group.create_task(worker())
     except BaseExceptionGroup as errors:
+        # Callers know the engine's own errors, not groups of them.
         raise errors.exceptions[0] from None
     stats.generated_tokens = sum(len(rollout.tokens) for rollout in rollouts)
-    stats.seconds = time.monotonic() - began
+    stats.seconds = time.monotonic() - start
     return sorted(rollouts, key=lambda rollout: rollout.key), stats
 
 
 async def _collect_lot(
     engine: Engine, lot: Lot, retries: int, timeout_seconds: float | None, stats: CollectStats
 ) -> list[Rollout]:
-    wanted = {key for request in lot for key in _keys(request)}
-    arrived: dict[tuple, Rollout] = {}
-    timed_out = False
+    keys = {key for request in lot for key in _keys(request)}
+    rollouts: dict[tuple, Rollout] = {}
+    is_timed_out = False  # whether the last attempt was
     for attempt in range(retries + 1):
-        outstanding = _without(lot, arrived)
-        if not outstanding:
+        requests = _missing_requests(lot, rollouts)
+        if not requests:
             break
         if attempt:
-            stats.retried += len(wanted) - len(arrived)
+            stats.retried += len(keys) - len(rollouts)
         try:
-            timed_out = False
+            is_timed_out = False
+            # Closed at once when the attempt ends early, so that the engine stops generating: a
+            # generator that is only dropped is closed when it is collected.
             async with (
                 asyncio.timeout(timeout_seconds) as limit,
-                aclosing(engine.submit(outstanding)) as stream,
+                aclosing(engine.submit(requests)) as stream,
             ):
                 async for rollout in stream:
-                    if rollout.key not in wanted:
+                    if rollout.key not in keys:
                         raise TrainingError(
                             f"the engine returned {rollout.key}, which was not requested in this "
-                            "lot; "
-                            "check that no other run uses the same engine"
+                            "lot; check that no other run uses the same engine"
                         )
-                    if rollout.key in arrived:
+                    if rollout.key in rollouts:
                         stats.duplicates += 1
                     else:
-                        arrived[rollout.key] = rollout
+                        rollouts[rollout.key] = rollout
         except TimeoutError:
             if not limit.expired():  # the engine's own
                 raise
-            timed_out = True
-    missing = sorted(wanted - arrived.keys())
+            is_timed_out = True
+    missing = sorted(keys - rollouts.keys())
     if missing:
-        named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-        cause = f"; the last attempt ran past {timeout_seconds} seconds" if timed_out else ""
+        examples = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        cause = f"; the last attempt ran past {timeout_seconds} seconds" if is_timed_out else ""
         raise TrainingError(
-            f"the engine did not deliver {len(missing)} of {len(wanted)} responses of a lot in "
-            f"{retries + 1} attempts"
-            f"{cause}; missing (batch, question, mode, sample): {named}; check the engine's log"
+            f"the engine did not deliver {len(missing)} of {len(keys)} responses of a lot in "
+            f"{retries + 1} attempts{cause}; missing (batch, question, mode, sample): {examples}; "
+            "check the engine's log"
         )
-    return list(arrived.values())
+    return list(rollouts.values())
 
 
 def _keys(request: Request) -> list[tuple[int, int, str, int]]:
@@ -217,18 +218,18 @@ def _keys(request: Request) -> list[tuple[int, int, str, int]]:
     ]
 
 
-def _without(lot: Lot, arrived: Mapping[tuple, Rollout]) -> list[Request]:
-    """The requests of a lot, less the samples that have arrived."""
-    left = []
+def _missing_requests(lot: Lot, rollouts: Mapping[tuple, Rollout]) -> list[Request]:
+    """The requests of a lot without the samples that have a rollout."""
+    requests = []
     for request in lot:
         pairs = [
             (sample, seed)
             for key, sample, seed in zip(
                 _keys(request), request.samples, request.seeds, strict=True
             )
-            if key not in arrived
+            if key not in rollouts
         ]
         if pairs:
             samples, seeds = zip(*pairs, strict=True)
-            left.append(replace(request, samples=samples, seeds=seeds))
-    return left
+            requests.append(replace(request, samples=samples, seeds=seeds))
+    return requests

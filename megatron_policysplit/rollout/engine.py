@@ -11,52 +11,51 @@ from megatron_policysplit.rows import Mode, Rollout
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature > 0; top_p in (0, 1]; top_k = -1 keeps all; max_tokens counts the end-of-sequence
-    token.
-    """
+    """How the responses of a request are sampled."""
 
-    temperature: float
-    top_p: float
-    top_k: int
-    max_tokens: int
+    temperature: float  # above 0
+    top_p: float  # in (0, 1]
+    top_k: int  # -1 keeps all tokens
+    max_tokens: int  # of a response, the end-of-sequence token included
 
 
 @dataclass(frozen=True)
 class Request:
-    """All samples of one question in one mode; sample i is drawn with seeds[i].
+    """Some samples of one question in one mode, with one seed each.
 
     A seed depends on (run seed, batch, question, mode, sample) and on nothing else, so a response
     does not depend on which leader or engine produced it.
     """
 
-    batch: int
-    question: int
+    batch: int  # number of the rollout batch
+    question: int  # id of the question
     mode: Mode
-    prompt: Sequence[int]
+    prompt: Sequence[int]  # token ids
     sampling: Sampling
-    samples: Sequence[int]
-    seeds: Sequence[int]
+    samples: Sequence[int]  # numbers of the samples
+    seeds: Sequence[int]  # of the samples, in their order
 
 
 class Engine(Protocol):
-    """Every method but `submit` and `metrics` is a coroutine. Errors are raised, never turned into
+    """What a leader generates with.
+
+    Every method but `submit` and `metrics` is a coroutine. Errors are raised, never turned into
     short results.
     """
 
     def submit(self, requests: Sequence[Request]) -> AsyncIterator[Rollout]:
-        """Finished rollouts in any order; exactly one for every sample of every request, or an
-        error.
-        """
+        """Yield finished rollouts in any order, exactly one for every sample, or raise an error."""
 
     async def log_probs(
         self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> list[list[float]]:
-        """Log-probs (nats, temperature 1) of every response token of (prompt ids, response ids),
-        nothing sampled.
+        """Score given responses: log-probs (nats, temperature 1) of all response tokens.
+
+        sequences: (prompt ids, response ids). Nothing is sampled.
         """
 
     def metrics(self) -> dict[str, float]:
-        """What happened since the last call, by the names of the logs."""
+        """Return what happened since the last call, by the names of the logs."""
 
     async def pause(self) -> None:
         """Stop generating at the next token; unfinished rollouts of `submit` are not delivered."""
@@ -65,29 +64,28 @@ class Engine(Protocol):
         """Accept requests again after `pause`."""
 
     async def health(self) -> int:
-        """The version of the weights being served; raises if the engine cannot generate."""
+        """Return the version of the served weights; raises if the engine cannot generate."""
 
 
 class InProcessEngine(Engine, Protocol):
-    """An engine in a leader's own process, which takes weights itself. SGLang's go through
-    `weight_sync`.
+    """An engine in a leader's own process, which takes weights itself.
+
+    The weights of SGLang's servers go through `weight_sync` instead.
     """
 
     async def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:  # noqa: F821
-        """Take new weights: Hugging Face names and full CPU tensors; later rollouts carry
-        `version`.
+        """Take new weights (Hugging Face names, full CPU tensors); later rollouts carry `version`.
+
+        Must read `tensors` to the end, even after an error of its own: they may come from a
+        generator whose collectives other ranks take part in.
         """
 
     async def release(self) -> None:
-        """Free the memory that weights and caches take; `load` or `restore` must come before
-        `submit`.
-        """
+        """Free the memory of weights and caches, until `load` or `restore`."""
 
     async def restore(self) -> None:
         """Take the memory again after `release`."""
 
 
 class EnginePaused(RuntimeError):
-    """`submit` ended because the engine was paused; what had not been delivered must be requested
-    again.
-    """
+    """`submit` ended because the engine was paused; what is missing must be requested again."""

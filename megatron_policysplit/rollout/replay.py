@@ -1,6 +1,4 @@
-"""The `replay` engine: rollouts from the dump of an earlier run, to work on training without an
-engine.
-"""
+"""The `replay` engine: rollouts from the dump of an earlier run, to work on training alone."""
 
 from __future__ import annotations
 
@@ -14,22 +12,21 @@ from megatron_policysplit.rows import Mode, Rollout
 
 
 class ReplayEngine:
-    """Serves the rollouts of `directory`: files step_NNNNNN.jsonl, one rollout batch each, a JSON
-    record a line.
+    """Serves stored rollouts, one file a batch; implements `engine.InProcessEngine`.
 
-    Needed fields of a record: batch, question, mode, sample, tokens, engine_logprobs,
-    finish_reason, weight_versions; reward and loss_mask are taken when there. Raises DataError when
-    the directory has no dumps.
+    The files are step_NNNNNN.jsonl, a JSON record a line. A record needs batch, question, mode,
+    sample, tokens, engine_logprobs, finish_reason and weight_versions; it may have reward and
+    loss_mask.
     """
 
     def __init__(self, directory: str | Path):
+        """Find the batches of `directory`; raises DataError when it has none."""
         self._directory = Path(directory)
         paths = sorted(self._directory.glob("step_*.jsonl"))
         if not paths:
             raise DataError(
                 f"rollout.replay_dir={directory} holds no step_NNNNNN.jsonl; give the rollouts/ "
-                "directory of a run "
-                "made with log.rollouts=true"
+                "directory of a run made with log.rollouts=true"
             )
         self._files = {_first_batch(path): path for path in paths}  # batch -> its file
         self._cached: tuple[int, dict[tuple, Rollout]] | None = None
@@ -37,8 +34,9 @@ class ReplayEngine:
         self._paused = False
 
     async def submit(self, requests: Sequence[Request]) -> AsyncIterator[Rollout]:
-        """The stored rollouts; raises DataError for one that was not dumped, EnginePaused after
-        `pause`.
+        """Yield the stored rollouts of the requests.
+
+        Raises DataError for one that was not dumped, EnginePaused after `pause`.
         """
         for request in requests:
             for sample in request.samples:
@@ -54,8 +52,8 @@ class ReplayEngine:
         if path is None:
             raise DataError(
                 f"{self._directory} holds no rollouts of batch {batch} (its batches are "
-                f"{min(self._files)} to "
-                f"{max(self._files)}); set train.steps to at most what the dumped run trained"
+                f"{min(self._files)} to {max(self._files)}); set train.steps to at most what the "
+                "dumped run trained"
             )
         if self._cached is None or self._cached[0] != batch:
             self._cached = (batch, _read(path))
@@ -63,31 +61,32 @@ class ReplayEngine:
         if rollout is None:
             raise DataError(
                 f"{path} has no rollout with (batch, question, mode, sample) = {key}; replay with "
-                "the data, run.seed, "
-                "data.batch_questions, algorithm.name and rollout.samples_per_question of the "
-                "dumped run"
+                "the data, run.seed, data.batch_questions, algorithm.name and "
+                "rollout.samples_per_question of the dumped run"
             )
         return rollout
 
     def metrics(self) -> dict[str, float]:
-        """It counts nothing of its own."""
+        """Return nothing: this engine counts nothing of its own."""
         return {}
 
     async def log_probs(self, sequences: Sequence) -> list[list[float]]:
+        """Raise EngineError: stored rollouts have no model."""
         raise EngineError("rollout.engine=replay has no model to score with; set agreement.every=0")
 
     async def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:  # noqa: F821
-        """Read the tensors to their end, for the sake of the ranks that export them, and note the
-        version.
-        """
+        """Note the version, and read the tensors to their end."""
+        # The generator takes part in the collectives of the export; other ranks wait in them.
         for _ in tensors:
             pass
         self._version = version
 
     async def pause(self) -> None:
+        """Make running submits end before their next rollout."""
         self._paused = True
 
     async def resume(self) -> None:
+        """Accept requests again."""
         self._paused = False
 
     async def release(self) -> None:
@@ -95,10 +94,10 @@ class ReplayEngine:
         self._cached = None
 
     async def restore(self) -> None:
-        """Nothing is held that would have to come back before `submit`."""
+        """Do nothing: nothing is held that would have to come back before `submit`."""
 
     async def health(self) -> int:
-        """The version loaded last; the stored rollouts keep the versions they were sampled with."""
+        """Return the version loaded last; stored rollouts keep those they were sampled with."""
         return self._version
 
 

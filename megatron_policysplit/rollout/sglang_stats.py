@@ -11,20 +11,16 @@ from megatron_policysplit.rows import Mode
 
 @dataclass
 class ModeStats:
-    """Of the accepted answers of one mode. prompt_tokens: the prompt counted once a sample.
-    prefill_tokens: prompt tokens the servers computed for them, from their own figures; the rest
-    came from their caches. retries: samples and prefixes asked for again, by cause.
-    """
+    """Counts over the accepted answers of one mode."""
 
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # every prompt counted once a sample
+    # Prompt tokens that the servers computed, by their own figures; others came from their caches.
     prefill_tokens: int = 0
-    retries: Counter[Cause] = field(default_factory=Counter)
+    retries: Counter[Cause] = field(default_factory=Counter)  # samples and prefixes asked for again
 
     @property
     def cached_share(self) -> float:
-        """Share of the prompt tokens that were not computed; a prompt that is computed again makes
-        it smaller.
-        """
+        """Share of the prompt tokens from a cache; a prompt computed again makes it smaller."""
         return 1.0 - self.prefill_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     def __add__(self, other: ModeStats) -> ModeStats:
@@ -37,11 +33,9 @@ class ModeStats:
 
 @dataclass
 class EngineStats:
-    """Of one leader. requests: HTTP requests sent for rollouts, repeated ones and those for
-    prefixes included.
-    """
+    """Counts of one leader's engine between two `SglangEngine.metrics`."""
 
-    requests: int = 0
+    requests: int = 0  # sent for rollouts over HTTP: repeated ones and those for prefixes included
     modes: dict[Mode, ModeStats] = field(default_factory=lambda: defaultdict(ModeStats))
 
     def __add__(self, other: EngineStats) -> EngineStats:
@@ -51,15 +45,15 @@ class EngineStats:
         return EngineStats(self.requests + other.requests, modes)
 
     def named(self) -> dict[str, float]:
-        """By the names of the logs; a mode that was not sampled is left out."""
-        both = sum(self.modes.values(), ModeStats())
+        """Return the counts by the names of the logs; a mode that was not sampled is left out."""
+        total = sum(self.modes.values(), ModeStats())
         result = {
             "rollout/engine_requests": self.requests,
-            "rollout/engine_retries": both.retries.total(),
-            **{f"rollout/engine_retries/{cause.value}": both.retries[cause] for cause in Cause},
-            "rollout/prompt_tokens": both.prompt_tokens,
-            "rollout/prefill_tokens": both.prefill_tokens,
-            "rollout/cached_prompt_share": both.cached_share,
+            "rollout/engine_retries": total.retries.total(),
+            **{f"rollout/engine_retries/{cause.value}": total.retries[cause] for cause in Cause},
+            "rollout/prompt_tokens": total.prompt_tokens,
+            "rollout/prefill_tokens": total.prefill_tokens,
+            "rollout/cached_prompt_share": total.cached_share,
         }
         for mode, stats in self.modes.items():
             if stats.prompt_tokens or stats.retries:

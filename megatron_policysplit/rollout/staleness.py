@@ -1,6 +1,4 @@
-"""How old the weights were that sampled a batch, counted in trained rollout batches (weight
-versions).
-"""
+"""How old the weights were that sampled a batch, in versions: one version per trained batch."""
 
 from __future__ import annotations
 
@@ -12,16 +10,15 @@ from megatron_policysplit.rows import Rollout
 
 
 def staleness(rollout: Rollout, version: int) -> int:
-    """Versions between the oldest weights that sampled a token of it and `version`."""
+    """Count the versions from the oldest weights that sampled one of its tokens to `version`."""
     return version - min(sampled for _, sampled in rollout.weight_versions)
 
 
 def check_staleness(rollouts: Iterable[Rollout], version: int, config: RolloutConfig) -> None:
-    """Raises TrainingError if a rollout is older than allowed, or newer than the weights it will be
-    trained on.
+    """Check that no rollout is older than allowed, or newer than the weights it will train.
 
-    The bound is rollout.max_staleness with rollout.overlap, else 0. Replayed rollouts have the
-    versions of another run and are not checked.
+    Raises TrainingError otherwise. The bound is rollout.max_staleness with rollout.overlap, else 0.
+    Replayed rollouts have the versions of another run and are not checked.
     """
     if config.engine == "replay":
         return
@@ -32,14 +29,15 @@ def check_staleness(rollouts: Iterable[Rollout], version: int, config: RolloutCo
             limit = f"rollout.max_staleness={bound}" if config.overlap else "rollout.overlap=false"
             raise TrainingError(
                 f"rollout {rollout.key} was sampled by weight versions {rollout.weight_versions}, "
-                f"{behind} behind the "
-                f"version {version} that is trained; {limit} allows {bound}: an engine serves the "
-                "wrong weights"
+                f"{behind} behind the version {version} that is trained; {limit} allows {bound}: "
+                "an engine serves the wrong weights"
             )
 
 
 def staleness_metrics(rollouts: list[Rollout], version: int) -> dict[str, float]:
-    """rollout/weight_version_min and _max over all tokens, rollout/staleness_mean and _max over
+    """Summarise the age of a batch for the logs.
+
+    rollout/weight_version_min and _max are over all tokens, rollout/staleness_mean and _max over
     responses.
     """
     versions = [sampled for rollout in rollouts for _, sampled in rollout.weight_versions]

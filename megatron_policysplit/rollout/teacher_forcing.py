@@ -1,4 +1,4 @@
-"""Log-probs of given responses under a transformers model: what `LocalEngine.score` computes."""
+"""Log-probs of given responses under a transformers model: what `LocalEngine.log_probs` returns."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 
 @torch.inference_mode()
 def teacher_forced(model: transformers.PreTrainedModel, sequences: Sequences) -> list[list[float]]:  # noqa: F821
-    """log_softmax(logits) of every response token at temperature 1, nats, in the order of
-    `sequences`.
+    """Compute log_softmax(logits) of every response token, at temperature 1, in nats.
 
-    sequences: (prompt ids, response ids), neither of them empty; ValueError else. Sequences of like
-    length share a forward pass, padded on the right, where causal attention never looks.
+    sequences: (prompt ids, response ids), neither of them empty; ValueError else. The result is in
+    their order. Sequences of like length share a forward pass.
     """
     for number, (prompt, response) in enumerate(sequences):
         if not len(prompt) or not len(response):
@@ -34,9 +33,8 @@ def teacher_forced(model: transformers.PreTrainedModel, sequences: Sequences) ->
 
 
 def _batches(sequences: Sequences, vocab: int) -> list[list[int]]:
-    """Indices of sequences by length, each list of them within LOGIT_ELEMENTS if they were all
-    response.
-    """
+    """Indices of sequences by length, in batches whose logits fit into LOGIT_ELEMENTS."""
+    # Counted as if every token were one of a response; prompt tokens need no logits.
     batches: list[list[int]] = []
     for index in sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i]))):
         longest = sum(map(len, sequences[index]))
@@ -49,18 +47,19 @@ def _batches(sequences: Sequences, vocab: int) -> list[list[int]]:
 
 def _score(model, batch: Sequences) -> list[list[float]]:
     width = max(len(prompt) + len(response) for prompt, response in batch)
+    # Padded on the right, where causal attention never looks, so that no mask is needed.
     tokens = torch.zeros(len(batch), width, dtype=torch.long)
     for row, (prompt, response) in enumerate(batch):
         tokens[row, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
-    first = (
-        min(len(prompt) for prompt, _ in batch) - 1
-    )  # the earliest position that predicts a response token
+    # The earliest position that predicts a response token; logits before it are not computed.
+    first = min(len(prompt) for prompt, _ in batch) - 1
     positions = torch.arange(first, width, device=model.device)
     logits = model(tokens.to(model.device), use_cache=False, logits_to_keep=positions).logits
     scores = []
     for row, (prompt, response) in enumerate(batch):
         start = len(prompt) - 1 - first
-        chosen = torch.tensor(response, device=model.device)[:, None]
-        wanted = logits[row, start : start + len(response)].float()
-        scores.append((wanted.gather(1, chosen)[:, 0] - wanted.logsumexp(dim=1)).tolist())
+        targets = torch.tensor(response, device=model.device)[:, None]
+        response_logits = logits[row, start : start + len(response)].float()
+        target_logits = response_logits.gather(1, targets)[:, 0]
+        scores.append((target_logits - response_logits.logsumexp(dim=1)).tolist())
     return scores

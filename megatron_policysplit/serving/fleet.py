@@ -2,7 +2,7 @@
 
 Every rank has a `Fleet`; the rank that owns an engine (`placement.py`) tends it on the control
 loop. What needs all ranks, weights for an engine that came back, is asked for through `wanted` and
-done in `serve` (`control.Service`).
+given by `resync`.
 """
 
 from __future__ import annotations
@@ -10,54 +10,38 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
-from typing import Any, Protocol
-
-import torch.distributed as dist
+from typing import Protocol
 
 from megatron_policysplit.config import ServerConfig
 from megatron_policysplit.distributed.control import Control, Work
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import EngineError, EngineLost
 from megatron_policysplit.serving.colocation import Colocation
-from megatron_policysplit.serving.identity import Identity, check_identity
-from megatron_policysplit.serving.members import Member, Placement, State
-from megatron_policysplit.serving.router import Router
+from megatron_policysplit.serving.engines import (
+    EngineSet,
+    EngineStatus,
+    addresses_in_service,
+    gather_engines,
+    gather_statuses,
+)
+from megatron_policysplit.serving.identity import check_identity
+from megatron_policysplit.serving.members import Member, State
+from megatron_policysplit.serving.router import match_workers
 from megatron_policysplit.serving.servers import Server
 
-TEND_SECONDS = 1.0
-PROBE_SECONDS = 30.0
-RETRY_SECONDS = 10.0
+TEND_SECONDS = 1.0  # from one look at an engine to the next
+PROBE_SECONDS = 30.0  # at most this long a probe waits for its token
+RETRY_SECONDS = 10.0  # until an engine that the run cannot start is tried again
 ANSWERING = (State.WAITING, State.SERVING, State.QUARANTINED)
 
 
 class Weights(Protocol):
-    """What is asked of `weight_sync.WeightSync`."""
+    """The part of `weight_sync.WeightSync` that is used here."""
 
     @property
     def can_restore(self) -> bool: ...
     def push(self, version: int, engines: set[int]) -> dict[int, str]: ...
     async def restore_from_snapshot(self, member: Member) -> None: ...
-
-
-@dataclass(frozen=True)
-class Sighting:
-    """What a rank tells the others about an engine it owns."""
-
-    index: int
-    address: str
-    state: State
-
-
-@dataclass(frozen=True)
-class EngineSet:
-    """The engines of a run as one rank has them, before anything is started."""
-
-    placements: Sequence[Placement]  # of all engines, the same on every rank
-    members: Sequence[Member]  # the engines that this rank owns
-    servers: Mapping[int, Server]  # by engine, those of them that the run starts itself
-    router: Router | None  # on the chief, where there are several engines
-    identity: Identity | None  # what an engine must be to serve this run; None without members
 
 
 class Fleet:
@@ -102,10 +86,12 @@ class Fleet:
         self._tending: list[Work] = []
 
     async def open(self) -> None:
-        """Start this rank's servers and wait until each has generated; raises EngineError for the
-        first that cannot.
+        """Start this rank's servers and router, wait until they work, and begin to tend them.
+
+        Raises EngineError for the first that does not. On the control loop, whose thread lives as
+        long as the run: the servers die with the thread that starts them.
         """
-        tasks = [asyncio.ensure_future(self._open(member)) for member in self.members]
+        tasks = [asyncio.ensure_future(self._open_engine(member)) for member in self.members]
         try:
             if self.router is not None:
                 self.router.start()
@@ -119,36 +105,38 @@ class Fleet:
             self._tending.append(self.control.start(self._tend_router()))
 
     def close(self) -> None:
-        """End what this rank started; engines that were given keep what they serve."""
+        """End what this rank started; engines that others started keep what they serve."""
+        # The tending first, or it would start again what is stopped below.
         for work in self._tending:
             work.cancel()
-        self.control.run(self._close())
+        self.control.run(self._stop_all())
 
-    async def _close(self) -> None:
-        ours = [self.router] if self.router is not None else []
-        ends = await asyncio.gather(
-            *(process.stop() for process in (*ours, *self.servers.values())),
+    async def _stop_all(self) -> None:
+        routers = [self.router] if self.router is not None else []
+        errors = await asyncio.gather(
+            *(process.stop() for process in (*routers, *self.servers.values())),
             *(member.client.close() for member in self.members),
             return_exceptions=True,  # one that fails does not keep the others
         )
-        for end in ends:
-            if end is not None:
-                raise end
+        for error in errors:
+            if error is not None:
+                raise error
 
     def give_up_starting(self) -> None:
         """End servers that are not ready yet, for a run that has to save and stop soon."""
 
-        async def end() -> None:
+        async def kill_starting() -> None:
             for member in self.members:
                 if member.state is State.STARTING:
                     self.servers[member.index].kill()
                     member.state, member.why = State.DOWN, "the run stops"
 
-        self.control.run(end())
+        self.control.run(kill_starting())
 
     def wanted(self) -> bool:
-        """Whether an engine of this rank lacks weights, or was lost; EngineError when one cannot be
-        brought back.
+        """Whether all ranks are needed: an engine of this rank lacks weights, or was lost.
+
+        Raises what ended the tending, such as EngineLost for one that cannot be started again.
         """
         for work in self._tending:
             if work.wait(0) and work.failed() is not None:
@@ -157,32 +145,33 @@ class Fleet:
 
     def resync(self, version: int) -> None:
         """Give the engines that lack weights `version`, while the others go on (over all ranks)."""
-        self._give(version, [member for member in self.members if self._lacks_weights(member)])
+        members = [member for member in self.members if self._lacks_weights(member)]
+        self._give_weights(version, members)
 
     def sync(self, version: int) -> None:
-        """Weights for every engine that answers (collective over all ranks).
+        """Give every engine that answers `version` (collective over all ranks).
 
         Raises EngineError if the first sync of the run fails anywhere: then it is the set-up that
         is wrong. Later an engine that fails is left out, and brought back or given up while the
         others go on.
         """
-        first, self.version = self.version < 0, version
-        failed = self._give(
-            version, [member for member in self.members if member.state in ANSWERING]
-        )
-        if first and failed:
+        is_first, self.version = self.version < 0, version
+        members = [member for member in self.members if member.state in ANSWERING]
+        failed = self._give_weights(version, members)
+        if is_first and failed:
             raise EngineError(
                 "; ".join(f"engine {index}: {why}" for index, why in sorted(failed.items()))
             )
 
-    def _give(self, version: int, members: Sequence[Member]) -> dict[int, str]:
-        self.control.run(self._hold(members))
+    def _give_weights(self, version: int, members: Sequence[Member]) -> dict[int, str]:
+        """Push weights to all ranks' `members`; returns by engine why it did not take them."""
+        self.control.run(self._lock_engines(members))
         try:
-            seen = (
-                self._sightings()
-            )  # under the locks: what had been waiting may have been lost meanwhile
-            mine = {member.index for member in members if member.state in ANSWERING}
-            engines = {index for part in self._gather(mine) for index in part}
+            # Under the locks: an engine that answered before them may have been lost meanwhile.
+            self._news = False  # before the states are read: a loss after that sets it again
+            statuses = gather_statuses(self.layout, self.members)
+            ready = {member.index for member in members if member.state in ANSWERING}
+            engines = gather_engines(self.layout, ready)
             failed = self.weights.push(version, engines) if engines else {}
             for member in members:
                 if member.index in failed:
@@ -192,66 +181,58 @@ class Fleet:
                         f"{failed[member.index]}"
                     )
             if self.router is not None:
-                self.control.run(self._reroute(seen, engines, failed))
+                self.control.run(self._route_to_serving(statuses, engines, failed))
             return failed
         finally:
-            self.control.run(self._release(members))
-
-    def _sightings(self) -> list[Sighting]:
-        self._news = False
-        mine = [Sighting(member.index, member.address, member.state) for member in self.members]
-        return [sighting for part in self._gather(mine) for sighting in part]
-
-    def _gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * dist.get_world_size(self.layout.world)
-        dist.all_gather_object(values, value, group=self.layout.world)
-        return values
+            self.control.run(self._unlock_engines(members))
 
     def _lacks_weights(self, member: Member) -> bool:
-        """Ours are started again after a failed sync; one that was given is tried again after a
-        while.
-        """
+        """Whether a resync should give this engine weights."""
+        # After a failed sync a server of the run is started again; any other is tried once more.
         if member.state is State.QUARANTINED and member.index not in self.servers:
             return time.monotonic() >= self._retry_at.get(member.index, 0.0)
         return member.state is State.WAITING
 
-    async def _hold(self, members: Sequence[Member]) -> None:
-        """Nobody tends these engines until `_release`: a paused engine answers no probe."""
+    async def _lock_engines(self, members: Sequence[Member]) -> None:
+        """Let nobody tend these engines until `_unlock_engines`: a paused one answers no probe."""
+        # The one that probes holds the lock. An engine that has gone silent would keep the sync
+        # waiting for the probe's whole time limit.
         for member in members:
             if member.index in self._probes:
                 self._probes[member.index].cancel()
-        # All at once: while one is waited for, no new probe of another may begin.
+        # All at once: while one lock is waited for, no new probe of another engine may begin.
         await asyncio.gather(*(self._locks[member.index].acquire() for member in members))
 
-    async def _release(self, members: Sequence[Member]) -> None:
+    async def _unlock_engines(self, members: Sequence[Member]) -> None:
         for member in members:
             self._locks[member.index].release()
 
-    async def _open(self, member: Member) -> None:
+    async def _open_engine(self, member: Member) -> None:
         server = self.servers.get(member.index)
         if server is not None:
-            await self._start(member, server)
+            await self._start_server(member, server)
         await check_identity(member, self._identity)
-        member.state = State.WAITING
+        member.state = State.WAITING  # it answers, with weights that are not the run's
 
-    async def _start(self, member: Member, server: Server) -> None:
+    async def _start_server(self, member: Member, server: Server) -> None:
         while self.colocation is not None and not self.colocation.engines_turn:
             await asyncio.sleep(TEND_SECONDS)
+        # No `await` between the turn and this state: who ends the turn waits for STARTING servers.
         member.state = State.STARTING
         server.start()
         if self.colocation is not None:
             self.colocation.started(member)
         await server.ready(member.client)
 
-    async def _restore(self, member: Member) -> bool:
-        """Weights from the last snapshot on disk, for which no other rank is needed; whether they
-        are the run's.
+    async def _restore_from_snapshot(self, member: Member) -> bool:
+        """Give the weights of the last snapshot on disk; False if they are not the run's.
+
+        No other rank is needed for that.
         """
         async with self._locks[member.index]:
             await self.weights.restore_from_snapshot(member)
-            if (
-                member.version != self.version
-            ):  # nobody answered the last sync, or one goes on at this moment
+            # Nobody answered the last sync, or one goes on at this moment.
+            if member.version != self.version:
                 member.state = State.WAITING
                 await member.client.pause()
                 return False
@@ -260,20 +241,22 @@ class Fleet:
                 "snapshot"
             )
             if self.router is not None:
-                await self._route(joining={member.address})
+                await self._update_routes(joining={member.address})
             return True
 
     async def _tend(self, member: Member) -> None:
-        """As long as the run lasts."""
+        """Watch one engine as long as the run lasts: probe it, mark it lost, recover it."""
         server = self.servers.get(member.index)
         silent_since: float | None = None
         while True:
             await asyncio.sleep(TEND_SECONDS)
             async with self._locks[member.index]:
                 if member.state in ANSWERING and server is not None and not server.alive():
-                    await self._lose(member, str(server.death()))
+                    await self._mark_lost(member, str(server.death()))
+                # Its weights are mixed, and a fresh start is the sure way out. An engine that
+                # others started stays quarantined until a sync succeeds.
                 elif member.state is State.QUARANTINED and server is not None:
-                    await self._lose(member, member.why)
+                    await self._mark_lost(member, member.why)
                 elif member.state is State.SERVING:
                     problem = await self._probe(member)
                     if problem is None:
@@ -281,18 +264,20 @@ class Fleet:
                     elif silent_since is None:
                         silent_since = time.monotonic()
                     elif time.monotonic() - silent_since > self.server_config.health_seconds:
-                        await self._lose(member, f"it does not generate any more ({problem})")
+                        await self._mark_lost(member, f"it does not generate any more ({problem})")
                 if member.state is not State.SERVING:
                     silent_since = None
+            # Without the lock: a start takes minutes, and a sync must not wait for it.
             if member.state is State.DOWN:
-                await self._bring_back(member)
+                await self._recover(member)
 
     async def _probe(self, member: Member) -> str | None:
-        """What is wrong with a serving engine; None if nothing is, or if a sync would not wait for
-        the answer.
-        """
+        """What is wrong with a serving engine; None if nothing is, or if a sync ended the probe."""
         limit = min(PROBE_SECONDS, self.server_config.health_seconds)
-        probe = self._probes[member.index] = asyncio.ensure_future(self._ask(member, limit))
+        # A task of its own, which `_lock_engines` can cancel without cancelling the tending.
+        probe = self._probes[member.index] = asyncio.ensure_future(
+            self._ask_for_token(member, limit)
+        )
         try:
             await asyncio.wait({probe})
             if probe.cancelled() or probe.exception() is None:
@@ -304,26 +289,28 @@ class Fleet:
             probe.cancel()
             del self._probes[member.index]
 
-    async def _ask(self, member: Member, limit: float) -> None:
+    async def _ask_for_token(self, member: Member, limit: float) -> None:
         await member.client.healthy(limit)
+        # One that answers need not be the one that was given the weights.
         version = await member.client.version()
         if version != str(member.version):
-            await self._lose(
+            await self._mark_lost(
                 member, f"somebody else started it again: its weight version is {version}"
             )
 
-    async def _lose(self, member: Member, why: str) -> None:
+    async def _mark_lost(self, member: Member, why: str) -> None:
         self.log(f"engine {member.index} ({member.address}) is lost: {why}")
         member.state, member.why, member.version = State.DOWN, why, None
-        self._news = self.router is None
+        self._news = self.router is None  # then the chief hears of it at a resync
         if self.router is not None:
-            await self._route(leaving={member.address})
+            await self._update_routes(leaving={member.address})
         if member.index in self.servers:
             self.servers[member.index].kill()
 
-    async def _bring_back(self, member: Member) -> None:
-        """Start our own again, or see whether one that was given answers again; it then waits,
-        paused, for weights.
+    async def _recover(self, member: Member) -> None:
+        """Start a server of the run again, or see whether another answers again.
+
+        It then waits for weights, paused. Raises EngineLost when it was started too often.
         """
         server = self.servers.get(member.index)
         try:
@@ -337,12 +324,13 @@ class Fleet:
                         f"(rollout.server.restarts) and is lost once more: {member.why}"
                     )
                 self._restarts[member.index] += 1
-                await self._start(member, server)
+                await self._start_server(member, server)
             else:  # it may be paused by a sync that failed, and generate nothing
                 await check_identity(member, self._identity)
             await member.client.pause()
             # Where engines take turns with the actor, only a sync knows whether the turn is theirs.
-            if self.weights.can_restore and self.colocation is None and await self._restore(member):
+            can_restore = self.weights.can_restore and self.colocation is None
+            if can_restore and await self._restore_from_snapshot(member):
                 return
         except EngineLost:
             raise
@@ -355,44 +343,34 @@ class Fleet:
         member.state = State.WAITING
         self.log(f"engine {member.index} ({member.address}) is back and waits for weights")
 
-    async def _reroute(
-        self, seen: Sequence[Sighting], engines: set[int], failed: Mapping[int, str]
+    async def _route_to_serving(
+        self, statuses: Sequence[EngineStatus], engines: set[int], failed: Mapping[int, str]
     ) -> None:
-        """After a sync of `engines`: the router sends requests to those that serve, and to no
-        others.
+        """Have the router send requests to the engines that serve after a sync, and to no others.
 
-        seen: all engines before it. Of its own engines this rank knows how they stand now.
+        It is told about every engine again: on other ranks some may have been lost or come back
+        since the last sync, of which this rank hears only here.
         """
-        own = {member.index: member.state for member in self.members}
-        states = {sighting.index: sighting.state for sighting in seen}
-        states |= {
-            index: State.QUARANTINED if index in failed else State.SERVING for index in engines
-        } | own
-        serving = {sighting.address for sighting in seen if states[sighting.index] is State.SERVING}
-        await self._route(
-            joining=serving, leaving={sighting.address for sighting in seen} - serving
-        )
+        # On the control loop and without an `await` in between: an engine of this rank that is lost
+        # meanwhile would be joined again.
+        serving = addresses_in_service(statuses, self.members, engines, failed)
+        others = {status.address for status in statuses} - serving
+        await self._update_routes(joining=serving, leaving=others)
 
-    async def _route(
+    async def _update_routes(
         self, *, joining: Set[str] = frozenset(), leaving: Set[str] = frozenset()
     ) -> None:
-        self._behind = (self._behind | joining) - leaving
+        # Changed in place: `_tell_router` may be at work, and goes on with what is right now.
+        self._behind |= joining
+        self._behind -= leaving
         self._told |= leaving  # it knows them, if telling it about them once failed half-way
         await self._tell_router()
 
     async def _tell_router(self) -> None:
-        """Let the router know the engines that belong behind it; what it does not take now is tried
-        again.
-        """
+        """Tell the router which engines belong behind it; what it does not take is tried again."""
         async with self._routing:
             try:
-                while self._told != self._behind:
-                    if lost := self._told - self._behind:
-                        await self.router.remove(address := lost.pop())
-                        self._told.discard(address)
-                    else:
-                        await self.router.add(address := (self._behind - self._told).pop())
-                        self._told.add(address)
+                await match_workers(self.router, self._told, self._behind)
                 self._trouble = ""
             except EngineError as error:
                 if self._trouble != str(error):
@@ -400,7 +378,7 @@ class Fleet:
                     self.log(f"sglang-router has not been told yet which engines serve: {error}")
 
     async def _tend_router(self) -> None:
-        """A router that died is started again in front of the engines that belong behind it."""
+        """Start the router again when it has died, and tell it what it has not been told."""
         while True:
             await asyncio.sleep(TEND_SECONDS)
             if not self.router.alive():
@@ -411,5 +389,6 @@ class Fleet:
                         await self.router.ready()
                     except EngineError as error:
                         raise EngineLost(str(error)) from error
-                    self._told = set()
+                    self._told.clear()  # a new process knows no engine
+            # At every look, not only then: a call of it may have failed before.
             await self._tell_router()

@@ -1,10 +1,10 @@
-"""Runs a module of SGLang in the interpreter that has it: `launcher.py MODULE ARGUMENTS`, started
-by `servers.py`.
+"""Runs a module of SGLang in the interpreter that has it: `launcher.py MODULE ARGUMENTS`.
 
-It stands between the two because of what must hold there: the process dies with the one that
+`processes.py` starts it by its path. It sees to two things: the process dies with the one that
 started it, however that ends; and the API key comes through the environment, so that no command
 line shows it and no log record repeats it. SGLang's own subprocesses run this file too, as
-`__mp_main__`, for the same log records. Standard library only.
+`__mp_main__`, for the same log records. Standard library only: SGLang's interpreter need not have
+anything of ours.
 """
 
 import ctypes
@@ -14,40 +14,35 @@ import runpy
 import signal
 import sys
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 KEY = os.environ.get("POLICYSPLIT_API_KEY", "")
 
 
 def redact(text: str) -> str:
-    """The text without the key, as it is and as `repr` would write it."""
+    """Return the text without the key, neither as it is nor as `repr` would write it."""
     return text.replace(KEY, "***").replace(repr(KEY)[1:-1], "***")
 
 
 def hide_key(make_record):
-    """A factory of log records that never hold the key."""
+    """Return a factory of log records that never hold the key."""
 
-    def record(*args, **kwargs):
-        made = make_record(*args, **kwargs)
+    def make_redacted_record(*args, **kwargs):
+        record = make_record(*args, **kwargs)
         try:
-            text = made.getMessage()
-        except (
-            TypeError,
-            ValueError,
-            KeyError,
-        ):  # arguments that do not fit: the handler will say so
-            return made
+            text = record.getMessage()
+        except (TypeError, ValueError, KeyError):  # arguments that do not fit: the handler says so
+            return record
         if redact(text) != text:
-            made.msg, made.args = redact(text), ()
-        return made
+            record.msg, record.args = redact(text), ()
+        return record
 
-    return record
+    return make_redacted_record
 
 
 def die_with(parent: int) -> None:
-    """SIGKILL for this process as soon as the thread that started it ends; at once if that is
-    already so.
-    """
+    """Have the kernel kill this process as soon as the thread that started it ends."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # It may have ended before the call above; then no signal comes any more.
     if os.getppid() != parent:
         os._exit(1)
 

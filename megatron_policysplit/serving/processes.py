@@ -1,11 +1,15 @@
-"""A process of SGLang under our hand: its ports are held, its output is in a log, it dies with the
-one that started it.
+"""A process of SGLang: its ports are held, its output is in a log, it dies with its starter.
 
-Three things end such a process. `stop` asks and then kills its whole group. The kernel kills it
-when the thread that called `start` ends (PR_SET_PDEATHSIG, set by `launcher.py`; SGLang's scheduler
-and detokenizer die with it by the same means), so a trainer that was killed leaves nothing behind:
-call `start` from a thread that lives as long as the run, the control loop's or the main thread,
-never from a thread pool. And it can die of itself, which `alive` sees and `end_of_log` explains.
+Three things end such a process:
+
+- `stop` asks it to end, and then kills its whole group.
+- The kernel kills it when the thread that called `launch` ends (PR_SET_PDEATHSIG, set by
+  `launcher.py`; SGLang's scheduler and detokenizer die with it by the same means), so a trainer
+  that was killed leaves nothing behind. It is the thread that counts, not the process: call `start`
+  of a server or router from a thread that lives as long as the run, the control loop's or the main
+  thread, never from a thread pool.
+- It dies of itself, which `alive` sees and `end_of_log` explains.
+
 All methods of one object are called from one thread.
 """
 
@@ -33,7 +37,7 @@ TERMINATE_SECONDS = 15.0  # SGLang looks for a stop signal every 5 s
 POLL_SECONDS = 0.2
 TAIL_BYTES, TAIL_LINES, TAIL_COLUMNS = 65536, 15, 300
 # What torchrun and the actor set for themselves. A server that took it over would wait for ranks
-# that are not its own, and expandable segments do not go with the memory saver.
+# that are not its own, and expandable segments do not go with the memory saver of SGLang.
 _OF_THE_ACTOR = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|"
     r"PYTORCH(_CUDA)?_ALLOC_CONF|CUDA_DEVICE_MAX_CONNECTIONS"
@@ -49,8 +53,7 @@ _CAUSES = (
     (
         r"CUDA out of memory|OutOfMemoryError",
         "its GPUs have too little memory: lower mem-fraction-static in rollout.server.arguments, "
-        "or raise "
-        "rollout.server.tensor",
+        "or raise rollout.server.tensor",
     ),
     (r"error: (unrecognized arguments: .*|argument .*)", "rollout.server.arguments: {0}"),
 )
@@ -58,33 +61,34 @@ _EXCEPTION = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception)\b.*$", re.MULTILI
 
 
 class Process:
-    """`python -m module arguments` with its own session; what it prints goes to the end of the file
-    `log`.
-
-    host, port: where it is to listen; port 0 takes a free one, which stays the same over restarts.
-    what: its name in messages. api_key reaches the process through its environment alone.
-    """
+    """`python -m module arguments` in a session of its own, with its output at the end of a log."""
 
     def __init__(
         self, what: str, python: str, host: str, port: int, api_key: str | None, log: Path
     ):
+        """Nothing is started yet.
+
+        what: its name in messages.
+        python: the interpreter that has SGLang.
+        host, port: where it is to listen; port 0 takes a free one, the same at every restart.
+        api_key: reaches the process through its environment alone.
+        log: the file that takes its output.
+        """
         self.what, self.python, self.host, self.log = what, python, host, Path(log)
-        self.starts = 0
-        self._wanted_port, self._api_key = port, api_key
-        self._held: list[socket.socket] = []
+        self.starts = 0  # how often it was started
+        self._configured_port, self._api_key = port, api_key
+        self._sockets: list[socket.socket] = []  # bound to its ports, its own first
         self._process: subprocess.Popen | None = None
-        self._log_start = 0
+        self._log_start = 0  # bytes of the log when it was last started
 
     @property
     def port(self) -> int:
         """The port, once started."""
-        return self._held[0].getsockname()[1]
+        return self._sockets[0].getsockname()[1]
 
     @property
     def address(self) -> str:
-        """Such as http://127.0.0.1:30000, once started; for a host like 0.0.0.0, this machine's own
-        address.
-        """
+        """The URL of it, once started; for a host like 0.0.0.0 with this machine's own address."""
         host = own_address() if self.host in _ANY_HOST else self.host
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
@@ -93,18 +97,19 @@ class Process:
         return None if self._process is None else self._process.pid
 
     def hold_ports(self, others: int) -> list[int]:
-        """Take the port and `others` free ones, if that is not done yet; the numbers of the others.
+        """Take the port and `others` free ones, if that is not done yet; returns the free ones.
 
-        EngineError if the port is taken.
+        Raises EngineError if the port is taken.
         """
-        if not self._held:
-            self._held.append(_hold(self.host, self._wanted_port, self.what))
-        while len(self._held) < 1 + others:
-            self._held.append(_hold("", 0, self.what))
-        return [held.getsockname()[1] for held in self._held[1:]]
+        if not self._sockets:
+            self._sockets.append(_bound_socket(self.host, self._configured_port, self.what))
+        while len(self._sockets) < 1 + others:
+            self._sockets.append(_bound_socket("", 0, self.what))
+        return [bound.getsockname()[1] for bound in self._sockets[1:]]
 
     def launch(self, module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start the process; ConfigError if there is no such interpreter."""
+        """Start the process; raises ConfigError if there is no such interpreter."""
+        # By its path: another interpreter need not find our packages.
         command = [self.python, str(LAUNCHER), module, *arguments]
         environment = {
             **environment,
@@ -118,6 +123,7 @@ class Process:
             print(f"--- {now} started{again}: {shlex.join(command)}", file=log, flush=True)
             self._log_start = log.tell()
             try:
+                # A session of its own, so that a whole group can be killed: SGLang has children.
                 self._process = subprocess.Popen(
                     command,
                     env=environment,
@@ -138,13 +144,13 @@ class Process:
         return self._process is not None and not ended(self._process)
 
     def kill(self) -> None:
-        """SIGKILL to its process group, at once; start again or `release` the ports afterwards."""
+        """Kill its process group at once; it keeps its ports, for another start."""
         if self.alive():
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
     async def stop(self) -> None:
-        """Ask it to end, kill its process group after TERMINATE_SECONDS, and give its ports back."""
+        """Ask it to end, kill its group after TERMINATE_SECONDS, and give its ports back."""
         try:
             if self.alive():
                 self._process.terminate()
@@ -157,95 +163,95 @@ class Process:
     def close(self) -> None:
         """Kill it and give its ports back, without waiting for an orderly end."""
         self.kill()
-        while self._held:
-            self._held.pop().close()
+        while self._sockets:
+            self._sockets.pop().close()
 
-    def error(self, happened: str) -> EngineError:
-        """The error for something that went wrong with this process: the likely cause and the end
-        of its log.
-        """
+    def error(self, event: str) -> EngineError:
+        """Return the error for an event of this process: with a likely cause and its log's end."""
         text = self.end_of_log()
         cause = _cause(text)
         lines = [line[:TAIL_COLUMNS] for line in text.splitlines() if line.strip()][-TAIL_LINES:]
         end = "\n".join(lines) if lines else "(nothing)"
         return EngineError(
-            f"{self.what} {happened}{': ' + cause if cause else ''}; the end of {self.log}:\n{end}"
+            f"{self.what} {event}{': ' + cause if cause else ''}; the end of {self.log}:\n{end}"
         )
 
     def death(self) -> EngineError:
-        """The error for a process that has ended."""
+        """Return the error for a process that has ended."""
         code = self._process.returncode
-        how = (
-            f"was killed by {signal.Signals(-code).name}"
-            if code < 0
-            else f"ended with exit code {code}"
-        )
-        return self.error(how)
+        if code < 0:
+            return self.error(f"was killed by {signal.Signals(-code).name}")
+        return self.error(f"ended with exit code {code}")
 
     def end_of_log(self) -> str:
-        """The end of what it has printed since it was last started, without the key."""
+        """Return the end of what it has printed since it was last started, without the key."""
         with self.log.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, size - TAIL_BYTES))
             text = log.read().decode("utf-8", errors="replace")
-        text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+        text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # colours
         return text.replace(self._api_key, "***") if self._api_key else text
 
 
 def _cause(text: str) -> str:
+    """The likely cause of an end, from the log; else the last exception in it, or nothing."""
     for pattern, sentence in _CAUSES:
-        found = re.search(pattern, text)
-        if found:
-            return sentence.format(*found.groups())
+        match = re.search(pattern, text)
+        if match:
+            return sentence.format(*match.groups())
     exceptions = _EXCEPTION.findall(text)
     return exceptions[-1][:TAIL_COLUMNS] if exceptions else ""
 
 
-def _hold(host: str, port: int, what: str) -> socket.socket:
-    """A socket that is bound but does not listen: nobody else is given the port, and whoever sets
-    SO_REUSEADDR, as SGLang and its router do, can still listen on it.
+def _bound_socket(host: str, port: int, what: str) -> socket.socket:
+    """A socket that is bound but does not listen: it holds the port.
+
+    Nobody else is given the port, and whoever sets SO_REUSEADDR, as SGLang and its router do, can
+    still listen on it.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    held = socket.socket(family, socket.SOCK_STREAM)
+    bound = socket.socket(family, socket.SOCK_STREAM)
     try:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind((host, port))
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
     except (OSError, OverflowError) as error:
-        held.close()
+        bound.close()
         if isinstance(error, OverflowError):
             raise ConfigError(
                 f"rollout.server.port: {port} is not a port; the largest is 65535"
             ) from error
         raise EngineError(
             f"{what} cannot listen on {host or 'any address'}, port {port} ({error.strerror}): "
-            "another process has it, "
-            "or this machine has no such address; set rollout.server.port (0 takes a free one) or "
-            "rollout.server.host"
+            "another process has it, or this machine has no such address; set "
+            "rollout.server.port (0 takes a free one) or rollout.server.host"
         ) from error
-    return held
+    return bound
 
 
 def inherited_environment(environ: Mapping[str, str], python: str) -> dict[str, str]:
-    """What a process of `python` takes over from ours: all but what belongs to the actor's ranks or
-    its interpreter.
+    """Return what a process of `python` inherits of our environment.
 
-    The directory of `python` comes first in PATH: SGLang compiles kernels with the ninja of its own
-    environment.
+    That is all but what belongs to the actor's ranks, or to our interpreter if it is another one.
     """
-    dropped = (
-        () if Path(python).absolute() == Path(sys.executable).absolute() else _OF_THE_INTERPRETER
-    )
-    kept = {k: v for k, v in environ.items() if not _OF_THE_ACTOR.fullmatch(k) and k not in dropped}
+    is_ours = Path(python).absolute() == Path(sys.executable).absolute()
+    excluded = () if is_ours else _OF_THE_INTERPRETER
+    environment = {
+        name: value
+        for name, value in environ.items()
+        if not _OF_THE_ACTOR.fullmatch(name) and name not in excluded
+    }
     if os.sep in python:
-        kept["PATH"] = os.pathsep.join(
-            [str(Path(python).parent.absolute()), kept.get("PATH", os.defpath)]
-        )
-    return kept
+        # First in PATH: SGLang compiles kernels with the ninja of its own environment.
+        directory = str(Path(python).parent.absolute())
+        path = environment.get("PATH", os.defpath)
+        environment["PATH"] = os.pathsep.join([directory, path])
+    return environment
 
 
 def flags(arguments: Mapping[str, Any]) -> list[str]:
-    """Command-line flags: true is a flag alone, false and null are none, a list is several values,
-    a dict is JSON.
+    """Return arguments as command-line flags.
+
+    True is a flag alone, false and null are none, a list is several values, a dict is JSON.
     """
     import json
 
@@ -262,14 +268,11 @@ def flags(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def own_address() -> str:
-    """The IPv4 address by which other machines reach this one: that of the default route, else of
-    the host name.
-    """
+    """Return the IPv4 address of this machine's default route, else of its host name."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(
-                ("192.0.2.1", 9)
-            )  # a documentation address; connecting a datagram socket sends nothing
+            # An address reserved for documentation; connecting a datagram socket sends nothing.
+            probe.connect(("192.0.2.1", 9))
             return probe.getsockname()[0]
         except OSError:
             return socket.gethostbyname(socket.gethostname())

@@ -1,6 +1,4 @@
-"""`policysplit serve`: SGLang servers on a node of their own, in the foreground, for runs that name
-them by address.
-"""
+"""`policysplit serve`: SGLang servers in the foreground, for runs that name them by address."""
 
 from __future__ import annotations
 
@@ -23,8 +21,7 @@ WATCH_SECONDS = 1.0
 
 
 def serve(config: Config) -> int:
-    """Run rollout.server.count servers on this machine until SIGTERM or SIGINT; returns the exit
-    code.
+    """Run rollout.server.count servers until SIGTERM or SIGINT; returns the exit code.
 
     Prints the address of each on a line of its own once it has generated a token, as
     rollout.addresses of the run wants it. A server that ends is started again, at most
@@ -38,41 +35,42 @@ def serve(config: Config) -> int:
             "ranks"
         )
     read_hf_config(config.model.path)
-    # Several nodes may share run.dir and the seed; their logs and their samples must not be the
-    # same.
+    # Several nodes may share run.dir and the seed, and need logs and samples of their own.
     node = re.sub(r"[^\w.-]", "_", socket.gethostname())
     seed = (config.run.seed + zlib.crc32(node.encode())) % 2**31
-    wanted = config.rollout.server
+    server_config = config.rollout.server
     servers = [
         Server(server_spec(config, index, name=f"sglang_{node}_{index}", seed=seed))
-        for index in range(wanted.count or 1)
+        for index in range(server_config.count or 1)
     ]
-    if is_loopback(wanted.host):
-        _say(f"rollout.server.host={wanted.host}: only this machine will reach the servers")
-    return asyncio.run(_serve(servers, wanted.restarts))
+    host = server_config.host
+    if is_loopback(host):
+        _print_message(f"rollout.server.host={host}: only this machine will reach the servers")
+    return asyncio.run(_serve(servers, server_config.restarts))
 
 
 async def _serve(servers: Sequence[Server], restarts: int) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    stopped = asyncio.ensure_future(stop.wait())
-    kept = [asyncio.ensure_future(_keep(server, restarts)) for server in servers]
+    signal_task = asyncio.ensure_future(stop.wait())
+    tasks = [asyncio.ensure_future(_keep_running(server, restarts)) for server in servers]
     try:
-        await asyncio.wait([stopped, *kept], return_when=asyncio.FIRST_COMPLETED)
-        for task in kept:
+        await asyncio.wait([signal_task, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
             if task.done():
-                task.result()
-        _say("stopping the servers")
+                task.result()  # raises: one that keeps a server running only ends by an error
+        _print_message("stopping the servers")
         return DONE
     finally:
-        for task in kept:
+        # First, or a server that is stopped would be started again.
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*kept, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*[server.stop() for server in servers])
 
 
-async def _keep(server: Server, restarts: int) -> None:
+async def _keep_running(server: Server, restarts: int) -> None:
     """Keep a server running; raises EngineError when it cannot be."""
     client = None
     try:
@@ -85,18 +83,19 @@ async def _keep(server: Server, restarts: int) -> None:
                 if server.starts == 1:
                     print(server.address, flush=True)
                 else:
-                    _say(f"{server.what} is back at {server.address}")
+                    _print_message(f"{server.what} is back at {server.address}")
                 while server.alive():
                     await asyncio.sleep(WATCH_SECONDS)
                 raise server.death()
             except EngineError as error:
+                # One that lives and fails at its first start is set up wrongly, not unlucky.
                 if server.starts == 1 and server.alive() or server.starts > restarts:
                     raise
-                _say(f"{error}\nstarting it again ({server.starts} of {restarts})")
+                _print_message(f"{error}\nstarting it again ({server.starts} of {restarts})")
     finally:
         if client is not None:
             await client.close()
 
 
-def _say(message: str) -> None:
+def _print_message(message: str) -> None:
     print(f"policysplit: {message}", file=sys.stderr, flush=True)

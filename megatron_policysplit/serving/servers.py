@@ -1,6 +1,4 @@
-"""SGLang servers that a run starts itself: from the configuration to a command, and from a command
-to a first token.
-"""
+"""SGLang servers that a run starts itself: from the configuration to a command to a first token."""
 
 from __future__ import annotations
 
@@ -29,9 +27,9 @@ from megatron_policysplit.serving.processes import (
 )
 
 MODULE = "sglang.launch_server"
-ASK_SECONDS = 10.0
+ASK_SECONDS = 10.0  # time limit of one question whether it answers
 DYING_SECONDS = 10.0  # SGLang takes 5 s from a crash of its scheduler to its end
-# Flags that have a key of their own, or that would put a secret where everybody can read it.
+# Flags that have a key of their own. Two of them would put a secret where everybody can read it.
 _OWN_KEY = {
     "model": "model.path",
     "model-path": "model.path",
@@ -44,31 +42,28 @@ _OWN_KEY = {
     "api-key": "rollout.api_key_variable",
     "admin-api-key": "rollout.api_key_variable",
 }
-_OURS = ("weight-version", "nccl-port")
+_SET_BY_THE_RUN = ("weight-version", "nccl-port")
 
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """One server. devices: entries for CUDA_VISIBLE_DEVICES, None leaves it as it is. arguments:
-    flag name without dashes -> value. seed: of SGLang's sampler at the first start. start_seconds:
-    time to the first token.
-    """
+    """All that one server is started with. Made by `server_spec`."""
 
     index: int
-    python: str
-    model: str
+    python: str  # the interpreter that has SGLang
+    model: str  # a Hugging Face directory
     dtype: str
-    tensor: int
+    tensor: int  # tensor-parallel size
     host: str
-    port: int
-    seed: int
+    port: int  # 0 takes a free one
+    seed: int  # of SGLang's sampler at the first start
     log: Path
-    start_seconds: float
-    colocated: bool = False
-    devices: tuple[str, ...] | None = None
+    start_seconds: float  # time limit of the first token
+    colocated: bool = False  # with the actor, so that it must be able to release its memory
+    devices: tuple[str, ...] | None = None  # for CUDA_VISIBLE_DEVICES; None leaves it as it is
     api_key: str | None = field(default=None, repr=False)
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # flag without dashes -> value
+    environment: Mapping[str, Any] = field(default_factory=dict)  # variable -> value, null unsets
 
 
 def server_spec(
@@ -79,18 +74,19 @@ def server_spec(
     name: str | None = None,
     seed: int | None = None,
 ) -> ServerSpec:
-    """The spec of server `index` of the configuration.
+    """Build the spec of server `index` of the configuration; raises ConfigError.
 
-    local_gpus: of a colocated server, the GPUs of the actor ranks it stands on, in order. name: of
-    its log file, sglang_<index> if none. seed: instead of the run's. Raises ConfigError.
+    local_gpus: of a colocated server, the GPUs of the actor ranks it stands on, in order.
+    name: of its log file; sglang_<index> if None.
+    seed: instead of the run's.
     """
     server = config.rollout.server
     key = read_api_key(config.rollout.api_key_variable, os.environ)
     if key is None and not is_loopback(server.host):
         raise ConfigError(
             f"rollout.server.host={server.host} can be reached from other machines; set "
-            "rollout.api_key_variable to "
-            "the name of an environment variable that holds an API key, or listen on 127.0.0.1"
+            "rollout.api_key_variable to the name of an environment variable that holds an API "
+            "key, or listen on 127.0.0.1"
         )
     return ServerSpec(
         index=index,
@@ -100,7 +96,7 @@ def server_spec(
         tensor=server.tensor,
         host=server.host,
         port=server.port + index if server.port else 0,
-        seed=(config.run.seed if seed is None else seed) + index,
+        seed=(config.run.seed if seed is None else seed) + index,  # another for each server
         log=Path(config.run.dir) / "logs" / f"{name or f'sglang_{index}'}.log",
         start_seconds=server.start_seconds,
         colocated=config.rollout.colocated,
@@ -111,22 +107,21 @@ def server_spec(
     )
 
 
-def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(configured: Mapping[str, Any]) -> dict[str, Any]:
+    """rollout.server.arguments by flag; ConfigError for a flag that is not the user's to set."""
     arguments = {}
-    for written, value in given.items():
-        name = str(written).lstrip("-").replace("_", "-")
+    for key, value in configured.items():
+        name = str(key).lstrip("-").replace("_", "-")
         if name in _OWN_KEY:
             raise ConfigError(
-                f"rollout.server.arguments.{written} has a key of its own; set {_OWN_KEY[name]}"
+                f"rollout.server.arguments.{key} has a key of its own; set {_OWN_KEY[name]}"
             )
-        if name in _OURS:
+        if name in _SET_BY_THE_RUN:
             raise ConfigError(
-                f"rollout.server.arguments.{written} is set by the run itself; leave it out"
+                f"rollout.server.arguments.{key} is set by the run itself; leave it out"
             )
         if name in arguments:
-            raise ConfigError(
-                f"rollout.server.arguments.{written} is given twice; keep one of them"
-            )
+            raise ConfigError(f"rollout.server.arguments.{key} is given twice; keep one of them")
         arguments[name] = value
     return arguments
 
@@ -143,16 +138,17 @@ def _visible(config: Config, index: int, local_gpus: Sequence[int]) -> tuple[str
         )
     if count == 0:
         return None
-    stands = Placement(index, 0, tuple(range(len(local_gpus))) if colocated else (0,))
-    gpus = devices(stands, server.devices, local_gpus, tensor=server.tensor, colocated=colocated)
+    # `devices` maps ranks to their GPUs; here the GPUs are known, so they are numbered instead.
+    placement = Placement(index, 0, tuple(range(len(local_gpus))) if colocated else (0,))
+    gpus = devices(placement, server.devices, local_gpus, tensor=server.tensor, colocated=colocated)
     if max(gpus) >= count:
         raise ConfigError(
             f"rollout.server.count={server.count or 1} servers of "
-            f"rollout.server.tensor={server.tensor} need GPU "
-            f"{max(gpus)}, but this machine shows {count}, numbered from 0; lower the one or the "
-            "other, or list others "
-            "in rollout.server.devices"
+            f"rollout.server.tensor={server.tensor} need GPU {max(gpus)}, but this machine shows "
+            f"{count}, numbered from 0; lower the one or the other, or list others in "
+            "rollout.server.devices"
         )
+    # The numbers count what this process sees, which may be a part of the machine itself.
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(count)]
     return tuple(names[number].strip() for number in gpus)
@@ -161,14 +157,11 @@ def _visible(config: Config, index: int, local_gpus: Sequence[int]) -> tuple[str
 def server_command(
     spec: ServerSpec, port: int, nccl_port: int, version: str, seed: int
 ) -> list[str]:
-    """The arguments of sglang.launch_server, without the API key. What the user gives wins over our
-    defaults.
+    """Return the arguments of sglang.launch_server, without the API key.
 
-    The warm-up is left out because `Server.ready` asks for a token itself; requests are not logged
-    one by one.
+    What the user sets wins over our defaults. version: the weight version that the server is to
+    serve at first. seed: of its sampler.
     """
-    from megatron_policysplit.serving.servers import server_options
-
     arguments: dict[str, Any] = {
         "model-path": spec.model,
         "dtype": spec.dtype,
@@ -178,8 +171,8 @@ def server_command(
         "nccl-port": nccl_port,
         "weight-version": version,
         "random-seed": seed,
-        "skip-server-warmup": True,
-        "log-level-http": "warning",
+        "skip-server-warmup": True,  # `Server.ready` asks for a token itself
+        "log-level-http": "warning",  # requests are not logged one by one
         "enable-memory-saver": spec.colocated,
     }
     arguments |= server_options(spec.arguments.get("device"), spec.tensor)[0]
@@ -187,19 +180,15 @@ def server_command(
 
 
 def server_environment(spec: ServerSpec, environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a server: ours without what belongs to the actor, offline, and what the
-    user sets.
+    """Return the environment of a server: ours without the actor's, offline, and the user's.
 
-    null unsets a variable; true and false are 1 and 0.
+    Of the user's variables null unsets one; true and false are 1 and 0.
     """
-    from megatron_policysplit.serving.servers import server_options
-
     environment: dict[str, str] = inherited_environment(environ, spec.python)
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if spec.colocated:
-        environment["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = (
-            "1"  # CUDA graphs are released with the rest
-        )
+        # CUDA graphs are released with the other memory.
+        environment["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "1"
     if spec.devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(spec.devices)
     environment |= server_options(spec.arguments.get("device"), spec.tensor)[1]
@@ -212,9 +201,11 @@ def server_environment(spec: ServerSpec, environ: Mapping[str, str]) -> dict[str
 
 
 class Server(Process):
-    """One SGLang server. `initial_version` is the weight version it says it serves until a sync
-    sets another: drawn anew at every start, so that it tells this very process from any other
-    server and from its own predecessor.
+    """One SGLang server.
+
+    `initial_version` is the weight version it says it serves until a sync sets another: drawn anew
+    at every start, so that it tells this very process from any other server and from its own
+    predecessor.
     """
 
     def __init__(self, spec: ServerSpec):
@@ -228,15 +219,14 @@ class Server(Process):
     def start(self) -> None:
         """Start it, or start it again on the same port after its end.
 
-        Call it from a thread that lives as long as the run. EngineError if its port is taken;
-        ConfigError if the interpreter cannot be run.
+        Call it from a thread that lives as long as the run: the server dies with the thread.
+        Raises EngineError if its port is taken, ConfigError if the interpreter cannot be run.
         """
         self.kill()
         (nccl_port,) = self.hold_ports(1)
         self.initial_version = f"start-{secrets.token_hex(6)}"
-        seed = (
-            self.spec.seed + 7919 * self.starts
-        ) % 2**31  # a server that comes back draws other samples
+        # A server that comes back draws other samples.
+        seed = (self.spec.seed + 7919 * self.starts) % 2**31
         command = server_command(self.spec, self.port, nccl_port, self.initial_version, seed)
         self.launch(MODULE, command, server_environment(self.spec, os.environ))
         self._started_at = time.monotonic()
@@ -244,16 +234,17 @@ class Server(Process):
     async def ready(self, client: SglangClient) -> None:
         """Wait until it has generated a token.
 
-        EngineError, with the end of its log, if it dies first or if start_seconds pass; the caller
-        stops it then. Also if something else answers at its address.
+        Raises EngineError, with the end of its log, if it dies first or if start_seconds pass; the
+        caller stops it then. Also if something else answers at its address.
         """
-        while not await self._answers(client):
+        while not await self._is_answering(client):
             await asyncio.sleep(POLL_SECONDS)
         request = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
         # Kernels are compiled for the first token, which may take as long as loading the weights.
         generation = asyncio.ensure_future(
             client.generate(request, timeout_seconds=self.spec.start_seconds)
         )
+        # A task of its own, so that a server that dies meanwhile is noticed at once.
         try:
             while not (await asyncio.wait({generation}, timeout=POLL_SECONDS))[0]:
                 self._check_time()
@@ -262,6 +253,7 @@ class Server(Process):
         try:
             answer = generation.result()
         except EngineError as error:
+            # Its end says more than the failed request, and comes later.
             deadline = time.monotonic() + DYING_SECONDS
             while self.alive() and time.monotonic() < deadline:
                 await asyncio.sleep(POLL_SECONDS)
@@ -272,7 +264,7 @@ class Server(Process):
         if meta.get("completion_tokens") != 1 or meta.get("weight_version") != self.initial_version:
             raise self._stranger(f"its first token came with {meta}")
 
-    async def _answers(self, client: SglangClient) -> bool:
+    async def _is_answering(self, client: SglangClient) -> bool:
         self._check_time()
         try:
             info = await client.call("GET", "/model_info", timeout_seconds=ASK_SECONDS)
@@ -294,23 +286,18 @@ class Server(Process):
                 f"rollout.server.start_seconds={self.spec.start_seconds:g}"
             )
 
-    def _stranger(self, seen: str) -> EngineError:
+    def _stranger(self, evidence: str) -> EngineError:
         return EngineError(
             f"{self.address} is answered by something other than the server that this run started "
-            f"({seen}); "
-            "set rollout.server.port to a free port, or to 0"
+            f"({evidence}); set rollout.server.port to a free port, or to 0"
         )
 
 
 def server_options(device: str | None, tensor: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """Flags and environment variables that SGLang needs on the CPU; none on a GPU.
+    """Return the flags and environment variables that SGLang needs on the CPU; none on a GPU.
 
-    device: as the user asks for it; None is what this machine has. tensor: tensor-parallel size of
-    the server.
-
-    PyPI has no compiled CPU kernels, so that the compute is plain torch. The threads of an idle
-    pool must sleep, or decoding single requests is several times slower, and the key-value cache
-    would take most of the memory there is.
+    device: as the user asks for it; None is what this machine has.
+    tensor: tensor-parallel size of the server.
     """
     from megatron_policysplit.distributed.device import gpu_count
 
@@ -318,6 +305,7 @@ def server_options(device: str | None, tensor: int) -> tuple[dict[str, Any], dic
         return {}, {}
     arguments = {
         "device": "cpu",
+        # PyPI has no compiled CPU kernels, so the compute is plain torch.
         "attention-backend": "torch_native",
         "sampling-backend": "pytorch",
         "grammar-backend": "none",
@@ -325,8 +313,9 @@ def server_options(device: str | None, tensor: int) -> tuple[dict[str, Any], dic
         "disable-overlap-schedule": True,
         "sleep-on-idle": True,
         "enable-memory-saver": False,
-        "max-total-tokens": 16384,
+        "max-total-tokens": 16384,  # else the key-value cache takes most of the memory there is
     }
+    # The threads of an idle pool must sleep, or decoding single requests is several times slower.
     environment = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     if tensor > 1:  # else SGLang wants a NUMA node for each rank
         cores = sorted(os.sched_getaffinity(0))
