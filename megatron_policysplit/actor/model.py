@@ -188,7 +188,7 @@ def build_model(
 ) -> PolicyModel:
     """Build this rank's stage of the model with zero weights; `weights.load_weights` fills them.
 
-    Needs initialized parallel state. Raises ModelError for a config that Megatron-Core cannot
+    Needs parallel state. Raises ModelError for a config that Megatron-Core cannot
     express and ConfigError for a layout that does not divide the model.
 
     pre_process, post_process: whether the stage has the embedding, and the final norm with the

@@ -70,13 +70,13 @@ def make_plan(
     rows_of_rollout = list(rollouts.values())
     order = list(range(len(rows_of_rollout)))
     random.Random(seed).shuffle(order)
-    # One mask over all rows for each field of `ReplicaMicroBatches`.
-    masks = {
-        "train": [a and s for a, s in zip(live, is_scored, strict=True)],
-        "train_only": [a and not s for a, s in zip(live, is_scored, strict=True)],
-        "score_only": [s and not a for a, s in zip(live, is_scored, strict=True)],
-        "compared": [False] * len(rows) if compared is None else compared,
-    }
+    # Masks over all rows, in the order of the fields of `ReplicaMicroBatches`.
+    masks = (
+        [a and s for a, s in zip(live, is_scored, strict=True)],
+        [a and not s for a, s in zip(live, is_scored, strict=True)],
+        [s and not a for a, s in zip(live, is_scored, strict=True)],
+        [False] * len(rows) if compared is None else compared,
+    )
 
     steps, micro_batches = [], []
     for step in range(optimizer_steps):
@@ -84,17 +84,26 @@ def make_plan(
         # Sorted again: the shuffle decides on the step alone, not on the order within it.
         groups = [rows_of_rollout[rollout] for rollout in sorted(order[start:end])]
         steps.append(sorted(index for group in groups for index in group))
-        per_replica = [ReplicaMicroBatches() for _ in range(replicas)]
-        for name, mask in masks.items():
-            masked = [[index for index in group if mask[index]] for group in groups]
-            parts = _balance([group for group in masked if group], rows, replicas)
-            for replica, part in zip(per_replica, parts, strict=True):
-                setattr(replica, name, _cut(part, rows, max_tokens))
-            for first in range(0, replicas, expert):
-                sharing = per_replica[first : first + expert]
-                _even_out([getattr(replica, name) for replica in sharing])
-        micro_batches.append(per_replica)
+        lists = [_micro_batches(groups, mask, rows, replicas, expert, max_tokens) for mask in masks]
+        micro_batches.append([ReplicaMicroBatches(*parts) for parts in zip(*lists, strict=True)])
     return Plan(steps, micro_batches)
+
+
+def _micro_batches(
+    groups: list[list[int]],
+    mask: Sequence[bool],
+    rows: Sequence[Row],
+    replicas: int,
+    expert: int,
+    max_tokens: int,
+) -> list[list[list[int]]]:
+    """Each replica's micro-batches of the rows in `mask`; groups: the rows of each rollout."""
+    masked = [[index for index in group if mask[index]] for group in groups]
+    parts = _balance([group for group in masked if group], rows, replicas)
+    by_replica = [_cut(part, rows, max_tokens) for part in parts]
+    for first in range(0, replicas, expert):
+        _even_out(by_replica[first : first + expert])
+    return by_replica
 
 
 def _balance(groups: list[list[int]], rows: Sequence[Row], replicas: int) -> list[list[list[int]]]:

@@ -24,22 +24,10 @@ def main(argv: list[str]) -> int:
 
     # Before the slow imports: a signal during them must not end this rank without its exit code.
     stop = StopSignal().install()
-    import warnings
-
     from megatron_policysplit.distributed.launch import forks_die_with_us
 
     forks_die_with_us()
-
-    # Megatron-Core says once a rank what it falls back to without a GPU; docs/architecture.md says
-    # it too.
-    for text in (
-        ".*Apex (is|are) not installed.*",
-        ".*full scope is deprecated.*",
-        ".*CUDA_DEVICE_MAX_CONNECTIONS.*",
-        ".*use DTensor instead.*",
-        "`load_state_dict` is deprecated.*",
-    ):
-        warnings.filterwarnings("ignore", message=text)
+    _silence_warnings()
     from megatron_policysplit.config.load import load_config
     from megatron_policysplit.errors import EngineLost, TrainingError, UserError
 
@@ -73,6 +61,20 @@ def main(argv: list[str]) -> int:
             f"{missing_ranks(rank, world_size)}"
         )
         return FAILED
+
+
+def _silence_warnings() -> None:
+    """Megatron-Core says once a rank what it falls back to without a GPU, as our docs do."""
+    import warnings
+
+    for text in (
+        ".*Apex (is|are) not installed.*",
+        ".*full scope is deprecated.*",
+        ".*CUDA_DEVICE_MAX_CONNECTIONS.*",
+        ".*use DTensor instead.*",
+        "`load_state_dict` is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message=text)
 
 
 def _report(text: str) -> None:

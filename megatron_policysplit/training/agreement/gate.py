@@ -164,9 +164,7 @@ class AgreementGate:
         # Scores are taken at temperature 1, whatever the samples' temperature.
         temperatures = self.settings.temperatures if sampled else dict.fromkeys(differences, 1.0)
         bounds = {mode: choose_bounds(self.settings, temperatures[mode]) for mode in differences}
-        past = [
-            mode for mode, difference in differences.items() if not bounds[mode].hold(difference)
-        ]
+        past = [mode for mode, gap in differences.items() if not bounds[mode].hold(gap)]
         self.breaches = self.breaches + 1 if past else 0
         if past:
             mode = max(past, key=lambda mode: differences[mode].rank)
