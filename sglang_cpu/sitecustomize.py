@@ -10,7 +10,7 @@ import sys
 
 
 class _DeclareOperators:
-    """A finder that finds nothing: it declares the operators when torchvision is first looked for."""
+    """A finder that finds nothing; it declares operators when torchvision is first looked for."""
 
     library = None
 

@@ -1,4 +1,4 @@
-"""Which tensors an export gives, and in which buckets they travel; known before anything is sent."""
+"""Which tensors an export gives, and in which buckets; known before anything is sent."""
 
 from __future__ import annotations
 

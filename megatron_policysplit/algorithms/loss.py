@@ -130,14 +130,17 @@ def policy_loss(
 
 
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Per-token estimate of KL(policy || reference), >= 0: exp(d) - d - 1, d = reference - logprob."""
+    """Per-token estimate of KL(policy || reference), >= 0.
+
+    exp(d) - d - 1 with d = reference - logprob.
+    """
     difference = reference - logprobs
     return torch.exp(difference) - difference - 1
 
 
 @dataclass(frozen=True)
 class Denominators:
-    """What the loss of one optimizer step is divided by, over all its rows, skipped ones included."""
+    """What the loss of one optimizer step is divided by, over all its rows, skipped ones too."""
 
     tokens: int  # trained tokens
     rows: int  # rows that have any

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class TokenSignals:
-    """What each of T response tokens is trained with: tensors [T] fp32, none of which has a gradient.
+    """What each of T response tokens is trained with: tensors [T] fp32 without gradient.
 
     A method makes one for a whole batch (`Method.signals`) and fills the first block of fields.
     `signals.SignalBuilder` cuts it into rows and fills the second block, `Actor.update` joins the

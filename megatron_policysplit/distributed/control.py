@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Service(Protocol):
-    """Something that may need all ranks while leaders generate, such as `training.generation.Generation`."""
+    """Something that may need all ranks while leaders generate (`training.generation`)."""
 
     def wanted(self) -> bool:
         """Whether this rank wants `serve` to be called; asked at every heartbeat.

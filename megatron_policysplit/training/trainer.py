@@ -1,4 +1,4 @@
-"""The training loop: questions, rollouts, rewards, rows, log-probs, advantages, update, sync, log."""
+"""The training loop: rollouts, rewards, rows, log-probs, advantages, update, sync, log."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class Trainer:
         return PlacedRows(rows, is_live, is_scored, placed)
 
     def log_probs(self, placed: PlacedBatch) -> tuple[list[TokenStatistics], list[Tensor] | None]:
-        """Statistics of the rows before the update, and the initial policy's log-probs (kl_coef)."""
+        """Statistics of the rows before the update; with kl_coef the initial policy's log-probs."""
         old = self.run.actor.log_probs(placed)
         reference = None
         if self.config.algorithm.kl_coef > 0:
@@ -220,7 +220,7 @@ class Trainer:
             self.run.generation.sync()
 
     def resync(self) -> None:
-        """Give the engines the actor's weights, whatever they have, before the gate ends the run."""
+        """Give the engines the actor's weights whatever they have; the gate asks for it."""
         self._forget_ahead()
         self.run.generation.sync(again=True)
 
