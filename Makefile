@@ -5,6 +5,8 @@ STAMP := $(VENV)/.installed
 SGLANG_VENV ?= .venv-sglang
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
 export OMP_NUM_THREADS ?= 1
+# Test files at a time. Most tests start ranks that wait for each other, which leaves a core idle.
+TEST_WORKERS ?= 2
 
 .PHONY: help install sglang-cpu quickstart quickstart-sglang quickstart-study smollm2 test test-slow test-contract test-proxy test-faults test-gpu lint docs clean
 
@@ -51,8 +53,8 @@ quickstart-study: $(STAMP)  ## The 5-seed study with ablations of docs/quickstar
 smollm2: $(STAMP)  ## Policy Split on SmolLM2-135M-Instruct, pipeline parallelism 2, a few steps
 	$(BIN)/python -m examples.smollm2.run
 
-test: $(STAMP)  ## The test suite (under 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not contract and not faults" --durations=25
+test: $(STAMP)  ## The test suite, over TEST_WORKERS processes (about 8 minutes on 2 cores)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow and not gpu and not contract and not faults" --durations=25
 
 test-slow: $(STAMP)  ## Tests that take more than a minute, alone or with their like
 	$(BIN)/python -m pytest -m slow

@@ -46,6 +46,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.6",
             "mbridge==0.15.1",
             "einops>=0.7",

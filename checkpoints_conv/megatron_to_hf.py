@@ -98,6 +98,7 @@ def _write(
         )
         for name, tensor in read_ahead(tensors):
             files.write(name, tensor)
+            del tensor  # a third one is being made as soon as the next is taken
             advance(plan[name].nbytes)
 
 
