@@ -58,9 +58,8 @@ class RecordingEngine:
 
     def __init__(self, index, log, delay=0.0):
         self.address, self.who, self.log, self.delay = f"http://engine-{index}", f"engine {index}", log, delay
-        self.held = set(ALL)
+        self.held, self.busy, self.fails = set(ALL), 0, {}
         self.paused = self.flushed = False
-        self.busy, self.fails = 0, {}
 
     async def _call(self, what):
         with self.log.of(self.who, what):
