@@ -233,12 +233,12 @@ class SignalBuilder:
         Rows with an aggregation of their own (`Method.auxiliary_aggregation`) are in no
         denominator.
         """
-        own = {i: self._own_aggregation(self.rows[i]) for i in indices}
+        aggregations = {i: self._own_aggregation(self.rows[i]) for i in indices}
         counts = {i: int(self._masks[i].sum()) for i in indices}
-        total = denominators([counts[i] for i in indices if own[i] is None])
+        total = denominators([counts[i] for i in indices if aggregations[i] is None])
         common, longest = self.algorithm.config.loss_aggregation, self.settings.max_response_tokens
         return {
-            i: self._masks[i] * token_weight(counts[i], total, own[i] or common, longest)
+            i: self._masks[i] * token_weight(counts[i], total, aggregations[i] or common, longest)
             for i in indices
         }
 
