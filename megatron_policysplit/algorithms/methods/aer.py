@@ -38,7 +38,7 @@ from megatron_policysplit.config import key
 class Options:
     tau: float = key(
         0.4,
-        "Target entropy, as a share of that of the run's first batch (0.4 is the paper's).",
+        "Target entropy, as a share of that of the run's first batch.",
         above=0.0,
     )
     rho: float = key(
