@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 # Test files at a time. Most tests start ranks that wait for each other, which leaves a core idle.
 TEST_WORKERS ?= 2
 
-.PHONY: help install sglang-cpu quickstart quickstart-sglang quickstart-study smollm2 test test-slow test-contract test-proxy test-faults test-gpu lint docs clean
+.PHONY: help install sglang-cpu quickstart quickstart-sglang quickstart-study smollm2 test test-cases test-slow test-contract test-proxy test-faults test-gpu lint docs clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -54,7 +54,10 @@ smollm2: $(STAMP)  ## Policy Split on SmolLM2-135M-Instruct, pipeline parallelis
 	$(BIN)/python -m examples.smollm2.run
 
 test: $(STAMP)  ## The test suite, over TEST_WORKERS processes (about 8 minutes on 2 cores)
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow and not gpu and not contract and not faults" --durations=25
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow and not gpu and not contract and not faults and not cases" --durations=25
+
+test-cases: $(STAMP)  ## Inputs that once went wrong, each by the commands that a user types
+	$(BIN)/python -m pytest -v -n $(TEST_WORKERS) --dist load tests/cases
 
 test-slow: $(STAMP)  ## Tests that take more than a minute, alone or with their like
 	$(BIN)/python -m pytest -m slow
