@@ -66,7 +66,9 @@ class Scorer:
             return {}
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        self.ddp.eval()
+        # The mode of training: kernels that are chosen by the mode are then the same, and with them
+        # the bits of old and new log-probs. There is no dropout, and nothing else depends on it.
+        self.ddp.train()
         results: dict[int, TokenStatistics] = {}
         waiting: dict[int, list[_PairedRow]] = {}  # rows with partners to come, by rollout
 
