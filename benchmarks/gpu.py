@@ -159,6 +159,7 @@ def measure(shape: str, arguments: argparse.Namespace, layout: Any) -> dict[str,
         make_model(path, shape, arguments.vocabulary)
         config = make_config(path, arguments)
         seconds_to_build, actor = _timed(lambda: Actor(config, read_hf_config(path), layout))
+    print(f"{shape}: built in {seconds_to_build:.1f} s", flush=True)
     algorithm, settings = build_algorithm(config.algorithm), RowSettings.of(config)
     score_seconds, update_seconds, first_ratio, tokens, padded = [], [], [], 0, 0
     _reset_peak()
@@ -172,6 +173,11 @@ def measure(shape: str, arguments: argparse.Namespace, layout: Any) -> dict[str,
         elapsed, update = _timed(partial(actor.update, placed, 0, signals))
         update_seconds.append(elapsed)
         first_ratio.append(float(update.metrics.ratio_off_one))
+        print(
+            f"{shape}: batch {batch} scored in {score_seconds[-1]:.2f} s, trained on in "
+            f"{elapsed:.2f} s",
+            flush=True,
+        )
         tokens, padded = _tokens(placed)
     flops = _flops(shape, arguments.vocabulary, rows)
     score, update = statistics.median(score_seconds[1:]), statistics.median(update_seconds[1:])

@@ -70,7 +70,9 @@ def _megatron_logits(hf_config, megatron: str | Path, ids: Tensor) -> Tensor:
         from megatron_policysplit.actor.megatron_weights import load_megatron_weights
         from megatron_policysplit.actor.model import build_model
 
-        model = build_model(hf_config, dtype=torch.float32).to(training_device()).eval()
+        # Transformer Engine multiplies float32 in TF32, which is off by more than TOLERANCE.
+        model = build_model(hf_config, dtype=torch.float32, transformer_engine=False)
+        model = model.to(training_device()).eval()
         load_megatron_weights(model, megatron)
         ids = ids.to(training_device())
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)

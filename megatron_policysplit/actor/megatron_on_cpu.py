@@ -9,6 +9,7 @@ expects. With a GPU nothing is changed.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -42,6 +43,11 @@ def install() -> None:
     global _redirect
     if not on_cpu() or _redirect is not None:
         return
+    # Where these are installed for a GPU that is hidden now, Megatron-Core would take their
+    # optimizers and reductions, which do not run on a CPU. None makes their import fail, as if they
+    # were not installed.
+    for name in ("transformer_engine", "apex"):
+        sys.modules.setdefault(name, None)
     cuda = torch.cuda
     # Devices: Megatron places tensors on what this returns.
     cuda.current_device = lambda: torch.device("cpu")

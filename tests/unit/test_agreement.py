@@ -117,6 +117,14 @@ def test_bounds_follow_the_precisions_and_a_low_temperature(engine, actor_dtype,
     assert choose_bounds(AgreementSettings.of(config), 0.5) == Bounds(0.2, 0.3)
 
 
+@pytest.mark.parametrize("server_dtype, expected", [(None, Bounds(0.01, 5e-4)), ("bfloat16", Bounds(0.08, 0.03))])
+def test_bounds_of_an_actor_that_multiplies_in_tf32(monkeypatch, server_dtype, expected):
+    monkeypatch.setattr("megatron_policysplit.training.agreement.bounds.use_transformer_engine", lambda: True)
+    config = Config()
+    config.rollout.engine, config.model.dtype, config.rollout.server.dtype = "sglang", "float32", server_dtype
+    assert choose_bounds(AgreementSettings.of(config)) == expected
+
+
 def test_a_difference_that_is_not_a_number_is_past_every_bound():
     bounds = Bounds(1.0, 1.0)
     assert bounds.hold(Difference(1, 1.0, 1.0))

@@ -6,10 +6,12 @@ temperature 1 and above:
 
     actor      engine     mean |d|   k3
     float32    float32    0.001      1e-5
+    TF32       float32    0.01       5e-4
     else                  0.08       0.03
 
-- float32: kernels that only order their sums differently stay below 1e-4, GPU kernels that multiply
-  with TF32 near 1e-3.
+- float32: kernels that only order their sums differently stay below 1e-4.
+- TF32: what a float32 actor multiplies in on a GPU, for Transformer Engine has no other kernels. A
+  random toy model with logits up to 10 was at 0.0033 and 9e-6 on an H200.
 - bfloat16: SmolLM2-135M-Instruct on a CPU is at 0.033 to 0.041, with either side or both in
   bfloat16; larger models on GPUs are said to be at 0.01 to 0.04. The bound is twice that. A
   sampling temperature off by a tenth already makes about as much.
@@ -30,6 +32,7 @@ from torch import Tensor
 
 from megatron_policysplit.config import AgreementConfig, Config
 from megatron_policysplit.config.modes import temperatures_by_mode
+from megatron_policysplit.distributed.device import use_transformer_engine
 from megatron_policysplit.rows import Mode
 
 
@@ -43,18 +46,20 @@ class AgreementSettings:
     transport: str  # weight_sync.transport; read where engine is "sglang"
     actor_dtype: str  # model.dtype
     engine_dtype: str  # what the engine computes in
+    tf32: bool  # whether the actor multiplies float32 in TF32
 
     @classmethod
     def of(cls, config: Config) -> AgreementSettings:
         """The settings of a run. An engine without a dtype of its own computes in the actor's."""
-        is_sglang, actor_dtype = config.rollout.engine == "sglang", config.model.dtype
+        is_sglang, dtype = config.rollout.engine == "sglang", config.model.dtype
         return cls(
             agreement=config.agreement,
             temperatures=temperatures_by_mode(config.rollout, config.modes),
             engine=config.rollout.engine,
             transport=config.weight_sync.transport,
-            actor_dtype=actor_dtype,
-            engine_dtype=(config.rollout.server.dtype if is_sglang else None) or actor_dtype,
+            actor_dtype=dtype,
+            engine_dtype=(config.rollout.server.dtype if is_sglang else None) or dtype,
+            tf32=use_transformer_engine(),
         )
 
 
@@ -107,7 +112,8 @@ class Bounds:
         return difference.mean <= self.mean and difference.k3 <= self.k3
 
 
-FLOAT32, BFLOAT16 = Bounds(mean=1e-3, k3=1e-5), Bounds(mean=0.08, k3=0.03)
+FLOAT32, TF32 = Bounds(mean=1e-3, k3=1e-5), Bounds(mean=0.01, k3=5e-4)
+BFLOAT16 = Bounds(mean=0.08, k3=0.03)
 
 
 def choose_bounds(settings: AgreementSettings, temperature: float = 1.0) -> Bounds:
@@ -116,8 +122,10 @@ def choose_bounds(settings: AgreementSettings, temperature: float = 1.0) -> Boun
     They are agreement.max_difference and agreement.max_k3 where given, else the defaults for the
     precisions of actor and engine.
     """
-    dtypes = {settings.actor_dtype, settings.engine_dtype}
-    default = FLOAT32 if dtypes == {"float32"} else BFLOAT16
+    if {settings.actor_dtype, settings.engine_dtype} == {"float32"}:
+        default = TF32 if settings.tf32 else FLOAT32
+    else:
+        default = BFLOAT16
     noise = 1 / min(1.0, temperature)
     return Bounds(
         mean=settings.agreement.max_difference or default.mean * noise,
