@@ -8,8 +8,8 @@ bf16, Adam's state and gradients in fp32. A batch is questions with 8 responses 
 of each mode, of random lengths from a quarter of --response up to it, and every response under both
 prompts (the high-entropy one 64 tokens longer). `score` is `Actor.log_probs`: old log-probs, exact
 entropies and the KL between the modes. `update` is one optimizer step over all rows: forward,
-backward, reduction of gradients, clipping, Adam. Seconds are medians, the first call of each left
-out and given apart: kernels are compiled and tuned in it. A model's FLOP per token are
+backward, reduction of gradients, clipping, Adam. Every batch has rows of its own; the first is
+given apart, for kernels are compiled and tuned in it. A model's FLOP per token are
 2 x (parameters of the layers and the LM head) and 4 x layers x heads x head size x the mean number
 of tokens that causal attention sees, forward; three times that with backward. Tokens are those of
 the rows, without padding. With --shapes tiny it runs on a CPU too. The last line is JSON.
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -161,49 +160,56 @@ def measure(shape: str, arguments: argparse.Namespace, layout: Any) -> dict[str,
         seconds_to_build, actor = _timed(lambda: Actor(config, read_hf_config(path), layout))
     print(f"{shape}: built in {seconds_to_build:.1f} s", flush=True)
     algorithm, settings = build_algorithm(config.algorithm), RowSettings.of(config)
-    score_seconds, update_seconds, first_ratio, tokens, padded = [], [], [], 0, 0
+    batches, first_ratios = [], []
     _reset_peak()
-    for batch in range(arguments.repeats + 1):
-        rows = make_rows(arguments, arguments.vocabulary, batch)
-        placed = actor.place(rows, live_rows(rows, algorithm, settings), seed=batch)
-        elapsed, old = _timed(partial(actor.log_probs, placed))
-        score_seconds.append(elapsed)
-        builder = SignalBuilder(rows, old, placed.plan, algorithm, settings, state=None, seed=batch)
-        signals = builder.for_step(0, None)
-        elapsed, update = _timed(partial(actor.update, placed, 0, signals))
-        update_seconds.append(elapsed)
-        first_ratio.append(float(update.metrics.ratio_off_one))
-        print(
-            f"{shape}: batch {batch} scored in {score_seconds[-1]:.2f} s, trained on in "
-            f"{elapsed:.2f} s",
-            flush=True,
+    for number in range(arguments.repeats + 1):
+        rows = make_rows(arguments, arguments.vocabulary, number)
+        placed = actor.place(rows, live_rows(rows, algorithm, settings), seed=number)
+        score_seconds, old = _timed(partial(actor.log_probs, placed))
+        builder = SignalBuilder(
+            rows, old, placed.plan, algorithm, settings, state=None, seed=number
         )
-        tokens, padded = _tokens(placed)
-    flops = _flops(shape, arguments.vocabulary, rows)
-    score, update = statistics.median(score_seconds[1:]), statistics.median(update_seconds[1:])
-    peak = PEAK_FLOPS.get(torch.cuda.get_device_name() if torch.cuda.is_available() else "")
+        signals = builder.for_step(0, None)
+        update_seconds, update = _timed(partial(actor.update, placed, 0, signals))
+        first_ratios.append(float(update.metrics.ratio_off_one))
+        batches.append(_rates(shape, arguments, rows, placed, score_seconds, update_seconds))
+        print(f"{shape}: batch {number}: {_line(batches[-1])}", flush=True)
     result = {
         "shape": shape,
         "parameters": sum(parameter.numel() for parameter in actor.model.parameters()),
-        "rows": len(rows),
-        "tokens": tokens,
-        "padded_tokens": padded,
         "build_seconds": seconds_to_build,
-        "first_score_seconds": score_seconds[0],
-        "first_update_seconds": update_seconds[0],
-        "score_seconds": score,
-        "update_seconds": update,
-        "score_tokens_per_second": tokens / score,
-        "update_tokens_per_second": tokens / update,
-        "score_flops": flops / score,
-        "update_flops": 3 * flops / update,
-        "score_share_of_peak": flops / score / peak if peak else None,
-        "update_share_of_peak": 3 * flops / update / peak if peak else None,
+        "first_batch": batches[0],
+        "batches": batches[1:],
         "peak_bytes": _peak(),
-        "largest_first_ratio_off_one": max(first_ratio),
+        "largest_first_ratio_off_one": max(first_ratios),
     }
     del actor
     return result
+
+
+def _rates(
+    shape: str,
+    arguments: argparse.Namespace,
+    rows: list[Row],
+    placed: Any,
+    score_seconds: float,
+    update_seconds: float,
+) -> dict[str, Any]:
+    """One batch in figures."""
+    tokens, flops = sum(row.length for row in rows), _flops(shape, arguments.vocabulary, rows)
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peak = PEAK_FLOPS.get(name)
+    return {
+        "rows": len(rows),
+        "tokens": tokens,
+        "padded_tokens": sum(batch.tokens.numel() for batch in placed.trained(0)),
+        "score_seconds": score_seconds,
+        "update_seconds": update_seconds,
+        "score_tokens_per_second": tokens / score_seconds,
+        "update_tokens_per_second": tokens / update_seconds,
+        "score_share_of_peak": flops / score_seconds / peak if peak else None,
+        "update_share_of_peak": 3 * flops / update_seconds / peak if peak else None,
+    }
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -229,17 +235,6 @@ def _peak() -> int | None:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
-def _tokens(placed: Any) -> tuple[int, int]:
-    """The tokens of the rows of a placed batch, without and with padding."""
-    batches = list(placed.trained(0))
-    real = sum(
-        prompt + length
-        for batch in batches
-        for prompt, length in zip(batch.prompt_lengths, batch.lengths, strict=True)
-    )
-    return real, sum(batch.tokens.numel() for batch in batches)
-
-
 def _flops(shape: str, vocabulary: int, rows: list[Row]) -> float:
     """FLOP of a forward pass over the rows; the head's over the response tokens alone."""
     hidden, mlp, layers, heads, groups, _ = SHAPES[shape]
@@ -262,7 +257,6 @@ def main() -> None:
     results = []
     for shape in arguments.shapes:
         results.append(measure(shape, arguments, layout))
-        print(_line(results[-1]), flush=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     on_gpu = torch.cuda.is_available()
@@ -294,19 +288,14 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _line(result: dict[str, Any]) -> str:
-    share = result["update_share_of_peak"]
-    parts = [
-        f"{result['shape']}: {result['tokens']} tokens",
-        f"score {result['score_seconds']:.3f} s ({result['score_tokens_per_second']:.0f} tokens/s)",
-        f"update {result['update_seconds']:.3f} s "
-        f"({result['update_tokens_per_second']:.0f} tokens/s)",
-        f"first ratio off one {result['largest_first_ratio_off_one']:.1e}",
-    ]
-    if share:
-        parts.append(f"update at {100 * share:.1f} % of the device's bf16 peak")
-        parts.append(f"{result['peak_bytes'] / 1e9:.1f} GB at the peak")
-    return ", ".join(parts)
+def _line(batch: dict[str, Any]) -> str:
+    share = batch["update_share_of_peak"]
+    return (
+        f"{batch['tokens']} tokens, scored in {batch['score_seconds']:.2f} s "
+        f"({batch['score_tokens_per_second']:.0f} tokens/s), trained on in "
+        f"{batch['update_seconds']:.2f} s ({batch['update_tokens_per_second']:.0f} tokens/s"
+        + (f", {100 * share:.1f} % of the device's bf16 peak)" if share else ")")
+    )
 
 
 def _arguments() -> argparse.Namespace:

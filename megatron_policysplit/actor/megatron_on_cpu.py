@@ -9,7 +9,6 @@ expects. With a GPU nothing is changed.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_policysplit.distributed.device import on_cpu
+from megatron_policysplit.distributed.device import hide_gpu_packages, on_cpu
 
 _redirect: _Redirect | None = None
 
@@ -43,11 +42,7 @@ def install() -> None:
     global _redirect
     if not on_cpu() or _redirect is not None:
         return
-    # Where these are installed for a GPU that is hidden now, Megatron-Core would take their
-    # optimizers and reductions, which do not run on a CPU. None makes their import fail, as if they
-    # were not installed.
-    for name in ("transformer_engine", "apex"):
-        sys.modules.setdefault(name, None)
+    hide_gpu_packages()
     cuda = torch.cuda
     # Devices: Megatron places tensors on what this returns.
     cuda.current_device = lambda: torch.device("cpu")

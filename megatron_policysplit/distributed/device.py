@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import math
+import sys
 
 import torch
 
@@ -12,6 +13,17 @@ import torch
 def on_cpu() -> bool:
     """Whether this process trains on the CPU."""
     return not torch.cuda.is_available()
+
+
+def hide_gpu_packages() -> None:
+    """Without a GPU, make Megatron-Core pass over Transformer Engine and Apex.
+
+    Where they are installed for a GPU that is hidden now, it would take its norms, its optimizers
+    and its reductions from them, which do not run on a CPU. Call before Megatron-Core is imported.
+    """
+    if on_cpu():
+        for name in ("transformer_engine", "apex"):
+            sys.modules.setdefault(name, None)  # None: an import fails as if it were not installed
 
 
 def training_device() -> torch.device:

@@ -35,6 +35,9 @@ def main(argv: list[str]) -> int:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+        from megatron_policysplit.distributed.device import hide_gpu_packages
+
+        hide_gpu_packages()
         from megatron_policysplit.training.build import build_run
         from megatron_policysplit.training.trainer import Trainer
 

@@ -7,14 +7,16 @@ from tests.support.dist import ROOT, run_distributed
 
 
 def parts_of_megatron(rank):
-    """Where Megatron-Core takes its Adam from, and whether it has seen Transformer Engine."""
-    from megatron_policysplit.actor.megatron_on_cpu import install
+    """Where a rank's Megatron-Core takes its Adam and its norms from, and what is left of Transformer Engine."""
+    from megatron_policysplit.training import worker
 
-    install()
+    assert worker.main(["no such file.yaml"]) == 2  # after all that a rank imports
     from megatron.core.extensions import transformer_engine as extension
     from megatron.core.optimizer import Adam
+    from megatron.core.transformer.transformer_block import LayerNormImpl
 
-    return Adam.__module__.split(".")[0], extension.HAVE_TE, sys.modules["transformer_engine"]
+    origins = [thing.__module__.partition(".")[0] for thing in (Adam, LayerNormImpl)]
+    return origins, extension.HAVE_TE, sys.modules["transformer_engine"]
 
 
 def test_megatron_core_does_not_see_transformer_engine(tmp_path):
@@ -22,4 +24,4 @@ def test_megatron_core_does_not_see_transformer_engine(tmp_path):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("raise AssertionError('imported without a GPU')\n")
     environ = dict(os.environ) | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    assert run_distributed(parts_of_megatron, 1, start="spawn", environ=environ) == [("torch", False, None)]
+    assert run_distributed(parts_of_megatron, 1, start="spawn", environ=environ) == [(["torch", "megatron"], False, None)]
