@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_policysplit.config.keys import key
+from megatron_policysplit.config.keys import LARGEST_SECONDS, key
 
 
 @dataclass
@@ -16,9 +16,12 @@ class RewardConfig:
     function: str = key(
         "math", "`math`, `reasoning_gym`, `exact`, or the path `package.module:function`."
     )
-    workers: int = key(2, "Processes that grade responses.", minimum=1)
+    workers: int = key(2, "Processes that grade responses.", minimum=1, maximum=1024)
     timeout_seconds: float = key(
-        10.0, "Time limit for one response; past it the reward is 0.", above=0.0
+        10.0,
+        "Time limit for one response; past it the reward is 0.",
+        above=0.0,
+        maximum=LARGEST_SECONDS,
     )
 
 
