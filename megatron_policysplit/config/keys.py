@@ -193,8 +193,15 @@ def list_keys(cls: type, prefix: str = "") -> list[Key]:
 def expand_user(path: str, name: str) -> str:
     """A path with the home directory for a leading `~` or `~user`.
 
-    Raises ConfigError where there is no such user. name: the key or option, for the error.
+    Raises ConfigError where there is no such user, and for a path that no file system takes.
+
+    name: the key or option, for the error.
     """
+    if "\0" in path:
+        raise ConfigError(f"{name}={path!r} has a null character; give another path")
+    longest = max(len(part.encode("utf-8", "surrogateescape")) for part in path.split("/"))
+    if longest > 255 or len(path.encode("utf-8", "surrogateescape")) > 4095:
+        raise ConfigError(f"{name}={path[:40]}... is too long for a path; give another one")
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         user = path.partition("/")[0]

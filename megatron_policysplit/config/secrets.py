@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 from megatron_policysplit.config.rollout_schema import RolloutConfig
 from megatron_policysplit.errors import ConfigError
@@ -24,6 +25,12 @@ class SecretMapping(dict):
 
     def __repr__(self) -> str:
         return repr(self.written)
+
+
+def open_private(path: Path) -> TextIO:
+    """A new UTF-8 file to write, which its owner alone can read. Raises OSError if it exists."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    return os.fdopen(descriptor, "w", encoding="utf-8")
 
 
 def read_api_key(
