@@ -241,7 +241,7 @@ def read_keys(cls: type, values: Mapping[str, Any], prefix: str, owner: str) -> 
         try:
             OmegaConf.update(settings, part, value)
             converted = settings[part]  # of the key's type, "1" for an integer included
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, OverflowError) as error:
             raise ConfigError(f"{name}={show(value)} is not {key.type_name}") from error
         if (requirement := key.requirement(converted)) is not None:
             raise ConfigError(f"{name}={show(converted)} is not allowed; it must be {requirement}")

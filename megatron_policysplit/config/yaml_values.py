@@ -7,6 +7,7 @@ with the remedy, and the text of a `key=value` is taken as it stands.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -205,7 +206,13 @@ def _plain(key: Key, node: yaml.Node, source: Source) -> Any:
         whole = _whole(node) if key.type is int else None
         _refuse(key, node, source, "" if whole is None else f"; write {whole}")
     _check_base(key.name, node, source, "write the number you mean")
-    return _scalar(key, node, source)
+    value = _scalar(key, node, source)
+    try:
+        return key.type(value)
+    except OverflowError as error:  # an integer beyond any float
+        raise ConfigError(
+            f"{key.name}={source.show(node)} is not allowed; it must be {key.requirement(math.inf)}"
+        ) from error
 
 
 def _whole(node: yaml.ScalarNode) -> int | None:
@@ -248,7 +255,7 @@ def _mapping(key: Key, node: yaml.Node, source: Source) -> dict[str, Any]:
 
 def entry_key(key: Key, path: tuple[str, ...]) -> Key | None:
     """The key that declares the entry of a mapping at `path`; None where nothing does."""
-    if key.entries is None:
+    if key.entries is None or not path:
         return None
     name = ".".join((key.name, *path))
     known = {known.name: known for known in list_keys(key.entries, f"{key.name}.{path[0]}.")}
@@ -268,16 +275,18 @@ def _entry_name(key: Key, node: yaml.ScalarNode) -> Any:
 def read_entry(key: Key, path: tuple[str, ...], node: yaml.Node, source: Source) -> Any:
     """The value of a node at `path` within a mapping."""
     name = ".".join((key.name, *path))
-    if isinstance(node, yaml.MappingNode):
+    is_mapping = isinstance(node, yaml.MappingNode)
+    declared = entry_key(key, path)
+    may_be_entry = is_mapping and len(path) == 1
+    if declared is not None and not may_be_entry:
+        return read_value(declared, node, source)
+    if is_mapping:
         return {
             _entry_name(key, part): read_entry(key, (*path, part.value), child, source)
             for part, child in node.value
         }
     if isinstance(node, yaml.SequenceNode):
         return [read_entry(key, path, child, source) for child in node.value]
-    declared = entry_key(key, path)
-    if declared is not None and not (is_null(node) and declared.optional):
-        return read_value(declared, node, source)
     if is_null(node):
         return None
     if node.tag == _TAG + "str":
