@@ -33,10 +33,11 @@ class PromptCheck:
 
     def line(self, data: DataConfig) -> str:
         """How many questions were checked, and what becomes of them."""
-        of = "" if self.checked == self.questions else f" of the first {self.checked:,}"
+        is_part = self.checked < self.questions
+        of = f"of the first {self.checked:,} questions, " if is_part else ""
         return (
-            f"prompts  {self.checked - self.dropped:,} fit "
-            f"data.max_prompt_tokens={data.max_prompt_tokens}, {self.dropped:,} do not{of}"
+            f"prompts  {of}{self.checked - self.dropped:,} fit "
+            f"data.max_prompt_tokens={data.max_prompt_tokens}, {self.dropped:,} do not"
         )
 
 

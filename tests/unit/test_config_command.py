@@ -119,13 +119,13 @@ def test_what_is_found_only_when_prompts_are_built(work):
     (work / "q.jsonl").write_text(
         (work / "q.jsonl").read_text() + json.dumps({"question": "long " * 100, "answer": "x"}) + "\n"
     )
-    assert of_config("data.max_prompt_tokens=450", "data.batch_questions=5").startswith(
-        "data.batch_questions=5 is more than the 4 questions of q.jsonl that fit data.max_prompt_tokens=450; lower"
+    assert of_config("data.max_prompt_tokens=600", "data.batch_questions=5").startswith(
+        "data.batch_questions=5 is more than the 4 questions of q.jsonl that fit data.max_prompt_tokens=600; lower"
     )
-    assert of_config(
-        "data.max_prompt_tokens=450", "eval.path=q.jsonl", f"eval.prompts.low={'wordy ' * 200}"
-    ).startswith("eval.prompts.low makes a prompt of ")
-    assert check_prompts(load_config("c.yaml", ["data.max_prompt_tokens=450"])).dropped == 1
+    long_prompt = f"eval.prompts.low={'wordy ' * 200}"
+    error = of_config("data.max_prompt_tokens=600", "eval.path=q.jsonl", long_prompt)
+    assert error.startswith("eval.prompts.low makes a prompt of ")
+    assert check_prompts(load_config("c.yaml", ["data.max_prompt_tokens=600"])).dropped == 1
 
 
 def test_only_the_first_of_many_questions_are_built(work, monkeypatch):
@@ -133,9 +133,8 @@ def test_only_the_first_of_many_questions_are_built(work, monkeypatch):
 
     monkeypatch.setattr(prompt_check, "CHECKED", 2)
     config = load_config("c.yaml", [])
-    assert (
-        check_prompts(config).line(config.data) == "prompts  2 fit data.max_prompt_tokens=2048, 0 do not of the first 2"
-    )
+    line = check_prompts(config).line(config.data)
+    assert line == "prompts  of the first 2 questions, 2 fit data.max_prompt_tokens=2048, 0 do not"
 
 
 def test_a_run_does_not_write_where_its_input_stands(work):
@@ -147,11 +146,8 @@ def test_a_run_does_not_write_where_its_input_stands(work):
     shutil.copytree(work / "m", work / "r" / "hf")
     end = " is what the run in run.dir=r writes itself; give another run.dir"
     assert refusal("model.path=r/hf") == "model.path=r/hf" + end
-    for override in (
-        "data.path=r/rollouts/a.jsonl",
-        "eval.path=./r/metrics.jsonl",
-        "model.megatron=r/checkpoints/step_1",
-    ):
+    own = ["data.path=r/rollouts/a.jsonl", "eval.path=./r/metrics.jsonl", "model.megatron=r/checkpoints/step_1"]
+    for override in own:
         assert refusal(override) == override + end
     assert refusal("rollout.replay_dir=r/rollouts") == "rollout.replay_dir=r/rollouts" + end
     assert refusal("weight_sync.directory=m/x").startswith("weight_sync.directory=m/x is in model.path=m, whose files")
@@ -207,7 +203,5 @@ def test_no_shell_expands_a_tilde_behind_an_equals_sign(work, monkeypatch, comma
     with pytest.raises((ConfigError, ModelError, DataError), match=f"{work}/home"):
         CliRunner().invoke(cli.app, [command, *arguments], catch_exceptions=False)
     arguments = [text.replace("~/", "~nobody-here/") for text in arguments]
-    with pytest.raises(
-        ConfigError, match="=~nobody-here/.*: there is no home directory for ~nobody-here; give another"
-    ):
+    with pytest.raises(ConfigError, match="=~nobody-here/.*: there is no home directory for ~nobody-here; give"):
         CliRunner().invoke(cli.app, [command, *arguments], catch_exceptions=False)
