@@ -44,7 +44,7 @@ def key(
     path: a text that names a file or directory, whose leading `~` is the home directory.
     entries: of a mapping: the dataclass of its entries. Entries of a dataclass with the key `file`
         alone may also be texts.
-    verbatim: of a mapping: numbers and words in it are kept as they are written, as text.
+    verbatim: of a mapping: its numbers and words are kept as they are written, as text.
     secret: of a mapping: `${...}` in it is neither shown nor written out resolved.
     """
     metadata = {

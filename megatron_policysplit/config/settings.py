@@ -90,20 +90,10 @@ def _read_override(override: str) -> list[tuple[str, Any]]:
         raise ConfigError(f"override {override!r} is not of the form key=value")
     name = re.sub(r"\[([^][]*)\]", r".\1", name)
     key, path = _find(name)
-    if key is not None:
-        declared = key if not path else yaml_values.entry_key(key, path)
-        is_text = declared is not None and declared.type is str
-        if is_text and not (path and value.lstrip().startswith("{")):
-            text = yaml_values.read_text(name, value, optional=declared.optional)
-            return [(key.name, _nest(path, text))]
-        if (
-            path
-            and key.verbatim
-            and value.strip().lower() not in ("true", "false")
-            and (not value.lstrip().startswith(("[", "{")))
-        ):
-            text = yaml_values.read_text(name, value, optional=True)
-            return [(key.name, _nest(path, text))]
+    declared = None if key is None else _text_key(key, path, value)
+    if declared is not None:
+        text = yaml_values.read_text(name, value, optional=declared.optional)
+        return [(key.name, _nest(path, text))]
     source = Source(value)
     try:
         node = yaml_values.compose(value)
@@ -116,6 +106,23 @@ def _read_override(override: str) -> list[tuple[str, Any]]:
     if path:
         return [(key.name, _nest(path, yaml_values.read_entry(key, path, node, source)))]
     return list(_leaf(name, node, source))
+
+
+def _text_key(key: Key, path: tuple[str, ...], value: str) -> Key | None:
+    """The key whose text `value` is, as it stands; None where the value is YAML.
+
+    path: within a mapping.
+    """
+    if not path:
+        return key if key.type is str else None
+    word = value.strip()
+    declared = yaml_values.entry_key(key, path)
+    if declared is not None:
+        is_entry = len(path) == 1 and word.startswith("{")
+        return declared if declared.type is str and not is_entry else None
+    is_yaml = word.startswith(("[", "{")) or word.lower() in ("true", "false")
+    is_text = key.verbatim and len(path) == 1 and not is_yaml
+    return Key(key.name, str, True, None, "") if is_text else None
 
 
 def _find(name: str) -> tuple[Key | None, tuple[str, ...]]:

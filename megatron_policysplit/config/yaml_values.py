@@ -291,16 +291,17 @@ def read_entry(key: Key, path: tuple[str, ...], node: yaml.Node, source: Source)
         return None
     if node.tag == _TAG + "str":
         return node.value
+    is_verbatim = key.verbatim and len(path) == 1  # a mapping within it has types, such as JSON
     if node.tag == _TAG + "bool":
         if node.value.lower() in ("true", "false"):
             return node.value.lower() == "true"
-        if not key.verbatim:
+        if not is_verbatim:
             value = str(_CONSTRUCTOR.construct_object(node)).lower()
             raise ConfigError(
                 f"{name}={node.value} is {value} to YAML{source.place(node)}; write {value}, or "
                 "put text in quotes"
             )
-    if key.verbatim:
+    if is_verbatim:
         return node.value
     _check_base(name, node, source, "write the number you mean, or put text in quotes")
     return _scalar(Key(name, float, False, None, ""), node, source)

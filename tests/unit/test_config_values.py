@@ -160,7 +160,9 @@ def test_variables_and_flags_of_servers_are_kept_as_they_are_written(tmp_path):
         group, leaf = name.rsplit(".", 1)
         assert value(name, text=f"rollout: {{server: {{{leaf}: {text}}}}}", tmp_path=tmp_path) == expected
         assert value(name, f"{name}.A=010", f"{name}.B=null", f"{name}.C=true") == {"A": "010", "B": None, "C": True}
-    assert value("rollout.server.arguments", "rollout.server.arguments.x=[1, 2.0]") == {"x": ["1", "2.0"]}
+    name = "rollout.server.arguments"
+    assert value(name, f"{name}.x=[1, 2.0]", f"{name}.y.z=1") == {"x": ["1", "2.0"], "y": {"z": 1}}
+    assert value(name, f"{name}={{y: {{z: 0.5}}}}") == {"y": {"z": 0.5}}  # a flag's JSON
 
 
 def test_texts_of_modes_and_of_evaluation_prompts():
