@@ -16,6 +16,8 @@ MISSING = "???"  # OmegaConf's marker for a value the user must give
 # What every number is used as, whatever its key allows: a count, and a number of single precision.
 LARGEST_INTEGER = 2**31 - 1
 SMALLEST_NUMBER, LARGEST_NUMBER = 1.2e-38, 3.4e38
+# AdamW multiplies its rates with each other and divides them by 1 - beta.
+LARGEST_RATE = 1e6
 # Megatron-Core and batches add to a seed what is far below the other half of 64 bits.
 LARGEST_SEED = 2**62
 LARGEST_SECONDS = 1e9  # some 30 years; timers of Python and torch hold at most nine times that

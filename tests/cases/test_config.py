@@ -48,7 +48,10 @@ def test_a_secret_of_the_environment_is_not_written(work):
         ("run.dir=model", "run.dir=model is model.path=model, and a run would put its checkpoints into the model"),
         ('run.dir=""', "run.dir is empty; give a directory, or . for the current one"),
         ("run.seed=18446744073709551616", "run.seed=18446744073709551616 is not allowed; it must be at least 0 and at"),
-        ("train.learning_rate=1e300", "train.learning_rate=1e+300 is not allowed; it must be a number of single prec"),
+        (
+            "train.learning_rate=1e300",
+            "train.learning_rate=1e+300 is not allowed; it must be at least 0 and at most 1e+06",
+        ),
         ("rollout.normal.temperature=1e-320", "rollout.normal.temperature=1e-320 is not allowed; it must be at least"),
         ("algorithm.options={policy_spilt: {alpha: 1}}", "unknown key algorithm.options.policy_spilt; it holds option"),
         ("algorithm.options.policy_split.alpha=abc", "algorithm.options.policy_split.alpha=abc is not a number"),

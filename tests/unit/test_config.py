@@ -142,7 +142,7 @@ def test_every_key_is_found_again_when_misspelt():
         ("algorithm.clip_low=0", "algorithm.clip_low=0.0 is not allowed; it must be above 0 or null"),
         ("algorithm.dual_clip=1", "algorithm.dual_clip=1.0 is not allowed; it must be above 1 or null"),
         ("train.adam_eps=nan", "train.adam_eps=nan is not allowed; it must be above 0"),
-        ("train.learning_rate=inf", "train.learning_rate=inf is not allowed; it must be at least 0"),
+        ("train.learning_rate=inf", "train.learning_rate=inf is not allowed; it must be at least 0 and at most 1e+06"),
         ("rollout.samples_per_question=1", "rollout.samples_per_question=1 is not allowed; it must be at least 2"),
     ],
 )
