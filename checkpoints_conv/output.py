@@ -50,15 +50,19 @@ def check_free(path: Path, nbytes: int) -> None:
         parent = path.absolute().parent
         while not parent.exists():
             parent = parent.parent
-        free = shutil.disk_usage(parent).free
+        disk = shutil.disk_usage(parent)
     except (OSError, RuntimeError) as error:  # RuntimeError: links that go round
         raise ModelError(
             f"--out {path} cannot be written ({error}); choose another path"
         ) from error
-    if free < nbytes:
+    if disk.total == 0:
         raise ModelError(
-            f"no space left for --out {path}: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} "
-            "GB free"
+            f"--out {path} cannot be written: {parent} is no disk; choose another path"
+        )
+    if disk.free < nbytes:
+        raise ModelError(
+            f"no space left for --out {path}: {nbytes / 1e9:.2f} GB are needed, "
+            f"{disk.free / 1e9:.2f} GB free"
         )
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
+from typing import TypeVar
 
 import typer
 from typer.core import TyperCommand
 
 from megatron_policysplit.errors import BAD_INPUT, UserError
+
+AnyPath = TypeVar("AnyPath", str, Path, None)
 
 
 class Command(TyperCommand):
@@ -19,6 +23,18 @@ class Command(TyperCommand):
             piece.translate({ord("{"): None, ord("}"): None})
             for piece in super().collect_usage_pieces(ctx)
         ]
+
+
+def expand_option(param: typer.CallbackParam, value: AnyPath) -> AnyPath:
+    """A path with the home directory for a leading `~`, which no shell expands in `--model=~/m`.
+
+    Raises ConfigError for the home directory of nobody.
+    """
+    if value is None:
+        return None
+    from megatron_policysplit.config.keys import expand_user
+
+    return type(value)(expand_user(str(value), param.opts[0]))
 
 
 def run_app(commands: typer.Typer) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_policysplit.cli.app import Command, local_rank, report_error, run_app
+from megatron_policysplit.cli.app import Command, expand_option, local_rank, report_error, run_app
 from megatron_policysplit.errors import DONE, FAILED, ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -67,13 +67,20 @@ def parse_size(text: str) -> int:
 
 
 HfDir = Annotated[
-    Path, typer.Option("--hf", metavar="DIR", help="Directory of a Hugging Face model.")
+    Path,
+    typer.Option(
+        "--hf",
+        metavar="DIR",
+        callback=expand_option,
+        help="Directory of a Hugging Face model.",
+    ),
 ]
 HfOfMegatron = Annotated[
     Path | None,
     typer.Option(
         "--hf",
         metavar="DIR",
+        callback=expand_option,
         help="Where config.json, tokenizer and chat template come from. Default: hf/ of a "
         "converted checkpoint, model.path of the run for a training checkpoint.",
     ),
@@ -83,12 +90,19 @@ MegatronDir = Annotated[
     typer.Option(
         "--megatron",
         metavar="DIR",
+        callback=expand_option,
         help="A torch_dist checkpoint: converted, or checkpoints/step_NNNNNN of a run, saved at "
         "any TP x PP x EP.",
     ),
 ]
 Out = Annotated[
-    Path, typer.Option("--out", metavar="DIR", help="Where to write; must not exist or be empty.")
+    Path,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        callback=expand_option,
+        help="Where to write; must not exist or be empty.",
+    ),
 ]
 ToDtype = Annotated[
     Dtype | None, typer.Option("--dtype", help="Cast to this type. Default: as it is.")
@@ -163,6 +177,7 @@ def quantize(
         Path | None,
         typer.Option(
             metavar="FILE",
+            callback=expand_option,
             help="Questions (.jsonl or .parquet, as for training) to measure fp8's scales on.",
         ),
     ] = None,
@@ -176,6 +191,7 @@ def quantize(
         str | None,
         typer.Option(
             metavar="FILE",
+            callback=expand_option,
             help="The high-entropy prompt that the model was trained with. Default: our own.",
         ),
     ] = None,

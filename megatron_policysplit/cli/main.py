@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +19,7 @@ import typer
 
 from megatron_policysplit import __version__
 from megatron_policysplit.cli import convert
-from megatron_policysplit.cli.app import Command, run_app
+from megatron_policysplit.cli.app import Command, expand_option, run_app
 from megatron_policysplit.cli.model_commands import evaluate, generate
 from megatron_policysplit.cli.options import ConfigPath, Overrides, check_output
 from megatron_policysplit.errors import STOPPED
@@ -161,7 +162,11 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories.")],
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.html", help="Default: report.html in the (first) run."),
+        typer.Option(
+            metavar="FILE.html",
+            callback=expand_option,
+            help="Default: report.html in the (first) run.",
+        ),
     ] = None,
 ) -> None:
     """Write one self-contained HTML page about one run, or about several side by side."""
@@ -209,25 +214,29 @@ def study(
     raise typer.Exit(code)
 
 
-@app.command("config", cls=Command, short_help="Print the resolved configuration and all prompts.")
+@app.command("config", cls=Command, short_help="Check a configuration; print it and all prompts.")
 def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Print the resolved configuration and every mode's prompt of the first question."""
-    from megatron_policysplit.config.checks import check_config
+    """Check all that `train` checks before it starts, and print the resolved configuration, every
+    mode's prompt of the first question, and what `train` prints at its start.
+
+    Writes nothing and starts nothing. Of the first 1,000 questions the prompts are built, too.
+    """
     from megatron_policysplit.config.load import load_config, to_yaml
-    from megatron_policysplit.data.prompts import PromptBuilder
-    from megatron_policysplit.data.questions import load_questions
-    from megatron_policysplit.data.tokenizer import load_tokenizer
+    from megatron_policysplit.training.preflight import preflight
 
     run_config = load_config(config, overrides or [])
-    warnings = check_config(run_config)
+    summary = preflight(run_config)
+    from megatron_policysplit.training.prompt_check import check_prompts
+
+    prompts = check_prompts(run_config)
     print(to_yaml(run_config), end="")
-    first = load_questions(run_config.data.path, run_config.data.options)[0]
-    texts = PromptBuilder(load_tokenizer(run_config.model.path), run_config.modes).render(
-        first.messages
-    )
-    for mode, text in texts.items():
+    for mode, text in prompts.first.items():
         print(f"\n--- {mode.value} prompt of the first question ---\n{text}")
-    for warning in warnings:
+    print("\n--- train would start ---")
+    for line in replace(summary, warnings=[]).lines(run_config):
+        print(line)
+    print(prompts.line(run_config.data))
+    for warning in summary.warnings:
         print(f"warning: {warning}", file=sys.stderr)
 
 

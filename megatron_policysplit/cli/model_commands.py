@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_policysplit.cli.app import expand_option
 from megatron_policysplit.cli.options import (
     BatchSamples,
     Device,
@@ -32,6 +33,7 @@ from megatron_policysplit.cli.options import (
     check_output,
     finite,
 )
+from megatron_policysplit.config.keys import LARGEST_INTEGER, LARGEST_SECONDS
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -45,7 +47,9 @@ def generate(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask.")],
     model: ModelDir,
     mode: ModeChoice = Modes.both,
-    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Responses per mode.")] = 1,
+    samples: Annotated[
+        int, typer.Option(metavar="N", min=1, max=LARGEST_INTEGER, help="Responses per mode.")
+    ] = 1,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
     top_k: TopK = -1,
@@ -84,17 +88,26 @@ def generate(
 def evaluate(
     model: ModelDir,
     data: Annotated[
-        str, typer.Option(metavar="PATH", help="A .jsonl or .parquet file, or reasoning_gym:NAME.")
+        str,
+        typer.Option(
+            metavar="PATH",
+            callback=expand_option,
+            help="A .jsonl or .parquet file, or reasoning_gym:NAME.",
+        ),
     ],
     reward: Annotated[
         str,
         typer.Option(metavar="NAME", help="math, reasoning_gym, exact or package.module:function."),
     ] = "math",
     samples: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Responses per question and mode.")
+        int,
+        typer.Option(
+            metavar="N", min=1, max=LARGEST_INTEGER, help="Responses per question and mode."
+        ),
     ] = 8,
     questions: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Only the first N questions.")
+        int | None,
+        typer.Option(metavar="N", min=1, max=LARGEST_INTEGER, help="Only the first N questions."),
     ] = None,
     mode: ModeChoice = Modes.both,
     temperature: Temperature = 1.0,
@@ -105,11 +118,17 @@ def evaluate(
     config: RunConfig = None,
     high_entropy_prompt: Prompt = None,
     high_entropy_prompt_file: PromptFile = None,
-    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that grade.")] = 2,
+    workers: Annotated[
+        int, typer.Option(metavar="N", min=1, max=1024, help="Processes that grade.")
+    ] = 2,
     timeout_seconds: Annotated[
         float,
         typer.Option(
-            metavar="X", min=0.1, callback=finite, help="Time limit for grading one response."
+            metavar="X",
+            min=0.1,
+            max=LARGEST_SECONDS,
+            callback=finite,
+            help="Time limit for grading one response.",
         ),
     ] = 10.0,
     batch_samples: BatchSamples = 64,
@@ -117,7 +136,10 @@ def evaluate(
     dtype: Dtype = Precision.float32,
     device: Device = "cpu",
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Write the numbers here, too.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.json", callback=expand_option, help="Write the numbers here, too."
+        ),
     ] = None,
 ) -> None:
     """Measure a model in its modes: accuracy, pass@k, unique right answers, variety of the texts,

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from megatron_policysplit.cli.app import expand_option
+from megatron_policysplit.config.keys import LARGEST_INTEGER, LARGEST_NUMBER, LARGEST_SEED
 from megatron_policysplit.errors import ConfigError
 
 
@@ -50,7 +52,13 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Keys that win over the file.", show_default=False),
 ]
 ModelDir = Annotated[
-    str, typer.Option("--model", metavar="DIR", help="Directory of a Hugging Face model.")
+    str,
+    typer.Option(
+        "--model",
+        metavar="DIR",
+        callback=expand_option,
+        help="Directory of a Hugging Face model.",
+    ),
 ]
 ModeChoice = Annotated[
     Modes,
@@ -60,7 +68,13 @@ ModeChoice = Annotated[
 ]
 Temperature = Annotated[
     float,
-    typer.Option(metavar="X", min=1e-6, callback=finite, help="Sampling temperature of all modes."),
+    typer.Option(
+        metavar="X",
+        min=1e-6,
+        max=LARGEST_NUMBER,
+        callback=finite,
+        help="Sampling temperature of all modes.",
+    ),
 ]
 TopP = Annotated[
     float,
@@ -73,21 +87,32 @@ TopK = Annotated[
     typer.Option(
         metavar="N",
         min=-1,
+        max=LARGEST_INTEGER,
         callback=_check_top_k,
         help="Keep the N most likely tokens only; -1 keeps all.",
     ),
 ]
 MaxTokens = Annotated[
-    int, typer.Option(metavar="N", min=1, help="Longest response, end-of-sequence token included.")
+    int,
+    typer.Option(
+        metavar="N",
+        min=1,
+        max=LARGEST_INTEGER,
+        help="Longest response, end-of-sequence token included.",
+    ),
 ]
 Seed = Annotated[
-    int, typer.Option(metavar="N", min=0, help="The same seed gives the same responses.")
+    int,
+    typer.Option(
+        metavar="N", min=0, max=LARGEST_SEED, help="The same seed gives the same responses."
+    ),
 ]
 RunConfig = Annotated[
     str | None,
     typer.Option(
         "--config",
         metavar="FILE",
+        callback=expand_option,
         help="Prompts of all modes as in this YAML file, such as config.yaml of a run; only its "
         "modes.* are used. A chat template that writes the date gets today's, not the run's.",
     ),
@@ -98,7 +123,11 @@ Prompt = Annotated[
 ]
 PromptFile = Annotated[
     str | None,
-    typer.Option(metavar="FILE", help="Read the high-entropy prompt from this UTF-8 file."),
+    typer.Option(
+        metavar="FILE",
+        callback=expand_option,
+        help="Read the high-entropy prompt from this UTF-8 file.",
+    ),
 ]
 Dtype = Annotated[Precision, typer.Option(help="Precision of the model.")]
 Device = Annotated[
@@ -114,7 +143,8 @@ JudgeKeys = Annotated[
     ),
 ]
 BatchSamples = Annotated[
-    int, typer.Option(metavar="N", min=1, help="Responses generated together.")
+    int,
+    typer.Option(metavar="N", min=1, max=LARGEST_INTEGER, help="Responses generated together."),
 ]
 
 

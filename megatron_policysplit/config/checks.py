@@ -6,6 +6,7 @@ They touch no file and no network.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import isqrt
 from urllib.parse import urlsplit
 
 from megatron_policysplit.config.engine_checks import check_engines
@@ -36,16 +37,16 @@ def check_config(config: Config) -> list[str]:
 
 def _check_batch(config: Config, sampling: Mapping[Mode, SamplingConfig]) -> None:
     """Check that samples can be divided among the modes, and a batch among its optimizer steps."""
-    train, samples = config.train, config.rollout.samples_per_question
+    steps, samples = config.train.optimizer_steps_per_batch, config.rollout.samples_per_question
     if config.algorithm.name == "policy_split":
         shared_out(samples, {mode: settings.share for mode, settings in sampling.items()})
     responses = config.data.batch_questions * samples
-    if responses % train.optimizer_steps_per_batch:
+    if responses % steps:
         raise ConfigError(
-            f"train.optimizer_steps_per_batch={train.optimizer_steps_per_batch} does not divide "
+            f"train.optimizer_steps_per_batch={steps} does not divide "
             f"the {responses} responses of a batch (data.batch_questions x "
             "rollout.samples_per_question); use one of "
-            f"{_divisors_near(responses, train.optimizer_steps_per_batch)}"
+            f"{_divisors_near((config.data.batch_questions, samples), steps)}"
         )
 
 
@@ -148,11 +149,18 @@ def _sampling_filters(name: str, sampling: SamplingConfig) -> list[str]:
     return filters
 
 
-def _divisors_near(number: int, target: int) -> str:
-    """The three divisors of `number` that are nearest to `target`, in words: `2, 4, 8`."""
-    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+def _divisors_near(factors: tuple[int, int], target: int) -> str:
+    """The three divisors of the product that are nearest to `target`, in words: `2, 4, 8`."""
+    one, other = map(_divisors, factors)
+    divisors = {a * b for a in one for b in other}
     nearest = sorted(sorted(divisors, key=lambda divisor: abs(divisor - target))[:3])
     return ", ".join(map(str, nearest))
+
+
+def _divisors(number: int) -> list[int]:
+    """The divisors of a number, found in the time of its square root."""
+    smaller = [divisor for divisor in range(1, isqrt(number) + 1) if number % divisor == 0]
+    return smaller + [number // divisor for divisor in smaller]
 
 
 def check_judge(config: Config) -> None:

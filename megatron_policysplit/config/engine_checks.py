@@ -54,6 +54,11 @@ def _check_addresses(config: Config) -> None:
             raise ConfigError(
                 f"rollout.addresses has {address!r}; an address is of the form http://host:port"
             )
+        if parts.username is not None:  # not repeated: a password may follow it
+            raise ConfigError(
+                "rollout.addresses has an address with a user name; use http://host:port, and "
+                "rollout.api_key_variable for a key"
+            )
     if len(set(rollout.addresses)) < len(rollout.addresses):
         raise ConfigError(
             f"rollout.addresses={rollout.addresses} names a server twice; name each once"

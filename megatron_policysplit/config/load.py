@@ -5,17 +5,19 @@ Every mistake is one sentence that names the key.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
-from dataclasses import asdict, fields
-from pathlib import Path
+import os
+import re
+from dataclasses import asdict
+from functools import reduce
 from typing import Any
 
-from megatron_policysplit.config.keys import MISSING, Key, list_keys, read_keys, show
+from megatron_policysplit.config.keys import MISSING, Key, expand_user, list_keys, read_keys, show
 from megatron_policysplit.config.schema import Config
+from megatron_policysplit.config.secrets import SecretMapping
+from megatron_policysplit.config.settings import CONFIG_FILE as CONFIG_FILE  # handed on
+from megatron_policysplit.config.settings import KEYS, read_settings
 from megatron_policysplit.errors import ConfigError
 
-CONFIG_FILE = "config.yaml"  # in the run directory
 # The keys that a finished step does not depend on, so that a run may go on after they change.
 _FREE_GROUPS = ("parallel", "weight_sync", "agreement", "eval", "log", "checkpoint", "run")
 _FREE_KEYS = {
@@ -38,163 +40,133 @@ _FREE_KEYS = {
     "train.max_bad_steps",
 }
 
-KEYS: dict[str, Key] = {key.name: key for key in list_keys(Config)}
-GROUPS = {name.rsplit(".", depth)[0] for name in KEYS for depth in range(1, name.count(".") + 1)}
-
 
 def load_config(path: str | None, overrides: list[str]) -> Config:
     """The defaults, then the YAML file (None: no file), then `key=value` overrides in their order.
 
-    Raises ConfigError for a file that is missing or not a YAML mapping, an unknown key, a value of
-    the wrong type or outside the allowed ones, and for mandatory keys that nobody gave.
+    A leading `~` of a path is replaced by the home directory. Raises ConfigError for a file that is
+    missing or not a YAML mapping, an unknown key, a value of the wrong type or outside the allowed
+    ones, and for mandatory keys that nobody gave.
     """
+    return _resolve(read_settings(path, overrides), list(KEYS))
+
+
+def load_written(path: str) -> Config:
+    """The configuration of a run as its config.yaml holds it, for comparisons and prompts.
+
+    `${...}` that the file kept, because it may be a secret, is not resolved: the keys that may hold
+    one have their defaults. Raises ConfigError as `load_config` does.
+    """
+    names = [name for name, key in KEYS.items() if not key.secret]
+    return _resolve(read_settings(path, []), names)
+
+
+def _resolve(settings: list[tuple[str, Any]], names: list[str]) -> Config:
+    """The configuration of the settings of the keys `names`, defaults elsewhere."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
     config = OmegaConf.structured(Config)
-    settings = list(_read_file(path)) if path is not None else []
-    for override in overrides:
-        settings += _read_override(override)
     for name, value in settings:
+        if name not in names:
+            continue
         try:
             OmegaConf.update(config, name, value, merge=True)
+        except GrammarParseError as error:
+            raise ConfigError(_grammar_error(name, value)) from error
         except OmegaConfBaseException as error:
             raise ConfigError(f"{name}={show(value)} is not {KEYS[name].type_name}") from error
     try:
         missing = OmegaConf.missing_keys(config)
-    except OmegaConfBaseException as error:
-        raise ConfigError(_interpolation_error(error)) from error
-    if missing:
-        names = [name for name in KEYS if name in missing]
-        listed = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
-        raise ConfigError(f"{listed} must be given, in the configuration file or as key=value")
-    try:
+        if missing:
+            missing_names = [name for name in KEYS if name in missing] or sorted(missing)
+            raise ConfigError(
+                f"{_listed(missing_names)} must be given, in the configuration file or as key=value"
+            )
         loaded = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise ConfigError(_interpolation_error(error)) from error
+        raise ConfigError(_interpolation_error(error, config)) from error
+    for name in names:
+        _finish(loaded, KEYS[name], OmegaConf.select(config, name, throw_on_missing=False))
     check_values(loaded)
     return loaded
 
 
-def _read_file(path: str) -> list[tuple[str, Any]]:
-    """The (full key, value) pairs of a YAML file, interpolations unresolved. Raises ConfigError."""
-    import yaml
-    from omegaconf import DictConfig, OmegaConf
+def _finish(config: Config, key: Key, setting: Any) -> None:
+    """Expand `~` in a path, and keep how a mapping that may hold secrets was written.
 
-    if not Path(path).is_file():
-        raise ConfigError(f"configuration file {path} does not exist")
-    try:
-        content = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or "it cannot be read as UTF-8 text"
-        raise ConfigError(
-            f"configuration file {path}{where} is not valid YAML: {reason}"
-        ) from error
-    except OSError as error:
-        reason = error.strerror or "its content is a single value"
-        raise ConfigError(
-            f"configuration file {path} is not a mapping of keys to values: {reason}"
-        ) from error
-    if not isinstance(content, DictConfig):
-        raise ConfigError(
-            f"configuration file {path} is not a mapping of keys to values: it holds a list"
-        )
-    return list(_leaves(OmegaConf.to_container(content, resolve=False)))
-
-
-def _read_override(override: str) -> list[tuple[str, Any]]:
-    """The (full key, value) pairs of one `key=value`. Raises ConfigError."""
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    name, equals, value = override.partition("=")
-    if not equals or not name:
-        raise ConfigError(f"override {override!r} is not of the form key=value")
-    try:
-        content = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(
-            f"the value of {name}={value} is not valid YAML; put it in quotes"
-        ) from error
-    return list(_leaves(content))
-
-
-def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The (full key, value) pairs of a nested mapping; an empty group sets nothing."""
-    for part, value in node.items():
-        name = f"{prefix}{part}"
-        if name in KEYS:
-            # A list or mapping with nothing behind its colon is null in YAML: the default.
-            if not (KEYS[name].type in (dict, list) and value is None):
-                yield name, value
-        elif name in GROUPS or any(group.startswith(name + ".") for group in GROUPS):
-            if isinstance(value, dict):
-                yield from _leaves(value, name + ".")
-            elif value is not None:
-                inside = [known for known in KEYS if known.startswith(name + ".")]
-                raise ConfigError(
-                    f"{name}={show(value)}: {name} is a group of keys, for example {inside[0]}"
-                )
-        elif isinstance(value, dict) and value and all(isinstance(key, str) for key in value):
-            first = next(_unknown_leaves(value, name + "."))
-            raise ConfigError(_unknown_key(first))
-        else:
-            raise ConfigError(_unknown_key(name))
-
-
-def _unknown_leaves(node: dict, prefix: str) -> Iterator[str]:
-    """The full keys of a nested mapping under a group that does not exist."""
-    for part, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from _unknown_leaves(value, f"{prefix}{part}.")
-        else:
-            yield f"{prefix}{part}"
-
-
-def _unknown_key(name: str) -> str:
-    """The sentence about a key that does not exist, with what was meant or could be."""
-    group, _, leaf = name.rpartition(".")
-    siblings = [known.rsplit(".", 1)[-1] for known in KEYS if known.rpartition(".")[0] == group]
-    nearest = nearest_key(name)
-    if group in GROUPS and (nearest is None or _ratio(leaf, nearest.rsplit(".", 1)[-1]) < 0.6):
-        return f"unknown key {name}; the keys of {group} are {', '.join(siblings)}"
-    if nearest is None:
-        groups = ", ".join(field.name for field in fields(Config))
-        return f"unknown key {name}; the groups are {groups}"
-    return f"unknown key {name}; did you mean {nearest}?"
-
-
-def _ratio(a: str, b: str) -> float:
-    """How alike two words are, from 0 to 1."""
-    return difflib.SequenceMatcher(None, a, b).ratio()
-
-
-def nearest_key(name: str) -> str | None:
-    """The known key that a misspelt one most likely means, or None.
-
-    It is near as a whole, or near in its last part.
+    setting: the value as OmegaConf holds it. Raises ConfigError.
     """
+    from omegaconf import OmegaConf
 
-    def likeness(known: str) -> float:
-        whole = _ratio(name, known)
-        leaf = _ratio(name.rsplit(".", 1)[-1], known.rsplit(".", 1)[-1])
-        return max(whole, 0.75 * leaf + 0.25 * whole)
+    group, _, leaf = key.name.rpartition(".")
+    owner = reduce(getattr, group.split("."), config)
+    value = getattr(owner, leaf)
+    if key.path and value is not None:
+        value = expand_user(value, key.name)
+    if key.entries is not None:
+        value = {name: _expand_entry(key, name, entry) for name, entry in value.items()}
+    if key.secret:
+        value = SecretMapping(value, OmegaConf.to_container(setting, resolve=False))
+    _check_encodable(key.name, value)
+    setattr(owner, leaf, value)
 
-    best = max(KEYS, key=likeness)
-    return best if likeness(best) >= 0.6 else None
+
+def _expand_entry(key: Key, name: str, entry: Any) -> Any:
+    """An entry of a mapping with `~` expanded in its paths."""
+    if not isinstance(entry, dict):
+        return entry
+    paths = {known.name for known in list_keys(key.entries) if known.path}
+    return {
+        part: expand_user(value, f"{key.name}.{name}.{part}")
+        if part in paths and isinstance(value, str)
+        else value
+        for part, value in entry.items()
+    }
 
 
-def _interpolation_error(error: Exception) -> str:
-    """The sentence about a value with `${...}` that OmegaConf cannot resolve."""
+def _check_encodable(name: str, value: Any) -> None:
+    """Raise ConfigError for text that no UTF-8 file can hold: half of a surrogate pair."""
+    if isinstance(value, dict):
+        for part, item in value.items():
+            _check_encodable(f"{name}.{part}", item)
+    elif isinstance(value, list):
+        for item in value:
+            _check_encodable(name, item)
+    elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        shown = value.encode("utf-8", "backslashreplace").decode()
+        raise ConfigError(f"{name}={shown} is not UTF-8 text; write it in UTF-8")
+
+
+def _listed(names: list[str]) -> str:
+    """Names in words: `a, b and c`."""
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def _interpolation_error(error: Exception, config: Any) -> str:
+    """The sentence about a value with `${...}` that OmegaConf cannot resolve.
+
+    What the interpolation stands for is not repeated: it may be a secret.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import GrammarParseError, ValidationError
+
+    name = getattr(error, "full_key", None) or ""
+    written = OmegaConf.to_container(config, resolve=False)
+    for part in name.split("."):
+        written = written.get(part) if isinstance(written, dict) else None
+    if isinstance(error, ValidationError) and name in KEYS:
+        return f"{name}={show(written)} is not {KEYS[name].type_name}"
+    if isinstance(error, GrammarParseError):
+        return _grammar_error(name, written)
     reason = str(error).split("\n")[0]
-    name = getattr(error, "full_key", None)
+    return f"the value of {name} cannot be resolved: {reason}"
+
+
+def _grammar_error(name: str, value: Any) -> str:
+    """The sentence about a text with a `${` that begins no interpolation."""
     return (
-        f"the value of {name} cannot be resolved: {reason}"
-        if name
-        else f"cannot be resolved: {reason}"
+        f"{name}={show(value)} has a ${{ that begins no ${{oc.env:NAME}}; write \\${{ for the text"
     )
 
 
@@ -220,14 +192,10 @@ def flatten(config: Config) -> dict[str, Any]:
 def check_values(config: Config) -> None:
     """Raise ConfigError for the first value that is missing or outside its key's allowed values."""
     for name, value in flatten(config).items():
-        key = KEYS[name]
-        if value == MISSING:
+        if isinstance(value, str) and value == MISSING:
             raise ConfigError(f"{name} must be given, in the configuration file or as key=value")
-        if not key.fits(value):
-            raise ConfigError(
-                f"{name}={show(value)} is not allowed; it must be "
-                f"{key.allowed or 'a finite number'}"
-            )
+        if (requirement := KEYS[name].requirement(value)) is not None:
+            raise ConfigError(f"{name}={show(value)} is not allowed; it must be {requirement}")
 
 
 def world_size(config: Config) -> int:
@@ -236,15 +204,42 @@ def world_size(config: Config) -> int:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as nested plain dicts."""
-    return asdict(config)
+    """The configuration as nested plain dicts, to be shown or written.
+
+    `${...}` is resolved but in the mappings that may hold secrets.
+    """
+    return as_written(asdict(config), config)
 
 
 def to_yaml(config: Config) -> str:
-    """The configuration as YAML that `load_config` reads back into an equal one."""
+    """The configuration as YAML that `load_config` reads back into an equal one.
+
+    `${...}` is resolved but in the mappings that may hold secrets.
+    """
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    values = as_written(_escape(asdict(config)), config)
+    return OmegaConf.to_yaml(OmegaConf.create(values))
+
+
+def as_written(values: dict[str, Any], config: Config) -> dict[str, Any]:
+    """`values`, nested as a configuration, with its secret mappings as they were written."""
+    for name, value in flatten(config).items():
+        if isinstance(value, SecretMapping):
+            group, _, leaf = name.rpartition(".")
+            reduce(dict.__getitem__, group.split("."), values)[leaf] = value.written
+    return values
+
+
+def _escape(value: Any) -> Any:
+    """A resolved value with what would be taken for an interpolation escaped."""
+    if isinstance(value, dict):
+        return {name: _escape(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_escape(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + "\\${", value)
+    return value
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
@@ -260,8 +255,17 @@ def fingerprint(config: Config) -> dict[str, Any]:
 
 
 def first_difference(a: dict[str, Any], b: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first key on which two fingerprints differ, with both values; None if they are equal."""
+    """The first key on which two fingerprints differ, with both values; None if they are equal.
+
+    Two spellings of one path are equal.
+    """
     for name in sorted(a.keys() | b.keys(), key=list(KEYS).index):
-        if a.get(name) != b.get(name):
-            return name, a.get(name), b.get(name)
+        one, other = a.get(name), b.get(name)
+        if one != other and not (KEYS[name].path and is_same_path(one, other)):
+            return name, one, other
     return None
+
+
+def is_same_path(a: str | None, b: str | None) -> bool:
+    """Whether two paths lead to the same place, links followed."""
+    return None not in (a, b) and os.path.realpath(a) == os.path.realpath(b)

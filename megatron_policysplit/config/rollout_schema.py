@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_policysplit.config.keys import key
+from megatron_policysplit.config.keys import LARGEST_SECONDS, key
 
 
 @dataclass
@@ -13,10 +13,12 @@ class SamplingConfig:
     """How a mode samples: `rollout.normal`, `rollout.high_entropy`."""
 
     temperature: float = key(
-        1.0, "Sampling temperature; log-probs of this mode are taken at it.", above=0.0
+        1.0, "Sampling temperature; log-probs of this mode are taken at it.", minimum=1e-6
     )
     top_p: float = key(
-        1.0, "Nucleus mass; below 1 the log-probs are no longer those of the sampling.", above=0.0
+        1.0,
+        "Nucleus mass; below 1 the log-probs are no longer those of the sampling.",
+        minimum=1e-6,
     )
     top_k: int = key(-1, "Keep only the k most likely tokens; -1 keeps all.", minimum=-1)
     share: int = key(
@@ -31,7 +33,7 @@ class OtherModeConfig(SamplingConfig):
     """An entry of `modes.others`."""
 
     prompt: str | None = key(None, "System prompt of the mode.")
-    prompt_file: str | None = key(None, "Read the prompt from this UTF-8 file instead.")
+    prompt_file: str | None = key(None, "Read the prompt from this UTF-8 file instead.", path=True)
 
 
 @dataclass
@@ -39,15 +41,18 @@ class ServerConfig:
     """SGLang servers that the run starts itself: `rollout.server`."""
 
     python: str | None = key(
-        None, "Interpreter of the environment that has SGLang; null is the run's own."
+        None,
+        "Interpreter of the environment that has SGLang; null is the run's own.",
+        path=True,
     )
     count: int | None = key(
         None,
         "SGLang servers to start, several behind sglang-router; null: one, or what fits if "
         "colocated.",
         minimum=1,
+        maximum=4096,
     )
-    tensor: int = key(1, "Tensor-parallel size of one server.", minimum=1)
+    tensor: int = key(1, "Tensor-parallel size of one server.", minimum=1, maximum=4096)
     dtype: str | None = key(
         None,
         "Precision of the served weights; null is model.dtype.",
@@ -61,6 +66,7 @@ class ServerConfig:
         0,
         "Port of the first server; the others and the router follow it. 0 takes free ports.",
         minimum=0,
+        maximum=65535,
     )
     devices: list[int] = key(
         list, "GPUs of the servers, in order; empty: the actor's if colocated, else the next."
@@ -68,12 +74,28 @@ class ServerConfig:
     arguments: dict[str, Any] = key(
         dict,
         "Further flags of sglang.launch_server, such as {mem-fraction-static: 0.6}; true is a flag "
-        "alone.",
+        "alone. Numbers reach it as they are written.",
+        verbatim=True,
+        secret=True,
     )
-    environment: dict[str, Any] = key(dict, "Environment variables of the servers.")
-    start_seconds: float = key(900.0, "Time a server has to answer its first request.", above=0.0)
+    environment: dict[str, Any] = key(
+        dict,
+        "Environment variables of the servers, as they are written; true and false are 1 and 0, "
+        "null unsets one.",
+        verbatim=True,
+        secret=True,
+    )
+    start_seconds: float = key(
+        900.0,
+        "Time a server has to answer its first request.",
+        above=0.0,
+        maximum=LARGEST_SECONDS,
+    )
     health_seconds: float = key(
-        120.0, "A server that makes no token for so long while asked for one hangs.", above=0.0
+        120.0,
+        "A server that makes no token for so long while asked for one hangs.",
+        above=0.0,
+        maximum=LARGEST_SECONDS,
     )
     restarts: int = key(
         3, "How often one server is started again in a run before the run ends.", minimum=0
@@ -106,7 +128,7 @@ class RolloutConfig:
     )
     max_batch_samples: int = key(256, "Samples the local engine generates together.", minimum=1)
     replay_dir: str | None = key(
-        None, "Directory of rollout dumps (`rollouts/` of a run) for engine=replay."
+        None, "Directory of rollout dumps (`rollouts/` of a run) for engine=replay.", path=True
     )
     addresses: list[str] = key(
         list,
@@ -122,7 +144,10 @@ class RolloutConfig:
         minimum=1,
     )
     request_seconds: float = key(
-        1800.0, "Time limit of one request; past it, it is sent again.", above=0.0
+        1800.0,
+        "Time limit of one request; past it, it is sent again.",
+        above=0.0,
+        maximum=LARGEST_SECONDS,
     )
     retries: int = key(
         4, "How often a request is sent again after a time limit or a damaged answer.", minimum=0
@@ -131,6 +156,7 @@ class RolloutConfig:
         1200.0,
         "How long requests wait for a server that is down or starting before the run ends.",
         above=0.0,
+        maximum=LARGEST_SECONDS,
     )
     colocated: bool = key(
         False, "Servers on the actor's own GPUs: each side frees its memory while the other works."
@@ -161,10 +187,13 @@ class WeightSyncConfig:
         512, "Weights sent with one request; a larger tensor goes alone.", minimum=1
     )
     timeout_seconds: float = key(
-        300.0, "Time limit of one request or broadcast of a weight sync.", above=0.0
+        300.0,
+        "Time limit of one request or broadcast of a weight sync.",
+        above=0.0,
+        maximum=LARGEST_SECONDS,
     )
     directory: str | None = key(
-        None, "Where transport=disk writes snapshots; null is weights/ in run.dir."
+        None, "Where transport=disk writes snapshots; null is weights/ in run.dir.", path=True
     )
     master_address: str | None = key(
         None,

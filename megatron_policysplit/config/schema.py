@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_policysplit.config.keys import MISSING, key
+from megatron_policysplit.config.keys import LARGEST_SECONDS, LARGEST_SEED, MISSING, key
 from megatron_policysplit.config.rollout_schema import (
     AgreementConfig,
+    OtherModeConfig,
     RolloutConfig,
     WeightSyncConfig,
 )
@@ -24,12 +25,15 @@ class ModelConfig:
     """The model: `model`."""
 
     path: str = key(
-        MISSING, "Directory of a Hugging Face model (config.json, safetensors, tokenizer)."
+        MISSING,
+        "Directory of a Hugging Face model (config.json, safetensors, tokenizer).",
+        path=True,
     )
     megatron: str | None = key(
         None,
         "torch_dist checkpoint of the same architecture whose weights the actor starts from: a "
         "converted one, or checkpoints/step_NNNNNN of another run. null takes those of model.path.",
+        path=True,
     )
     dtype: str = key(
         "bfloat16", "Precision of parameters and activations.", choices=("float32", "bfloat16")
@@ -40,14 +44,15 @@ class ModelConfig:
 class ParallelConfig:
     """The layout of the actor's ranks: `parallel`."""
 
-    tensor: int = key(1, "Tensor-parallel size.", minimum=1)
-    pipeline: int = key(1, "Pipeline-parallel size.", minimum=1)
-    data: int = key(1, "Data-parallel size: number of model replicas.", minimum=1)
+    tensor: int = key(1, "Tensor-parallel size.", minimum=1, maximum=4096)
+    pipeline: int = key(1, "Pipeline-parallel size.", minimum=1, maximum=4096)
+    data: int = key(1, "Data-parallel size: number of model replicas.", minimum=1, maximum=4096)
     expert: int = key(
         1,
         "Expert-parallel size of a mixture of experts: so many replicas in a row share its "
         "experts.",
         minimum=1,
+        maximum=4096,
     )
     sequence: bool = key(
         False,
@@ -61,7 +66,9 @@ class DataConfig:
     """Training questions: `data`."""
 
     path: str = key(
-        MISSING, "Training questions: a .jsonl or .parquet file, or `reasoning_gym:NAME`."
+        MISSING,
+        "Training questions: a .jsonl or .parquet file, or `reasoning_gym:NAME`.",
+        path=True,
     )
     options: dict[str, Any] = key(
         dict, "Options of a reasoning_gym dataset (size, seed and the task's own)."
@@ -82,7 +89,7 @@ class ModesConfig:
         None, "System prompt of the high-entropy mode; null uses our own default."
     )
     high_entropy_prompt_file: str | None = key(
-        None, "Read the high-entropy prompt from this UTF-8 file instead."
+        None, "Read the high-entropy prompt from this UTF-8 file instead.", path=True
     )
     template_system: str = key(
         "keep",
@@ -97,6 +104,7 @@ class ModesConfig:
         dict,
         "Further modes, `NAME: {prompt: TEXT, ...}`, which algorithm.name=policy_split samples and "
         "trains as it does the two (docs/modes.md).",
+        entries=OtherModeConfig,
     )
 
 
@@ -119,13 +127,15 @@ class JudgeConfig:
         "must end in a line `Score: N`, N from 1 to 10. null uses our own, which asks for "
         "creativity.",
     )
-    prompt_file: str | None = key(None, "Read that prompt from this UTF-8 file instead.")
+    prompt_file: str | None = key(None, "Read that prompt from this UTF-8 file instead.", path=True)
     questions: int = key(
         16, "Judge responses to the first so many evaluation questions.", minimum=1
     )
     samples: int = key(2, "Responses judged per question and mode, the first ones.", minimum=1)
     concurrency: int = key(8, "Requests in flight at once.", minimum=1)
-    timeout_seconds: float = key(120.0, "Time limit of one request.", above=0.0)
+    timeout_seconds: float = key(
+        120.0, "Time limit of one request.", above=0.0, maximum=LARGEST_SECONDS
+    )
     retries: int = key(
         4,
         "How often a request is sent again after 408, 429, 5xx, a time limit or a lost connection.",
@@ -140,10 +150,19 @@ class JudgeConfig:
 
 
 @dataclass
+class EvalPromptConfig:
+    """An entry of `eval.prompts` that is not a text."""
+
+    file: str | None = key(None, "Read the prompt from this UTF-8 file.", path=True)
+
+
+@dataclass
 class EvalConfig:
     """Evaluation: `eval`."""
 
-    path: str | None = key(None, "Evaluation questions, as data.path; null turns evaluation off.")
+    path: str | None = key(
+        None, "Evaluation questions, as data.path; null turns evaluation off.", path=True
+    )
     options: dict[str, Any] = key(dict, "As data.options.")
     questions: int | None = key(None, "Evaluate only the first so many; null takes all.", minimum=1)
     every: int = key(
@@ -156,6 +175,7 @@ class EvalConfig:
         dict,
         "System prompts to evaluate under, too: `NAME: TEXT`, or `NAME: {file: PATH}`; sampled as "
         "the normal mode, logged as `eval/NAME/...`.",
+        entries=EvalPromptConfig,
     )
     variety: bool = key(
         False, "Measure how varied the responses' texts are, too: distinct n-grams, self-BLEU."
@@ -197,8 +217,12 @@ class LogConfig:
 class RunConfig:
     """The run's directory and seed: `run`."""
 
-    dir: str = key(MISSING, "Directory of everything the run writes; a run found there is resumed.")
-    seed: int = key(0, "Seed of data order, sampling and initialisation.", minimum=0)
+    dir: str = key(
+        MISSING, "Directory of everything the run writes; a run found there is resumed.", path=True
+    )
+    seed: int = key(
+        0, "Seed of data order, sampling and initialisation.", minimum=0, maximum=LARGEST_SEED
+    )
 
 
 @dataclass

@@ -1,13 +1,36 @@
-"""API keys, which a configuration names by the environment variable that holds them."""
+"""Secrets: API keys, named by the environment variable that holds them, and `${oc.env:...}`."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
 
 from megatron_policysplit.config.rollout_schema import RolloutConfig
 from megatron_policysplit.errors import ConfigError
+
+
+class SecretMapping(dict):
+    """A mapping that may hold secrets: its values with `${...}` resolved, and as it was written.
+
+    Made by `load_config` for keys that are declared `secret`. Shown in a message, it is what was
+    written.
+    """
+
+    def __init__(self, values: Mapping[str, Any] = (), written: Mapping[str, Any] | None = None):
+        super().__init__(values)
+        self.written = dict(values if written is None else written)
+
+    def __repr__(self) -> str:
+        return repr(self.written)
+
+
+def open_private(path: Path) -> TextIO:
+    """A new UTF-8 file to write, which its owner alone can read. Raises OSError if it exists."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    return os.fdopen(descriptor, "w", encoding="utf-8")
 
 
 def read_api_key(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_policysplit.config.keys import key
+from megatron_policysplit.config.keys import LARGEST_RATE, LARGEST_SECONDS, key
 
 
 @dataclass
@@ -16,9 +16,12 @@ class RewardConfig:
     function: str = key(
         "math", "`math`, `reasoning_gym`, `exact`, or the path `package.module:function`."
     )
-    workers: int = key(2, "Processes that grade responses.", minimum=1)
+    workers: int = key(2, "Processes that grade responses.", minimum=1, maximum=1024)
     timeout_seconds: float = key(
-        10.0, "Time limit for one response; past it the reward is 0.", above=0.0
+        10.0,
+        "Time limit for one response; past it the reward is 0.",
+        above=0.0,
+        maximum=LARGEST_SECONDS,
     )
 
 
@@ -112,15 +115,19 @@ class TrainConfig:
     head_chunk_tokens: int | None = key(
         None, "Tokens whose logits exist at a time; null takes 256, on a GPU 1024.", minimum=1
     )
-    learning_rate: float = key(1e-6, "Peak learning rate of AdamW.", minimum=0.0)
-    min_learning_rate: float = key(0.0, "Learning rate at the end of a decay.", minimum=0.0)
+    learning_rate: float = key(
+        1e-6, "Peak learning rate of AdamW.", minimum=0.0, maximum=LARGEST_RATE
+    )
+    min_learning_rate: float = key(
+        0.0, "Learning rate at the end of a decay.", minimum=0.0, maximum=LARGEST_RATE
+    )
     lr_decay: str = key(
         "constant",
         "Learning-rate schedule after warm-up.",
         choices=("constant", "linear", "cosine"),
     )
     warmup_steps: int = key(0, "Optimizer steps of linear warm-up.", minimum=0)
-    weight_decay: float = key(0.01, "AdamW weight decay.", minimum=0.0)
+    weight_decay: float = key(0.01, "AdamW weight decay.", minimum=0.0, maximum=LARGEST_RATE)
     adam_beta1: float = key(0.9, "AdamW beta1.", minimum=0.0)
     adam_beta2: float = key(0.999, "AdamW beta2.", minimum=0.0)
     adam_eps: float = key(1e-8, "AdamW epsilon.", above=0.0)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_policysplit.config import ModesConfig
-from megatron_policysplit.config.load import load_config
+from megatron_policysplit.config.load import load_written
 from megatron_policysplit.data.questions import Question
 from megatron_policysplit.data.tokenizer import load_tokenizer
 from megatron_policysplit.errors import ConfigError
@@ -46,7 +46,7 @@ def prompts_asked_for(
             raise ConfigError(
                 f"--config {config} brings the prompts, and so does {option}; give one of the two"
             )
-    return load_config(config, []).modes
+    return load_written(config).modes
 
 
 class Responder:

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,8 @@ class Process:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         now = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
         again = f" again ({self.starts + 1})" if self.starts else ""
-        with self.log.open("a", encoding="utf-8") as log:
+        # Its owner's alone: the command's flags and what SGLang prints of them may hold secrets.
+        with open(self.log, "a", encoding="utf-8", opener=partial(os.open, mode=0o600)) as log:
             print(f"--- {now} started{again}: {shlex.join(command)}", file=log, flush=True)
             self._log_start = log.tell()
             try:

@@ -12,6 +12,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from megatron_policysplit.config import yaml_values
+from megatron_policysplit.config.keys import Key, expand_user, show
+from megatron_policysplit.config.settings import KEYS, read_yaml_text, yaml_error
 from megatron_policysplit.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -59,7 +64,8 @@ class Study:
         """The command that must have succeeded before this run; None if there is none."""
         if self.prepare is None:
             return None
-        return [fill(word, self.dir, run) for word in shlex.split(self.prepare)]
+        words = shlex.split(self.prepare)
+        return [expand_user(fill(word, self.dir, run), "prepare") for word in words]
 
 
 @dataclass(frozen=True)
@@ -122,12 +128,14 @@ def parse_study(content: Mapping[str, Any], path: str | Path) -> Study:
     for key, value in values.items():
         is_valid, description = _KINDS[key]
         if not is_valid(value):
-            raise ConfigError(f"{path}: {key}={_show(value)} is not {description}")
+            raise ConfigError(f"{path}: {key}={show(value)} is not {description}")
     _check_values(values, path)
     values["methods"] = {name: overrides or [] for name, overrides in values["methods"].items()}
     values["environment"] = {
-        name: str(value) for name, value in values.get("environment", {}).items()
+        name: show(value) for name, value in values.get("environment", {}).items()
     }
+    for key in ("config", "dir"):
+        values[key] = expand_user(values[key], f"{path}: {key}")
     return Study(**values)
 
 
@@ -137,8 +145,14 @@ def _check_values(values: dict[str, Any], path: str | Path) -> None:
     duplicates = [seed for seed in seeds if seeds.count(seed) > 1]
     if duplicates:
         raise ConfigError(
-            f"{path}: seeds={_show(seeds)} names {duplicates[0]} twice; remove one of them"
+            f"{path}: seeds={show(seeds)} names {duplicates[0]} twice; remove one of them"
         )
+    for seed in seeds:
+        if (requirement := KEYS["run.seed"].requirement(seed)) is not None:
+            raise ConfigError(
+                f"{path}: seeds={show(seeds)} has {seed}, which is no run.seed; it must be "
+                f"{requirement}"
+            )
     for name in methods:
         if not NAME.fullmatch(name):
             raise ConfigError(
@@ -188,7 +202,7 @@ def _check_prepare(command: str | None, path: str | Path) -> None:
         ) from error
     if not words:
         raise ConfigError(f"{path}: prepare is empty; write a command or remove the key")
-    if words[0] != "{python}" and shutil.which(words[0]) is None:
+    if words[0] != "{python}" and shutil.which(expand_user(words[0], "prepare")) is None:
         raise ConfigError(
             f"{path}: prepare={command} starts with {words[0]}, which is no command; correct it"
         )
@@ -214,30 +228,28 @@ def _check_runs(study: Study, path: str | Path) -> None:
 
 
 def _read(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError."""
-    import yaml
-
+    """The mapping in a YAML file, the variables of `environment` as written. Raises ConfigError."""
+    text = read_yaml_text(path, "study")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"study {path} cannot be read ({error.strerror}); give the path of a YAML file"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}," if mark else ""
-        raise ConfigError(f"study {path}{where} is not valid YAML in UTF-8; correct it") from error
-    if not isinstance(content, dict):
+        root = yaml_values.compose(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(yaml_error(f"study {path}", error)) from error
+    if not isinstance(root, yaml.MappingNode):
         raise ConfigError(
             f"study {path} is not a mapping of keys to values; docs/study.md shows one"
         )
-    return content
+    source = yaml_values.Source(text, str(path))
+    return {key: _value(key, node, source) for key, node in yaml_values.pairs(root)}
 
 
-def _show(value: Any) -> str:
-    from megatron_policysplit.config.load import show
-
-    return show(value)
+def _value(key: str, node: yaml.Node, source: yaml_values.Source) -> Any:
+    """The value of a key of the file. Raises ConfigError where its spelling is of another type."""
+    if key in _PLAIN_TYPES and not yaml_values.is_null(node):
+        kind = _PLAIN_TYPES[key]
+        item = int if kind is list else None
+        return yaml_values.read_value(Key(key, kind, False, None, "", item=item), node, source)
+    mapping = Key(key, dict, False, None, "", verbatim=key == "environment")
+    return yaml_values.read_entry(mapping, (), node, source)
 
 
 def _is_texts(value: Any) -> bool:
@@ -299,6 +311,16 @@ _KINDS = {
         "a mapping of titles to lists of methods; write {Targets: [grpo, aepo]}",
     ),
     "stop_on_failure": (lambda value: isinstance(value, bool), "true or false"),
+}
+# Keys whose values YAML must not take for something else.
+_PLAIN_TYPES = {
+    "config": str,
+    "dir": str,
+    "seeds": list,
+    "baseline": str,
+    "at_once": int,
+    "prepare": str,
+    "stop_on_failure": bool,
 }
 # Key that must be given -> the remedy where it is not.
 _MEANING = {

@@ -192,10 +192,11 @@ def _measures(study: Study, runs: list[Finished]) -> list[str]:
     if study.measures:
         for name in study.measures:
             if runs and name not in logged:
-                evals = ", ".join(sorted(n for n in logged if n.startswith("eval/"))[:5])
+                evals = sorted(n for n in logged if n.startswith("eval/"))
+                shown = ", ".join((evals or sorted(logged))[:5]) or "none at all"
                 raise DataError(
-                    f"measures names {name}, which no finished run has logged; there are {evals} "
-                    "and others"
+                    f"measures names {name}, which no finished run has logged; there are {shown}"
+                    + " and others" * (len(logged) > 5)
                 )
         return [name for name in study.measures if name in logged]
     groups = list(dict.fromkeys(name.split("/")[1] for name in logged if name.startswith("eval/")))

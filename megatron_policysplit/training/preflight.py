@@ -21,14 +21,15 @@ from megatron_policysplit.config.load import (
     CONFIG_FILE,
     fingerprint,
     first_difference,
-    load_config,
+    load_written,
     show,
     to_yaml,
     world_size,
 )
-from megatron_policysplit.config.secrets import api_key
+from megatron_policysplit.config.secrets import api_key, open_private
 from megatron_policysplit.errors import ConfigError, ModelError, UserError
 from megatron_policysplit.evaluation.judge_prompt import judge_api_key, read_judge_prompt
+from megatron_policysplit.training.places import check_places
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def preflight(config: Config) -> Preflight:
     if config.eval.judge.url is not None:
         read_judge_prompt(config.eval.judge)
         judge_api_key(config.eval.judge)
+    check_places(config)
     resumes = check_run_dir(config)
     _check_checkpoint(config)
     return Preflight(
@@ -222,18 +224,18 @@ def check_run_dir(config: Config) -> bool:
     if not file.exists() or not _has_begun(directory):
         return False
     try:
-        existing_run = fingerprint(load_config(str(file), []))
+        existing_run = fingerprint(load_written(str(file)))
     except ConfigError as error:
         raise ConfigError(
             f"run.dir={directory} holds a run whose configuration cannot be read ({error}); "
-            f"give another run.dir, or delete {directory}"
+            f"restore {file}, or give another run.dir"
         ) from error
     difference = first_difference(existing_run, fingerprint(config))
     if difference is not None:
         name, old, new = difference
         raise ConfigError(
             f"run.dir={directory} holds another run, with {name}={show(old)} where this one has "
-            f"{show(new)}; give another run.dir, or delete {directory}"
+            f"{show(new)}; give another run.dir, or go on with that run by {name}={show(old)}"
         )
     return True
 
@@ -264,7 +266,9 @@ def prepare_run_dir(config: Config) -> None:
     partial = directory / f".{CONFIG_FILE}.partial"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as stream:
+        partial.unlink(missing_ok=True)
+        # It may hold secrets that the user wrote out.
+        with open_private(partial) as stream:
             stream.write(to_yaml(config))
             stream.flush()
             os.fsync(stream.fileno())

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_policysplit.config import Config, DataConfig, ModesConfig
 from megatron_policysplit.data.prompts import PromptBuilder, read_eval_prompts
-from megatron_policysplit.data.questions import (
-    Question,
-    QuestionStream,
-    drop_overlong,
-    load_questions,
-)
+from megatron_policysplit.data.questions import Question, QuestionStream, load_questions
 from megatron_policysplit.distributed.agree import raise_on_all_ranks
 from megatron_policysplit.distributed.layout import Layout
-from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.rollout.driver import Leader
 from megatron_policysplit.rows import Mode, Rollout
+from megatron_policysplit.training.prompt_check import (
+    Prompts,
+    build,
+    build_other_prompts,
+    check_batch,
+    fitting_questions,
+)
 from megatron_policysplit.training.records import rollout_records
-
-Prompts = dict[int, dict[Mode, list[int]]]  # question id -> mode -> prompt ids
 
 
 @dataclass
@@ -79,12 +78,7 @@ def load_training_questions(
     data = config.data
     builder = _prompt_builder(config.modes, leader, date)
     fitting, dropped = _load_fitting(data.path, data.options, data, layout, builder)
-    if len(fitting.questions) < data.batch_questions:
-        raise ConfigError(
-            f"data.batch_questions={data.batch_questions} is more than the "
-            f"{len(fitting.questions)} questions of {data.path} that fit "
-            f"data.max_prompt_tokens={data.max_prompt_tokens}; lower the one or raise the other"
-        )
+    check_batch(data, len(fitting.questions))
     if dropped:
         message(f"dropped {dropped} questions whose prompt exceeds {data.max_prompt_tokens} tokens")
     questions = list(fitting.questions.values())
@@ -134,12 +128,8 @@ def _load_fitting(
     def build_and_drop() -> list[int]:
         if builder is None:
             return []
-        prompts.update({question.id: builder.build(question.messages) for question in questions})
-        lengths = {
-            id: {mode: len(ids) for mode, ids in modes.items()} for id, modes in prompts.items()
-        }
-        fitting, _ = drop_overlong(questions, lengths, data.max_prompt_tokens)
-        return [question.id for question in fitting]
+        prompts.update(build(builder, questions))
+        return [question.id for question in fitting_questions(questions, prompts, data)]
 
     fitting = raise_on_all_ranks(layout.world, build_and_drop)
     fitting = set(layout.broadcast_from_chief(fitting))
@@ -151,24 +141,6 @@ def _other_prompts(
     config: Config, questions: Sequence[Question], leader: Leader | None, date: str
 ) -> dict[str, Prompts]:
     """The questions' prompts under each of eval.prompts, by name."""
-    texts = read_eval_prompts(config.eval.prompts, config.modes)
     if leader is None:
-        return {name: {} for name in texts}
-    result: dict[str, Prompts] = {}
-    for name, text in texts.items():
-        # A prompt of this kind stands where the high-entropy one would.
-        modes = replace(
-            config.modes, high_entropy_prompt=text, high_entropy_prompt_file=None, others={}
-        )
-        builder = PromptBuilder(leader.tokenizer, modes, date=date)
-        result[name] = {}
-        for question in questions:
-            ids = builder.build(question.messages)[Mode.HIGH_ENTROPY]
-            if len(ids) > config.data.max_prompt_tokens:
-                raise ConfigError(
-                    f"eval.prompts.{name} makes a prompt of {len(ids)} tokens, more than "
-                    f"data.max_prompt_tokens={config.data.max_prompt_tokens}; shorten it or raise "
-                    "that"
-                )
-            result[name][question.id] = {Mode.NORMAL: ids}
-    return result
+        return {name: {} for name in read_eval_prompts(config.eval.prompts, config.modes)}
+    return build_other_prompts(config, questions, leader.tokenizer, date)

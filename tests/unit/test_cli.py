@@ -202,12 +202,13 @@ def test_train_under_torchrun(config, environ, worker, capsys):
 
 def test_config_prints_the_resolved_configuration_and_both_prompts(config):
     output = invoke("config", config, "train.steps=9")
-    resolved, normal, high_entropy = output.split("\n--- ")
+    resolved, normal, high_entropy, start = output.split("\n--- ")
     assert yaml.safe_load(resolved) == to_dict(load_config(str(config), ["train.steps=9"]))
     question = "<|im_start|>user\nWhat is 0+1?<|im_end|>\n<|im_start|>assistant\n"
     assert normal == f"normal prompt of the first question ---\n{question}\n"
     system = f"<|im_start|>system\n{DEFAULT_HIGH_ENTROPY_PROMPT}<|im_end|>\n"
     assert high_entropy == f"high_entropy prompt of the first question ---\n{system}{question}\n"
+    assert start.startswith("train would start ---\nmodel    ") and start.count("\n") == 7
 
 
 def test_config_refuses_and_warns(config):

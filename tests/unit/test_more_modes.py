@@ -83,7 +83,10 @@ def test_requests_follow_each_modes_own_sampling():
         ("{kl: {prompt: a}}", "modes.others.kl cannot be a mode's name"),
         ("{bold: loud}", "modes.others.bold=loud is not a mapping"),
         ("{bold: {prompt: a, temperatur: 1}}", "unknown key modes.others.bold.temperatur; the options of a mode are"),
-        ("{bold: {prompt: a, temperature: 0}}", "modes.others.bold.temperature=0.0 is not allowed; it must be above 0"),
+        (
+            "{bold: {prompt: a, temperature: 0}}",
+            "modes.others.bold.temperature=0.0 is not allowed; it must be at least 1e-06",
+        ),
         ("{bold: {prompt: a, top_p: 2}}", "modes.others.bold.top_p=2.0 is a probability mass"),
         ("{bold: {prompt: a, share: 2}}", "cannot be shared out among the modes (shares: normal 1, high_entropy 1, "),
     ],

@@ -204,6 +204,34 @@ def test_placeholders_and_settings(tmp_path):
     assert fill("{python} {slot} {other}", "d", one, 2) == f"{sys.executable} 2 {{other}}"
 
 
+def test_what_yaml_takes_for_something_else_in_a_study(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("model: {path: m}\ndata: {path: d}\n")
+    file = tmp_path / "s.yaml"
+
+    def load(**changes: str) -> Study:
+        lines = {"config": "~/c.yaml", "dir": "~/out", "seeds": "[0]", "methods": "{grpo: }", "baseline": "grpo"}
+        file.write_text("".join(f"{name}: {text}\n" for name, text in (lines | changes).items()))
+        return load_study(file)
+
+    study = load(environment="{A: 010, B: 1.10, C: yes, D: '1'}", prepare="'{python} ~/make.py --to=~/x'")
+    assert (study.config, study.dir) == (f"{tmp_path}/c.yaml", f"{tmp_path}/out")
+    assert study.environment == {"A": "010", "B": "1.10", "C": "yes", "D": "1"}
+    assert study.preparation(study.runs[0]) == [sys.executable, f"{tmp_path}/make.py", "--to=~/x"]
+    assert load(methods="{010: }", baseline="'010'").runs[0].name == "010/seed_0"
+    for change, message in [
+        ({"dir": "1.10"}, f"dir=1.10 is not a string but a number to YAML ({file}, line 2); put it in quotes"),
+        ({"baseline": "010"}, f"baseline=010 is not a string but a number to YAML ({file}, line 5); put it in quotes"),
+        ({"seeds": "[010]"}, f"seeds=010 is 8 to YAML ({file}, line 3); write the number you mean"),
+        ({"seeds": "[1.0]"}, "seeds=1.0 is not an integer; write 1"),
+        ({"at_once": "2.0"}, "at_once=2.0 is not an integer; write 2"),
+        ({"stop_on_failure": "1"}, "stop_on_failure=1 is not true or false"),
+    ]:
+        with pytest.raises(ConfigError) as error:
+            load(**change)
+        assert str(error.value) == message
+
+
 GOOD = {
     "config": "c.yaml",
     "dir": "out",
@@ -252,6 +280,11 @@ def test_a_minimal_study():
         ({"measures": "x"}, "s.yaml: measures=x is not a list of names of metrics.jsonl"),
         ({"stop_on_failure": "no"}, "s.yaml: stop_on_failure=no is not true or false"),
         ({"config": 3}, "s.yaml: config=3 is not a text; write one"),
+        (
+            {"seeds": [0, 2**63]},
+            f"s.yaml: seeds=[0, {2**63}] has {2**63}, which is no run.seed; it must be at ",
+        ),
+        ({"dir": "~nobody-here/x"}, "s.yaml: dir=~nobody-here/x: there is no home directory for ~nobody-here; give "),
     ],
 )
 def test_bad_keys_are_one_sentence(change, message):
@@ -262,10 +295,12 @@ def test_bad_keys_are_one_sentence(change, message):
 
 def test_bad_files_and_bad_runs(tmp_path):
     file = tmp_path / "s.yaml"
-    with pytest.raises(ConfigError, match=r"cannot be read \(No such file or directory\); give the path of a YAML"):
+    with pytest.raises(ConfigError, match=f"^study {file} does not exist$"):
         load_study(file)
+    with pytest.raises(ConfigError, match=f"^study {tmp_path} is a directory; give the path of a YAML file$"):
+        load_study(tmp_path)
     file.write_text("a: [")
-    with pytest.raises(ConfigError, match=r"s.yaml, line 1, is not valid YAML in UTF-8; correct it$"):
+    with pytest.raises(ConfigError, match=r"^study .*s.yaml, line 1 is not valid YAML: "):
         load_study(file)
     file.write_text("- a")
     with pytest.raises(ConfigError, match="is not a mapping of keys to values; docs/study.md shows one"):
