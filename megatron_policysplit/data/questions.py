@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import json
 import random
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from decimal import Decimal
 from typing import Any
 
+from megatron_policysplit.data.messages import read_messages, read_tools
+from megatron_policysplit.data.read_rows import read_rows
 from megatron_policysplit.errors import CheckpointError, DataError
 from megatron_policysplit.rows import Mode
 
@@ -19,7 +20,7 @@ _NEEDED = (
     "`prompt` (text or messages) or `messages` or `question`, and for the answer `reward_model` or "
     "`answer`"
 )
-_ROLES = ("system", "user", "assistant", "tool")
+_SOURCES = ("prompt", "messages", "question")
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,12 @@ class Question:
     """One question with its reference answer. Made by `load_questions`, read by rewards, too."""
 
     id: int  # its index in the file or data set, the same in every run
-    messages: list[dict[str, str]]  # at least one, each with a `role` and a text `content`
+    # At least one, each with a `role`, a text `content`, and what the row's message has besides.
+    messages: list[dict[str, Any]]
     answer: str | None  # the reference answer; None where the task has many right answers
     record: dict[str, Any]  # the whole row it came from, for the reward function
+    # Schemas of the functions that the chat template offers to the model; None: it offers none.
+    tools: list[dict[str, Any]] | None = None
 
 
 def load_questions(path: str, options: Mapping[str, Any] | None = None) -> list[Question]:
@@ -39,6 +43,8 @@ def load_questions(path: str, options: Mapping[str, Any] | None = None) -> list[
     DataError naming the file and line (the row for Parquet) of what cannot be used.
     """
     options = dict(options or {})
+    if path.lower() == _GYM.rstrip(":") or path.lower().startswith(_GYM) != path.startswith(_GYM):
+        raise DataError(f"{path} names no task; write {_GYM}NAME, such as {_GYM}chain_sum")
     if path.startswith(_GYM):
         return _load_gym(path.removeprefix(_GYM), options)
     if options:
@@ -46,17 +52,9 @@ def load_questions(path: str, options: Mapping[str, Any] | None = None) -> list[
             f"{path} takes no options, but {', '.join(sorted(options))} given; they are for "
             f"{_GYM}NAME"
         )
-    file = Path(path)
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if file.suffix not in readers:
-        raise DataError(
-            f"{path} is neither .jsonl nor .parquet nor {_GYM}NAME; convert it or give another path"
-        )
-    if not file.is_file():
-        raise DataError(f"{path} does not exist or is not a file; check the path")
+    columnar = path.endswith(".parquet")
     questions = [
-        _question(index, where, row)
-        for index, (where, row) in enumerate(readers[file.suffix](file))
+        _question(index, where, row, columnar) for index, (where, row) in enumerate(read_rows(path))
     ]
     if not questions:
         raise DataError(f"{path} holds no questions")
@@ -161,9 +159,9 @@ def _fingerprint(questions: Sequence[Question]) -> int:
     """A checksum of ids, messages and answers, by which a resumed run knows its questions again."""
     checksum = 0
     for question in questions:
-        checksum = zlib.crc32(
-            repr((question.id, question.messages, question.answer)).encode(), checksum
-        )
+        parts = (question.id, question.messages, question.answer)
+        parts += () if question.tools is None else (question.tools,)
+        checksum = zlib.crc32(repr(parts).encode(), checksum)
     return checksum
 
 
@@ -187,77 +185,25 @@ def drop_overlong(
     return remaining, len(questions) - len(remaining)
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[str, dict]]:
-    """The (file:line, row) of each line that is not blank. Raises DataError."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{file}:{number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(
-                    f"{where} is not JSON ({error}); every line must be one JSON object"
-                ) from error
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{where} is a JSON {type(row).__name__}; every line must be one JSON object"
-                )
-            yield where, row
+def _question(index: int, where: str, row: dict, columnar: bool) -> Question:
+    """Make a question of a row. Raises DataError naming `where` it stands.
 
-
-def _read_parquet(file: Path) -> Iterator[tuple[str, dict]]:
-    """The (file and row number, row) of each row. Raises DataError."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            number = 0
-            for batch in table.iter_batches(1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file} row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{file} is not a readable Parquet file ({error}); restore it") from error
-
-
-def _question(index: int, where: str, row: dict) -> Question:
-    """Make a question of a row. Raises DataError naming `where` it stands."""
-    source = next(
-        (name for name in ("prompt", "messages", "question") if row.get(name) is not None), None
-    )
+    columnar: whether it is a row of a Parquet file (see `read_messages`).
+    """
+    source = next((name for name in _SOURCES if row.get(name) is not None), None)
     if source is None or not ("reward_model" in row or "answer" in row):
+        if source is None and (empty := [name for name in _SOURCES if name in row]):
+            raise DataError(f"{where}: `{empty[0]}` is null; write the question or remove the row")
         raise DataError(
             f"{where} has the columns {', '.join(sorted(row)) or '(none)'}; needed are {_NEEDED}"
         )
-    messages = row[source]
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    return Question(index, _messages(where, source, messages), _answer(where, row), row)
-
-
-def _messages(where: str, source: str, messages: Any) -> list[dict[str, str]]:
-    """The role and content of a row's messages, checked. source: their column."""
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: `{source}` is neither text nor a list of messages")
-    for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in _ROLES:
-            raise DataError(
-                f"{where}: `{source}` has a message without a role of {', '.join(_ROLES)}"
-            )
-        if not isinstance(message.get("content"), str):
-            raise DataError(
-                f"{where}: `{source}` has a message whose content is not text; only text is "
-                "supported"
-            )
-    if messages[-1]["role"] == "assistant":
-        raise DataError(
-            f"{where}: `{source}` ends with an assistant message; the last one must ask for a "
-            "response"
-        )
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return Question(
+        index,
+        read_messages(where, source, row[source], columnar=columnar),
+        _answer(where, row),
+        row,
+        read_tools(where, row.get("tools"), columnar=columnar),
+    )
 
 
 def _answer(where: str, row: dict) -> str | None:
@@ -265,11 +211,18 @@ def _answer(where: str, row: dict) -> str | None:
     answer, source = row.get("answer"), "answer"
     if row.get("reward_model") is not None:
         source = "reward_model.ground_truth"
+        if isinstance(row["reward_model"], str):
+            raise DataError(
+                f"{where}: `reward_model` is text; it must be a mapping with `ground_truth`, or "
+                "the answer stand in `answer`"
+            )
         if not isinstance(row["reward_model"], dict) or "ground_truth" not in row["reward_model"]:
             raise DataError(f"{where}: `reward_model` has no `ground_truth`; needed are {_NEEDED}")
         answer = row["reward_model"]["ground_truth"]
     if answer is None or isinstance(answer, str):
         return answer
+    if isinstance(answer, Decimal):
+        return format(answer, "f")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):  # bool is an int
         return str(answer)
     raise DataError(
@@ -282,6 +235,8 @@ def _load_gym(name: str, options: dict[str, Any]) -> list[Question]:
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
+    if not name:
+        raise DataError(f"{_GYM} names no task; write {_GYM}NAME, such as {_GYM}chain_sum")
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.4)
         hint = (

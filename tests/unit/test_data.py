@@ -65,11 +65,11 @@ def test_utf8(tmp_path):
     "row, message",
     [
         ("{", r"a.jsonl:2 is not JSON"),
-        ('"text"', r"a.jsonl:2 is a JSON str; every line must be one JSON object"),
+        ('"text"', r"a.jsonl:2 is a JSON text; every line must be one JSON object"),
         ({"query": "1+1?", "answer": "2"}, "a.jsonl:2 has the columns answer, query; " + NEEDED),
         ({"question": "1+1?"}, "a.jsonl:2 has the columns question; " + NEEDED),
         ({}, r"a.jsonl:2 has the columns \(none\)"),
-        ({"question": None, "answer": "2"}, "a.jsonl:2 has the columns"),
+        ({"question": None, "answer": "2"}, "a.jsonl:2: `question` is null; write the question or remove the row"),
         ({"prompt": 3, "answer": "2"}, "a.jsonl:2: `prompt` is neither text nor a list of messages"),
         ({"prompt": [], "answer": "2"}, "a.jsonl:2: `prompt` is neither text nor"),
         ({"prompt": ["x"], "answer": "2"}, "a.jsonl:2: `prompt` has a message without a role"),
@@ -89,7 +89,7 @@ def test_bad_row_is_named(tmp_path, row, message):
 def test_bad_parquet_row_is_named(tmp_path):
     table = pyarrow.Table.from_pylist([{"question": "a", "answer": "b"}, {"question": None, "answer": "b"}])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a.parquet row 2 has the columns answer, question"):
+    with pytest.raises(DataError, match=r"a.parquet row 2: `question` is null"):
         load_questions(str(tmp_path / "a.parquet"))
 
 

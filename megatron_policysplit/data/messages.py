@@ -1,0 +1,107 @@
+"""The messages of a row of data, as chat templates take them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_policysplit.data.text import check_text
+from megatron_policysplit.errors import DataError
+
+ROLES = ("system", "user", "assistant", "tool")
+# What a message may have besides its role and content; a chat template reads it from there.
+TEMPLATE_KEYS = ("name", "reasoning_content", "tool_call_id", "tool_calls")
+
+
+def read_messages(where: str, source: str, value: Any, *, columnar: bool) -> list[dict[str, Any]]:
+    """The messages of a row: text is one of the user's. Raises DataError naming `where`.
+
+    source: the row's column that they come from. columnar: whether they come from a Parquet file,
+    in which a key that one row has is null in all others: there, a null is a key that is not given.
+    """
+    if isinstance(value, str):
+        _refuse_json(where, source, value)
+        value = [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: `{source}` is neither text nor a list of messages")
+    messages = [_message(where, source, entry, columnar) for entry in value]
+    if messages[-1]["role"] == "assistant":
+        raise DataError(
+            f"{where}: `{source}` ends with an assistant message; the last one must ask for a "
+            "response"
+        )
+    if not any(message["role"] == "user" for message in messages):
+        raise DataError(f"{where}: `{source}` has no message of the user; add the question")
+    last = messages[-1]
+    if last["role"] == "user" and not last["content"].strip():
+        raise DataError(f"{where}: `{source}` is empty; write the question or remove the row")
+    return messages
+
+
+def read_tools(where: str, value: Any, *, columnar: bool) -> list[dict[str, Any]] | None:
+    """The functions that a row offers to the model; None without any. Raises DataError."""
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        kind = "text" if isinstance(value, str) else f"a {type(value).__name__}"
+        raise DataError(
+            f"{where}: `tools` is {kind}; it must be a list of function schemas, which the chat "
+            "template gets, or have another name"
+        )
+    tools = _without_nulls(value) if columnar else value
+    check_text(tools, f"{where}: `tools`")
+    return tools
+
+
+def _message(where: str, source: str, entry: Any, columnar: bool) -> dict[str, Any]:
+    """One message, checked: role and content, then the keys that it has besides."""
+    if not isinstance(entry, dict) or entry.get("role") not in ROLES:
+        raise DataError(f"{where}: `{source}` has a message without a role of {', '.join(ROLES)}")
+    entry = _without_nulls(entry) if columnar else entry
+    given = {key: value for key, value in entry.items() if value is not None and value != []}
+    calls = given.get("tool_calls")
+    content = given.get("content", "" if calls else None)
+    if not isinstance(content, str):
+        raise DataError(
+            f"{where}: `{source}` has a message whose content is not text; only text is supported"
+        )
+    message = {"role": given["role"], "content": content}
+    for key, value in given.items():
+        if key in TEMPLATE_KEYS:
+            message[key] = value
+        elif key not in message:
+            raise DataError(
+                f"{where}: `{source}` has a message with the key `{key}`, which would be lost; a "
+                f"message may have role, content, {', '.join(TEMPLATE_KEYS)}"
+            )
+    if calls is not None and not (
+        isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
+    ):
+        raise DataError(f"{where}: `{source}` has a message whose `tool_calls` is not a list")
+    check_text(message, f"{where}: `{source}`")
+    return message
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without the keys that are null, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _refuse_json(where: str, source: str, text: str) -> None:
+    """Raise DataError for text that is the JSON of messages: nobody asks that of a model."""
+    if not text.lstrip().startswith("["):
+        return
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        if any("role" in item for item in value):
+            raise DataError(
+                f"{where}: `{source}` is a list of messages written as text; store the list itself"
+            )
