@@ -67,10 +67,15 @@ def generate(
 
     from megatron_policysplit.config.modes import mode_label
     from megatron_policysplit.data.questions import Question
+    from megatron_policysplit.data.text import check_text
+    from megatron_policysplit.errors import ConfigError
     from megatron_policysplit.evaluation.responder import Responder, prompts_asked_for
     from megatron_policysplit.evaluation.scores import variety_lines
     from megatron_policysplit.rollout.engine import Sampling
 
+    check_text(question, "QUESTION", ConfigError)
+    if not question.strip():
+        raise ConfigError("QUESTION is empty; ask something")
     prompts = prompts_asked_for(config, high_entropy_prompt, high_entropy_prompt_file)
     responder = Responder(model, prompts, dtype=dtype.value, device=device)
     dataset = [Question(0, [{"role": "user", "content": question}], None, {})]

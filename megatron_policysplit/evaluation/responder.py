@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megatron_policysplit.config import ModesConfig
 from megatron_policysplit.config.load import load_written
 from megatron_policysplit.data.questions import Question
+from megatron_policysplit.data.text import check_text
 from megatron_policysplit.data.tokenizer import load_tokenizer
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.rollout.engine import Request, Sampling
@@ -34,9 +35,11 @@ def prompts_asked_for(
 ) -> ModesConfig:
     """The prompts that --config, --high-entropy-prompt and --high-entropy-prompt-file ask for.
 
-    Raises ConfigError where --config is combined with one of the other two.
+    Raises ConfigError where --config is combined with one of the other two, and for a prompt that
+    is not UTF-8.
     """
     if config is None:
+        check_text(prompt, "--high-entropy-prompt", ConfigError)
         return ModesConfig(high_entropy_prompt=prompt, high_entropy_prompt_file=prompt_file)
     for option, value in (
         ("--high-entropy-prompt", prompt),

@@ -77,7 +77,7 @@ WRONG = {
     "parallel.tensor=4": "parallel.tensor=4 does not divide num_key_value_heads=2",
     "parallel.pipeline=3": "parallel.pipeline=3 does not divide num_hidden_layers=4",
     "data.batch_questions=5": "data.batch_questions=5 is more than the 4 questions",
-    "data.path=reasoning_gym:": "reasoning_gym: is not a task of reasoning_gym",
+    "data.path=reasoning_gym:": "reasoning_gym: names no task",
     "data.path=q.csv": "q.csv is neither .jsonl nor .parquet",
     "model.path=gone": "model directory gone does not exist",
     "model.megatron=gone": "model.megatron: gone is not a",
