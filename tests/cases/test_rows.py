@@ -10,7 +10,8 @@ CHAT = [
 ]
 TOOLS_TEMPLATE = (
     "{% for m in messages %}{{'<|im_start|>'+m.role+'\\n'+m.content}}{% if m.tool_calls %}{% for t in m.tool_calls %}"
-    "{{'<tool_call>'+(t.function.arguments|tojson)+'</tool_call>'}}{% endfor %}{% endif %}{{'<|im_end|>\\n'}}{% endfor %}"
+    "{{'<tool_call>'+(t.function.arguments|tojson)+'</tool_call>'}}{% endfor %}{% endif %}"
+    "{{'<|im_end|>\\n'}}{% endfor %}"
     "{{'<|im_start|>assistant\\n'}}"
 )
 
