@@ -66,7 +66,8 @@ def _megatron_logits(hf_config, megatron: str | Path, ids: Tensor) -> Tensor:
     from megatron_policysplit.distributed.device import training_device
 
     try:
-        parallel.initialize(ParallelConfig(), seed=0)
+        # No rank of several, whatever launcher's variables are set.
+        parallel.initialize(ParallelConfig(), seed=0, environ={})
         from megatron_policysplit.actor.megatron_weights import load_megatron_weights
         from megatron_policysplit.actor.model import build_model
 
