@@ -39,11 +39,7 @@ class RankPlace:
     rank: int
     local_rank: int  # among the ranks of its node
     world_size: int
-
-    @property
-    def first_of_node(self) -> bool:
-        """Whether no rank of this node has a lower number."""
-        return self.rank == 0 or self.local_rank == 0
+    first_of_node: bool  # whether it is its node's first rank, or was not told which one it is
 
     @property
     def prefix(self) -> str:
@@ -65,7 +61,7 @@ def rank_place(environ: Mapping[str, str]) -> RankPlace | None:
         local = 0
         if "SLURM_LOCALID" in environ:
             local = _whole(environ, "SLURM_LOCALID", 0, tasks - 1)
-        return RankPlace(rank, local, tasks)
+        return RankPlace(rank, local, tasks, first_of_node=local == 0)
     for rank_name, size_name in _MPI:
         # Under srun --mpi=pmi2 these are set, too, and srun's own have been read above. A size of 1
         # is what a shell or a container that mpirun started once leaves.
@@ -126,18 +122,19 @@ def _place_by_torchrun(environ: Mapping[str, str]) -> RankPlace:
             )
     size = _whole(environ, "WORLD_SIZE", 1)
     rank = _whole(environ, "RANK", 0, size - 1, of=f"of WORLD_SIZE={size}")
-    local_size, local = size, rank
+    local_size, local, is_told = size, rank, False
     if "LOCAL_WORLD_SIZE" in environ:
         local_size = _whole(environ, "LOCAL_WORLD_SIZE", 1, size, of=f"of WORLD_SIZE={size}")
-        local = rank % local_size
+        local, is_told = rank % local_size, True
     if "LOCAL_RANK" in environ:
         local = _whole(environ, "LOCAL_RANK", 0, local_size - 1, of=f"of {local_size} ranks here")
+        is_told = True
     _whole(environ, "MASTER_PORT", 1, 65535)
     if not environ["MASTER_ADDR"].strip():
         raise ConfigError(
             f"MASTER_ADDR is empty; set it to the host of rank 0, or {_REMEDY}left over"
         )
-    return RankPlace(rank, local, size)
+    return RankPlace(rank, local, size, first_of_node=local == 0 or not is_told)
 
 
 def _whole(

@@ -123,8 +123,8 @@ class _Meeting:
                 problem = f"MASTER_ADDR={self.host} does not resolve ({reason})"
             if self.elapsed() > self.patience.name:
                 raise ConfigError(
-                    f"{problem}, tried for {self.patience.name:g} s; set MASTER_ADDR to the name or "
-                    "address of the host of rank 0"
+                    f"{problem}, tried for {self.patience.name:g} s; set MASTER_ADDR to the name "
+                    "or address of the host of rank 0"
                 )
             self.speak(f"{problem}; trying for {self.patience.name:g} s")
             self.pause(10 * POLL_SECONDS)
@@ -164,8 +164,8 @@ class _Meeting:
             self.speak(f"waiting until {self.where} leads to this host, where rank 0 runs")
             self.pause(5 * POLL_SECONDS)
         raise ConfigError(
-            f"MASTER_ADDR={self.host} is not this host ({socket.gethostname()}), where rank 0 runs; "
-            "set MASTER_ADDR to the name or address of this host, the same for all ranks"
+            f"MASTER_ADDR={self.host} is not this host ({socket.gethostname()}), where rank 0 runs"
+            "; set MASTER_ADDR to the name or address of this host, the same for all ranks"
         )
 
     def joined_store(self) -> dist.Store:

@@ -37,8 +37,8 @@ LAUNCHER = Path(__file__).with_name("launcher.py")
 TERMINATE_SECONDS = 15.0  # SGLang looks for a stop signal every 5 s
 POLL_SECONDS = 0.2
 TAIL_BYTES, TAIL_LINES, TAIL_COLUMNS = 65536, 15, 300
-# What the actor sets for itself, beside the launcher's variables. A server that took those over would
-# wait for ranks that are not its own; expandable segments do not go with SGLang's memory saver.
+# What the actor sets for itself, beside the launcher's variables. A server that took those over
+# would wait for ranks not its own; expandable segments do not go with SGLang's memory saver.
 _OF_THE_ACTOR = re.compile(r"PYTORCH(_CUDA)?_ALLOC_CONF|CUDA_DEVICE_MAX_CONNECTIONS")
 _OF_THE_INTERPRETER = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 _ANY_HOST = ("0.0.0.0", "::", "")

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_policysplit.config import Config
 from megatron_policysplit.distributed.launch import Patience, launch
-from megatron_policysplit.errors import ConfigError
 
 LAUNCHER = """
 import sys
