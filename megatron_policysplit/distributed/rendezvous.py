@@ -36,7 +36,7 @@ class Patience:
 
     name: float = 60.0  # for MASTER_ADDR to resolve and to lead to rank 0: a node's DNS may lag
     ranks: float = 1800.0  # for all ranks to come
-    answer: float = 20.0  # for what listens at MASTER_PORT to answer as a store does
+    answer: float = 10.0  # for what listens at MASTER_PORT to answer as a store does
     first_word: float = 5.0  # until the first message about what is waited for
     next_word: float = 60.0  # between two of them
 

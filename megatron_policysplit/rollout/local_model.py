@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from megatron_policysplit.errors import ConfigError, ModelError
+from megatron_policysplit.errors import ConfigError, ModelError, cannot_load
 
 
 def check_device(device: str | torch.device) -> torch.device:
@@ -51,7 +51,7 @@ def read_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
             output_loading_info=True,
         )
     except Exception as error:  # many kinds; each means a model that cannot be read
-        raise ModelError(f"cannot load the model in {path}: {error}") from error
+        raise cannot_load("model", path, error) from error
     # transformers would leave these at random values, with no more than a warning.
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:

@@ -117,12 +117,8 @@ def test_a_web_server_at_the_port(work):
         errors = [rank.communicate(timeout=60)[1] for rank in ranks]
         server.shutdown()
     assert [rank.returncode for rank in ranks] == [2, 2]
-    assert errors[0].startswith(
-        f"error: MASTER_PORT={port} is in use (EADDRINUSE) on this host, where rank 0 has to lis"
-    )
-    assert errors[1].startswith(
-        f"rank 1: error: what listens at 127.0.0.1:{port} is not rank 0 of this run; set MASTER"
-    )
+    assert errors[0].startswith(f"error: MASTER_PORT={port} is in use (EADDRINUSE) on this host, where ")
+    assert errors[1].startswith(f"rank 1: error: what listens at 127.0.0.1:{port} is not rank 0 of this run; ")
 
 
 def test_ranks_that_come_five_seconds_apart(work):
