@@ -62,7 +62,7 @@ def test_the_size_of_a_world_alone_is_nobodys(work):
 
 def test_a_study_starts_its_runs_without_variables_that_were_left(work):
     (work / "study.yaml").write_text(
-        "dir: studies/s\nconfig: base.yaml\nseeds: [0]\nmethods: {a: [], b: [algorithm.name=grpo]}\nat_once: 1\n"
+        "dir: studies/s\nconfig: base.yaml\nseeds: [0]\nbaseline: b\nmethods: {a: [], b: [algorithm.name=grpo]}\n"
     )
     left_over = GROUP | {"MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     work.accepted("study", "study.yaml", **left_over)
@@ -131,3 +131,55 @@ def test_ranks_that_come_five_seconds_apart(work):
         stdout, stderr = process.communicate(timeout=60)
         assert process.returncode == 0, stderr
     work.accepted("convert", "verify", "--hf", "model", "--megatron", "out")
+
+
+def test_directories_that_are_nearly_the_right_ones(work):
+    work.accepted("train", "base.yaml", "run.dir=runs/mine")
+    convert = ("convert", "megatron-to-hf", "--out", "out", "--megatron")
+    meant = "give one of its checkpoints, such as runs/mine/checkpoints/step_000002"
+    assert work.refused(*convert, "runs/mine") == f"error: runs/mine is a run; {meant}"
+    assert work.refused(*convert, "runs/mine/checkpoints") == f"error: runs/mine/checkpoints holds checkpoints; {meant}"
+    for override in ("model.megatron=runs/mine", "model.megatron=runs/mine/checkpoints"):
+        assert work.refused("train", "base.yaml", "run.dir=runs/new", override).endswith(meant)
+    model = "is missing; give runs/mine/hf, which is a Hugging Face model directory"
+    for command in (
+        ("generate", "--model", "runs/mine", "1+2"),
+        ("eval", "--model", "runs/mine", "--data", "q.jsonl"),
+        ("convert", "inspect", "runs/mine"),
+        ("train", "base.yaml", "run.dir=runs/new", "model.path=runs/mine"),
+    ):
+        assert work.refused(*command) == f"error: runs/mine/config.json {model}"
+
+
+def test_a_config_that_transformers_cannot_load(work):
+    nested = {"full_attention": {"rope_type": "default", "rope_theta": 1000000.0}}
+    convert = ("convert", "hf-to-megatron", "--hf", "m", "--out", "out")
+    for key, value, message in (
+        ("tie_word_embeddings", None, "config.json: tie_word_embeddings=null is neither true nor false; write which"),
+        ("text_config", {"hidden_size": 64}, "config.json has a `text_config` beside the keys of Qwen3ForCausalLM"),
+        ("rope_parameters", nested, "config.json: rope_parameters.full_attention holds rotary embeddings of a kind of"),
+    ):
+        shutil.rmtree(work / "m", ignore_errors=True)
+        edit(work.copy_model("m") / "config.json", **{key: value})
+        assert work.refused(*convert).startswith(f"error: {message}")
+        assert work.refused("train", "base.yaml", "model.path=m").startswith(f"error: {message}")
+    assert work.refused("generate", "--model", "m", "1+2") == (
+        "error: cannot load the model in m: KeyError: 'rope_type'"
+    )
+    # What the conversion takes and transformers does not: null where older versions had a default.
+    shutil.rmtree(work / "m")
+    edit(work.copy_model("m") / "config.json", attention_bias=None)
+    work.accepted(*convert)
+    refused = work.refused("convert", "verify", "--hf", "m", "--megatron", "out", "--logits")
+    assert refused.startswith("error: cannot load the model in m: ") and "'attention_bias' expected bool" in refused
+
+
+def test_a_buffer_of_old_exports_in_double_precision(work):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = work.copy_model("m") / "model.safetensors"
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8, dtype=torch.float64)}
+    save_file(load_file(file) | buffer, file, metadata={"format": "pt"})
+    work.accepted("convert", "hf-to-megatron", "--hf", "m", "--out", "out")
+    work.accepted("convert", "verify", "--hf", "m", "--megatron", "out")
