@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import shutil
 import signal
 import socketserver
 import threading
@@ -163,9 +164,7 @@ def test_a_config_that_transformers_cannot_load(work):
         edit(work.copy_model("m") / "config.json", **{key: value})
         assert work.refused(*convert).startswith(f"error: {message}")
         assert work.refused("train", "base.yaml", "model.path=m").startswith(f"error: {message}")
-    assert work.refused("generate", "--model", "m", "1+2") == (
-        "error: cannot load the model in m: KeyError: 'rope_type'"
-    )
+    assert work.refused("generate", "--model", "m", "1+2").startswith(f"error: cannot load the model in m: {message}")
     # What the conversion takes and transformers does not: null where older versions had a default.
     shutil.rmtree(work / "m")
     edit(work.copy_model("m") / "config.json", attention_bias=None)
