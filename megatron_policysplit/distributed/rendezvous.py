@@ -152,7 +152,8 @@ class _Meeting:
         """
         token, key = uuid.uuid4().hex, self.key("token")
         store.set(key, token)
-        while self.elapsed() < self.patience.name:
+        deadline = time.monotonic() + self.patience.name
+        while time.monotonic() < deadline:
             if self.listens():
                 try:
                     others = self.attend(lambda: self.store(self.host, False), self.patience.answer)
