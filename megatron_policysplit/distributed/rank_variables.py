@@ -61,7 +61,7 @@ def rank_place(environ: Mapping[str, str]) -> RankPlace | None:
         local = 0
         if "SLURM_LOCALID" in environ:
             local = _whole(environ, "SLURM_LOCALID", 0, tasks - 1)
-        return RankPlace(rank, local, tasks, first_of_node=local == 0)
+        return RankPlace(rank, local, tasks, first_of_node=rank == 0 or local == 0)
     for rank_name, size_name in _MPI:
         # Under srun --mpi=pmi2 these are set, too, and srun's own have been read above. A size of 1
         # is what a shell or a container that mpirun started once leaves.
@@ -134,7 +134,8 @@ def _place_by_torchrun(environ: Mapping[str, str]) -> RankPlace:
         raise ConfigError(
             f"MASTER_ADDR is empty; set it to the host of rank 0, or {_REMEDY}left over"
         )
-    return RankPlace(rank, local, size, first_of_node=local == 0 or not is_told)
+    is_first = rank == 0 or local == 0 or not is_told
+    return RankPlace(rank, local, size, first_of_node=is_first)
 
 
 def _whole(

@@ -8,6 +8,7 @@ does as well for NCCL as for gloo.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import sys
@@ -173,8 +174,7 @@ class _Meeting:
         """Connect to the store of rank 0 (or of torchrun) as soon as it listens."""
         while not self.listens():
             self.check_time("rank 0")
-            if self.place.first_of_node:
-                self.speak(f"{self.place.prefix}waiting for rank 0 at {self.where}")
+            self.speak(f"{self.place.prefix}waiting for rank 0 at {self.where}")
             self.pause(2 * POLL_SECONDS)
         try:
             return self.attend(lambda: self.store(self.host, False), self.patience.answer)
@@ -264,14 +264,17 @@ class _Meeting:
         return time.monotonic() - self.began
 
     def speak(self, text: str) -> None:
-        """Say what is waited for, if it is time to."""
-        now = time.monotonic()
-        since, due = (
-            (self.began, self.patience.first_word)
-            if self.spoke is None
-            else (self.spoke, self.patience.next_word)
-        )
-        if now - since >= due:
+        """Say what is waited for, if it is time to.
+
+        The first rank of a node does soon and again and again; the others once, and later, so that
+        a node is told mostly once.
+        """
+        now, is_first = time.monotonic(), self.place.first_of_node
+        if self.spoke is None:
+            due = self.began + (self.patience.first_word if is_first else self.patience.next_word)
+        else:
+            due = self.spoke + self.patience.next_word if is_first else math.inf
+        if now >= due:
             self.spoke = now
             self.say(text)
 

@@ -61,14 +61,6 @@ def test_the_size_of_a_world_alone_is_nobodys(work):
     work.accepted("convert", "verify", "--hf", "model", "--megatron", "out", "--logits", **left_over)
 
 
-def test_a_study_starts_its_runs_without_variables_that_were_left(work):
-    (work / "study.yaml").write_text(
-        "dir: studies/s\nconfig: base.yaml\nseeds: [0]\nbaseline: b\nmethods: {a: [], b: [algorithm.name=grpo]}\n"
-    )
-    left_over = GROUP | {"MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    work.accepted("study", "study.yaml", **left_over)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
     "command",

@@ -55,7 +55,7 @@ def listening(handler):
 
 
 def test_ranks_that_come_one_after_the_other_meet():
-    ranks = Ranks(3)
+    ranks = Ranks(3, replace(SHORT, next_word=1.5))
     first = ranks.start(2, LOCAL_RANK="2")  # rank 0 hosts the store and is not there yet
     time.sleep(0.8)
     others = [ranks.start(0)]
@@ -74,6 +74,13 @@ def test_the_first_rank_of_a_node_waits_for_rank_0_aloud():
     with pytest.raises(TrainingError, match=r"^rank 0 of 2 did not come to 127.0.0.1:\d+ within 3 s; look at "):
         ranks.start(1, LOCAL_RANK="0").result(timeout=10)
     assert len(ranks.said) >= 2 and set(ranks.said) == {f"rank 1: waiting for rank 0 at 127.0.0.1:{ranks.port}"}
+
+
+def test_the_other_ranks_of_a_node_say_it_once_and_later():
+    ranks = Ranks(2, replace(SHORT, next_word=1.0))
+    with pytest.raises(TrainingError):
+        ranks.start(1, LOCAL_RANK="1").result(timeout=10)
+    assert ranks.said == [f"rank 1: waiting for rank 0 at 127.0.0.1:{ranks.port}"]
 
 
 def test_ranks_that_never_come():
