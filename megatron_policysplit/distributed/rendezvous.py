@@ -28,7 +28,9 @@ from megatron_policysplit.errors import ConfigError, TrainingError
 
 T = TypeVar("T")
 POLL_SECONDS = 0.1
-LAST_WORD_SECONDS = 0.5  # how long rank 0 keeps the store after a stop signal, for others to see it
+LAST_WORD_SECONDS = (
+    0.5  # how long a rank tries to tell others of a stop signal, which end then, too
+)
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,10 @@ class _Meeting:
 
     def gather(self) -> dist.Store:
         """Wait for all ranks; the store that they have in common."""
-        addresses = self.addresses()
-        store = self.host_store(addresses) if self.hosts else self.joined_store()
+        store = None
         try:
+            addresses = self.addresses()
+            store = self.host_store(addresses) if self.hosts else self.joined_store()
             if self.place.rank == 0:
                 self.wait_for_others(store)
             else:
@@ -184,7 +187,7 @@ class _Meeting:
                 "host of rank 0, and MASTER_PORT to a port that is free there"
             ) from error
 
-    def listens(self) -> bool:
+    def listens(self, seconds: float | None = None, *, heeds_stop: bool = True) -> bool:
         """Whether anything listens at MASTER_ADDR:MASTER_PORT."""
 
         def connect() -> bool:
@@ -194,7 +197,7 @@ class _Meeting:
                 return False
             return True
 
-        return self.attend(connect)
+        return self.attend(connect, seconds, heeds_stop=heeds_stop)
 
     def store(self, host: str, is_master: bool) -> dist.Store:
         return dist.TCPStore(
@@ -242,12 +245,18 @@ class _Meeting:
         if store.check([self.key("stopped")]):
             raise StopRequested
 
-    def tell_stop(self, store: dist.Store) -> None:
-        """Tell the ranks that have come that this one leaves."""
+    def tell_stop(self, store: dist.Store | None) -> None:
+        """Tell the ranks that have come that this one leaves. store: None if it had not joined."""
         try:
+            if store is None:
+                if self.hosts or not self.listens(LAST_WORD_SECONDS, heeds_stop=False):
+                    return  # nobody has come
+                store = self.attend(
+                    lambda: self.store(self.host, False), LAST_WORD_SECONDS, heeds_stop=False
+                )
             store.set(self.key("stopped"), "1")
-        except dist.DistError:
-            return  # rank 0 has left already
+        except (dist.DistError, TimeoutError):
+            return  # rank 0 has left already, or never was there
         if self.hosts:
             time.sleep(LAST_WORD_SECONDS)
 
@@ -283,11 +292,13 @@ class _Meeting:
         time.sleep(seconds)
         self._raise_if_stopped()
 
-    def attend(self, call: Callable[[], T], seconds: float | None = None) -> T:
+    def attend(
+        self, call: Callable[[], T], seconds: float | None = None, *, heeds_stop: bool = True
+    ) -> T:
         """Return the result of a blocking call, or raise its error.
 
-        Raises StopRequested after a stop signal and TimeoutError after `seconds`; the thread of the
-        call is then left behind, and ends with the process.
+        Raises StopRequested after a stop signal, unless told not to heed it, and TimeoutError after
+        `seconds`; the thread of the call is then left behind, and ends with the process.
         """
         outcome: list[tuple[bool, object]] = []
 
@@ -302,7 +313,8 @@ class _Meeting:
         deadline = None if seconds is None else time.monotonic() + seconds
         while thread.is_alive():
             thread.join(POLL_SECONDS)
-            self._raise_if_stopped()
+            if heeds_stop:
+                self._raise_if_stopped()
             if deadline is not None and thread.is_alive() and time.monotonic() > deadline:
                 raise TimeoutError
         succeeded, value = outcome[0]

@@ -106,6 +106,16 @@ def test_a_signal_to_one_rank_ends_the_wait_of_all_that_have_come(rank, number):
     assert time.monotonic() - began < 5
 
 
+def test_a_signal_before_a_rank_has_come_ends_the_others(monkeypatch):
+    ranks = Ranks(3, Patience())
+    waiting = [ranks.start(0), ranks.start(1)]
+    time.sleep(1)
+    ranks.stops[2]._handle(signal.SIGTERM, None)  # during its imports
+    for future in [ranks.start(2), *waiting]:
+        with pytest.raises(StopRequested):
+            future.result(timeout=10)
+
+
 def test_a_name_that_does_not_resolve(monkeypatch):
     asked = []
 
