@@ -96,10 +96,14 @@ class Architecture:
         return value
 
     def _boolean(self, hf_config: Mapping[str, Any], key: str) -> bool:
-        value = hf_config.get(key, self.defaults.get(key))
-        if not isinstance(value, bool | None):
-            raise ModelError(f"config.json: {key}={value!r} is neither true nor false")
-        return bool(value)
+        value = hf_config.get(key, self.defaults.get(key, False))
+        if not isinstance(value, bool):
+            # transformers refuses null, too: what it stands for depends on the model's class.
+            shown = "null" if value is None else repr(value)
+            raise ModelError(
+                f"config.json: {key}={shown} is neither true nor false; write which it is"
+            )
+        return value
 
     def mappings(self, hf_config: Mapping[str, Any]) -> list[tuple[int | None, list[ParamMapping]]]:
         """The mapping table of the whole model, in parts of (layer number or None, rows).
@@ -236,6 +240,12 @@ class Architecture:
                 f"config.json has a quantization_config (quant_method={method!r}): quantized "
                 "weights are for serving alone; give the directory that they were made from"
             )
+        if "text_config" in hf_config:
+            raise ModelError(
+                f"config.json has a `text_config` beside the keys of {self.name}, as a model of "
+                "several modalities has: which of the two the weights follow is not certain; "
+                "remove it, or give the directory of the language model alone"
+            )
         self._refuse_window(hf_config)
         kinds = hf_config.get("layer_types")
         if not isinstance(kinds, list | None):
@@ -244,6 +254,12 @@ class Architecture:
             unsupported = next(kind for kind in kinds if kind != "full_attention")
             raise ModelError(
                 f"config.json: layer_types has {unsupported!r}; only 'full_attention' is supported"
+            )
+        layers = self._integer(hf_config, "num_hidden_layers")
+        if kinds is not None and len(kinds) != layers:
+            raise ModelError(
+                f"config.json: layer_types has {len(kinds)} entries, but "
+                f"num_hidden_layers={layers}; they must be as many"
             )
 
     def _refuse_window(self, hf_config: Mapping[str, Any]) -> None:

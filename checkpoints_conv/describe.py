@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_conv.architectures import find_architecture
-from checkpoints_conv.dtypes import SAFETENSORS
 from checkpoints_conv.megatron_reader import MegatronCheckpoint, is_megatron, read_json
 from checkpoints_conv.quantized import FORMATS, KEY, check_quantized, read_format
-from checkpoints_conv.reader import check_safetensors, read_headers, read_hf_config
+from checkpoints_conv.reader import check_safetensors, model_dtypes, read_headers, read_hf_config
 from checkpoints_conv.writer import Planned
 
 
@@ -51,7 +50,8 @@ def _describe_hf(path: Path) -> dict[str, str]:
         # The architecture's tensors, not the files': those may hold a second copy of a tied head.
         shapes = find_architecture(hf_config).hf_tensors(hf_config)
         stored = {
-            name: Planned(shape, SAFETENSORS[headers[name].dtype]) for name, shape in shapes.items()
+            name: Planned(shapes[name], dtype)
+            for name, dtype in model_dtypes(hf_config, headers).items()
         }
     files = len({info.file for info in read_headers(path).values()})
     return {

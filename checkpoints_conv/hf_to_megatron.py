@@ -9,18 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints_conv.architectures import find_architecture
-from checkpoints_conv.dtypes import SAFETENSORS, check_cast, torch_dtype, widest
+from checkpoints_conv.dtypes import check_cast, torch_dtype, widest
+from checkpoints_conv.nearby import COMPANIONS
 from checkpoints_conv.output import check_free, written_beside
 from checkpoints_conv.progress import Progress, silent
 from checkpoints_conv.ranks import Ranks
-from checkpoints_conv.reader import SafetensorsReader, check_safetensors, read_hf_config
+from checkpoints_conv.reader import (
+    SafetensorsReader,
+    check_safetensors,
+    model_dtypes,
+    read_hf_config,
+)
 from checkpoints_conv.stored import Chunk, extra_state_keys, list_parameters
 from checkpoints_conv.writer import copy_companions, write_config
 
 if TYPE_CHECKING:
     import torch
 
-COMPANIONS = "hf"  # subdirectory for config.json, tokenizer and the like
 # metadata.json, as Megatron-Core's dist_checkpointing writes it for torch_dist.
 BACKEND = {
     "sharded_backend": "torch_dist",
@@ -56,12 +61,11 @@ def hf_to_megatron(
     hf, out = Path(hf), Path(out)
     headers = ranks.together(lambda: check_safetensors(hf))
     hf_config = read_hf_config(hf)
-    dtypes = {name: SAFETENSORS[info.dtype] for name, info in headers.items()}
-    tensors = find_architecture(hf_config).hf_tensors(hf_config)
+    dtypes = model_dtypes(hf_config, headers)
     chunks = list_chunks(hf_config, dtypes, dtype)
 
     def check() -> None:
-        check_cast({name: dtypes[name] for name in tensors}, dtype, allow_downcast)
+        check_cast(dtypes, dtype, allow_downcast)
         check_free(out, sum(chunk.nbytes for chunk in chunks))
 
     ranks.together(check)

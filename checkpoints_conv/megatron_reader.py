@@ -18,6 +18,7 @@ from checkpoints_conv.dtypes import BYTES, dtype_name, torch_dtype, widest
 from checkpoints_conv.errors import CheckpointError
 from checkpoints_conv.hf_to_megatron import BACKEND, COMPANIONS
 from checkpoints_conv.metadata import read_metadata
+from checkpoints_conv.nearby import is_megatron, megatron_remedy
 from checkpoints_conv.output import is_partial
 from checkpoints_conv.reader import listed, read_hf_config
 from checkpoints_conv.stored import Parameter, Place, list_parameters
@@ -286,11 +287,6 @@ class MegatronCheckpoint:
                 )
 
 
-def is_megatron(path: Path) -> bool:
-    """Whether the directory looks like a torch_dist checkpoint, whole or not."""
-    return (path / ".metadata").exists() or (path / "metadata.json").exists()
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object; CheckpointError naming the file if it does not hold one."""
     try:
@@ -314,12 +310,14 @@ def _check_kind(path: Path) -> None:
     if is_partial(path):
         raise CheckpointError(f"{path} is the rest of a write that was interrupted; remove it")
     if not is_megatron(path):
-        tip = ""
+        if (remedy := megatron_remedy(path)) is not None:
+            raise CheckpointError(remedy)
         if (path / "latest_checkpointed_iteration.txt").is_file():
             raise CheckpointError(
                 f"{path} holds checkpoints of several iterations; give one of its iter_* "
                 "directories"
             )
+        tip = ""
         if any(path.rglob("*.pt")) or any(path.rglob("*.bin")) or any(path.rglob("*.pth")):
             tip = (
                 "; pickled checkpoints (.pt, .pth, .bin) are not read, save it again with "

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints_conv.dtypes import FP8, SAFETENSORS
+from checkpoints_conv.dtypes import FP8
 from checkpoints_conv.errors import ConfigError, ModelError
 from checkpoints_conv.megatron_to_hf import MAX_SHARD_BYTES
 from checkpoints_conv.output import check_free, written_beside
@@ -25,7 +25,12 @@ from checkpoints_conv.quantized import (
     weight_groups,
 )
 from checkpoints_conv.ranks import Ranks
-from checkpoints_conv.reader import SafetensorsReader, check_safetensors, read_hf_config
+from checkpoints_conv.reader import (
+    SafetensorsReader,
+    check_safetensors,
+    model_dtypes,
+    read_hf_config,
+)
 from checkpoints_conv.writer import HfFiles, copy_companions, write_config, write_json
 
 if TYPE_CHECKING:
@@ -70,8 +75,9 @@ def quantize(
     """
     check_modelopt()
     hf, out = Path(hf), Path(out)
-    dtypes = {name: SAFETENSORS[info.dtype] for name, info in check_safetensors(hf).items()}
+    headers = check_safetensors(hf)
     hf_config = read_hf_config(hf)
+    dtypes = model_dtypes(hf_config, headers)
     if form == "fp8-block":
         check_blocks(hf_config)
     plan = quantized_plan(hf_config, dtypes, form)

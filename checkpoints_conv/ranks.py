@@ -1,11 +1,9 @@
-"""The processes that share a conversion: one, or several started by torchrun."""
+"""The processes that share a conversion: one, or those of torch.distributed's default group."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -64,19 +62,14 @@ class Ranks:
         return values
 
 
-def started_ranks() -> Ranks:
-    """Join the processes that torchrun started (RANK, WORLD_SIZE, MASTER_*) in a gloo group.
+def group_ranks() -> Ranks:
+    """The ranks of torch.distributed's default group; this process alone if it is not initialized.
 
-    Without torchrun this process is the only rank.
+    The group's backend must exchange objects of the CPU, as gloo does. Give it a time-out of hours:
+    rank 0 has the whole model on the disk while the others wait.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        return Ranks()
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        # Rank 0 has the whole model on the disk while the others wait, which takes longer than the
-        # usual 30 minutes on slow ones. A rank that dies is noticed at once all the same: its
-        # connections end.
-        dist.init_process_group("gloo", timeout=timedelta(days=1))
-    return Ranks(dist.get_rank(), size)
+        return Ranks()
+    return Ranks(dist.get_rank(), dist.get_world_size())

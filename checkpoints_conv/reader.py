@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from checkpoints_conv.architectures import find_architecture
 from checkpoints_conv.dtypes import BYTES, SAFETENSORS
 from checkpoints_conv.errors import ModelError
+from checkpoints_conv.nearby import hf_remedy
 from checkpoints_conv.output import is_partial
 from checkpoints_conv.tables import EMBEDDING, HEAD
 
@@ -61,11 +62,14 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
     if is_partial(path):
         raise ModelError(f"{path} is the rest of a write that was interrupted; remove it")
     if not path.is_dir():
+        if (path.parent / "config.json").is_file() and path.is_file():
+            raise ModelError(f"model directory {path} is a file; give its directory {path.parent}")
         what = "is a file" if path.exists() else "does not exist"
         raise ModelError(
             f"model directory {path} {what}; give a directory with config.json and safetensors"
         )
-    return _json_object(path / "config.json", "a Hugging Face model directory needs it")
+    file = path / "config.json"
+    return _json_object(file, "" if file.is_file() else hf_remedy(path))
 
 
 def model_keys(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,6 +138,15 @@ def check_safetensors(path: str | Path) -> dict[str, TensorInfo]:
             "tie_word_embeddings=true; transformers does not tie them then: set it to false"
         )
     return headers
+
+
+def model_dtypes(hf_config: Mapping[str, Any], headers: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Name -> dtype (float32, bfloat16 or float16) of the architecture's own tensors.
+
+    headers: those of `check_safetensors`. Surplus tensors that it lets pass may have any type.
+    """
+    names = find_architecture(hf_config).hf_tensors(hf_config)
+    return {name: SAFETENSORS[headers[name].dtype] for name in names}
 
 
 class SafetensorsReader:

@@ -44,13 +44,23 @@ def parse_rope(hf_config: Mapping[str, Any]) -> Rope:
     """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before it).
 
     Raises ModelError naming the key for a scaling other than default, linear and llama3, for rotary
-    embeddings on a part of the head only, and for a scaling constant that is missing.
+    embeddings on a part of the head only or per kind of layers, and for a scaling constant that is
+    missing.
     """
     # transformers lets a `rope_scaling` that is set win over `rope_parameters`, and so do we.
     key = "rope_scaling" if hf_config.get("rope_scaling") else "rope_parameters"
     parameters = hf_config.get(key) or {}
     if not isinstance(parameters, Mapping):
         raise ModelError(f"config.json: {key}={parameters!r} is not a JSON object")
+    nested = [name for name, value in parameters.items() if isinstance(value, Mapping)]
+    if nested:
+        # transformers keeps these apart by layer type, and its classes of the supported
+        # architectures read none of them.
+        raise ModelError(
+            f"config.json: {key}.{nested[0]} holds rotary embeddings of a kind of layers of their "
+            f"own, which is not supported; write rope_type, rope_theta and the like into {key} "
+            "itself"
+        )
     base = positive(
         "rope_theta", parameters.get("rope_theta", hf_config.get("rope_theta", 10000.0))
     )

@@ -19,6 +19,7 @@ __all__ = [
     "ModelError",
     "TrainingError",
     "UserError",
+    "cannot_load",
 ]
 
 # Exit codes of every process.
@@ -26,6 +27,17 @@ DONE = 0  # all that was asked for is done
 FAILED = 1  # training cannot go on: bad steps in a row, a lost peer, or a defect of the program
 BAD_INPUT = 2  # the configuration or a file is wrong; one sentence on stderr says what
 STOPPED = 75  # stopped by a signal with its state saved; the same command goes on (EX_TEMPFAIL)
+
+
+def cannot_load(what: str, path: object, error: BaseException) -> ModelError:
+    """The ModelError for what transformers raised when it read `what` of a directory.
+
+    transformers raises many kinds of error, some over several lines, and a KeyError says no more
+    than the key.
+    """
+    text = " ".join(str(error).split()) or "no reason given"
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return ModelError(f"cannot load the {what} in {path}: {kind}{text}")
 
 
 class DataError(UserError):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_conv import read_hf_config
-from megatron_policysplit.errors import ModelError
+from megatron_policysplit.errors import ModelError, cannot_load
 
 TOLERANCE = 1e-4  # of the largest logit, or of 1 if that is smaller
 ROWS, TOKENS = 2, 32
@@ -28,7 +28,7 @@ def check_logits(hf: str | Path, megatron: str | Path) -> Compared:
 
     transformers loads the Hugging Face directory `hf`. Megatron-Core loads the torch_dist
     checkpoint `megatron` with the config of `hf`. Raises ModelError if logits differ by more than
-    TOLERANCE.
+    TOLERANCE, or if transformers cannot load `hf`.
     """
     hf_config = read_hf_config(hf)
     length = min(TOKENS, hf_config.get("max_position_embeddings") or TOKENS)
@@ -52,9 +52,17 @@ def _transformers_logits(hf: str | Path, ids: Tensor) -> Tensor:
     """Logits [B, S, V] by transformers on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        hf, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            hf,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+        ).eval()
+    except Exception as error:  # many kinds; each means a model that transformers cannot read
+        raise cannot_load("model", hf, error) from error
     return model(ids).logits
 
 
@@ -66,7 +74,8 @@ def _megatron_logits(hf_config, megatron: str | Path, ids: Tensor) -> Tensor:
     from megatron_policysplit.distributed.device import training_device
 
     try:
-        parallel.initialize(ParallelConfig(), seed=0)
+        # No rank of several, whatever launcher's variables are set.
+        parallel.initialize(ParallelConfig(), seed=0, environ={})
         from megatron_policysplit.actor.megatron_weights import load_megatron_weights
         from megatron_policysplit.actor.model import build_model
 

@@ -12,6 +12,7 @@ tokens between them, so they run the same number of forward and backward passes.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -22,28 +23,44 @@ from megatron_policysplit.actor.megatron_on_cpu import install
 from megatron_policysplit.config import ParallelConfig
 from megatron_policysplit.distributed.device import backend, set_device
 from megatron_policysplit.distributed.layout import Layout
+from megatron_policysplit.distributed.rank_variables import rank_place
+from megatron_policysplit.distributed.rendezvous import meet
+from megatron_policysplit.distributed.stop_signal import StopSignal
 from megatron_policysplit.errors import ConfigError
 
 # Of the control group alone, whose heartbeat must notice a dead rank soon.
 CONTROL_TIMEOUT_SECONDS = 45
 
 
-def initialize(parallel: ParallelConfig, seed: int, *, timeout_seconds: float = 3600.0) -> Layout:
+def initialize(
+    parallel: ParallelConfig,
+    seed: int,
+    *,
+    timeout_seconds: float = 3600.0,
+    environ: Mapping[str, str] = os.environ,
+    stop: StopSignal | None = None,
+) -> Layout:
     """Set torch.distributed, Megatron's groups and the model-parallel RNG up.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* from the environment; a process that was started
-    alone (no RANK) is a world of one. Collective over all ranks. Raises ConfigError if the world's
-    size is not the product of the parallel sizes.
+    A process that was started alone (no RANK) is a world of one. Collective over all ranks. Raises
+    ConfigError if the world's size is not the product of the parallel sizes, and what
+    `rendezvous.meet` raises while ranks wait for each other.
 
     timeout_seconds: of a training collective. It is long because ranks that write no part of a
         checkpoint wait in one for those that do.
+    environ: where RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* are; {} for a process that is alone
+        whatever is set.
+    stop: ends the wait for other ranks.
     """
     # Before Megatron is imported: without a GPU it asks for CUDA already then.
     install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    place = rank_place(environ) if "RANK" in environ else None
+    rank, local_rank, world_size = (
+        (0, 0, 1) if place is None else (place.rank, place.local_rank, place.world_size)
+    )
     needed = parallel.tensor * parallel.pipeline * parallel.data
     if world_size != needed:
         raise ConfigError(
@@ -51,7 +68,7 @@ def initialize(parallel: ParallelConfig, seed: int, *, timeout_seconds: float = 
             f"parallel.pipeline={parallel.pipeline} x parallel.data={parallel.data} "
             f"needs {needed}; start as many or change the layout"
         )
-    set_device(int(os.environ.get("LOCAL_RANK", rank)))
+    set_device(local_rank)
     timeout = timedelta(seconds=timeout_seconds)
     if world_size == 1:
         # A store in memory: a process that is alone needs no port.
@@ -59,7 +76,10 @@ def initialize(parallel: ParallelConfig, seed: int, *, timeout_seconds: float = 
             backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
     else:
-        dist.init_process_group(backend(), rank=rank, world_size=world_size, timeout=timeout)
+        store = meet(stop or StopSignal(), timeout_seconds=timeout_seconds, environ=environ)
+        dist.init_process_group(
+            backend(), store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import typer
 from typer.core import TyperCommand
 
+from megatron_policysplit.distributed.rank_variables import RankPlace, rank_place
 from megatron_policysplit.errors import BAD_INPUT, UserError
 
 AnyPath = TypeVar("AnyPath", str, Path, None)
@@ -39,25 +42,34 @@ def expand_option(param: typer.CallbackParam, value: AnyPath) -> AnyPath:
 
 def run_app(commands: typer.Typer) -> None:
     """Run a command; a UserError is one line on stderr and exit code 2."""
-    # Read before the command: `train` fills in the variables that were not set.
-    rank_of_node = local_rank()
     try:
         commands()
     except UserError as error:
-        sys.exit(report_error(error, rank_of_node))
+        sys.exit(report_error(error, None))
 
 
-def local_rank() -> str:
-    """This process's rank on its node, as torchrun or srun set it; "0" where neither did."""
-    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+@contextmanager
+def errors_of_ranks() -> Iterator[None]:
+    """In a command that runs as ranks: only the first rank of every node prints a UserError.
 
-
-def report_error(error: UserError, rank_of_node: str) -> int:
-    """Print the error to stderr and return the exit code.
-
-    The first rank of every node prints it, because a file may be missing on one node alone.
+    A file may be missing on one node alone. Wherever the variables do not say that this process is
+    a rank, it prints. Ends the command with exit code 2.
     """
-    rank = os.environ.get("RANK", "0")
-    if rank == "0" or rank_of_node == "0":
-        print(f"{'' if rank == '0' else f'rank {rank}: '}error: {error}", file=sys.stderr)
+    place = None
+    try:
+        # Read before the command: `train` fills in the variables that were not set.
+        place = rank_place(os.environ)
+        yield
+    except UserError as error:
+        raise typer.Exit(report_error(error, place)) from error
+
+
+def report_error(error: UserError, place: RankPlace | None) -> int:
+    """Print the error to stderr and return the exit code. place: which rank this is; None if none.
+
+    The first rank of every node prints it.
+    """
+    if place is None or place.first_of_node:
+        prefix = "" if place is None else place.prefix
+        print(f"{prefix}error: {error}", file=sys.stderr)
     return BAD_INPUT

@@ -5,17 +5,31 @@ from __future__ import annotations
 import enum
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_policysplit.cli.app import Command, expand_option, local_rank, report_error, run_app
-from megatron_policysplit.errors import DONE, FAILED, ConfigError, UserError
+from megatron_policysplit.cli.app import (
+    Command,
+    errors_of_ranks,
+    expand_option,
+    report_error,
+    run_app,
+)
+from megatron_policysplit.distributed.rank_variables import (
+    RankPlace,
+    rank_place,
+    started_environment,
+)
+from megatron_policysplit.distributed.stop_signal import StopRequested
+from megatron_policysplit.errors import DONE, FAILED, STOPPED, ConfigError, UserError
 
 if TYPE_CHECKING:
     from checkpoints_conv.ranks import Ranks
@@ -290,23 +304,51 @@ def inspect(
 
 @contextmanager
 def _started_ranks() -> Iterator[Ranks]:
-    """The ranks of this command: those that torchrun started, else one.
+    """The ranks of this command: those that torchrun or srun started, else one.
 
     With several ranks the process ends with the body (`_left_at_once`).
     """
-    from checkpoints_conv.ranks import started_ranks
+    from checkpoints_conv.ranks import Ranks
 
-    ranks = started_ranks()
-    if ranks.size == 1:
-        yield ranks
-    else:
-        with _left_at_once():
-            yield ranks
+    place, variables = None, None
+    with errors_of_ranks():
+        place, variables = rank_place(os.environ), started_environment(os.environ)
+    if place is None or place.world_size == 1:
+        yield Ranks()
+        return
+    with _left_at_once(place):
+        yield _joined_ranks(variables)
+
+
+def _joined_ranks(variables: Mapping[str, str]) -> Ranks:
+    """Meet the other ranks; until then SIGTERM and SIGINT end this one with exit code 75."""
+    import torch.distributed as dist
+
+    from checkpoints_conv.ranks import group_ranks
+    from megatron_policysplit.distributed.rendezvous import meet
+    from megatron_policysplit.distributed.stop_signal import StopSignal
+
+    # Rank 0 has the whole model on the disk while the others wait, which takes longer than the
+    # usual 30 minutes on slow ones. A rank that dies is noticed at once all the same: its
+    # connections end.
+    timeout = timedelta(days=1)
+    stop, numbers = StopSignal(), (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    stop.install()
+    environ = {**os.environ, **variables}
+    store = meet(stop, timeout_seconds=timeout.total_seconds(), environ=environ)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    rank, size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    return group_ranks()
 
 
 @contextmanager
-def _left_at_once() -> Iterator[None]:
+def _left_at_once(place: RankPlace | None = None) -> Iterator[None]:
     """Report the body's error, if any, and end this process without Python's finalization.
+
+    place: which of several ranks this is.
 
     gloo's threads outlive destroy_process_group. The thread that ran the last collective releases
     its tensors only after the collective is over. They are Python objects too, so it needs the
@@ -319,7 +361,9 @@ def _left_at_once() -> Iterator[None]:
         yield
         code = DONE
     except UserError as error:
-        code = report_error(error, local_rank())
+        code = report_error(error, place)
+    except StopRequested:  # nothing had been written
+        code = STOPPED
     except BaseException:
         traceback.print_exc()
     finally:
@@ -329,11 +373,13 @@ def _left_at_once() -> Iterator[None]:
 
 
 def _refuse_torchrun(command: str) -> None:
-    """Raise ConfigError if torchrun started several processes of a command that runs as one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    """Raise ConfigError if this is one of several ranks of a command that runs as one process."""
+    place = rank_place(os.environ)
+    if place is not None and place.world_size > 1:
         raise ConfigError(
-            f"{command} runs as one process, but WORLD_SIZE={os.environ['WORLD_SIZE']}; start it "
-            "without torchrun"
+            f"{command} runs as one process, but this is rank {place.rank} of {place.world_size} "
+            "(RANK and WORLD_SIZE, or SLURM_PROCID and SLURM_NTASKS); start it without torchrun or "
+            "srun, or unset them if they are left over"
         )
 
 

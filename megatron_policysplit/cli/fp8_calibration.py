@@ -16,7 +16,7 @@ from checkpoints_conv.quantized import weight_groups
 from checkpoints_conv.reader import read_hf_config
 from megatron_policysplit.config import ModesConfig
 from megatron_policysplit.data.questions import Question, load_questions
-from megatron_policysplit.errors import DataError, ModelError
+from megatron_policysplit.errors import DataError, ModelError, cannot_load
 
 if TYPE_CHECKING:
     import torch
@@ -159,4 +159,4 @@ def _read_model(hf: str | Path) -> torch.nn.Module:
             **experts,
         ).eval()
     except Exception as error:  # transformers and safetensors raise many kinds of error
-        raise ModelError(f"cannot load the model in {hf}: {error}") from error
+        raise cannot_load("model", hf, error) from error

@@ -19,7 +19,7 @@ import typer
 
 from megatron_policysplit import __version__
 from megatron_policysplit.cli import convert
-from megatron_policysplit.cli.app import Command, expand_option, run_app
+from megatron_policysplit.cli.app import Command, errors_of_ranks, expand_option, run_app
 from megatron_policysplit.cli.model_commands import evaluate, generate
 from megatron_policysplit.cli.options import ConfigPath, Overrides, check_output
 from megatron_policysplit.errors import STOPPED
@@ -66,7 +66,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     Exit codes: 0 done; 1 failed; 2 bad input, nothing was started; 75 stopped by SIGTERM or SIGINT
     with its state saved, and the same command goes on.
     """
-    with _exit_on_signals():
+    with _exit_on_signals(), errors_of_ranks():
         code = run_training([config, *(overrides or [])])
     raise typer.Exit(code)
 
@@ -99,13 +99,8 @@ def run_training(argv: list[str]) -> int:
     Raises a UserError for bad input. A rank that torchrun or srun started does not return.
     """
     from megatron_policysplit.config.load import load_config, world_size
-    from megatron_policysplit.distributed.launch import (
-        check_world,
-        free_port,
-        launch,
-        rank_environment,
-        started_environment,
-    )
+    from megatron_policysplit.distributed.launch import free_port, launch, rank_environment
+    from megatron_policysplit.distributed.rank_variables import check_world, started_environment
     from megatron_policysplit.training.preflight import preflight, prepare_run_dir
 
     # The variables of torchrun or srun; None where neither started this process.
@@ -115,7 +110,7 @@ def run_training(argv: list[str]) -> int:
     if rank_variables:
         check_world(config, rank_variables)
     summary = preflight(config)
-    if os.environ.get("RANK", "0") == "0":
+    if rank_variables is None or rank_variables["RANK"] == "0":
         for line in summary.lines(config):
             print(line, flush=True)
         prepare_run_dir(config)

@@ -200,6 +200,8 @@ def missing_ranks(rank: int, world_size: int) -> str:
     """
     if world_size == 1:
         return "no other rank takes part in this run"
+    if not dist.is_initialized():
+        return "the ranks had not met yet"
     store = dist.distributed_c10d._get_default_store()
     try:
         store.set(f"policysplit/failed/{rank}", "1")

@@ -5,24 +5,25 @@ ranks 30 seconds after a signal where saving a checkpoint may take longer, and k
 ranks as soon as one fails, before they can say what they saw. What is needed here fits in this
 file, in the standard library.
 
-Where torchrun or srun starts the ranks, `started_environment` says so and nothing is started here.
+Where torchrun or srun starts the ranks, `rank_variables.started_environment` says so and nothing is
+started here.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from megatron_policysplit.errors import BAD_INPUT, DONE, FAILED, STOPPED, ConfigError
+from megatron_policysplit.distributed.rank_variables import without_launcher
+from megatron_policysplit.errors import BAD_INPUT, DONE, FAILED, STOPPED
 
 _PR_SET_PDEATHSIG = 1
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -101,7 +102,7 @@ class _Group:
                     [*self.command, *self.argv],
                     env={
                         "OMP_NUM_THREADS": threads,
-                        **os.environ,
+                        **without_launcher(os.environ),
                         **rank_environment(rank, self.nproc, port),
                     },
                     stdin=subprocess.DEVNULL,
@@ -270,78 +271,3 @@ def rank_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-
-
-def started_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
-    """Return the rank variables if torchrun or srun started this process as one of several ranks.
-
-    None if not, also in a batch script outside srun. torchrun sets the variables itself. From
-    srun's they are derived: MASTER_ADDR is the first host of the allocation, MASTER_PORT depends on
-    the job id; both can be given. Raises ConfigError if one is missing that cannot be derived.
-    """
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        variables = {name: environ[name] for name in ("RANK", "WORLD_SIZE")}
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if name not in environ:
-                raise ConfigError(
-                    f"RANK={environ['RANK']} is set but {name} is not; set it, or unset RANK"
-                )
-            variables[name] = environ[name]
-        return variables | {"LOCAL_RANK": environ.get("LOCAL_RANK", variables["RANK"])}
-    tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
-    if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ or tasks == "1":
-        return None
-    return {
-        "RANK": environ["SLURM_PROCID"],
-        "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
-        "WORLD_SIZE": tasks,
-        "LOCAL_WORLD_SIZE": environ.get("LOCAL_WORLD_SIZE") or _slurm_tasks_of_node(environ, tasks),
-        "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_slurm_host(environ),
-        "MASTER_PORT": environ.get("MASTER_PORT")
-        or str(10000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000),
-    }
-
-
-def _slurm_tasks_of_node(environ: Mapping[str, str], tasks: str) -> str:
-    """Return the ranks of the first node, 8 in "8(x4)" or "8,4"; all of them if Slurm is silent."""
-    per_node = (
-        environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or tasks
-    )
-    return re.match(r"\d+", per_node).group()
-
-
-def _first_slurm_host(environ: Mapping[str, str]) -> str:
-    """Return the first host of the allocation, as scontrol spells SLURM_JOB_NODELIST out."""
-    nodes = environ.get("SLURM_JOB_NODELIST")
-    if not nodes:
-        raise ConfigError(
-            "srun started this rank but neither MASTER_ADDR nor SLURM_JOB_NODELIST is set; set "
-            "MASTER_ADDR"
-        )
-    try:
-        answer = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes],
-            check=True,
-            capture_output=True,
-            text=True,
-            env=dict(environ),
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise ConfigError(
-            f"MASTER_ADDR is not set and `scontrol show hostnames {nodes}` failed; set MASTER_ADDR "
-            "to the first host"
-        ) from error
-    return answer.stdout.split()[0]
-
-
-def check_world(config, started: Mapping[str, str]) -> None:
-    """Raise ConfigError unless as many ranks were started as the layout has."""
-    parallel = config.parallel
-    ranks = parallel.tensor * parallel.pipeline * parallel.data
-    if int(started["WORLD_SIZE"]) != ranks:
-        raise ConfigError(
-            f"WORLD_SIZE={started['WORLD_SIZE']} ranks were started, but "
-            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} x "
-            f"parallel.data={parallel.data} = {ranks}; start {ranks} ranks, change the layout, or "
-            "unset RANK and WORLD_SIZE to let policysplit start them"
-        )

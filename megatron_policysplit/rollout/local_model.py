@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from megatron_policysplit.errors import ConfigError, ModelError
+from checkpoints_conv import find_architecture, read_hf_config
+from megatron_policysplit.errors import ConfigError, ModelError, cannot_load
 
 
 def check_device(device: str | torch.device) -> torch.device:
@@ -28,6 +29,23 @@ def check_device(device: str | torch.device) -> torch.device:
             "or cuda where there is a GPU and a torch built for it"
         ) from error
     return result
+
+
+def _explained(path: str, error: Exception) -> ModelError:
+    """Why transformers cannot load a model, with the key of its config.json if one is wrong."""
+    try:
+        hf_config = read_hf_config(path)
+        architecture = find_architecture(hf_config)
+    except ModelError:  # transformers loads more architectures than those of the conversion
+        return cannot_load("model", path, error)
+    try:
+        architecture.megatron_arguments(hf_config)
+    except ModelError as reason:
+        return ModelError(
+            f"cannot load the model in {path}: {reason} (transformers: {type(error).__name__}: "
+            f"{' '.join(str(error).split())})"
+        )
+    return cannot_load("model", path, error)
 
 
 def read_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -51,7 +69,7 @@ def read_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
             output_loading_info=True,
         )
     except Exception as error:  # many kinds; each means a model that cannot be read
-        raise ModelError(f"cannot load the model in {path}: {error}") from error
+        raise _explained(path, error) from error
     # transformers would leave these at random values, with no more than a warning.
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:

@@ -31,18 +31,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_policysplit.distributed.launch import ended
+from megatron_policysplit.distributed.rank_variables import without_launcher
 from megatron_policysplit.errors import ConfigError, EngineError
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
 TERMINATE_SECONDS = 15.0  # SGLang looks for a stop signal every 5 s
 POLL_SECONDS = 0.2
 TAIL_BYTES, TAIL_LINES, TAIL_COLUMNS = 65536, 15, 300
-# What torchrun and the actor set for themselves. A server that took it over would wait for ranks
-# that are not its own, and expandable segments do not go with the memory saver of SGLang.
-_OF_THE_ACTOR = re.compile(
-    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|"
-    r"PYTORCH(_CUDA)?_ALLOC_CONF|CUDA_DEVICE_MAX_CONNECTIONS"
-)
+# What the actor sets for itself, beside the launcher's variables. A server that took those over
+# would wait for ranks not its own; expandable segments do not go with SGLang's memory saver.
+_OF_THE_ACTOR = re.compile(r"PYTORCH(_CUDA)?_ALLOC_CONF|CUDA_DEVICE_MAX_CONNECTIONS")
 _OF_THE_INTERPRETER = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 _ANY_HOST = ("0.0.0.0", "::", "")
 _CAUSES = (
@@ -239,7 +237,7 @@ def inherited_environment(environ: Mapping[str, str], python: str) -> dict[str, 
     excluded = () if is_ours else _OF_THE_INTERPRETER
     environment = {
         name: value
-        for name, value in environ.items()
+        for name, value in without_launcher(environ).items()
         if not _OF_THE_ACTOR.fullmatch(name) and name not in excluded
     }
     if os.sep in python:

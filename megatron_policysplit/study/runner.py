@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_policysplit.distributed.rank_variables import without_launcher
 from megatron_policysplit.errors import DONE, FAILED, STOPPED, ConfigError
 from megatron_policysplit.study.config import Study, StudyRun, fill
 
@@ -220,7 +221,8 @@ class _Runner:
             written = output.tell()
             process = subprocess.Popen(
                 list(command),
-                env={**os.environ, **self.variables, **environment},
+                # A run starts its own ranks, whatever launcher's variables the study was left with.
+                env={**without_launcher(os.environ), **self.variables, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

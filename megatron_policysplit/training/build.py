@@ -27,10 +27,10 @@ def build_run(config: Config, stop: StopSignal) -> Run:
     """Build the run, resumed from the newest complete checkpoint in its directory if there is one.
 
     Collective over all ranks. Raises a UserError for input that cannot be used, the same on every
-    rank; StopRequested after a signal during the slow imports.
+    rank; StopRequested after a signal during the slow imports or while ranks wait for each other.
     """
     with ExitStack() as resources:
-        layout = parallel.initialize(config.parallel, config.run.seed)
+        layout = parallel.initialize(config.parallel, config.run.seed, stop=stop)
         control = Control(layout.control, stop)
         resources.callback(control.close)
         control.check()

@@ -325,10 +325,14 @@ def test_several_processes_share_a_conversion(tmp_path, family):
 
 
 def convert_there_and_back(rank, original, root):
-    from checkpoints_conv.ranks import started_ranks
+    import torch.distributed as dist
+
+    from checkpoints_conv.ranks import Ranks, group_ranks
     from megatron_policysplit.errors import ModelError
 
-    ranks = started_ranks()
+    assert group_ranks() == Ranks(0, 1)
+    dist.init_process_group("gloo")
+    ranks = group_ranks()
     assert (ranks.rank, ranks.size) == (rank, 2)
     with pytest.raises(ModelError, match="config.json is missing"):
         hf_to_megatron(root, f"{root}/megatron", ranks=ranks)

@@ -157,6 +157,55 @@ def test_the_first_rank_of_every_node_tells_the_error(tmp_path, environ, monkeyp
     assert (exit.value.code, *capsys.readouterr()) == (2, "", text)
 
 
+LEFT_OVER = TORCHRUN | {"RANK": "1", "LOCAL_RANK": "1"}
+
+
+@pytest.mark.parametrize("ranks", [{"RANK": "3"}, {"RANK": "", "WORLD_SIZE": ""}, LEFT_OVER, {"WORLD_SIZE": "abc"}])
+@pytest.mark.parametrize(
+    "command",
+    ["report no", "config no.yaml", "study no.yaml", "serve no.yaml", "convert inspect no", "generate --model no x"],
+)
+def test_commands_of_one_process_tell_their_errors_whatever_is_left(environ, monkeypatch, capsys, ranks, command):
+    environ.update(ranks)
+    monkeypatch.setattr(sys, "argv", ["policysplit", *command.split()])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.startswith("error: ") and " no" in error, error
+
+
+@pytest.mark.parametrize("command", ["train no.yaml", "convert hf-to-megatron --hf no --out out"])
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ({"RANK": "3", "LOCAL_RANK": "3"}, "RANK=3 is set but WORLD_SIZE is not; set it if "),
+        ({"RANK": "", "WORLD_SIZE": ""}, "RANK= and WORLD_SIZE= are set but "),
+        (TORCHRUN | {"RANK": "x"}, "RANK=x is not a whole number from 0 to 7 (of WORLD_SIZE=8); set it right if "),
+    ],
+)
+def test_ranks_with_wrong_variables_tell_it(environ, monkeypatch, capsys, command, ranks, message):
+    environ.update(ranks)
+    monkeypatch.setattr(sys, "argv", ["policysplit", *command.split()])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert exit.value.code == 2 and capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_a_rank_alone_is_refused_before_anything_is_written(config, environ, worker):
+    environ["RANK"] = "3"
+    with pytest.raises(ConfigError, match="^RANK=3 is set but WORLD_SIZE is not; "):
+        cli.run_training([str(config)])
+    assert worker.calls == [] and not (config.parent / "run").exists()
+
+
+def test_variables_of_no_rank_are_overwritten(config, environ, worker):
+    environ.update({"WORLD_SIZE": "8", "LOCAL_RANK": "5", "MASTER_PORT": "x"})
+    cli.run_training([str(config)])
+    [(_, ranks)] = worker.calls
+    assert ranks | {"MASTER_PORT": ""} == launch.rank_environment(0, 1, 0) | {"MASTER_PORT": ""}
+    assert (config.parent / "run" / "config.yaml").exists()
+
+
 def test_train_with_one_rank_runs_in_this_process(config, environ, worker, capsys):
     worker.code = 75
     assert cli.run_training([str(config), "train.steps=3"]) == 75

@@ -59,7 +59,18 @@ def test_a_damaged_model_is_refused(original, family, tmp_path):
         ("architectures", [5], r"architectures=\[5\] is not a list of names"),
         ("tie_word_embeddings", "false", "tie_word_embeddings='false' is neither true nor false"),
         ("rms_norm_eps", None, "rms_norm_eps=None is not a positive number"),
+        ("tie_word_embeddings", None, "tie_word_embeddings=null is neither true nor false; write which it is"),
+        ("use_sliding_window", None, "use_sliding_window=null is neither true nor false; write which it is"),
         ("layer_types", 5, "layer_types=5 is not a list"),
+        ("layer_types", ["full_attention"], "layer_types has 1 entries, but num_hidden_layers="),
+        ("text_config", {"hidden_size": 64}, None),
+        (
+            "rope_parameters",
+            {"full_attention": {"rope_type": "default", "rope_theta": 1e6}},
+            "rope_parameters.full_attention holds rotary embeddings of a kind of layers of their own, which is not "
+            "supported; write rope_type, rope_theta and the like into rope_parameters itself",
+        ),
+        ("rope_scaling", {"rope_type": "default", "sliding_attention": {}}, "rope_scaling.sliding_attention holds rot"),
         ("rope_parameters", "linear", "rope_parameters='linear' is not a JSON object"),
         ("rope_parameters", {"rope_theta": "many"}, "rope_theta='many' is not a positive number"),
         ("rope_parameters", {"rope_type": "linear", "factor": 0}, "rope_parameters.factor=0 is not a positive number"),
@@ -68,7 +79,25 @@ def test_a_damaged_model_is_refused(original, family, tmp_path):
 def test_a_value_of_the_config_that_is_of_another_kind_is_refused(original, tmp_path, key, value, match):
     config = json.loads((original / "config.json").read_text())
     (original / "config.json").write_text(json.dumps({**config, key: value}))
-    refused(lambda: hf_to_megatron(original, tmp_path / "x"), ModelError, f"config.json: {match}", tmp_path / "x")
+    text = f"config.json: {match}" if match else f"config.json has a `{key}` beside the keys of Qwen3ForCausalLM, as a "
+    refused(lambda: hf_to_megatron(original, tmp_path / "x"), ModelError, text, tmp_path / "x")
+
+
+@pytest.mark.parametrize("family", ["qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool])
+def test_a_surplus_buffer_of_another_dtype_is_left_out(original, tmp_path, dtype):
+    tensors = tensors_of(original)
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8).to(dtype)}
+    save_file({**tensors, **buffer}, original / "model.safetensors", metadata={"format": "pt"})
+    hf_to_megatron(original, tmp_path / "megatron")
+    assert "inv_freq" not in str(describe(tmp_path / "megatron")) and describe(original)["dtype"] == "float32"
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert tensors_of(tmp_path / "back").keys() == tensors.keys()
+    wrong = {UP["qwen3"]: tensors[UP["qwen3"]].to(dtype)}
+    save_file({**tensors, **wrong}, original / "model.safetensors", metadata={"format": "pt"})
+    refused(
+        lambda: hf_to_megatron(original, tmp_path / "x"), ModelError, "has dtype .*; supported are F32", tmp_path / "x"
+    )
 
 
 NORM = "model.norm.weight"

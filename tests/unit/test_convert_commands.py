@@ -189,5 +189,9 @@ def test_ranks_end_without_finalization(original, tmp_path):
 
 
 def test_commands_of_one_process_are_refused_under_torchrun(original, tmp_path):
-    refused = run("verify", "--hf", original, "--megatron", tmp_path, code=2, WORLD_SIZE="2")
-    assert refused == "error: verify runs as one process, but WORLD_SIZE=2; start it without torchrun\n"
+    started = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    refused = run("verify", "--hf", original, "--megatron", tmp_path, code=2, **started)
+    assert refused == (
+        "error: verify runs as one process, but this is rank 0 of 2 (RANK and WORLD_SIZE, or SLURM_PROCID and "
+        "SLURM_NTASKS); start it without torchrun or srun, or unset them if they are left over\n"
+    )

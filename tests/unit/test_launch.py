@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_policysplit.config import Config
-from megatron_policysplit.distributed.launch import Patience, check_world, launch, started_environment
-from megatron_policysplit.errors import ConfigError
+from megatron_policysplit.distributed.launch import Patience, launch
 
 LAUNCHER = """
 import sys
@@ -269,59 +267,3 @@ def test_handlers_of_the_caller_are_restored(tmp_path):
 def test_the_launcher_imports_no_torch():
     code = "import sys, megatron_policysplit.distributed.launch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
-SRUN = {
-    "SLURM_PROCID": "5",
-    "SLURM_LOCALID": "1",
-    "SLURM_NTASKS": "8",
-    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
-    "SLURM_STEP_ID": "0",
-    "SLURM_JOB_ID": "41234",
-    "SLURM_JOB_NODELIST": "node[7-8]",
-}
-
-
-def test_ranks_started_by_torchrun():
-    assert started_environment(TORCHRUN) == TORCHRUN
-    assert started_environment({}) is None
-    with pytest.raises(ConfigError, match="^RANK=0 is set but MASTER_ADDR is not; set it, or unset RANK$"):
-        started_environment({"RANK": "0", "WORLD_SIZE": "1"})
-
-
-def test_ranks_started_by_srun(tmp_path):
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[7-8]" ] && printf "node7\\nnode8\\n"\n')
-    scontrol.chmod(0o755)
-    environ = SRUN | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    expected = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "node7", "MASTER_PORT": "11234"}
-    assert started_environment(environ) == expected | {"LOCAL_WORLD_SIZE": "4"}
-    given = started_environment(environ | {"MASTER_ADDR": "head", "MASTER_PORT": "1234"})
-    assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("head", "1234")
-
-
-def test_a_batch_script_outside_srun_starts_its_own_ranks():
-    assert started_environment({name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}) is None
-    assert started_environment(SRUN | {"SLURM_NTASKS": "1"}) is None
-
-
-def test_srun_without_a_first_host(tmp_path):
-    environ = SRUN | {"PATH": str(tmp_path)}
-    with pytest.raises(ConfigError, match=r"^MASTER_ADDR is not set and `scontrol show hostnames node\[7-8\]` failed"):
-        started_environment(environ)
-    del environ["SLURM_JOB_NODELIST"]
-    with pytest.raises(ConfigError, match="neither MASTER_ADDR nor SLURM_JOB_NODELIST is set; set MASTER_ADDR$"):
-        started_environment(environ)
-
-
-def test_world_size_must_match_the_layout():
-    config = Config()
-    config.parallel.tensor, config.parallel.data = 2, 3
-    check_world(config, TORCHRUN | {"WORLD_SIZE": "6"})
-    with pytest.raises(ConfigError) as error:
-        check_world(config, TORCHRUN)
-    assert str(error.value) == (
-        "WORLD_SIZE=4 ranks were started, but parallel.tensor=2 x parallel.pipeline=1 x parallel.data=3 = 6; "
-        "start 6 ranks, change the layout, or unset RANK and WORLD_SIZE to let policysplit start them"
-    )

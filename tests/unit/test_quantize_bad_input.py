@@ -186,8 +186,9 @@ def test_options_that_do_not_go_together(model, out, tmp_path, monkeypatch):
             command(model, out, "fp8-block", **{name: value})
     with pytest.raises(typer.BadParameter, match="5XB"):
         command(model, out, "fp8-block", max_shard_size="5XB")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="one process, but WORLD_SIZE=2"):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="^quantize runs as one process, but this is rank 1 of 2 "):
         command(model, out, "fp8-block")
     assert not out.exists()
 

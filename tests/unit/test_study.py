@@ -121,6 +121,19 @@ def test_environment_with_a_slot(tmp_path):
     assert {value.rsplit("-", 1)[0] for value in found} == {f"{m}-{s}" for m in study.methods for s in (0, 3)}
 
 
+def test_runs_do_not_inherit_the_variables_of_a_launcher(tmp_path, monkeypatch):
+    left = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x"}
+    for name, value in (left | {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7"}).items():
+        monkeypatch.setenv(name, value)
+    names = [*left, "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_JOB_ID"]
+    code = f"import os; found = [n for n in {names} if n in os.environ]; raise SystemExit(f'error: {{found}}')"
+    study = make_study(tmp_path, environment={"WORLD_SIZE": "{seed}"}, seeds=[3])
+    said = []
+    assert run_study(study, trainer=[sys.executable, "-c", code], say=said.append) == FAILED
+    # What the study itself names is the run's; the job is no rank's.
+    assert sum("failed: ['WORLD_SIZE', 'SLURM_JOB_ID'] (exit code 1; " in line for line in said) == 2
+
+
 def start_process(study: Study, **environ) -> subprocess.Popen:
     code = f"""
         import sys
