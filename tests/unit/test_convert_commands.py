@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from checkpoints_conv.progress import bar, token_bar
-from megatron_policysplit.cli.convert import parse_size
+from megatron_policysplit.cli.convert_options import parse_size
 from tests.support.commands import run_module
 from tests.support.conversion import assert_same_model, make_tree, tensors_of
 from tests.support.fp8 import WHOLE_BLOCKS
