@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_policysplit.data.answers import answer_text, narrow_floats
 from megatron_policysplit.errors import CheckpointError, DataError
 from megatron_policysplit.rows import Mode
 
@@ -214,11 +215,11 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, dict]]:
 
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            number = 0
+            number, narrowed = 0, narrow_floats(table.schema_arrow)
             for batch in table.iter_batches(1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{file} row {number}", row
+                    yield f"{file} row {number}", narrowed(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file} is not a readable Parquet file ({error}); restore it") from error
 
@@ -235,7 +236,8 @@ def _question(index: int, where: str, row: dict) -> Question:
     messages = row[source]
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    return Question(index, _messages(where, source, messages), _answer(where, row), row)
+    answer = answer_text(where, row, _NEEDED)
+    return Question(index, _messages(where, source, messages), answer, row)
 
 
 def _messages(where: str, source: str, messages: Any) -> list[dict[str, str]]:
@@ -258,23 +260,6 @@ def _messages(where: str, source: str, messages: Any) -> list[dict[str, str]]:
             "response"
         )
     return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-def _answer(where: str, row: dict) -> str | None:
-    """A row's reference answer as text; verl's `reward_model` wins over `answer`."""
-    answer, source = row.get("answer"), "answer"
-    if row.get("reward_model") is not None:
-        source = "reward_model.ground_truth"
-        if not isinstance(row["reward_model"], dict) or "ground_truth" not in row["reward_model"]:
-            raise DataError(f"{where}: `reward_model` has no `ground_truth`; needed are {_NEEDED}")
-        answer = row["reward_model"]["ground_truth"]
-    if answer is None or isinstance(answer, str):
-        return answer
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):  # bool is an int
-        return str(answer)
-    raise DataError(
-        f"{where}: `{source}` is a {type(answer).__name__}; it must be text or a number"
-    )
 
 
 def _load_gym(name: str, options: dict[str, Any]) -> list[Question]:
