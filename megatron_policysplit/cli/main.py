@@ -113,7 +113,10 @@ def run_training(argv: list[str]) -> int:
     config = load_config(argv[0], argv[1:])
     if rank_variables:
         check_world(config, rank_variables)
-    summary = preflight(config)
+    # One rank of a world that torchrun or srun started tries the reward for all.
+    summary = preflight(
+        config, tries_reward=rank_variables is None or rank_variables["RANK"] == "0"
+    )
     if os.environ.get("RANK", "0") == "0":
         for line in summary.lines(config):
             print(line, flush=True)

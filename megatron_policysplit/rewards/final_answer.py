@@ -12,6 +12,7 @@ from megatron_policysplit.rewards.plain_text import closing_brace, plain
 BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 # Of a long line only what surrounds its last digit is looked at, in characters.
 _BEFORE, _AFTER = 1000, 100
+_LONGEST = 300  # characters of an expression that is taken from running text
 
 # What ends an expression in running text: delimiters, tags, arrows, bullets, text in mathematics.
 _BREAKS = re.compile(
@@ -52,8 +53,8 @@ def final_answer(response: str) -> str | None:
     exclamation mark behind a number ends a sentence.
 
     Returns None where there is no such expression, or where it cannot be said what it is: a hyphen
-    with a word and a space on its left and a space on its right, or an inequality or an operator
-    that lacks a side.
+    with a word and a space on its left and a space on its right, an inequality or an operator that
+    lacks a side, or more than 300 characters.
     """
     for match in reversed(list(BOXED.finditer(response))):
         end = closing_brace(response, match.end())
@@ -68,6 +69,8 @@ def final_answer(response: str) -> str | None:
         for part in reversed(_BREAKS.split(line)):
             for start, end in reversed(list(_expressions(part))):
                 if any(sign.isdigit() for sign in part[start:end]):
+                    if end - start > _LONGEST:
+                        return None
                     return _complete(part[start:end], part[:start], part[end:])
     return None
 

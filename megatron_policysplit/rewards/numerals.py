@@ -129,10 +129,11 @@ def _magnitude(text: str) -> Fraction | None:
         return _fraction(match[1]) * SCALES[match[2].lower()]
     if match := re.fullmatch(r"10\s*\^\s*(?:\{\s*([+-]?\d{1,3})\s*\}|([+-]?\d{1,3}))", text):
         return Fraction(10) ** int(match[1] or match[2])
-    if match := _SLASH.fullmatch(text):
-        return _quotient(match[1], match[2])
+    # Before the quotient: 5 419/500 is five and a fraction, not 5419 in 500ths.
     if match := _MIXED.fullmatch(text):
         return _mixed(match[1], _quotient(match[2], match[3]))
+    if match := _SLASH.fullmatch(text):
+        return _quotient(match[1], match[2])
     if match := _FRACTION.fullmatch(text):
         return _quotient(match[1] or match[2], match[3] or match[4])
     if match := _MIXED_LATEX.fullmatch(text):

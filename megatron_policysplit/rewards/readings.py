@@ -19,7 +19,7 @@ UNITS = frozenset(
 ) - {"foot"}
 # Words that are mathematics, or join answers.
 _MATHEMATICAL = frozenset(
-    "and or mod sin cos tan cot sec csc log ln exp sqrt max min gcd lcm det deg infinity inf".split()
+    "and or mod sin cos tan cot sec csc log ln exp sqrt max min gcd lcm det deg infinity".split()
 )
 _COMMAND = re.compile(
     r"\\(?:begin|end)\s*\{[^{}]*\}|\\(?:text\w*|mbox|math[a-z]+|operatorname)\s*\{[^{}]*\}"

@@ -37,6 +37,7 @@ class RewardTrial:
     # With reward.function=math only, as (question's id, its answer):
     words: list[tuple[int, str]] = field(default_factory=list)  # compared as text
     unreadable: list[tuple[int, str]] = field(default_factory=list)  # every grading will fail
+    formulas: int = 0  # of which math-verify read the first `_FORMULAS`
 
     def line(self) -> str:
         """What the reward gives, in one line."""
@@ -58,11 +59,12 @@ class RewardTrial:
         """What may be wrong with the reward or the answers, one sentence each."""
         warnings = []
         if self.unreadable:
+            partly = "at least " * (self.formulas > _FORMULAS)
             warnings.append(
-                f"reward.function=math cannot read {len(self.unreadable)} of {self.questions} "
-                f"answers of {self.path}, whose responses all get 0 and a grading error: "
-                f"{_named(self.unreadable)}; give a number, a formula or words without digits, or "
-                r"mark it by \boxed{} or ####"
+                f"reward.function=math cannot read {partly}{len(self.unreadable)} of "
+                f"{self.questions} answers of {self.path}, whose responses all get 0 and a "
+                f"grading error: {_named(self.unreadable)}; give a number, a formula or words "
+                r"without digits, or mark it by \boxed{} or ####"
             )
         if self.words:
             warnings.append(
@@ -113,7 +115,7 @@ def try_reward(
     answered = [question for question in questions if question.answer is not None]
     forms = (False,) if function in ("exact", "reasoning_gym") else (False, True)
     own = [
-        (question, rf"\boxed{{{question.answer}}}" if in_box else question.answer, in_box)
+        (question, _response(function, question.answer, in_box), in_box)
         for question in answered[:_ROWS]
         for in_box in forms
     ]
@@ -140,7 +142,21 @@ def try_reward(
         OwnAnswer(question.id, response, in_box, result)
         for (question, response, in_box), result in zip(own, graded, strict=False)
     ]
-    return RewardTrial(function, path, len(questions), own_answers, words, unreadable)
+    return RewardTrial(
+        function, path, len(questions), own_answers, words, unreadable, len(formulas)
+    )
+
+
+def _response(function: str, answer: str, in_box: bool) -> str:
+    """A question's own answer as a response; in a box for `math` what it reads as the answer."""
+    if not in_box:
+        return answer
+    if function == "math":
+        try:
+            answer = read_reference(answer).text
+        except ValueError:
+            pass  # which the grading says
+    return rf"\boxed{{{answer}}}"
 
 
 def _references(
