@@ -30,6 +30,11 @@ def answer_text(where: str, row: Mapping[str, Any], needed: str) -> str | None:
     answer, source = row.get(_COLUMN), _COLUMN
     if row.get(_STRUCT) is not None:
         source = f"{_STRUCT}.{_FIELD}"
+        if isinstance(row[_STRUCT], str):
+            raise DataError(
+                f"{where}: `{_STRUCT}` is text; it must be a mapping with `{_FIELD}`, or the "
+                f"answer stand in `{_COLUMN}`"
+            )
         if not isinstance(row[_STRUCT], dict) or _FIELD not in row[_STRUCT]:
             raise DataError(f"{where}: `{_STRUCT}` has no `{_FIELD}`; needed are {needed}")
         answer = row[_STRUCT][_FIELD]

@@ -27,9 +27,9 @@ class GradingCheck:
         """
         if self._has_worked:
             return
-        failure = all_failed([rollout.reward_error for rollout in rollouts])
+        failure = all_failed([rollout.reward_error for rollout in rollouts]) or ""
         failure = self._layout.broadcast_from_chief(failure)
-        if failure is not None:
+        if failure:
             raise TrainingError(
                 f"reward.function={self._function} failed on {failure} of {of}; nothing was "
                 "trained on them; mend the function, or the data it needs"
