@@ -17,19 +17,20 @@ if TYPE_CHECKING:
     from megatron_policysplit.data.questions import Question
 
 NUMBERS = range(4, 21)
+_CONTROL_TOKEN = re.compile(r"<\|[a-z]+\|>")
 _SUM = re.compile(r"[1-9][0-9]*(\+[1-9][0-9]*){1,2}", re.ASCII)
 
 
 def reward(response: str, question: Question) -> float:
     """Return 1.0 for a sum of two or three positive integers that is `question.answer`, else 0.0.
 
-    The terms are joined by "+"; leading zeros, spaces and any other text score 0.0. The order of
-    the terms is part of the text: "4+5" and "5+4" are two different right answers.
+    The terms are joined by "+"; leading zeros, spaces and any other text score 0.0. Control tokens
+    such as <|user|> count as nothing. The order of the terms is part of the text: "4+5" and "5+4"
+    are two different right answers.
     """
-    right = _SUM.fullmatch(response) is not None and sum(map(int, response.split("+"))) == int(
-        question.answer
-    )
-    return 1.0 if right else 0.0
+    text = _CONTROL_TOKEN.sub("", response)
+    right = _SUM.fullmatch(text) is not None
+    return 1.0 if right and sum(map(int, text.split("+"))) == int(question.answer) else 0.0
 
 
 def random_sum(number: int, rng: random.Random) -> str:

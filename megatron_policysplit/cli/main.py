@@ -109,8 +109,10 @@ def run_training(argv: list[str]) -> int:
     config = load_config(argv[0], argv[1:])
     if rank_variables:
         check_world(config, rank_variables)
-    summary = preflight(config)
-    if rank_variables is None or rank_variables["RANK"] == "0":
+    # One rank of a world that torchrun or srun started tries the reward for all.
+    is_first = rank_variables is None or rank_variables["RANK"] == "0"
+    summary = preflight(config, tries_reward=is_first)
+    if is_first:
         for line in summary.lines(config):
             print(line, flush=True)
         prepare_run_dir(config)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,6 +35,7 @@ from megatron_policysplit.cli.options import (
     finite,
 )
 from megatron_policysplit.config.keys import LARGEST_INTEGER, LARGEST_SECONDS
+from megatron_policysplit.errors import FAILED
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -157,13 +159,15 @@ def evaluate(
     from megatron_policysplit.evaluation.responder import Responder, prompts_asked_for
     from megatron_policysplit.evaluation.scores import scores_by_mode, scores_table
     from megatron_policysplit.evaluation.verdicts import OfflineJudge
-    from megatron_policysplit.rewards import RewardPool
+    from megatron_policysplit.rewards import RewardPool, all_failed
+    from megatron_policysplit.rewards.trial import check_questions
     from megatron_policysplit.rollout.engine import Sampling
 
     if output is not None:
         check_output(output)
     prompts = prompts_asked_for(config, high_entropy_prompt, high_entropy_prompt_file)
     dataset = load_questions(data, {})[:questions]
+    check_questions(reward, f"--data {data}", dataset)
     # Tried out before the model is loaded: a judge that cannot be used ends the command at once.
     offline_judge = OfflineJudge(judge) if judge else None
     with RewardPool(reward, workers, timeout_seconds) as pool:
@@ -195,6 +199,10 @@ def evaluate(
         settings |= {} if offline_judge is None else {"judge": asdict(offline_judge.settings)}
         by_mode = {name: asdict(mode_scores) for name, mode_scores in scores.items()}
         output.write_text(json.dumps(settings | {"modes": by_mode}, indent=2) + "\n")
+    failure = all_failed([grade.error for grade in graded])
+    if failure is not None:
+        print(f"error: --reward {reward} failed on {failure}", file=sys.stderr)
+        raise typer.Exit(FAILED)
 
 
 def _modes(mode: Modes, prompts: ModesConfig) -> list[Mode]:

@@ -7,9 +7,9 @@ import random
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any
 
+from megatron_policysplit.data.answers import answer_text
 from megatron_policysplit.data.messages import read_messages, read_tools
 from megatron_policysplit.data.read_rows import read_rows
 from megatron_policysplit.errors import CheckpointError, DataError
@@ -200,33 +200,9 @@ def _question(index: int, where: str, row: dict, columnar: bool) -> Question:
     return Question(
         index,
         read_messages(where, source, row[source], columnar=columnar),
-        _answer(where, row),
+        answer_text(where, row, _NEEDED),
         row,
         read_tools(where, row.get("tools"), columnar=columnar),
-    )
-
-
-def _answer(where: str, row: dict) -> str | None:
-    """A row's reference answer as text; verl's `reward_model` wins over `answer`."""
-    answer, source = row.get("answer"), "answer"
-    if row.get("reward_model") is not None:
-        source = "reward_model.ground_truth"
-        if isinstance(row["reward_model"], str):
-            raise DataError(
-                f"{where}: `reward_model` is text; it must be a mapping with `ground_truth`, or "
-                "the answer stand in `answer`"
-            )
-        if not isinstance(row["reward_model"], dict) or "ground_truth" not in row["reward_model"]:
-            raise DataError(f"{where}: `reward_model` has no `ground_truth`; needed are {_NEEDED}")
-        answer = row["reward_model"]["ground_truth"]
-    if answer is None or isinstance(answer, str):
-        return answer
-    if isinstance(answer, Decimal):
-        return format(answer, "f")
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):  # bool is an int
-        return str(answer)
-    raise DataError(
-        f"{where}: `{source}` is a {type(answer).__name__}; it must be text or a number"
     )
 
 

@@ -150,12 +150,33 @@ def _rows_of_batch(file: Path, before: int, batch: Any) -> Iterator[dict[str, An
 
 def _column(column: Any) -> list[Any]:
     """A column's values."""
+    values = column.to_pylist()
+    if not _holds_narrow_floats(column.type):
+        return values
+    return [_shortest(value, column.type) for value in values]
+
+
+def _holds_narrow_floats(kind: Any) -> bool:
+    """Whether a column's type is float16 or float32, or has one in it."""
+    import pyarrow
+
+    if kind in (pyarrow.float16(), pyarrow.float32()):
+        return True
+    return any(_holds_narrow_floats(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def _shortest(value: Any, kind: Any) -> Any:
+    """A value whose narrow floats are the floats of their shortest decimals."""
     import numpy
     import pyarrow
 
     narrow = {pyarrow.float16(): numpy.float16, pyarrow.float32(): numpy.float32}
-    cast = narrow.get(column.type)
-    values = column.to_pylist()
-    if cast is None:
-        return values
-    return [value if value is None else float(str(cast(value))) for value in values]
+    if value is None:
+        return None
+    if kind in narrow:
+        return float(str(narrow[kind](value)))
+    if pyarrow.types.is_struct(kind):
+        return {field.name: _shortest(value[field.name], field.type) for field in kind}
+    if isinstance(value, list) and kind.num_fields == 1:
+        return [_shortest(item, kind.field(0).type) for item in value]
+    return value

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megatron_policysplit.config import ModesConfig
 from megatron_policysplit.config.load import load_written
 from megatron_policysplit.data.questions import Question
+from megatron_policysplit.data.response_text import end_token_ids, response_text
 from megatron_policysplit.data.text import check_text
 from megatron_policysplit.data.tokenizer import load_tokenizer
 from megatron_policysplit.errors import ConfigError
@@ -24,7 +25,7 @@ class Response:
     question: int  # the question's id
     mode: Mode
     sample: int  # number among the responses to this question in this mode, from 0
-    text: str  # without special tokens
+    text: str  # without the stop token; other special tokens as they are written
     tokens: list[int]  # ids, the stop token included
     surprisals: list[float]  # -log-prob of each token at the sampling temperature, nats
     truncated: bool  # whether it ended at the token limit
@@ -78,6 +79,7 @@ class Responder:
 
         logging.disable_progress_bar()
         self._prompts = PromptBuilder(self._tokenizer, modes)
+        self._ends = end_token_ids(path, self._tokenizer)
         stops = stop_token_ids(path, self._tokenizer)
         self._engine = LocalEngine(
             path, stops, dtype=dtype, max_batch_samples=max_batch_samples, device=device
@@ -115,7 +117,7 @@ class Responder:
                 rollout.question,
                 rollout.mode,
                 rollout.sample,
-                self._tokenizer.decode(rollout.tokens, skip_special_tokens=True),
+                response_text(self._tokenizer, rollout.tokens, self._ends),
                 rollout.tokens,
                 [-logprob for logprob in rollout.engine_logprobs],
                 rollout.finish_reason == "length",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -47,4 +48,25 @@ def load_reward(function: str) -> Reward:
         raise ConfigError(
             f"reward.function={function} is a {type(reward).__name__}, which cannot be called"
         )
+    _check_signature(function, reward)
     return reward
+
+
+def _check_signature(function: str, reward: Callable) -> None:
+    """Raise ConfigError if a function cannot be called as (response, question), or is async."""
+    if inspect.iscoroutinefunction(reward) or inspect.isgeneratorfunction(reward):
+        raise ConfigError(
+            f"reward.function={function} returns no number when it is called, because it is async "
+            "or a generator; give a plain function"
+        )
+    try:
+        signature = inspect.signature(reward)
+    except ValueError:  # a function in C that does not tell
+        return
+    try:
+        signature.bind("", None)
+    except TypeError as error:
+        raise ConfigError(
+            f"reward.function={function} cannot be called as f(response, question): it is "
+            f"f{signature} ({error}); see docs/new_dataset_and_reward.md"
+        ) from error

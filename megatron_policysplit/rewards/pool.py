@@ -32,6 +32,13 @@ class Graded:
     error: str | None = None  # why the reward is 0, if grading failed
 
 
+def all_failed(errors: Sequence[str | None]) -> str | None:
+    """`all N gradings (first: ERROR)` where each of these gradings failed, else None."""
+    if not errors or not all(error is not None for error in errors):
+        return None
+    return f"all {len(errors)} gradings (the first with {errors[0]})"
+
+
 class RewardPool:
     """Grades responses in worker processes, whatever a reward function does to its process.
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_policysplit.config import RolloutConfig
 from megatron_policysplit.data.questions import Question
+from megatron_policysplit.data.response_text import response_text
 from megatron_policysplit.distributed.control import Control, Service, Work
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.logs.timing import Phases
@@ -35,10 +36,11 @@ class Leader:
     engine: Engine
     rewards: RewardPool  # grades in worker processes
     tokenizer: Any  # transformers' tokenizer of the model
+    ends: frozenset[int]  # ids of stop tokens and padding, `data.response_text.end_token_ids`
 
     def text(self, rollout: Rollout) -> str:
         """The response as text, for grading and reading only; training never sees it."""
-        return self.tokenizer.decode(rollout.tokens, skip_special_tokens=True)
+        return response_text(self.tokenizer, rollout.tokens, self.ends)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from megatron_policysplit.config.modes import modes_of
 from megatron_policysplit.evaluation.verdicts import judge_metrics, with_verdicts
 from megatron_policysplit.logs.timing import Phases
 from megatron_policysplit.rows import Mode, Rollout, Row, share_rollouts
+from megatron_policysplit.training.grading_check import GradingCheck
 from megatron_policysplit.training.metrics import evaluation_metrics, prompt_metrics
 from megatron_policysplit.training.questions import Prompts
 from megatron_policysplit.training.run import Run
@@ -19,6 +20,7 @@ class Evaluator:
 
     def __init__(self, run: Run):
         self.run, self.settings = run, run.config.eval
+        self.grading = GradingCheck(run.layout, run.config.reward.function)
 
     def evaluate(self) -> float:
         """Evaluate the weights that the engines have; the normal mode's accuracy, on every rank.
@@ -65,6 +67,7 @@ class Evaluator:
                 purpose="evaluation",
                 phases=Phases(),
             )
+        self.grading.check(rollouts, f"the evaluation after step {run.state.step}")
         rows = share_rollouts(rollouts, prompts, modes)
         placed = run.actor.place(rows, [False] * len(rows), seed=0)
         return rollouts, rows, run.actor.log_probs(placed)

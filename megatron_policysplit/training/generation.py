@@ -12,6 +12,7 @@ from megatron_policysplit.actor.actor import Actor
 from megatron_policysplit.actor.checkpoint import TrainerState
 from megatron_policysplit.actor.offload import Offload
 from megatron_policysplit.config import Config
+from megatron_policysplit.data.response_text import end_token_ids
 from megatron_policysplit.data.tokenizer import load_tokenizer
 from megatron_policysplit.distributed.agree import raise_on_all_ranks
 from megatron_policysplit.distributed.control import Control
@@ -215,8 +216,7 @@ def _leader(config: Config, url: str | None) -> Leader:
     reward = config.reward
     rewards = RewardPool(reward.function, reward.workers, reward.timeout_seconds)
     if url is None:
-        return Leader(
-            engine_in_process(config.model, config.rollout, tokenizer), rewards, tokenizer
-        )
-    engine = sglang_engine(config.model, config.rollout, url, tokenizer)
-    return Leader(engine, rewards, tokenizer)
+        engine = engine_in_process(config.model, config.rollout, tokenizer)
+    else:
+        engine = sglang_engine(config.model, config.rollout, url, tokenizer)
+    return Leader(engine, rewards, tokenizer, end_token_ids(config.model.path, tokenizer))

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_policysplit.actor.checkpoint_files import check_model, complete, read_trainer_json
 from megatron_policysplit.algorithms.checks import check_method
@@ -31,6 +32,9 @@ from megatron_policysplit.errors import ConfigError, ModelError, UserError
 from megatron_policysplit.evaluation.judge_prompt import judge_api_key, read_judge_prompt
 from megatron_policysplit.training.places import check_places
 
+if TYPE_CHECKING:
+    from megatron_policysplit.data.questions import Question
+
 
 @dataclass(frozen=True)
 class Preflight:
@@ -43,6 +47,7 @@ class Preflight:
     ranks: int
     resumes: bool  # whether run.dir holds this very run already
     warnings: list[str]
+    reward: str | None = None  # what it gives the questions' own answers; None where not tried
 
     def lines(self, config: Config) -> list[str]:
         """The lines that a run prints at its start, warnings last."""
@@ -57,6 +62,7 @@ class Preflight:
             f"layout   tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = "
             f"{ranks}" + f", experts over {layout.expert} replicas" * (layout.expert > 1),
             f"engine   {_engines(config)}",
+            *([] if self.reward is None else [f"reward   {self.reward}"]),
             *_judge(config),
             "run      "
             f"{config.run.dir}{' (resumed if it holds a checkpoint)' if self.resumes else ''}",
@@ -90,16 +96,18 @@ def _judge(config: Config) -> list[str]:
     ]
 
 
-def preflight(config: Config) -> Preflight:
+def preflight(config: Config, *, tries_reward: bool = True) -> Preflight:
     """Check keys, model, data, reward, servers, judge, run directory and checkpoint.
 
-    Starts nothing and writes nothing. Raises a UserError for the first thing that is wrong.
+    Writes nothing and starts nothing but, with `tries_reward`, a process in which the reward grades
+    the first questions' own answers (`rewards.trial.try_reward`). Raises a UserError for the first
+    thing that is wrong.
     """
     warnings = check_config(config)
     check_method(config)
     architecture, parameters = _check_model(config)
     train, evaluation = _check_data(config)
-    _check_reward(config)
+    _check_reward(config, train, evaluation)
     _check_servers(config)
     if config.eval.judge.url is not None:
         read_judge_prompt(config.eval.judge)
@@ -107,8 +115,19 @@ def preflight(config: Config) -> Preflight:
     check_places(config)
     resumes = check_run_dir(config)
     _check_checkpoint(config)
+    reward = None
+    if tries_reward:
+        reward, of_reward = _try_reward(config, train, evaluation)
+        warnings = [*warnings, *of_reward]
     return Preflight(
-        architecture, parameters, train, evaluation, world_size(config), resumes, warnings
+        architecture,
+        parameters,
+        len(train),
+        len(evaluation),
+        world_size(config),
+        resumes,
+        warnings,
+        reward,
     )
 
 
@@ -160,15 +179,16 @@ def _check_start(config: Config, hf_config: dict[str, Any]) -> None:
         raise type(error)(f"model.megatron: {error}") from error
 
 
-def _check_data(config: Config) -> tuple[int, int]:
-    """The numbers of questions for training and for evaluation. Raises a UserError."""
+def _check_data(config: Config) -> tuple[list[Question], list[Question]]:
+    """The questions for training and for evaluation. Raises a UserError."""
     from megatron_policysplit.data.questions import load_questions
 
-    questions = len(load_questions(config.data.path, config.data.options))
-    if config.data.batch_questions > questions:
+    questions = load_questions(config.data.path, config.data.options)
+    if config.data.batch_questions > len(questions):
         raise ConfigError(
-            f"data.batch_questions={config.data.batch_questions} is more than the {questions} "
-            f"questions of data.path={config.data.path}; use at most {questions}"
+            f"data.batch_questions={config.data.batch_questions} is more than the "
+            f"{len(questions)} questions of data.path={config.data.path}; use at most "
+            f"{len(questions)}"
         )
     replay = config.rollout.replay_dir
     if config.rollout.engine == "replay" and not Path(replay).is_dir():
@@ -176,15 +196,38 @@ def _check_data(config: Config) -> tuple[int, int]:
             f"rollout.replay_dir={replay} is not a directory; give the rollouts/ directory of a run"
         )
     if config.eval.path is None:
-        return questions, 0
-    available = len(load_questions(config.eval.path, config.eval.options))
-    return questions, min(available, config.eval.questions or available)
+        return questions, []
+    evaluation = load_questions(config.eval.path, config.eval.options)
+    return questions, evaluation[: config.eval.questions]
 
 
-def _check_reward(config: Config) -> None:
+def _check_reward(
+    config: Config, questions: Sequence[Question], evaluation: Sequence[Question]
+) -> None:
+    """Raise ConfigError for a reward that cannot be called, or that cannot grade this data."""
     from megatron_policysplit.rewards import load_reward
+    from megatron_policysplit.rewards.trial import check_questions
 
     load_reward(config.reward.function)
+    check_questions(config.reward.function, f"data.path={config.data.path}", questions)
+    if evaluation:
+        check_questions(config.reward.function, f"eval.path={config.eval.path}", evaluation)
+
+
+def _try_reward(
+    config: Config, questions: Sequence[Question], evaluation: Sequence[Question]
+) -> tuple[str, list[str]]:
+    """What the reward gives the questions' own answers, and warnings. Raises a UserError."""
+    from megatron_policysplit.rewards.trial import try_reward
+
+    reward = config.reward
+    seconds = reward.timeout_seconds
+    trial = try_reward(reward.function, seconds, f"data.path={config.data.path}", questions)
+    warnings = trial.warnings()
+    if evaluation and config.eval.path != config.data.path:
+        other = try_reward(reward.function, seconds, f"eval.path={config.eval.path}", evaluation)
+        warnings += other.warnings()
+    return trial.line(), warnings
 
 
 def _check_servers(config: Config) -> None:

@@ -26,6 +26,7 @@ from megatron_policysplit.rows import Rollout, Row, share_rollouts
 from megatron_policysplit.training.agreement.diagnosis import Probe
 from megatron_policysplit.training.agreement.gate import AgreementGate
 from megatron_policysplit.training.evaluator import Evaluator
+from megatron_policysplit.training.grading_check import GradingCheck
 from megatron_policysplit.training.metrics import training_metrics
 from megatron_policysplit.training.rollout_batch import PendingBatch
 from megatron_policysplit.training.run import Run
@@ -47,6 +48,7 @@ class Trainer:
     def __init__(self, run: Run):
         self.run, self.config = run, run.config
         self.row_settings = RowSettings.of(run.config)
+        self.grading = GradingCheck(run.layout, run.config.reward.function)
         self.evaluator = Evaluator(run)
         probe = Probe(run.layout, run.actor, run.generation.engine_log_probs, self.resync)
         self.gate = AgreementGate.of(run.config, probe, run.journal)
@@ -94,6 +96,7 @@ class Trainer:
             with run.generation.awake():
                 pending, self.ahead = self.ahead or self.ask(step), None
                 rollouts = pending.finish(phases)
+            self.grading.check(rollouts, f"the batch of step {step + 1}")
             check_staleness(rollouts, version, self.config.rollout)
             if overlap and step + 1 < self.config.train.steps:
                 self.sync(phases)

@@ -15,7 +15,7 @@ QUESTIONS, SAMPLES = 7, 4
 
 class WordTokenizer:
     def decode(self, tokens, skip_special_tokens):
-        assert skip_special_tokens
+        assert not skip_special_tokens
         return " ".join(map(str, tokens))
 
 
@@ -62,7 +62,7 @@ def make_driver(rank: int, script: dict):
     leader = None
     if rank < 2:
         pool = RewardPool("tests.support.e2e:picky_reward", workers=1, timeout_seconds=60)
-        leader = Leader(UnhurriedEngine(script, order_seed=rank), pool, WordTokenizer())
+        leader = Leader(UnhurriedEngine(script, order_seed=rank), pool, WordTokenizer(), frozenset())
     requests = request_settings(config.rollout, config.modes, config.run.seed)
     control = Control(control, StopSignal().install(), heartbeat_seconds=0.2)
     return Driver(config.rollout, requests, layout, control, leader)
