@@ -257,7 +257,8 @@ def test_config_prints_the_resolved_configuration_and_both_prompts(config):
     assert normal == f"normal prompt of the first question ---\n{question}\n"
     system = f"<|im_start|>system\n{DEFAULT_HIGH_ENTROPY_PROMPT}<|im_end|>\n"
     assert high_entropy == f"high_entropy prompt of the first question ---\n{system}{question}\n"
-    assert start.startswith("train would start ---\nmodel    ") and start.count("\n") == 7
+    assert start.startswith("train would start ---\nmodel    ") and start.count("\n") == 8
+    assert "\nreward   math gives the first questions' own answers 1, 1, 1 as text and 1, 1, 1 in \\boxed{}\n" in start
 
 
 def test_config_refuses_and_warns(config):
