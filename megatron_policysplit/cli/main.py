@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -105,7 +105,8 @@ def run_training(argv: list[str]) -> int:
         rank_environment,
         started_environment,
     )
-    from megatron_policysplit.training.preflight import preflight, prepare_run_dir
+    from megatron_policysplit.training.preflight import preflight
+    from megatron_policysplit.training.run_dir import locked_run_dir, prepare_run_dir, run_lock
 
     # The variables of torchrun or srun; None where neither started this process.
     rank_variables = started_environment(os.environ)
@@ -113,17 +114,24 @@ def run_training(argv: list[str]) -> int:
     config = load_config(argv[0], argv[1:])
     if rank_variables:
         check_world(config, rank_variables)
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first:
+        run_lock(config).check()
     summary = preflight(config)
-    if os.environ.get("RANK", "0") == "0":
-        for line in summary.lines(config):
-            print(line, flush=True)
-        prepare_run_dir(config)
-    if not rank_variables and world_size(config) > 1:
-        return launch(argv, world_size(config))
-    os.environ.update(rank_variables or rank_environment(0, 1, free_port()))
-    from megatron_policysplit.training import worker
+    with ExitStack() as held:
+        inherited = []
+        if is_first:
+            lock = held.enter_context(locked_run_dir(config))
+            inherited = [lock.descriptor]
+            for line in summary.lines(config):
+                print(line, flush=True)
+            prepare_run_dir(config)
+        if not rank_variables and world_size(config) > 1:
+            return launch(argv, world_size(config), inherited=inherited)
+        os.environ.update(rank_variables or rank_environment(0, 1, free_port()))
+        from megatron_policysplit.training import worker
 
-    code = worker.main(argv)
+        code = worker.main(argv)
     if rank_variables:
         worker.leave(code)  # without exit handlers, which a peer that is gone would block
     return code

@@ -42,6 +42,7 @@ def launch(
     nproc: int,
     command: Sequence[str] = (sys.executable, "-m", "megatron_policysplit.training.worker"),
     patience: Patience = Patience(),  # noqa: B008
+    inherited: Sequence[int] = (),
 ) -> int:
     """Run `command ARGS` as `nproc` ranks of one group on this machine; return the exit code.
 
@@ -52,8 +53,11 @@ def launch(
 
     The exit code is that of the ranks where all have the same, else FAILED; STOPPED if all saved
     and stopped after a signal. Must be called in the main thread, which takes the signals.
+
+    inherited: open files that the ranks get, too. A lock among them lasts until the last rank has
+    ended, also where this process is killed.
     """
-    group = _Group(config_argv, nproc, command, patience)
+    group = _Group(config_argv, nproc, command, patience, inherited)
     previous = {number: signal.signal(number, group.stop) for number in _STOP_SIGNALS}
     try:
         group.start()
@@ -74,8 +78,16 @@ class _Group:
     `signal_all`: once, and all ranks alike.
     """
 
-    def __init__(self, argv: Sequence[str], nproc: int, command: Sequence[str], patience: Patience):
+    def __init__(
+        self,
+        argv: Sequence[str],
+        nproc: int,
+        command: Sequence[str],
+        patience: Patience,
+        inherited: Sequence[int],
+    ):
         self.argv, self.nproc, self.command, self.patience = argv, nproc, command, patience
+        self.inherited = inherited
         self.ranks: list[subprocess.Popen] = []
         # Times are of time.monotonic; None until it happens.
         self.stop_signal: int | None = None  # the first that came
@@ -106,6 +118,7 @@ class _Group:
                     },
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
+                    pass_fds=self.inherited,
                     preexec_fn=die_with_parent,
                 )
             )

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_policysplit.config import LogConfig
+from megatron_policysplit.files import naming_writes
 from megatron_policysplit.logs.sink import Sink, without_secrets
 
 
@@ -28,7 +29,8 @@ class Logger:
         self, config: LogConfig, run_dir: str | Path, total_steps: int, resolved_config: dict
     ):
         run_dir = Path(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
+        with naming_writes(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
         self.sinks = list(_sinks(config, run_dir, total_steps, without_secrets(resolved_config)))
 
     def start(self, step: int) -> None:

@@ -175,7 +175,7 @@ def test_train_returns_the_exit_code(config, environ, worker):
 
 def test_train_with_several_ranks_launches_them(config, environ, worker, monkeypatch):
     launched = []
-    monkeypatch.setattr(launch, "launch", lambda argv, nproc: launched.append((argv, nproc)) or 7)
+    monkeypatch.setattr(launch, "launch", lambda argv, nproc, inherited: launched.append((argv, nproc)) or 7)
     argv = [str(config), "parallel.tensor=2", "parallel.pipeline=2"]
     assert cli.run_training(argv) == 7
     assert launched == [(argv, 4)]
