@@ -36,14 +36,15 @@ def naming_writes(path: str | Path) -> Iterator[None]:
         raise write_error(path, error) from error
 
 
-def replace_text(path: Path, text: str | Iterable[str]) -> None:
+def replace_text(path: Path, text: str | Iterable[str], mode: int | None = None) -> None:
     """Replace a text file, so that readers see the old or the new one as a whole.
 
     The new one is written beside `path`, flushed to disk and renamed into place. Where `path` is a
     link, the file that it points to is replaced; what is no file (/dev/stdout, a pipe) is written
     to. A lone surrogate is written as its escape. Raises WriteError, and leaves nothing then.
 
-    text: the new content, whole or in parts.
+    text: the new content, whole or in parts. mode: the file's permissions; None keeps those of the
+    old file.
     """
     parts = [text] if isinstance(text, str) else text
     with naming_writes(path):
@@ -55,11 +56,13 @@ def replace_text(path: Path, text: str | Iterable[str]) -> None:
         beside = target.with_name(f"{target.name}.partial")
         try:
             with beside.open("w", encoding="utf-8", errors="backslashreplace") as file:
+                if mode is None and target.exists():
+                    mode = stat.S_IMODE(target.stat().st_mode)
+                if mode is not None:  # before there is anything to read
+                    os.fchmod(file.fileno(), mode)
                 file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
-            if target.exists():
-                os.chmod(beside, stat.S_IMODE(target.stat().st_mode))
             os.replace(beside, target)
         except BaseException:
             # The disk that refused the content may refuse this, too; the first error says why.

@@ -8,7 +8,8 @@ import sys
 import typer
 from typer.core import TyperCommand
 
-from megatron_policysplit.errors import BAD_INPUT, UserError
+from megatron_policysplit.errors import BAD_INPUT, FAILED, UserError, WriteError
+from megatron_policysplit.logs.streams import end_with_console
 
 
 class Command(TyperCommand):
@@ -22,11 +23,19 @@ class Command(TyperCommand):
 
 
 def run_app(commands: typer.Typer) -> None:
-    """Run a command; a UserError is one line on stderr and exit code 2."""
+    """Run a command; a UserError is one line on stderr and exit code 2, or 1 for a WriteError.
+
+    Where the reader of standard output has ended, the command ends without a word, as programs do.
+    """
+    end_with_console()
     # Read before the command: `train` fills in the variables that were not set.
     rank_of_node = local_rank()
     try:
-        commands()
+        try:
+            commands()
+        finally:
+            # Here, where the loss of the output is handled; Python would flush when it is too late.
+            sys.stdout.flush()
     except UserError as error:
         sys.exit(report_error(error, rank_of_node))
 
@@ -44,4 +53,4 @@ def report_error(error: UserError, rank_of_node: str) -> int:
     rank = os.environ.get("RANK", "0")
     if rank == "0" or rank_of_node == "0":
         print(f"{'' if rank == '0' else f'rank {rank}: '}error: {error}", file=sys.stderr)
-    return BAD_INPUT
+    return FAILED if isinstance(error, WriteError) else BAD_INPUT

@@ -22,6 +22,7 @@ from megatron_policysplit.cli.app import Command, run_app
 from megatron_policysplit.cli.model_commands import evaluate, generate
 from megatron_policysplit.cli.options import ConfigPath, Overrides, check_output
 from megatron_policysplit.errors import STOPPED
+from megatron_policysplit.logs.streams import outlive_console
 
 app = typer.Typer(
     help="Policy Split reinforcement learning of language models on Megatron-Core.",
@@ -65,6 +66,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     Exit codes: 0 done; 1 failed; 2 bad input, nothing was started; 75 stopped by SIGTERM or SIGINT
     with its state saved, and the same command goes on.
     """
+    outlive_console()
     with _exit_on_signals():
         code = run_training([config, *(overrides or [])])
     raise typer.Exit(code)
@@ -82,6 +84,7 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
     from megatron_policysplit.config.checks import check_config
     from megatron_policysplit.config.load import load_config
 
+    outlive_console()
     with _exit_on_signals():
         run_config = load_config(config, overrides or [])
         check_config(run_config)
@@ -205,6 +208,7 @@ def study(
     """
     from megatron_policysplit.study.config import load_study
 
+    outlive_console()
     definition, code = load_study(study), 0
     if not report_only:
         from megatron_policysplit.study.runner import run_study

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_policysplit.config import LogConfig
 from megatron_policysplit.files import naming_writes
 from megatron_policysplit.logs.sink import Sink, without_secrets
+from megatron_policysplit.logs.streams import CONSOLE
 
 
 class Logger:
@@ -45,6 +46,8 @@ class Logger:
         """Metrics of training step `step` (the first is 1)."""
         for sink in self.sinks:
             sink.log(step, metrics)
+        if (news := CONSOLE.news()) is not None:
+            self.message(news)
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Metrics `eval/<mode>/...` of the weights after `step` training steps."""

@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_policysplit.actor.checkpoint_files import check_model, complete, read_trainer_json
+from megatron_policysplit.actor.checkpoint_files import (
+    check_files,
+    check_model,
+    complete,
+    read_trainer_json,
+)
 from megatron_policysplit.algorithms.checks import check_method
 from megatron_policysplit.config import Config
 from megatron_policysplit.config.checks import check_config
@@ -192,8 +197,9 @@ def _check_servers(config: Config) -> None:
 
 
 def _check_checkpoint(config: Config) -> None:
-    """Raise CheckpointError if the newest checkpoint of run.dir is of another model."""
+    """Raise CheckpointError if run.dir's newest checkpoint is of another model, or damaged."""
     from checkpoints_conv import read_hf_config
 
     for path in complete(Path(config.run.dir) / "checkpoints")[-1:]:
         check_model(read_trainer_json(path)["model"], read_hf_config(config.model.path), path)
+        check_files(path)

@@ -55,7 +55,6 @@ def check_run_dir(config: Config) -> bool:
             f"run.dir={directory} cannot be written: no permission in {existing}; give another "
             "run.dir"
         )
-    _check_inputs(config)
     _check_config_file(config)
     if not _has_begun(directory):
         _check_exports(directory)
@@ -97,7 +96,8 @@ def prepare_run_dir(config: Config) -> None:
     directory = Path(config.run.dir)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        replace_text(directory / CONFIG_FILE, HEADER + to_yaml(config))
+        # It may hold secrets that the user wrote out.
+        replace_text(directory / CONFIG_FILE, HEADER + to_yaml(config), mode=0o600)
     except WriteError as error:
         raise ConfigError(f"run.dir={directory}: {error}") from error
     except OSError as error:
@@ -166,35 +166,6 @@ def _check_exports(directory: Path) -> None:
             )
 
 
-def _check_inputs(config: Config) -> None:
-    """Raise ConfigError if the run would overwrite or delete what it reads."""
-    directory = Path(config.run.dir).resolve()
-    outputs = ("checkpoints", "rollouts", *EXPORTS, CONFIG_FILE, "metrics.jsonl", "messages.log")
-    for key, value in _inputs(config):
-        path = Path(value).resolve()
-        for name in outputs:
-            if path == directory / name or directory / name in path.parents:
-                raise ConfigError(
-                    f"{key}={value} lies in {Path(config.run.dir) / name}, which the run itself "
-                    "writes; give another run.dir, or copy it elsewhere"
-                )
-
-
-def _inputs(config: Config) -> Iterator[tuple[str, str]]:
-    """(key, path) of the files and directories that a configuration names as input."""
-    values = {
-        "model.path": config.model.path,
-        "model.megatron": config.model.megatron,
-        "data.path": config.data.path,
-        "eval.path": config.eval.path,
-        "modes.high_entropy_prompt_file": config.modes.high_entropy_prompt_file,
-        "eval.judge.prompt_file": config.eval.judge.prompt_file,
-    }
-    if config.rollout.engine == "replay":
-        values["rollout.replay_dir"] = config.rollout.replay_dir
-    return ((key, value) for key, value in values.items() if value is not None)
-
-
 def _check_same_run(config: Config) -> None:
     """Raise ConfigError if the run in run.dir is another one."""
     directory = Path(config.run.dir)
@@ -203,14 +174,14 @@ def _check_same_run(config: Config) -> None:
     except ConfigError as error:
         raise ConfigError(
             f"run.dir={directory} holds a run whose configuration cannot be read ({error}); "
-            f"give another run.dir, or move {directory} away"
+            f"restore {directory / CONFIG_FILE}, or give another run.dir"
         ) from error
     difference = first_difference(existing_run, fingerprint(config))
     if difference is not None:
         name, old, new = difference
         raise ConfigError(
             f"run.dir={directory} holds another run, with {name}={show(old)} where this one has "
-            f"{show(new)}; give another run.dir, or move {directory} away"
+            f"{show(new)}; give another run.dir, or go on with that run by {name}={show(old)}"
         )
 
 

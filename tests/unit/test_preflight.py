@@ -179,7 +179,7 @@ def test_a_directory_that_holds_another_run(configure, tmp_path):
     (run / "metrics.jsonl").write_text("{}\n")
     assert message(preflight, configure("train.learning_rate=1e-5")) == (
         f"run.dir={run} holds another run, with train.learning_rate=1e-06 where this one has 1e-05; "
-        f"give another run.dir, or move {run} away"
+        "give another run.dir, or go on with that run by train.learning_rate=1e-06"
     )
     assert "modes.high_entropy_prompt=null where this one has Think." in message(
         preflight, configure("modes.high_entropy_prompt=Think.")
@@ -187,7 +187,7 @@ def test_a_directory_that_holds_another_run(configure, tmp_path):
     (run / "config.yaml").write_text("steps: 5\n")
     assert message(preflight, configure()) == (
         f"run.dir={run} holds a run whose configuration cannot be read (unknown key steps; did you mean train.steps?); "
-        f"give another run.dir, or move {run} away"
+        f"restore {run / 'config.yaml'}, or give another run.dir"
     )
 
 
