@@ -176,6 +176,7 @@ def report(
     ] = None,
 ) -> None:
     """Write one self-contained HTML page about one run, or about several side by side."""
+    from megatron_policysplit.reports.page import is_page
     from megatron_policysplit.reports.run_report import write_report
 
     # A run is called by its directory's name, or by its path where two names are the same.
@@ -187,7 +188,7 @@ def report(
     target = output or runs[0] / "report.html"
     # Without either the run itself is missing, and write_report says so.
     if output is not None or runs[0].is_dir():
-        check_output(target)
+        check_output(target, [], is_page)
     write_report(runs_by_name, target)
     print(target)
 
@@ -209,13 +210,14 @@ def study(
     from megatron_policysplit.study.config import load_study
 
     outlive_console()
+    from megatron_policysplit.study.report import check_report_files, write_study_report
+
     definition, code = load_study(study), 0
+    check_report_files(definition)
     if not report_only:
         from megatron_policysplit.study.runner import run_study
 
         code = run_study(definition, say=partial(print, flush=True))
-    from megatron_policysplit.study.report import write_study_report
-
     for path in write_study_report(definition):
         print(path)
     raise typer.Exit(code)

@@ -128,16 +128,20 @@ def to_json(record: dict) -> str:
 def read_jsonl(path: Path) -> Iterator[dict]:
     """The records of a JSONL file.
 
-    A last line without its newline was cut by a crash and is left out. Raises DataError naming file
-    and line when any other line is not a JSON object.
+    A last line without its newline was cut by a crash and is left out. Raises DataError naming the
+    file where it cannot be read, and file and line when any other line is not a JSON object.
     """
-    with open(path, encoding="utf-8", errors="replace") as file:
+    try:
+        file = open(path, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); restore the file") from error
+    with file:
         for number, line in enumerate(file, 1):
             if not line.endswith("\n"):
                 return
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict):
                 raise DataError(
@@ -149,10 +153,13 @@ def read_jsonl(path: Path) -> Iterator[dict]:
 def read_metrics_file(path: Path) -> list[dict]:
     """The records of a metrics.jsonl. Raises DataError when one has no `step` or no `kind`."""
     records = list(read_jsonl(path))
-    for record in records:
-        if not isinstance(record.get("step"), int) or record.get("kind") not in ("train", "eval"):
+    for number, record in enumerate(records, 1):
+        step = record.get("step")
+        is_step = isinstance(step, int) and not isinstance(step, bool)
+        if not is_step or record.get("kind") not in ("train", "eval"):
             raise DataError(
-                f"{path} holds {str(record)[:80]}, which is not a metrics record; remove that line"
+                f"{path}:{number} holds {str(record)[:80]}, which is not a metrics record; remove "
+                "that line"
             )
     return records
 

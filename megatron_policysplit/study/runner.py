@@ -44,8 +44,8 @@ class State:
         if self.path.exists():
             try:
                 content = json.loads(self.path.read_text(encoding="utf-8"))
-                self.runs, self.prepared = content["runs"], content["prepared"]
-            except (ValueError, KeyError, TypeError) as error:
+                self.runs, self.prepared = dict(content["runs"]), list(content["prepared"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
                     f"{self.path} is damaged; delete it: finished runs are then only looked at, "
                     "not trained, again"
