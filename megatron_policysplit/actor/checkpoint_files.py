@@ -39,6 +39,8 @@ def read_trainer_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("trainer.json is not a mapping")
         for key in ("state", "model", "layout"):
             if not isinstance(content[key], dict):
                 raise ValueError(f"{key} in trainer.json is not a mapping")
@@ -46,7 +48,7 @@ def read_trainer_json(path: Path) -> dict[str, Any]:
             raise ValueError("state.step in trainer.json is not an integer")
     except (OSError, ValueError) as error:
         raise damaged(path, str(error)) from error
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise damaged(path, f"trainer.json has no {error}") from error
     return content
 

@@ -164,7 +164,7 @@ def test_files_of_a_checkpoint(run):
     ("content", "reason"),
     [
         ("", "Expecting value"),
-        ("[]", "trainer.json has no list indices"),
+        ("[]", "trainer.json is not a mapping"),
         ('{"state": {"step": 1}, "model": {}}', "trainer.json has no 'layout'"),
         ('{"state": 1, "model": {}, "layout": {}}', "state in trainer.json is not a mapping"),
         ('{"state": {}, "model": {}, "layout": {}}', "trainer.json has no 'step'"),
