@@ -19,6 +19,7 @@ __all__ = [
     "ModelError",
     "TrainingError",
     "UserError",
+    "WriteError",
     "cannot_load",
 ]
 
@@ -62,3 +63,11 @@ class JudgeError(UserError):
 
 class EngineLost(EngineError):
     """An engine that had served is gone for good, or has generated nothing for too long."""
+
+
+class WriteError(UserError):
+    """A file cannot be written: its disk is full, over quota, read-only or failing.
+
+    A UserError although no input need be wrong. Its exit code is FAILED: what was asked for had
+    begun, and the same command goes on once there is room.
+    """

@@ -9,30 +9,43 @@ RNG states come back only at the layout that saved them.
 from __future__ import annotations
 
 import json
+import pickle
 import queue
+import re
 import shutil
+import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoints_conv import model_keys
-from checkpoints_conv.metadata import check_metadata
+from checkpoints_conv.metadata import check_metadata, read_metadata
 from megatron_policysplit.actor.actor import Actor
 from megatron_policysplit.actor.checkpoint_files import (
+    check_files,
     check_model,
     checkpoint_path,
     complete,
+    damaged,
+    file_sizes,
     read_trainer_json,
 )
 from megatron_policysplit.actor.checkpoint_optimizer import param_groups_by_optimizer, regrouped
+from megatron_policysplit.distributed.agree import raise_on_all_ranks
 from megatron_policysplit.distributed.device import restore_rng_states, rng_states
 from megatron_policysplit.distributed.layout import Layout
+from megatron_policysplit.files import disk_error, replace_text, write_error
 
 # "fully_reshardable": the optimizer's state does not depend on the layout that saved it.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+# What reading a file of a checkpoint raises where the file is missing, cut short or garbled.
+_DAMAGE = (OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 @dataclass
@@ -58,8 +71,23 @@ class TrainerState:
 def save(actor: Actor, state: TrainerState, directory: Path, keep: int) -> Path:
     """Save a checkpoint under `directory` and delete all but the newest `keep`.
 
-    Collective over all ranks. Returns the checkpoint's directory.
+    Collective over all ranks. Returns the checkpoint's directory. Raises WriteError where the disk
+    takes no more: on every rank that notices, and older checkpoints stay as they are.
     """
+    path = checkpoint_path(directory, state.step)
+    try:
+        return _save(actor, state, directory, keep)
+    except (Exception, CheckpointException) as error:
+        # Megatron and torch report a full disk in their own words, and the ranks beside the one
+        # that wrote learn only that something failed. So each of them asks the disk.
+        refusal = disk_error(error, directory)
+        if refusal is None:
+            raise
+        raise write_error(path, refusal) from error
+
+
+def _save(actor: Actor, state: TrainerState, directory: Path, keep: int) -> Path:
+    """`save` without the words for a disk that takes no more."""
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
     from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -90,8 +118,9 @@ def save(actor: Actor, state: TrainerState, directory: Path, keep: int) -> Path:
             "state": asdict(state),
             "model": model_keys(actor.hf_config),
             "layout": _layout(layout),
+            "files": file_sizes(partial),
         }
-        (partial / "trainer.json").write_text(json.dumps(meta, indent=2))
+        replace_text(partial / "trainer.json", json.dumps(meta, indent=2))
         # The rename comes last, after the barrier at which every rank's files are written: it is
         # what makes the checkpoint count. Old ones go only after it.
         if final.exists():
@@ -109,23 +138,79 @@ def load(actor: Actor, path: Path) -> TrainerState:
     Collective over all ranks. Returns the trainer's state. Raises CheckpointError if the checkpoint
     is damaged or belongs to another model.
     """
-    from megatron.core import dist_checkpointing
-
     meta = read_trainer_json(path)
     check_model(meta["model"], actor.hf_config, path)
+    check_files(path)
     # Megatron unpickles this file. The check reads it with an unpickler that knows nothing but
     # torch_dist's own classes, so a checkpoint from elsewhere cannot run code here.
     check_metadata(path / ".metadata")
     sharded = _sharded_state(actor, is_loading=True)
     # Before loading, which overwrites the groups with those of the checkpoint.
     groups = param_groups_by_optimizer(sharded["optimizer"])
-    loaded = dist_checkpointing.load(sharded, str(path))
+    loaded = _read(sharded, path)
+    try:
+        state = TrainerState(**meta["state"])
+    except TypeError as error:
+        raise damaged(path, f"trainer.json: {error}") from error
     actor.model.load_state_dict(loaded["model"])
-    state = TrainerState(**meta["state"])
     actor.optimizer.load_state_dict(regrouped(loaded["optimizer"], groups), state.optimizer_steps)
     if meta["layout"] == _layout(actor.layout):
-        _restore_rng(load_file(path / f"rng_rank{actor.layout.rank:05d}.safetensors"))
+        rng_states = path / f"rng_rank{actor.layout.rank:05d}.safetensors"
+        _restore_rng(raise_on_all_ranks(actor.layout.world, lambda: _read_rng(rng_states)))
     return state
+
+
+def _read(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What Megatron reads from a checkpoint. Raises CheckpointError if a file of it is damaged."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    try:
+        return dist_checkpointing.load(sharded, str(path))
+    except (*_DAMAGE, CheckpointingException) as error:
+        raise damaged(path, _short_file(path) or _reason(error)) from error
+    except CheckpointException as error:  # what any rank met while it read its part
+        causes = [failure[0] for failure in error.failures.values()]
+        reasons = [cause for cause in causes if isinstance(cause, _DAMAGE) or _is_torch_file(cause)]
+        if not reasons:
+            raise
+        raise damaged(path, _short_file(path) or _reason(reasons[0])) from error
+    except RuntimeError as error:
+        if not _is_torch_file(error):  # a lost peer, or no memory
+            raise
+        raise damaged(path, _reason(error)) from error
+
+
+def _is_torch_file(error: BaseException) -> bool:
+    """Whether torch says of a file that it is none of torch.save's."""
+    return isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error)
+
+
+def _reason(error: BaseException) -> str:
+    """What an exception says of a file, without torch's advice on it."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "a pickle in it cannot be read"
+    sentence = re.split(r"\. |\n", str(error).strip())[0]
+    return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__
+
+
+def _short_file(path: Path) -> str | None:
+    """Which of the files that a checkpoint's metadata names is missing or cut short, if any."""
+    for info in read_metadata(path / ".metadata").storage_data.values():
+        file, end = path / info.relative_path, info.offset + info.length
+        if not file.is_file():
+            return f"{file.name} is missing"
+        if file.stat().st_size < end:
+            return f"{file.name} has {file.stat().st_size} bytes, at least {end} are needed"
+    return None
+
+
+def _read_rng(file: Path) -> dict[str, torch.Tensor]:
+    """The RNG states in a file of a checkpoint. Raises CheckpointError if they are damaged."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise damaged(file.parent, f"{file.name}: {error}") from error
 
 
 def _keep_results_in_process() -> None:

@@ -33,16 +33,54 @@ def complete(directory: Path) -> list[Path]:
 
 
 def read_trainer_json(path: Path) -> dict[str, Any]:
-    """Read trainer.json of a checkpoint: "state", "model" and "layout".
+    """Read trainer.json of a checkpoint: "state", "model", "layout", and "files" in newer ones.
 
-    Raises CheckpointError if it is missing or no JSON.
+    Raises CheckpointError if it is missing, no JSON, or without one of the first three.
     """
     try:
-        return json.loads((path / "trainer.json").read_text())
+        content = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("trainer.json is not a mapping")
+        for key in ("state", "model", "layout"):
+            if not isinstance(content[key], dict):
+                raise ValueError(f"{key} in trainer.json is not a mapping")
+        if not isinstance(content["state"]["step"], int):
+            raise ValueError("state.step in trainer.json is not an integer")
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not a complete checkpoint ({error}); delete it to resume from an older one"
-        ) from error
+        raise damaged(path, str(error)) from error
+    except KeyError as error:
+        raise damaged(path, f"trainer.json has no {error}") from error
+    return content
+
+
+def file_sizes(path: Path) -> dict[str, int]:
+    """The bytes of every file of a checkpoint but trainer.json, by name."""
+    return {
+        file.name: file.stat().st_size
+        for file in sorted(path.iterdir())
+        if file.is_file() and file.name != "trainer.json"
+    }
+
+
+def check_files(path: Path) -> None:
+    """Raise CheckpointError if a file of a checkpoint is missing or not as long as it was saved.
+
+    Checkpoints whose trainer.json has no "files" pass; they are looked at when they are loaded.
+    """
+    sizes = read_trainer_json(path).get("files", {})
+    for name, size in sizes.items():
+        file = path / name
+        if not file.is_file():
+            raise damaged(path, f"{name} is missing")
+        if file.stat().st_size != size:
+            raise damaged(path, f"{name} has {file.stat().st_size} bytes, saved were {size}")
+
+
+def damaged(path: Path, reason: str) -> CheckpointError:
+    """The sentence about a checkpoint that cannot be loaded, with the next older one."""
+    older = [other for other in complete(path.parent) if other.name < path.name]
+    go_on = f"resume from {older[-1].name}" if older else "begin again, as there is no older one"
+    return CheckpointError(f"{path} is damaged ({reason}); move it away to {go_on}")
 
 
 def check_model(

@@ -13,7 +13,8 @@ import typer
 from typer.core import TyperCommand
 
 from megatron_policysplit.distributed.rank_variables import RankPlace, rank_place
-from megatron_policysplit.errors import BAD_INPUT, UserError
+from megatron_policysplit.errors import BAD_INPUT, FAILED, UserError, WriteError
+from megatron_policysplit.logs.streams import end_with_console
 
 AnyPath = TypeVar("AnyPath", str, Path, None)
 
@@ -41,9 +42,17 @@ def expand_option(param: typer.CallbackParam, value: AnyPath) -> AnyPath:
 
 
 def run_app(commands: typer.Typer) -> None:
-    """Run a command; a UserError is one line on stderr and exit code 2."""
+    """Run a command; a UserError is one line on stderr and exit code 2, or 1 for a WriteError.
+
+    Where the reader of standard output has ended, the command ends without a word, as programs do.
+    """
+    end_with_console()
     try:
-        commands()
+        try:
+            commands()
+        finally:
+            # Here, where the loss of the output is handled; Python would flush when it is too late.
+            sys.stdout.flush()
     except UserError as error:
         sys.exit(report_error(error, None))
 
@@ -72,4 +81,4 @@ def report_error(error: UserError, place: RankPlace | None) -> int:
     if place is None or place.first_of_node:
         prefix = "" if place is None else place.prefix
         print(f"{prefix}error: {error}", file=sys.stderr)
-    return BAD_INPUT
+    return FAILED if isinstance(error, WriteError) else BAD_INPUT

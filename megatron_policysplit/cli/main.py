@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from megatron_policysplit.cli.app import Command, errors_of_ranks, expand_option
 from megatron_policysplit.cli.model_commands import evaluate, generate
 from megatron_policysplit.cli.options import ConfigPath, Overrides, check_output
 from megatron_policysplit.errors import STOPPED
+from megatron_policysplit.logs.streams import outlive_console
 
 app = typer.Typer(
     help="Policy Split reinforcement learning of language models on Megatron-Core.",
@@ -66,6 +67,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     Exit codes: 0 done; 1 failed; 2 bad input, nothing was started; 75 stopped by SIGTERM or SIGINT
     with its state saved, and the same command goes on.
     """
+    outlive_console()
     with _exit_on_signals(), errors_of_ranks():
         code = run_training([config, *(overrides or [])])
     raise typer.Exit(code)
@@ -83,6 +85,7 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
     from megatron_policysplit.config.checks import check_config
     from megatron_policysplit.config.load import load_config
 
+    outlive_console()
     with _exit_on_signals():
         run_config = load_config(config, overrides or [])
         check_config(run_config)
@@ -101,7 +104,8 @@ def run_training(argv: list[str]) -> int:
     from megatron_policysplit.config.load import load_config, world_size
     from megatron_policysplit.distributed.launch import free_port, launch, rank_environment
     from megatron_policysplit.distributed.rank_variables import check_world, started_environment
-    from megatron_policysplit.training.preflight import preflight, prepare_run_dir
+    from megatron_policysplit.training.preflight import preflight
+    from megatron_policysplit.training.run_dir import locked_run_dir, prepare_run_dir, run_lock
 
     # The variables of torchrun or srun; None where neither started this process.
     rank_variables = started_environment(os.environ)
@@ -109,19 +113,26 @@ def run_training(argv: list[str]) -> int:
     config = load_config(argv[0], argv[1:])
     if rank_variables:
         check_world(config, rank_variables)
-    # One rank of a world that torchrun or srun started tries the reward for all.
+    # One rank of a world that torchrun or srun started holds the run directory, and tries the
+    # reward, for all.
     is_first = rank_variables is None or rank_variables["RANK"] == "0"
-    summary = preflight(config, tries_reward=is_first)
     if is_first:
-        for line in summary.lines(config):
-            print(line, flush=True)
-        prepare_run_dir(config)
-    if not rank_variables and world_size(config) > 1:
-        return launch(argv, world_size(config))
-    os.environ.update(rank_variables or rank_environment(0, 1, free_port()))
-    from megatron_policysplit.training import worker
+        run_lock(config).check()
+    summary = preflight(config, tries_reward=is_first)
+    with ExitStack() as held:
+        inherited = []
+        if is_first:
+            lock = held.enter_context(locked_run_dir(config))
+            inherited = [lock.descriptor]
+            for line in summary.lines(config):
+                print(line, flush=True)
+            prepare_run_dir(config)
+        if not rank_variables and world_size(config) > 1:
+            return launch(argv, world_size(config), inherited=inherited)
+        os.environ.update(rank_variables or rank_environment(0, 1, free_port()))
+        from megatron_policysplit.training import worker
 
-    code = worker.main(argv)
+        code = worker.main(argv)
     if rank_variables:
         worker.leave(code)  # without exit handlers, which a peer that is gone would block
     return code
@@ -167,6 +178,7 @@ def report(
     ] = None,
 ) -> None:
     """Write one self-contained HTML page about one run, or about several side by side."""
+    from megatron_policysplit.reports.page import is_page
     from megatron_policysplit.reports.run_report import write_report
 
     # A run is called by its directory's name, or by its path where two names are the same.
@@ -178,7 +190,7 @@ def report(
     target = output or runs[0] / "report.html"
     # Without either the run itself is missing, and write_report says so.
     if output is not None or runs[0].is_dir():
-        check_output(target)
+        check_output(target, [], is_page)
     write_report(runs_by_name, target)
     print(target)
 
@@ -199,13 +211,15 @@ def study(
     """
     from megatron_policysplit.study.config import load_study
 
+    outlive_console()
+    from megatron_policysplit.study.report import check_report_files, write_study_report
+
     definition, code = load_study(study), 0
+    check_report_files(definition)
     if not report_only:
         from megatron_policysplit.study.runner import run_study
 
         code = run_study(definition, say=partial(print, flush=True))
-    from megatron_policysplit.study.report import write_study_report
-
     for path in write_study_report(definition):
         print(path)
     raise typer.Exit(code)

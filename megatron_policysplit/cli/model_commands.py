@@ -159,13 +159,15 @@ def evaluate(
     from megatron_policysplit.evaluation.responder import Responder, prompts_asked_for
     from megatron_policysplit.evaluation.scores import scores_by_mode, scores_table
     from megatron_policysplit.evaluation.verdicts import OfflineJudge
+    from megatron_policysplit.files import replace_text
     from megatron_policysplit.rewards import RewardPool, all_failed
     from megatron_policysplit.rewards.trial import check_questions
     from megatron_policysplit.rollout.engine import Sampling
 
-    if output is not None:
-        check_output(output)
     prompts = prompts_asked_for(config, high_entropy_prompt, high_entropy_prompt_file)
+    if output is not None:
+        inputs = [data, *([config] if config is not None else []), *_prompt_files(prompts)]
+        check_output(output, inputs, _is_result)
     dataset = load_questions(data, {})[:questions]
     check_questions(reward, f"--data {data}", dataset)
     # Tried out before the model is loaded: a judge that cannot be used ends the command at once.
@@ -186,7 +188,7 @@ def evaluate(
     scores = scores_by_mode(responses, graded)
     if offline_judge is not None:
         scores = offline_judge.judge(scores, responses, dataset)
-    Console().print(scores_table(scores, samples))
+    # Before anything is printed: the terminal may be gone by now.
     if output is not None:
         settings = {
             "model": model,
@@ -198,11 +200,27 @@ def evaluate(
         settings |= asdict(sampling) | {"seed": seed, "prompts": asdict(prompts)}
         settings |= {} if offline_judge is None else {"judge": asdict(offline_judge.settings)}
         by_mode = {name: asdict(mode_scores) for name, mode_scores in scores.items()}
-        output.write_text(json.dumps(settings | {"modes": by_mode}, indent=2) + "\n")
+        replace_text(output, json.dumps(settings | {"modes": by_mode}, indent=2) + "\n")
+    Console().print(scores_table(scores, samples))
     failure = all_failed([grade.error for grade in graded])
     if failure is not None:
         print(f"error: --reward {reward} failed on {failure}", file=sys.stderr)
         raise typer.Exit(FAILED)
+
+
+def _is_result(file: Path) -> bool:
+    """Whether a file is what `eval --output` writes."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"model", "data", "reward", "modes"} <= content.keys()
+
+
+def _prompt_files(prompts: ModesConfig) -> list[str]:
+    """The files that the prompts are read from."""
+    others = [e.get("prompt_file") for e in prompts.others.values() if isinstance(e, dict)]
+    return [path for path in (prompts.high_entropy_prompt_file, *others) if path is not None]
 
 
 def _modes(mode: Modes, prompts: ModesConfig) -> list[Mode]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -148,8 +149,17 @@ BatchSamples = Annotated[
 ]
 
 
-def check_output(output: Path) -> None:
-    """Check, before the work starts, that its result can be written. Raises ConfigError."""
+def check_output(
+    output: Path, inputs: Iterable[str | Path], is_older: Callable[[Path], bool]
+) -> None:
+    """Check, before the work starts, that its result can be written and replaces nothing of worth.
+
+    Raises ConfigError if not: for an input of the command, and for any other file that is not an
+    older result. What is no file (/dev/stdout, a pipe) may be written.
+
+    inputs: files that the command reads; what does not exist is none. is_older: whether a file is a
+    result of the same command.
+    """
     directory = output.absolute().parent
     if not directory.is_dir():
         raise ConfigError(
@@ -157,5 +167,19 @@ def check_output(output: Path) -> None:
         )
     if output.is_dir():
         raise ConfigError(f"--output {output} is a directory; give the name of a file")
-    if not os.access(output if output.exists() else directory, os.W_OK):
+    for name in map(Path, inputs):
+        if name.exists() and output.exists() and os.path.samefile(name, output):
+            raise ConfigError(
+                f"--output {output} is {name}, which the command reads; give another file"
+            )
+    if output.exists() and not output.is_file():
+        return
+    # The result is written beside the file and renamed, so both must allow it.
+    target = output.resolve()
+    if not all(os.access(path, os.W_OK) for path in (target.parent, target) if path.exists()):
         raise ConfigError(f"--output {output} cannot be written: no permission; give another file")
+    if output.exists() and output.stat().st_size > 0 and not is_older(output):
+        raise ConfigError(
+            f"--output {output} exists and is no older result of this command; give another file, "
+            "or remove it"
+        )

@@ -43,6 +43,7 @@ def launch(
     nproc: int,
     command: Sequence[str] = (sys.executable, "-m", "megatron_policysplit.training.worker"),
     patience: Patience = Patience(),  # noqa: B008
+    inherited: Sequence[int] = (),
 ) -> int:
     """Run `command ARGS` as `nproc` ranks of one group on this machine; return the exit code.
 
@@ -53,8 +54,11 @@ def launch(
 
     The exit code is that of the ranks where all have the same, else FAILED; STOPPED if all saved
     and stopped after a signal. Must be called in the main thread, which takes the signals.
+
+    inherited: open files that the ranks get, too. A lock among them lasts until the last rank has
+    ended, also where this process is killed.
     """
-    group = _Group(config_argv, nproc, command, patience)
+    group = _Group(config_argv, nproc, command, patience, inherited)
     previous = {number: signal.signal(number, group.stop) for number in _STOP_SIGNALS}
     try:
         group.start()
@@ -75,8 +79,16 @@ class _Group:
     `signal_all`: once, and all ranks alike.
     """
 
-    def __init__(self, argv: Sequence[str], nproc: int, command: Sequence[str], patience: Patience):
+    def __init__(
+        self,
+        argv: Sequence[str],
+        nproc: int,
+        command: Sequence[str],
+        patience: Patience,
+        inherited: Sequence[int],
+    ):
         self.argv, self.nproc, self.command, self.patience = argv, nproc, command, patience
+        self.inherited = inherited
         self.ranks: list[subprocess.Popen] = []
         # Times are of time.monotonic; None until it happens.
         self.stop_signal: int | None = None  # the first that came
@@ -107,6 +119,7 @@ class _Group:
                     },
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
+                    pass_fds=self.inherited,
                     preexec_fn=die_with_parent,
                 )
             )

@@ -6,7 +6,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_policysplit.config import LogConfig
+from megatron_policysplit.files import naming_writes
 from megatron_policysplit.logs.sink import Sink, without_secrets
+from megatron_policysplit.logs.streams import CONSOLE
 
 
 class Logger:
@@ -28,7 +30,8 @@ class Logger:
         self, config: LogConfig, run_dir: str | Path, total_steps: int, resolved_config: dict
     ):
         run_dir = Path(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
+        with naming_writes(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
         self.sinks = list(_sinks(config, run_dir, total_steps, without_secrets(resolved_config)))
 
     def start(self, step: int) -> None:
@@ -43,6 +46,8 @@ class Logger:
         """Metrics of training step `step` (the first is 1)."""
         for sink in self.sinks:
             sink.log(step, metrics)
+        if (news := CONSOLE.news()) is not None:
+            self.message(news)
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Metrics `eval/<mode>/...` of the weights after `step` training steps."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from megatron_policysplit.errors import DataError
+from megatron_policysplit.files import naming_writes, replace_text
 from megatron_policysplit.logs.sink import Sink
 
 
@@ -53,20 +54,22 @@ class JsonlSink(Sink):
     def _dump(self, path: Path, step: int, records: list[dict]) -> None:
         errors = [record for record in records if record.get("reward_error")]
         if errors:
-            with _open_to_append(self.run_dir / "reward_errors.jsonl") as file:
+            with _appending(self.run_dir / "reward_errors.jsonl") as file:
                 file.writelines(to_json({"step": step, **record}) + "\n" for record in errors)
         if self.dump_rollouts:
-            path.parent.mkdir(exist_ok=True)
+            with naming_writes(path):
+                path.parent.mkdir(exist_ok=True)
             replace(path, map(to_json, records))
 
     def message(self, text: str) -> None:
-        with _open_to_append(self.run_dir / "messages.log") as file:
+        with _appending(self.run_dir / "messages.log") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def close(self) -> None:
         if self.file is not None:
-            self.file.close()
-            self.file = None
+            file, self.file = self.file, None
+            with naming_writes(self.path):
+                file.close()
 
     def _write(self, step: int, kind: str, metrics: dict[str, float]) -> None:
         if self.file is None:
@@ -76,8 +79,9 @@ class JsonlSink(Sink):
         if (step, kind) in self.written:
             self._keep(lambda record: (record["step"], record["kind"]) != (step, kind))
         record = {"step": step, "kind": kind, "time": time.time(), **metrics}
-        self.file.write(to_json(record) + "\n")
-        self.file.flush()
+        with naming_writes(self.path):
+            self.file.write(to_json(record) + "\n")
+            self.file.flush()
         self.written.add((step, kind))
 
     def _keep(self, condition: Callable[[dict], bool]) -> None:
@@ -87,7 +91,15 @@ class JsonlSink(Sink):
         records = [record for record in records if condition(record)]
         replace(self.path, map(to_json, records))
         self.written = {(record["step"], record["kind"]) for record in records}
-        self.file = _open_to_append(self.path)
+        with naming_writes(self.path):
+            self.file = _open_to_append(self.path)
+
+
+@contextmanager
+def _appending(path: Path) -> Iterator[TextIO]:
+    """A file to append lines to. Raises WriteError."""
+    with naming_writes(path), _open_to_append(path) as file:
+        yield file
 
 
 def _open_to_append(path: Path) -> TextIO:
@@ -101,16 +113,8 @@ def rollout_path(run_dir: Path, step: int) -> Path:
 
 
 def replace(path: Path, lines: Iterable[str]) -> None:
-    """Replace a text file by lines, so that readers see the old or the new file as a whole.
-
-    The new one is written beside `path`, flushed to disk and renamed into place.
-    """
-    beside = path.with_name(path.name + ".partial")
-    with open(beside, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(line + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    """Replace a text file by lines, as a whole (`replace_text`). Raises WriteError."""
+    replace_text(path, (line + "\n" for line in lines))
 
 
 def to_json(record: dict) -> str:
@@ -124,16 +128,20 @@ def to_json(record: dict) -> str:
 def read_jsonl(path: Path) -> Iterator[dict]:
     """The records of a JSONL file.
 
-    A last line without its newline was cut by a crash and is left out. Raises DataError naming file
-    and line when any other line is not a JSON object.
+    A last line without its newline was cut by a crash and is left out. Raises DataError naming the
+    file where it cannot be read, and file and line when any other line is not a JSON object.
     """
-    with open(path, encoding="utf-8", errors="replace") as file:
+    try:
+        file = open(path, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); restore the file") from error
+    with file:
         for number, line in enumerate(file, 1):
             if not line.endswith("\n"):
                 return
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict):
                 raise DataError(
@@ -145,10 +153,13 @@ def read_jsonl(path: Path) -> Iterator[dict]:
 def read_metrics_file(path: Path) -> list[dict]:
     """The records of a metrics.jsonl. Raises DataError when one has no `step` or no `kind`."""
     records = list(read_jsonl(path))
-    for record in records:
-        if not isinstance(record.get("step"), int) or record.get("kind") not in ("train", "eval"):
+    for number, record in enumerate(records, 1):
+        step = record.get("step")
+        is_step = isinstance(step, int) and not isinstance(step, bool)
+        if not is_step or record.get("kind") not in ("train", "eval"):
             raise DataError(
-                f"{path} holds {str(record)[:80]}, which is not a metrics record; remove that line"
+                f"{path}:{number} holds {str(record)[:80]}, which is not a metrics record; remove "
+                "that line"
             )
     return records
 

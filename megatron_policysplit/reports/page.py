@@ -4,6 +4,8 @@ PAGE is a Jinja template; `run_report.write_report` fills it in. The study's pag
 `study/report.py`.
 """
 
+from pathlib import Path
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #24292f; --soft: #57606a; --paper: #fff; --card: #f6f8fa;
   --line: #d0d7de; --good: #00664b; --bad: #a33d00; }
@@ -108,6 +110,11 @@ high-entropy. – means not measured.</p>
 {% else %}<p>No rollout dump (log.rollouts=false).</p>{% endif %}
 {% endfor %}
 
+{% if notes %}
+<h2>Left out</h2>
+{% for text in notes %}<p>{{ text }}</p>
+{% endfor %}{% endif %}
+
 <h2>Configuration</h2>
 {% for run in runs %}
 <details><summary>{{ run.name }}</summary>
@@ -118,3 +125,9 @@ high-entropy. – means not measured.</p>
 </html>
 """
 )
+
+
+def is_page(file: Path) -> bool:
+    """Whether a file is a report of ours, of a run or of a study: its page begins with STYLE."""
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        return STYLE[:60] in stream.read(4096)

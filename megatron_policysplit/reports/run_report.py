@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_policysplit.config.load import CONFIG_FILE
 from megatron_policysplit.config.modes import MODE_LABELS, mode_label
 from megatron_policysplit.errors import DataError
+from megatron_policysplit.files import replace_text
 from megatron_policysplit.logs import without_secrets
 from megatron_policysplit.logs.jsonl import read_jsonl, read_metrics_file
 from megatron_policysplit.reports.curves import (
@@ -26,13 +29,23 @@ if TYPE_CHECKING:
 
 # How many questions, responses of each mode and characters of a text the page shows at most.
 SAMPLE_QUESTIONS, SAMPLES_PER_MODE, SAMPLE_CHARACTERS = 3, 4, 1500
+DUMP = re.compile(r"step_(\d{6,})\.jsonl")  # of the rollouts of a step
 
 
-def read_metrics(run_dir: str | Path) -> tuple[list[dict], list[dict]]:
+def note_on_stderr(text: str) -> None:
+    """Tell the user what a report leaves out."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def read_metrics(
+    run_dir: str | Path, note: Callable[[str], None] = note_on_stderr
+) -> tuple[list[dict], list[dict]]:
     """(training records, evaluation records) of a run, each sorted by `step`.
 
-    A value that was not finite is None. Raises DataError naming the file when it is missing, empty
-    or damaged.
+    A value that was not finite is None; one that is no number is left out. Raises DataError naming
+    the file when it is missing, empty or damaged.
+
+    note: takes a sentence about what is left out.
     """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
@@ -44,10 +57,35 @@ def read_metrics(run_dir: str | Path) -> tuple[list[dict], list[dict]]:
         raise DataError(
             f"{path} does not exist; give the directory of a run (run.dir) that has started"
         )
-    records = sorted(read_metrics_file(path), key=lambda record: record["step"])
+    records = sorted(_numbers(path, note), key=lambda record: record["step"])
     if not records:
         raise DataError(f"{path} holds no metrics yet; wait for the run's first step or evaluation")
     return [r for r in records if r["kind"] == "train"], [r for r in records if r["kind"] == "eval"]
+
+
+def _numbers(path: Path, note: Callable[[str], None]) -> Iterator[dict]:
+    """The records of a metrics.jsonl with their numbers alone."""
+    for line, record in enumerate(read_metrics_file(path), 1):
+        kept = {"step": record["step"], "kind": record["kind"]}
+        for name, value in record.items():
+            if name in kept:
+                continue
+            if value is None or _is_number(value):
+                kept[name] = value if value is not None and math.isfinite(value) else None
+            else:
+                note(f"{path}:{line}: {name}={str(value)[:40]} is no number and is left out")
+        yield kept
+
+
+def _is_number(value: object) -> bool:
+    """Whether a JSON value is a number that a float can hold."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def summary(runs: Mapping[str, str | Path], seconds: Mapping[str, float]) -> dict:
@@ -128,7 +166,13 @@ def write_report(runs: Mapping[str, str | Path], output: str | Path) -> None:
     """
     from jinja2 import Environment
 
-    metrics = {name: read_metrics(run_dir) for name, run_dir in runs.items()}
+    notes: list[str] = []
+
+    def note(text: str) -> None:
+        notes.append(text)
+        note_on_stderr(text)
+
+    metrics = {name: read_metrics(run_dir, note) for name, run_dir in runs.items()}
     ends = {name: endpoints(evaluations_or_batches(*records)) for name, records in metrics.items()}
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(number=_number, title=_title, mode_label=mode_label)
@@ -139,7 +183,7 @@ def write_report(runs: Mapping[str, str | Path], output: str | Path) -> None:
                 "steps": max((record["step"] for record in train), default=0),
                 "evaluations": len(evals),
                 "ends": ends[name],
-                "samples": _samples(Path(runs[name])),
+                "samples": _samples(Path(runs[name]), note),
                 "config": _config(Path(runs[name])),
             }
             for name, (train, evals) in metrics.items()
@@ -150,8 +194,9 @@ def write_report(runs: Mapping[str, str | Path], output: str | Path) -> None:
             for theme in ("light", "dark")
         },
         seconds={name: _seconds(train + evals) for name, (train, evals) in metrics.items()},
+        notes=notes,
     )
-    Path(output).write_text(page, encoding="utf-8", errors="replace")
+    replace_text(Path(output), page)
 
 
 def _point(record: dict, mode: str) -> dict[str, float | None]:
@@ -211,7 +256,7 @@ def _config(run_dir: Path) -> str | None:
 
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
         config = None
     if not isinstance(config, dict):
         raise DataError(
@@ -221,25 +266,32 @@ def _config(run_dir: Path) -> str | None:
     return yaml.safe_dump(without_secrets(config), sort_keys=False, allow_unicode=True)
 
 
-def _samples(run_dir: Path) -> dict | None:
+def _samples(run_dir: Path, note: Callable[[str], None] = note_on_stderr) -> dict | None:
     """A few questions of the last rollout dump with their responses; None without a dump.
 
     Questions that most modes answered come first.
     """
-    dumps = sorted(
-        run_dir.glob("rollouts/step_*.jsonl"), key=lambda path: int(path.stem.removeprefix("step_"))
-    )
+    dumps = []
+    for path in sorted(run_dir.glob("rollouts/step_*.jsonl")):
+        if path.is_file() and (match := DUMP.fullmatch(path.name)):
+            dumps.append((int(match[1]), path))
+        else:
+            note(f"{path} is no dump of a step and is left out")
     if not dumps:
         return None
+    _, dump = max(dumps)
     questions: dict[tuple, dict[str, list[dict]]] = {}  # (batch, question) -> mode -> responses
-    for record in read_jsonl(dumps[-1]):
+    for line, record in enumerate(read_jsonl(dump), 1):
+        if not _is_rollout(record):
+            note(f"{dump}:{line} is no rollout and is left out")
+            continue
         if record.get("auxiliary"):  # sampled at a temperature that is no mode's own
             continue
         by_mode = questions.setdefault((record["batch"], record["question"]), {})
         by_mode.setdefault(record["mode"], []).append(record)
     examples = sorted(questions.values(), key=lambda modes: -len(modes))[:SAMPLE_QUESTIONS]
     return {
-        "file": dumps[-1].name,
+        "file": dump.name,
         "questions": [
             {
                 "prompt": _clip(next(iter(modes.values()))[0]["prompt"]),
@@ -253,6 +305,18 @@ def _samples(run_dir: Path) -> dict | None:
             for modes in examples
         ],
     }
+
+
+def _is_rollout(record: dict) -> bool:
+    """Whether a record has what the page shows of a rollout."""
+    reward = record.get("reward", "")
+    return (
+        all(isinstance(record.get(name), int) for name in ("batch", "question", "sample"))
+        and all(isinstance(record.get(name), str) for name in ("mode", "prompt", "response"))
+        and isinstance(record.get("tokens"), list)
+        and "answer" in record
+        and (reward is None or _is_number(reward))
+    )
 
 
 def _first_samples(records: list[dict]) -> list[dict]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 
 from megatron_policysplit.errors import DataError, EngineError
 from megatron_policysplit.rollout.engine import EnginePaused, Request
 from megatron_policysplit.rows import Mode, Rollout
+
+DUMP = re.compile(r"step_\d{6,}\.jsonl")  # of a step's rollouts; what else lies there is no dump
 
 
 class ReplayEngine:
@@ -22,7 +25,11 @@ class ReplayEngine:
     def __init__(self, directory: str | Path):
         """Find the batches of `directory`; raises DataError when it has none."""
         self._directory = Path(directory)
-        paths = sorted(self._directory.glob("step_*.jsonl"))
+        paths = [
+            path
+            for path in sorted(self._directory.glob("step_*.jsonl"))
+            if DUMP.fullmatch(path.name) and path.is_file()
+        ]
         if not paths:
             raise DataError(
                 f"rollout.replay_dir={directory} holds no step_NNNNNN.jsonl; give the rollouts/ "
@@ -102,13 +109,13 @@ class ReplayEngine:
 
 
 def _first_batch(path: Path) -> int:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         return _record(lines.readline(), path, 1).batch
 
 
 def _read(path: Path) -> dict[tuple, Rollout]:
     rollouts: dict[tuple, Rollout] = {}
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             rollout = _record(line, path, number)
             if rollout.key in rollouts:

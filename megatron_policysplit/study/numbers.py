@@ -264,5 +264,11 @@ def _responses(path: Path) -> int | None:
 
     if not path.exists():
         return None
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return config["data"]["batch_questions"] * config["rollout"]["samples_per_question"]
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return config["data"]["batch_questions"] * config["rollout"]["samples_per_question"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is not the configuration of a run ({type(error).__name__}: {error}); restore "
+            "it, or delete it to have a report without the costs of a response"
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -10,13 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_policysplit.config.modes import mode_label
+from megatron_policysplit.errors import ConfigError
+from megatron_policysplit.files import naming_writes, replace_text
 from megatron_policysplit.reports.curves import (
     data_url,
     figure_theme,
     mark_as_empty,
     style_axis,
 )
-from megatron_policysplit.reports.page import STYLE
+from megatron_policysplit.reports.page import STYLE, is_page
 from megatron_policysplit.study.config import Study
 from megatron_policysplit.study.numbers import (
     Finished,
@@ -73,15 +76,16 @@ def write_study_report(study: Study) -> list[Path]:
 
     runs = finished_runs(study)
     numbers = study_numbers(study, runs)
-    directory = Path(study.dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    html, as_json, as_csv = (directory / f"report.{kind}" for kind in ("html", "json", "csv"))
-    as_json.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    rows = table(numbers)
-    with as_csv.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+    check_report_files(study)
+    html, as_json, as_csv = report_files(study)
+    with naming_writes(html.parent):
+        html.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(as_json, json.dumps(numbers, indent=2) + "\n")
+    rows, lines = table(numbers), io.StringIO(newline="")
+    writer = csv.DictWriter(lines, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_text(as_csv, lines.getvalue())
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(show=_show, title=measure_title, style=STYLE)
     figures = []
@@ -91,8 +95,38 @@ def write_study_report(study: Study) -> list[Path]:
         if urls:
             figures.append({"title": title} | urls)
     page = environment.from_string(PAGE).render(study=study, numbers=numbers, figures=figures)
-    html.write_text(page, encoding="utf-8", errors="replace")
+    replace_text(html, page)
     return [html, as_json, as_csv]
+
+
+def report_files(study: Study) -> list[Path]:
+    """The files of a study's report: report.html, report.json and report.csv."""
+    return [Path(study.dir) / f"report.{kind}" for kind in ("html", "json", "csv")]
+
+
+def check_report_files(study: Study) -> None:
+    """Raise ConfigError if the report would replace a file that is no report of a study."""
+    for file, is_report in zip(report_files(study), (is_page, _is_json, _is_csv), strict=True):
+        is_free = not file.exists() or (file.is_file() and file.stat().st_size == 0)
+        if not is_free and not (file.is_file() and is_report(file)):
+            raise ConfigError(
+                f"{file} is no report of a study, and the report would replace it; move it away, "
+                "or give another dir"
+            )
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(content, dict) and {"baseline", "runs", "measures"} <= content.keys()
+
+
+def _is_csv(file: Path) -> bool:
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        line = stream.readline().strip()
+    return line == "" or line.startswith("kind,name,method")
 
 
 def measure_title(name: str) -> str:

@@ -6,7 +6,6 @@ What is finished is never run again; what was interrupted goes on.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import json
 import os
@@ -20,8 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_policysplit.distributed.directory_lock import DirectoryLock
 from megatron_policysplit.distributed.rank_variables import without_launcher
 from megatron_policysplit.errors import DONE, FAILED, STOPPED, ConfigError
+from megatron_policysplit.files import replace_text
 from megatron_policysplit.study.config import Study, StudyRun, fill
 
 STATE_FILE = "study_state.json"
@@ -44,8 +45,8 @@ class State:
         if self.path.exists():
             try:
                 content = json.loads(self.path.read_text(encoding="utf-8"))
-                self.runs, self.prepared = content["runs"], content["prepared"]
-            except (ValueError, KeyError, TypeError) as error:
+                self.runs, self.prepared = dict(content["runs"]), list(content["prepared"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
                     f"{self.path} is damaged; delete it: finished runs are then only looked at, "
                     "not trained, again"
@@ -82,12 +83,8 @@ class State:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _write(self) -> None:
-        beside = self.path.with_name(self.path.name + ".partial")
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({"runs": self.runs, "prepared": self.prepared}, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self.path)
+        content = {"runs": self.runs, "prepared": self.prepared}
+        replace_text(self.path, json.dumps(content, indent=2) + "\n")
 
 
 @dataclass
@@ -117,21 +114,18 @@ def run_study(
     trainer: the command that trains, before CONFIG and overrides. say: takes each message.
     """
     directory = Path(study.dir)
+    lock = DirectoryLock(directory / "study.lock", f"dir={directory}", "give another dir")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / "study.lock").open("w")
+        lock.acquire()
     except OSError as error:
         raise ConfigError(
             f"dir={directory} cannot be written ({error.strerror}); give another dir"
         ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"dir={directory} is in use by another study; wait for it, or give another dir"
-            ) from error
+    try:
         return _Runner(study, State(study), trainer, say).run()
+    finally:
+        lock.release()
 
 
 class _Runner:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from megatron_policysplit.config import CheckpointConfig, Config, ModelConfig
 from megatron_policysplit.config.load import to_dict
 from megatron_policysplit.distributed.agree import raise_on_all_ranks
 from megatron_policysplit.distributed.layout import Layout
+from megatron_policysplit.files import naming_writes, replace_text
 from megatron_policysplit.logs import Logger
 from megatron_policysplit.logs.timing import Phases
 
@@ -100,7 +100,8 @@ class Journal:
         def take(stream: Iterable) -> None:
             if self._layout.is_chief:
                 dtype = DTYPES[self._model.dtype]
-                write_hf(self.directory / name, self._model.path, stream, dtype)
+                with naming_writes(self.directory / name):
+                    write_hf(self.directory / name, self._model.path, stream, dtype)
 
         destination = "leader" if self._layout.data_rank == 0 else "nowhere"
         consume_weights(self._actor.model, self._actor.hf_config, destination, take)
@@ -108,8 +109,5 @@ class Journal:
     def dump(self, name: str, records: Sequence[dict[str, Any]]) -> Path:
         """Write records as JSON lines to `run.dir/name`, complete or not at all (chief only)."""
         path = self.directory / name
-        partial = path.with_name(path.name + ".partial")
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        partial.write_text(lines, encoding="utf-8")
-        os.replace(partial, path)
+        replace_text(path, (json.dumps(record) + "\n" for record in records))
         return path

@@ -7,30 +7,27 @@ algorithm.old_logprobs=engine and rollout.engine=replay.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_policysplit.actor.checkpoint_files import check_model, complete, read_trainer_json
+from megatron_policysplit.actor.checkpoint_files import (
+    check_files,
+    check_model,
+    complete,
+    read_trainer_json,
+)
 from megatron_policysplit.algorithms.checks import check_method
 from megatron_policysplit.config import Config
 from megatron_policysplit.config.checks import check_config
-from megatron_policysplit.config.load import (
-    CONFIG_FILE,
-    fingerprint,
-    first_difference,
-    load_written,
-    show,
-    to_yaml,
-    world_size,
-)
-from megatron_policysplit.config.secrets import api_key, open_private
+from megatron_policysplit.config.load import world_size
+from megatron_policysplit.config.secrets import api_key
 from megatron_policysplit.errors import ConfigError, ModelError, UserError
 from megatron_policysplit.evaluation.judge_prompt import judge_api_key, read_judge_prompt
 from megatron_policysplit.training.places import check_places
+from megatron_policysplit.training.run_dir import check_run_dir
 
 if TYPE_CHECKING:
     from megatron_policysplit.data.questions import Question
@@ -244,79 +241,10 @@ def _check_servers(config: Config) -> None:
         )
 
 
-def check_run_dir(config: Config) -> bool:
-    """Whether run.dir holds this very run already.
-
-    Raises ConfigError if it holds another one, or cannot be created or written.
-    """
-    # The nearest directory that exists decides whether run.dir can be made.
-    directory = Path(config.run.dir)
-    existing = next(
-        parent for parent in [directory, *directory.absolute().parents] if parent.exists()
-    )
-    if not existing.is_dir():
-        raise ConfigError(
-            f"run.dir={directory} cannot be a directory: {existing} is a file; give another run.dir"
-        )
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"run.dir={directory} cannot be written: no permission in {existing}; give another "
-            "run.dir"
-        )
-    file = directory / CONFIG_FILE
-    if not file.exists() or not _has_begun(directory):
-        return False
-    try:
-        existing_run = fingerprint(load_written(str(file)))
-    except ConfigError as error:
-        raise ConfigError(
-            f"run.dir={directory} holds a run whose configuration cannot be read ({error}); "
-            f"restore {file}, or give another run.dir"
-        ) from error
-    difference = first_difference(existing_run, fingerprint(config))
-    if difference is not None:
-        name, old, new = difference
-        raise ConfigError(
-            f"run.dir={directory} holds another run, with {name}={show(old)} where this one has "
-            f"{show(new)}; give another run.dir, or go on with that run by {name}={show(old)}"
-        )
-    return True
-
-
-def _has_begun(directory: Path) -> bool:
-    """Whether the run in a directory wrote anything worth keeping.
-
-    A run that was refused at its start left only its configuration.
-    """
-    metrics = directory / "metrics.jsonl"
-    return (directory / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size > 0)
-
-
 def _check_checkpoint(config: Config) -> None:
-    """Raise CheckpointError if the newest checkpoint of run.dir is of another model."""
+    """Raise CheckpointError if run.dir's newest checkpoint is of another model, or damaged."""
     from checkpoints_conv import read_hf_config
 
     for path in complete(Path(config.run.dir) / "checkpoints")[-1:]:
         check_model(read_trainer_json(path)["model"], read_hf_config(config.model.path), path)
-
-
-def prepare_run_dir(config: Config) -> None:
-    """Create run.dir and write the configuration into it, complete or not at all.
-
-    Raises ConfigError where that is not possible.
-    """
-    directory = Path(config.run.dir)
-    partial = directory / f".{CONFIG_FILE}.partial"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)
-        # It may hold secrets that the user wrote out.
-        with open_private(partial) as stream:
-            stream.write(to_yaml(config))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, directory / CONFIG_FILE)
-    except OSError as error:
-        raise ConfigError(
-            f"run.dir={directory} cannot be written: {error.strerror}; give another run.dir"
-        ) from error
+        check_files(path)

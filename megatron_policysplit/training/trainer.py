@@ -61,6 +61,11 @@ class Trainer:
         gc.collect()
         # The libraries made a million objects, which no collection need visit again.
         gc.freeze()
+        if run.state.step >= config.train.steps:
+            run.journal.message(
+                f"nothing to train: all {run.state.step} steps of train.steps are done; what "
+                "belongs to the end is written again"
+            )
         try:
             self.sync()
             self.evaluate_and_save()

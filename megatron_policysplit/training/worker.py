@@ -12,8 +12,15 @@ import re
 import sys
 import time
 import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_policysplit.errors import BAD_INPUT, FAILED, STOPPED
+from megatron_policysplit.files import disk_error, write_error
+from megatron_policysplit.logs.streams import outlive_console
+
+if TYPE_CHECKING:
+    from megatron_policysplit.config import Config
 
 SAME_ERROR_SECONDS = 3.0  # how long rank 0 waits for others with the same error
 
@@ -27,10 +34,12 @@ def main(argv: list[str]) -> int:
     from megatron_policysplit.distributed.launch import forks_die_with_us
 
     forks_die_with_us()
+    outlive_console()
     _silence_warnings()
     from megatron_policysplit.config.load import load_config
-    from megatron_policysplit.errors import EngineLost, TrainingError, UserError
+    from megatron_policysplit.errors import EngineLost, TrainingError, UserError, WriteError
 
+    config = None
     try:
         from transformers.utils.logging import disable_progress_bar
 
@@ -45,7 +54,7 @@ def main(argv: list[str]) -> int:
         return Trainer(build_run(config, stop)).train()
     except StopRequested:  # before the first weights were loaded: there is nothing to save
         return STOPPED
-    except (TrainingError, EngineLost) as error:
+    except (TrainingError, EngineLost, WriteError) as error:
         _report(f"error: {error}")
         return FAILED
     except UserError as error:
@@ -53,17 +62,24 @@ def main(argv: list[str]) -> int:
         return BAD_INPUT
     except BaseException as error:
         # A collective whose peer is gone fails with a RuntimeError in the wording of its backend. A
-        # full disk is an OSError of this rank alone (torch's CheckpointException is not even an
-        # Exception); the others learn of it when this rank leaves.
+        # file that one rank cannot write ends that rank alone; the others learn of it when it
+        # leaves, and say what the disk says (torch's CheckpointException is not even an Exception).
         from megatron_policysplit.distributed.control import missing_ranks
 
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         traceback.print_exc()
         _report(
             f"error: rank {rank} failed ({_first_sentence(error)}); "
-            f"{missing_ranks(rank, world_size)}"
+            f"{missing_ranks(rank, world_size)}{_disk(error, config)}"
         )
         return FAILED
+
+
+def _disk(error: BaseException, config: Config | None) -> str:
+    """`; ...` where the disk of run.dir takes no more, which may be why this rank failed."""
+    if config is None or (refusal := disk_error(error, Path(config.run.dir))) is None:
+        return ""
+    return f"; {write_error(config.run.dir, refusal)}"
 
 
 def _silence_warnings() -> None:

@@ -153,7 +153,7 @@ def test_a_checkpoint_of_another_model(refused, straight, config, tmp_path):
         "use that model or another run.dir"
     )
     file.unlink()
-    assert refused().startswith(f"{path} is not a complete checkpoint (")
+    assert refused().startswith(f"{path} is damaged (")
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,8 @@ def train(config: Path, directory: Path, *overrides: str, code: int = 0) -> Run:
     starts the ranks, in a fraction of a second.
     """
     from megatron_policysplit.config.load import load_config, world_size
-    from megatron_policysplit.training.preflight import preflight, prepare_run_dir
+    from megatron_policysplit.training.preflight import preflight
+    from megatron_policysplit.training.run_dir import prepare_run_dir
     from tests.support.dist import run_distributed
 
     run, argv = _new(directory), [str(config), f"run.dir={directory}", *overrides]

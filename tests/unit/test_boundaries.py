@@ -18,7 +18,7 @@ COMMAND_LINE = ROOT / CONVERSION / "__main__.py"
 FLOORS = (
     {CONVERSION},
     {"errors", "rows", "vocab_parallel"},
-    {"config", "distributed"},
+    {"config", "distributed", "files"},
     {"algorithms", "data", "logs"},
     {"actor", "reports", "rewards"},
     {"rollout", "study"},

@@ -224,7 +224,7 @@ def test_train_returns_the_exit_code(config, environ, worker):
 
 def test_train_with_several_ranks_launches_them(config, environ, worker, monkeypatch):
     launched = []
-    monkeypatch.setattr(launch, "launch", lambda argv, nproc: launched.append((argv, nproc)) or 7)
+    monkeypatch.setattr(launch, "launch", lambda argv, nproc, inherited: launched.append((argv, nproc)) or 7)
     argv = [str(config), "parallel.tensor=2", "parallel.pipeline=2"]
     assert cli.run_training(argv) == 7
     assert launched == [(argv, 4)]
@@ -431,3 +431,26 @@ def test_a_run_directory_that_cannot_be_written_asks_for_an_output(tmp_path, mon
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK or path != tmp_path)
     with pytest.raises(ConfigError, match=f"^--output {tmp_path / 'report.html'} cannot be written: no permission; "):
         invoke("report", tmp_path)
+
+
+def test_an_output_replaces_an_older_result_alone(tmp_path):
+    from megatron_policysplit.cli.options import check_output
+
+    def check(path, inputs=()):
+        check_output(path, inputs, lambda file: file.read_text() == "older")
+
+    file, link, questions = tmp_path / "x", tmp_path / "link", tmp_path / "q.jsonl"
+    questions.write_text("older")  # even if it looks like a result
+    link.symlink_to(questions)
+    check(file, [questions, "reasoning_gym:chain_sum"])
+    for path in (questions, link, tmp_path / ".." / tmp_path.name / "q.jsonl"):
+        with pytest.raises(ConfigError, match=f"^--output .* is {questions}, which the command reads; give another"):
+            check(path, [questions])
+    for content, replaceable in (("", True), ("older", True), ("notes", False)):
+        file.write_text(content)
+        if replaceable:
+            check(file)
+        else:
+            with pytest.raises(ConfigError, match=f"^--output {file} exists and is no older result of this command"):
+                check(file)
+    check(Path(os.devnull))

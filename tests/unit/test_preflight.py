@@ -11,7 +11,8 @@ import pytest
 
 from megatron_policysplit.config.load import load_config, to_yaml
 from megatron_policysplit.errors import CheckpointError, ConfigError, DataError, ModelError, UserError
-from megatron_policysplit.training.preflight import check_run_dir, preflight, prepare_run_dir
+from megatron_policysplit.training.preflight import preflight
+from megatron_policysplit.training.run_dir import check_run_dir, prepare_run_dir
 from tests.support.toy_chat import make_chat_model
 
 
@@ -79,7 +80,8 @@ def test_no_torch_is_imported(configure, tmp_path):
     (tmp_path / "run.yaml").write_text(to_yaml(configure()))
     code = (
         "import sys; from megatron_policysplit.config.load import load_config; "
-        "from megatron_policysplit.training.preflight import preflight, prepare_run_dir; "
+        "from megatron_policysplit.training.preflight import preflight; "
+        "from megatron_policysplit.training.run_dir import prepare_run_dir; "
         "config = load_config(sys.argv[1], []); preflight(config); prepare_run_dir(config); "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )

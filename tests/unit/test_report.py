@@ -236,3 +236,58 @@ def test_import_stays_light():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_strange_files_and_records_are_left_out_with_a_note(tmp_path, capsys):
+    run = make_run(tmp_path / "r")
+    (run / "rollouts" / "step_000002 copy.jsonl").write_text("{}\n")
+    (run / "rollouts" / "step_000009.jsonl").mkdir()
+    with (run / "rollouts" / "step_000002.jsonl").open("a") as file:
+        file.write('{"x": 1}\n{"batch": 2, "question": [], "mode": "normal"}\n')
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "kind": "train", "my/note": "a text", "normal/accuracy": true, "time/step_s": 1e400}\n')
+        file.write(f'{{"step": 4, "kind": "eval", "eval/normal/accuracy": {10**400}}}\n')
+    report.write_report({"r": run}, tmp_path / "page.html")
+    said = capsys.readouterr().err.splitlines()
+    lines = len((run / "rollouts" / "step_000002.jsonl").read_text().splitlines())
+    assert said == [
+        f"note: {run}/metrics.jsonl:5: my/note=a text is no number and is left out",
+        f"note: {run}/metrics.jsonl:5: normal/accuracy=True is no number and is left out",
+        f"note: {run}/metrics.jsonl:6: eval/normal/accuracy={str(10**400)[:40]} is no number and is left out",
+        f"note: {run}/rollouts/step_000002 copy.jsonl is no dump of a step and is left out",
+        f"note: {run}/rollouts/step_000009.jsonl is no dump of a step and is left out",
+        f"note: {run}/rollouts/step_000002.jsonl:{lines - 1} is no rollout and is left out",
+        f"note: {run}/rollouts/step_000002.jsonl:{lines} is no rollout and is left out",
+    ]
+    page = Page((tmp_path / "page.html").read_text())
+    assert "Left out" in page.text and "my/note=a text is no number" in page.text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("metrics.jsonl", "cannot be read (Is a directory); restore the file"),
+        ("config.yaml", "is not a YAML mapping; restore the file, or delete it to have a report without it"),
+    ],
+)
+def test_a_directory_where_a_file_should_be(tmp_path, name, message):
+    run = make_run(tmp_path / "r")
+    (run / name).unlink()
+    (run / name).mkdir()
+    with pytest.raises(DataError) as error:
+        report.write_report({"r": run}, tmp_path / "page.html")
+    assert str(error.value) == f"{run / name} {message}"
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_damaged_lines_are_named(tmp_path):
+    run = make_run(tmp_path / "r")
+    dump = run / "rollouts" / "step_000002.jsonl"
+    dump.write_text(dump.read_text() + "[" * 100_000 + "\n")
+    lines = len(dump.read_text().splitlines())
+    with pytest.raises(DataError, match=f"step_000002.jsonl:{lines} is not a JSON object; remove that line"):
+        report.write_report({"r": run}, tmp_path / "page.html")
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": true, "kind": "train"}\n')
+    with pytest.raises(DataError, match="metrics.jsonl:5 holds .*, which is not a metrics record; remove that line"):
+        report.write_report({"r": run}, tmp_path / "page.html")

@@ -183,7 +183,7 @@ def test_two_studies_in_one_directory(tmp_path):
     study = make_study(tmp_path)
     process = start_process(study, STUB_HANGS="grpo")
     wait_for(lambda: study.runs[0].directory.exists())
-    with pytest.raises(ConfigError, match="^dir=.*out is in use by another study; wait for it, or give another dir$"):
+    with pytest.raises(ConfigError, match="^dir=.*out is in use by process .*, or give another dir$"):
         run(study)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == STOPPED

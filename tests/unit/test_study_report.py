@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatron_policysplit.errors import DataError
+from megatron_policysplit.errors import ConfigError, DataError
 from megatron_policysplit.study.numbers import Finished, finished_runs, study_numbers
 from megatron_policysplit.study.report import curves, measure_title, write_study_report
 from tests.unit.test_report import Page
@@ -169,3 +169,27 @@ def test_titles():
     assert [measure_title(name) for name in ("eval/normal/best_of_8", "kl/a_to_b", "wait_s", "eval/x/kl_nats")] == [
         "normal: best-of-8", "kl: a to b", "wait (s)", "x: KL to the other mode (nats)",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("report.html", "<!doctype html><title>mine</title>"),
+        ("report.json", '{"mine": 1}'),
+        ("report.json", "[" * 5),
+        ("report.csv", "a,b\n1,2\n"),
+    ],
+)
+def test_files_that_are_no_report_are_kept(tmp_path, name, content):
+    study = make_study(tmp_path)
+    run(study)
+    write_study_report(study)
+    write_study_report(study)  # over its own
+    file = study.runs[0].directory.parents[1] / name
+    file.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        write_study_report(study)
+    assert str(error.value) == (
+        f"{file} is no report of a study, and the report would replace it; move it away, or give another dir"
+    )
+    assert file.read_text() == content
