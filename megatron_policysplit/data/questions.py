@@ -30,6 +30,8 @@ class Question:
     messages: list[dict[str, str]]  # at least one, each with a `role` and a text `content`
     answer: str | None  # the reference answer; None where the task has many right answers
     record: dict[str, Any]  # the whole row it came from, for the reward function
+    # Schemas of the functions that the chat template offers to the model; None: it offers none.
+    tools: list[dict[str, Any]] | None = None
 
 
 def load_questions(path: str, options: Mapping[str, Any] | None = None) -> list[Question]:

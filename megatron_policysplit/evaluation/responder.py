@@ -70,7 +70,7 @@ class Responder:
         from transformers.utils import logging
 
         from megatron_policysplit.data.prompts import PromptBuilder
-        from megatron_policysplit.data.tokenizer import stop_token_ids
+        from megatron_policysplit.data.stop_tokens import stop_token_ids
         from megatron_policysplit.rollout.local import LocalEngine
 
         logging.disable_progress_bar()

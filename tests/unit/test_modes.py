@@ -80,7 +80,8 @@ CLOCK = (
 INSIDE_USER = (
     "{{- bos_token }}{%- set system = messages[0].content + '\\n\\n' if messages[0].role == 'system' else '' %}"
     "{%- for message in messages if message.role != 'system' %}"
-    "{{- '[INST] ' + (system if loop.first else '') + message.content + ' [/INST]' }}{%- endfor %}"
+    "{%- if message.role == 'assistant' %}{{- ' ' + message.content + '</s>' }}{%- else %}"
+    "{{- '[INST] ' + (system if loop.first else '') + message.content + ' [/INST]' }}{%- endif %}{%- endfor %}"
 )
 # No system role at all (the shape of Gemma).
 REFUSING = (
