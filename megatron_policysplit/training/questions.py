@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_policysplit.config import Config, DataConfig, ModesConfig
-from megatron_policysplit.data.prompts import PromptBuilder, read_eval_prompts
+from checkpoints_conv import read_hf_config
+from megatron_policysplit.config import Config, ModesConfig
+from megatron_policysplit.data.prompts import PromptBuilder, Prompts, read_eval_prompts
 from megatron_policysplit.data.questions import (
     Question,
     QuestionStream,
@@ -17,11 +18,10 @@ from megatron_policysplit.data.questions import (
 from megatron_policysplit.distributed.agree import raise_on_all_ranks
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import ConfigError
+from megatron_policysplit.logs.progress import show_progress
 from megatron_policysplit.rollout.driver import Leader
 from megatron_policysplit.rows import Mode, Rollout
 from megatron_policysplit.training.records import rollout_records
-
-Prompts = dict[int, dict[Mode, list[int]]]  # question id -> mode -> prompt ids
 
 
 @dataclass
@@ -77,8 +77,10 @@ def load_training_questions(
     Raises a UserError on every rank for data that cannot be used.
     """
     data = config.data
-    builder = _prompt_builder(config.modes, leader, date)
-    fitting, dropped = _load_fitting(data.path, data.options, data, layout, builder)
+    builder = _prompt_builder(config, config.modes, leader, date)
+    fitting, dropped = _load_fitting(
+        data.path, data.options, data.max_prompt_tokens, layout, builder
+    )
     if len(fitting.questions) < data.batch_questions:
         raise ConfigError(
             f"data.batch_questions={data.batch_questions} is more than the "
@@ -105,8 +107,10 @@ def load_evaluation_questions(
     settings = config.eval
     if settings.path is None:
         return EvaluationQuestions()
-    builder = _prompt_builder(config.modes, leader, date)
-    fitting, dropped = _load_fitting(settings.path, settings.options, config.data, layout, builder)
+    builder = _prompt_builder(config, config.modes, leader, date)
+    fitting, dropped = _load_fitting(
+        settings.path, settings.options, config.data.max_prompt_tokens, layout, builder
+    )
     if dropped:
         message(f"dropped {dropped} evaluation questions, as over-long as that")
     questions = dict(list(fitting.questions.items())[: settings.questions])
@@ -116,14 +120,19 @@ def load_evaluation_questions(
     return EvaluationQuestions(questions, fitting.prompts, other_prompts)
 
 
-def _prompt_builder(modes: ModesConfig, leader: Leader | None, date: str) -> PromptBuilder | None:
-    return None if leader is None else PromptBuilder(leader.tokenizer, modes, date=date)
+def _prompt_builder(
+    config: Config, modes: ModesConfig, leader: Leader | None, date: str
+) -> PromptBuilder | None:
+    if leader is None:
+        return None
+    vocab_size = read_hf_config(config.model.path)["vocab_size"]
+    return PromptBuilder(leader.tokenizer, modes, date, vocab_size=vocab_size)
 
 
 def _load_fitting(
     path: str,
     options: Mapping[str, Any],
-    data: DataConfig,
+    max_prompt_tokens: int,
     layout: Layout,
     builder: PromptBuilder | None,
 ) -> tuple[QuestionSet, int]:
@@ -134,11 +143,13 @@ def _load_fitting(
     def build_and_drop() -> list[int]:
         if builder is None:
             return []
-        prompts.update({question.id: builder.build(question.messages) for question in questions})
+        what = f"questions of {path} have their prompts"
+        with show_progress(what, len(questions), is_shown=layout.is_chief) as advance:
+            prompts.update(builder.build_all(questions, advance))
         lengths = {
             id: {mode: len(ids) for mode, ids in modes.items()} for id, modes in prompts.items()
         }
-        fitting, _ = drop_overlong(questions, lengths, data.max_prompt_tokens)
+        fitting, _ = drop_overlong(questions, lengths, max_prompt_tokens)
         return [question.id for question in fitting]
 
     fitting = raise_on_all_ranks(layout.world, build_and_drop)
@@ -160,15 +171,15 @@ def _other_prompts(
         modes = replace(
             config.modes, high_entropy_prompt=text, high_entropy_prompt_file=None, others={}
         )
-        builder = PromptBuilder(leader.tokenizer, modes, date=date)
+        builder = _prompt_builder(config, modes, leader, date)
         result[name] = {}
-        for question in questions:
-            ids = builder.build(question.messages)[Mode.HIGH_ENTROPY]
+        for id, prompts in builder.build_all(questions).items():
+            ids = prompts[Mode.HIGH_ENTROPY]
             if len(ids) > config.data.max_prompt_tokens:
                 raise ConfigError(
                     f"eval.prompts.{name} makes a prompt of {len(ids)} tokens, more than "
                     f"data.max_prompt_tokens={config.data.max_prompt_tokens}; shorten it or raise "
                     "that"
                 )
-            result[name][question.id] = {Mode.NORMAL: ids}
+            result[name][id] = {Mode.NORMAL: ids}
     return result
