@@ -100,3 +100,26 @@ def parse_rope(hf_config: Mapping[str, Any]) -> Rope:
     raise ModelError(
         f"config.json: {key}.rope_type={kind!r} is not supported; use default, linear or llama3"
     )
+
+
+def position_limit(hf_config: Mapping[str, Any]) -> int | None:
+    """The most positions, prompt and response together, that a model is made for; None: unknown.
+
+    It is max_position_embeddings, which a scaling multiplies as in vLLM and SGLang: not for llama3
+    and longrope, whose value holds the factor already; for yarn the original length is multiplied.
+    """
+    longest = hf_config.get("max_position_embeddings")
+    if longest is None:
+        return None
+    longest = positive("max_position_embeddings", longest)
+    scaling = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
+    if not isinstance(scaling, Mapping) or scaling.get("factor") is None:
+        return int(longest)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    original = scaling.get("original_max_position_embeddings")
+    factor = positive("rope_scaling.factor", scaling["factor"])
+    if kind == "yarn" and original is not None:
+        return int(max(longest, factor * positive("original_max_position_embeddings", original)))
+    if kind in ("default", "llama3", "longrope", "su") or original is not None:
+        return int(longest)
+    return int(factor * longest)

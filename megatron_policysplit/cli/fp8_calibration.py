@@ -15,6 +15,7 @@ from checkpoints_conv.quantize import check_modelopt, import_modelopt
 from checkpoints_conv.quantized import weight_groups
 from checkpoints_conv.reader import read_hf_config
 from megatron_policysplit.config import ModesConfig
+from megatron_policysplit.config.model_layout import model_positions
 from megatron_policysplit.data.questions import Question, load_questions
 from megatron_policysplit.errors import DataError, ModelError, cannot_load
 
@@ -55,21 +56,16 @@ def input_maxima(
     from megatron_policysplit.data.tokenizer import load_tokenizer
 
     hf_config = read_hf_config(hf)
-    builder = PromptBuilder(load_tokenizer(str(hf)), modes)
+    builder = PromptBuilder(load_tokenizer(str(hf)), modes, vocab_size=hf_config["vocab_size"])
     prompts = [
-        tokens for question in selection for tokens in builder.build(question.messages).values()
+        tokens for by_mode in builder.build_all(selection).values() for tokens in by_mode.values()
     ]
-    longest = hf_config.get("max_position_embeddings") or math.inf
+    longest = model_positions(hf_config) or math.inf
     for tokens in prompts:
         if len(tokens) > longest:
             raise DataError(
                 f"{calibration} has a question whose prompt of {len(tokens)} tokens is longer than "
                 f"the model's max_position_embeddings={longest}; leave it out"
-            )
-        if max(tokens) >= hf_config["vocab_size"]:
-            raise ModelError(
-                f"the tokenizer of {hf} gives token {max(tokens)}, but "
-                f"vocab_size={hf_config['vocab_size']}; it is another model's"
             )
     measured = _measure(hf, prompts, progress)
     return {name: measured[_module(name)] for group in weight_groups(hf_config) for name in group}

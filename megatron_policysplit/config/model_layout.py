@@ -1,4 +1,4 @@
-"""Check of a parallel layout against the dimensions of a model."""
+"""Checks of a parallel layout and of lengths against the dimensions of a model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from math import gcd
 from typing import Any
 
-from checkpoints_conv.architectures import find_architecture
+from checkpoints_conv.architectures import ARCHITECTURES, find_architecture
+from checkpoints_conv.rope import position_limit
 from megatron_policysplit.errors import ConfigError
 
 
@@ -58,6 +59,49 @@ def check_layout(
                 raise ConfigError(
                     f"{key}={size} does not divide {dimension}={total} of the model; use {possible}"
                 )
+
+
+def model_positions(hf_config: Mapping[str, Any]) -> int | None:
+    """The most positions a model is made for; None where neither it nor its architecture says.
+
+    hf_config: config.json. Where it has no max_position_embeddings, transformers' default for the
+    architecture counts. Raises ModelError for a value that is not a positive number.
+    """
+    names, model_type = hf_config.get("architectures") or [], hf_config.get("model_type")
+    defaults = next(
+        (
+            architecture.defaults
+            for architecture in ARCHITECTURES
+            if architecture.name in names or architecture.model_type == model_type
+        ),
+        {},
+    )
+    given = {key: value for key, value in hf_config.items() if value is not None}
+    return position_limit({**defaults, **given})
+
+
+def check_positions(
+    hf_config: Mapping[str, Any], max_prompt_tokens: int, max_response_tokens: int
+) -> None:
+    """Raise ConfigError if a prompt and its response may need more positions than the model has.
+
+    max_prompt_tokens, max_response_tokens: of `data` and `rollout`.
+    """
+    limit, needed = model_positions(hf_config), max_prompt_tokens + max_response_tokens
+    if limit is None or needed <= limit:
+        return
+    if max_response_tokens < limit:
+        remedy = (
+            f"use at most data.max_prompt_tokens={limit - max_response_tokens} (longer prompts are "
+            "dropped), or lower rollout.max_response_tokens"
+        )
+    else:
+        remedy = f"use rollout.max_response_tokens below {limit}, and both together at most {limit}"
+    raise ConfigError(
+        f"data.max_prompt_tokens={max_prompt_tokens} + rollout.max_response_tokens="
+        f"{max_response_tokens} = {needed} positions are more than the {limit} of the model "
+        f"(max_position_embeddings in config.json); {remedy}"
+    )
 
 
 def _common_divisors(totals: Iterable[int]) -> str:

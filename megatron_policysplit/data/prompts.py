@@ -9,15 +9,26 @@ after the text the template inserts by itself (`modes.template_system=keep`) or 
 from __future__ import annotations
 
 import datetime
-import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_policysplit.config import ModesConfig
 from megatron_policysplit.config.modes import modes_of, other_modes
+from megatron_policysplit.data.chat_template import ChatTemplate, Messages, TemplateFailure, Tools
+from megatron_policysplit.data.questions import Question
+from megatron_policysplit.data.system_turn import (
+    MARK,
+    SEPARATOR,
+    cannot_drop,
+    find_turn_end,
+    ignores_system,
+    inspect_system_turn,
+    system_message,
+    text_before_prompt,
+)
 from megatron_policysplit.errors import ConfigError, DataError, ModelError
 from megatron_policysplit.rows import Mode
 
@@ -29,31 +40,10 @@ DEFAULT_HIGH_ENTROPY_PROMPT = (
     "final answer exactly and in the form the question asks for."
 )
 
-# Texts that no template has: a system message and a question, to find out what a template does.
-_MARK = "zqmarkersystemzq"
-_PROBE = "zqprobequestionzq"
-_USER_PROBE = {"role": "user", "content": _PROBE}
-_SEPARATOR = "\n\n"
-_RESERVED_KWARGS = (
-    "add_generation_prompt",
-    "chat_template",
-    "continue_final_message",
-    "conversation",
-    "tokenize",
-)
-_STRFTIME = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])([^"']*)\1\s*\)""")
+# Questions whose prompts are made into ids together. The tokenizer divides the texts among threads.
+LOT = 500
 
-Messages = Sequence[Mapping[str, str]]
-
-
-@dataclass(frozen=True)
-class _SystemTurn:
-    """What a template does with the system turn: `before + text + after` for the probe question."""
-
-    before: str
-    after: str
-    inserted: str  # the text it writes there by itself when, and only when, no message is given
-    permanent: bool  # it writes a system turn with or without a message (Llama's dates)
+Prompts = dict[int, dict[Mode, list[int]]]  # question id -> mode -> prompt ids
 
 
 class PromptBuilder:
@@ -66,196 +56,174 @@ class PromptBuilder:
     config: the keys of `modes`.
     date: ISO date that templates see as today's; None takes today. `.date` is kept with a run, and
     a resumed run then trains under the same prompts.
+    vocab_size: rows of the model's embedding, which ids must be below; None where no model is.
     """
 
-    def __init__(self, tokenizer, config: ModesConfig, date: str | None = None):
+    def __init__(
+        self,
+        tokenizer,
+        config: ModesConfig,
+        date: str | None = None,
+        *,
+        vocab_size: int | None = None,
+    ):
         self.system_prompts = read_prompts(config)
         self.date = date or datetime.date.today().isoformat()
-        self._tokenizer = tokenizer
-        self._name = getattr(tokenizer, "name_or_path", "") or "this model"
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._drop = config.template_system == "drop"
-        reserved = [name for name in _RESERVED_KWARGS if name in config.chat_template_kwargs]
-        if reserved:
-            raise ConfigError(
-                f"modes.chat_template_kwargs.{reserved[0]} is set by policysplit itself; remove it"
-            )
         today = datetime.date.fromisoformat(self.date)
-        # Llama's templates take the date from a variable, others from strftime_now.
-        self._kwargs = {"date_string": today.strftime("%d %b %Y"), **config.chat_template_kwargs}
-        self._template = _pin_dates(self._read_template(), today, self._name)
-        self._turn = self._inspect()
-        self._turn_end = self._find_turn_end() if self._drop and self._turn.inserted else ""
-
-    def build(self, messages: Messages) -> dict[Mode, list[int]]:
-        """Token ids of every mode's prompt, normal first; raises DataError as `render` does."""
-        texts = self.render(messages)
-        return {
-            mode: self._tokenizer(text, add_special_tokens=False)["input_ids"]
-            for mode, text in texts.items()
+        self._template = ChatTemplate(tokenizer, config.chat_template_kwargs, today)
+        prompts = {
+            mode: (prompt, _prompt_key(mode)) for mode, prompt in self.system_prompts.items()
         }
+        self._turn = inspect_system_turn(self._template, prompts, self._drop)
+        has_text = self._drop and self._turn.inserted
+        self._turn_end = find_turn_end(self._template, self._turn) if has_text else ""
 
-    def render(self, messages: Messages) -> dict[Mode, str]:
+    def build(self, messages: Messages, tools: Tools | None = None) -> dict[Mode, list[int]]:
+        """Token ids of every mode's prompt, normal first.
+
+        Raises DataError as `render` does, and for a prompt without ids or with one that the model
+        has no embedding for.
+        """
+        [ids] = self._encode([self.render(messages, tools)])
+        self._check_ids(ids)
+        return ids
+
+    def build_all(
+        self, questions: Sequence[Question], advance: Callable[[int], None] = lambda count: None
+    ) -> Prompts:
+        """The ids of every question's prompts by its id, as `build` makes them one by one.
+
+        advance: called with a number of questions each time that those of so many are done.
+        Raises DataError naming the question.
+        """
+        prompts: Prompts = {}
+        for start in range(0, len(questions), LOT):
+            lot = questions[start : start + LOT]
+            texts = []
+            for question in lot:
+                with _naming(question):
+                    texts.append(self.render(question.messages, question.tools))
+            for question, ids in zip(lot, self._encode(texts), strict=True):
+                with _naming(question):
+                    self._check_ids(ids)
+                prompts[question.id] = ids
+            advance(len(lot))
+        return prompts
+
+    def render(self, messages: Messages, tools: Tools | None = None) -> dict[Mode, str]:
         """Text of every mode's prompt with control tokens and generation prompt; normal first.
 
-        Raises DataError where the template refuses the messages, for example roles out of order.
+        tools: schemas of the functions that the template offers to the model.
+        Raises DataError where the template refuses the messages, for example roles out of order, or
+        leaves something out that they hold.
         """
-        import jinja2
-
+        name = self._template.name
         try:
             prompted = {
-                mode: self._render_with(prompt, messages)
+                mode: self._render_with(prompt, messages, tools)
                 for mode, prompt in self.system_prompts.items()
             }
-            normal = self._render_normal(messages)
-        except jinja2.TemplateError as error:
+            normal = self._render_normal(messages, tools)
+        except TemplateFailure as failure:
             roles = [message.get("role") for message in messages]
             raise DataError(
-                f"the chat template of {self._name} refuses messages with the roles {roles}: "
-                f"{error}"
-            ) from error
+                f"the chat template of {name} refuses messages with the roles {roles}: {failure}"
+            ) from failure
         if normal in prompted.values():
-            raise ModelError(_ignores_system(self._name))
+            raise ModelError(ignores_system(name))
+        self._check_written(messages, tools, normal)
         return {Mode.NORMAL: normal, **prompted}
 
-    def _render_normal(self, messages: Messages) -> str:
+    def _render_normal(self, messages: Messages, tools: Tools | None) -> str:
         """The normal mode's prompt, with or without a system text that the template inserts."""
         if not self._turn_end or _has_system(messages):
-            return self._apply(messages)
+            return self._template.render(messages, tools)
         # A template cannot be told to leave its text out: put a mark in its place, then cut the
         # whole system turn out.
-        marked = self._apply([_system(_MARK), *messages])
-        opening = self._turn.before + _MARK + self._turn_end
+        marked = self._template.render([system_message(MARK), *messages], tools)
+        opening = self._turn.before + MARK + self._turn_end
         if not marked.startswith(opening):
-            raise ModelError(_cannot_drop(self._name, "its system turn depends on the messages"))
-        return self._bos(marked) + marked[len(opening) :]
+            reason = "its system turn depends on the messages"
+            raise ModelError(cannot_drop(self._template.name, reason))
+        return self._template.bos(marked) + marked[len(opening) :]
 
-    def _render_with(self, prompt: str, messages: Messages) -> str:
+    def _render_with(self, prompt: str, messages: Messages, tools: Tools | None) -> str:
         """The prompt of a mode with a system prompt of its own."""
         if _has_system(messages):
-            first = {**messages[0], "content": prompt + _SEPARATOR + messages[0]["content"]}
-            return self._apply([first, *messages[1:]])
-        text = self._text_before_prompt(self._turn.inserted) + prompt
-        return self._apply([_system(text), *messages])
+            first = {**messages[0], "content": prompt + SEPARATOR + messages[0]["content"]}
+            return self._template.render([first, *messages[1:]], tools)
+        text = text_before_prompt(self._turn.inserted, self._drop) + prompt
+        return self._template.render([system_message(text), *messages], tools)
 
-    def _text_before_prompt(self, inserted: str) -> str:
-        """The text to put before a mode's prompt, which the template then no longer inserts."""
-        return "" if self._drop or not inserted else inserted + _SEPARATOR
+    def _check_written(self, messages: Messages, tools: Tools | None, normal: str) -> None:
+        """Raise DataError for what the messages hold and the prompt `normal` does not.
 
-    def _apply(self, messages: Messages) -> str:
-        """The text that the chat template makes of messages."""
-        return self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            chat_template=self._template,
-            tokenize=False,
-            add_generation_prompt=True,
-            **self._kwargs,
-        )
-
-    def _bos(self, text: str) -> str:
-        """The begin-of-sequence token if `text` begins with it, else nothing."""
-        bos = self._tokenizer.bos_token or ""
-        return bos if text.startswith(bos) else ""
-
-    def _read_template(self) -> str:
-        """The tokenizer's chat template; ModelError if it has none."""
-        if not self._tokenizer.chat_template:
-            raise ModelError(
-                f"the tokenizer of {self._name} has no chat template; put a chat_template.jinja "
-                "into that directory or use an instruction-tuned model"
-            )
-        try:
-            return self._tokenizer.get_chat_template()
-        except ValueError as error:
-            raise ModelError(
-                f"the tokenizer of {self._name} has no default chat template: {error}"
-            ) from error
-
-    def _inspect(self) -> _SystemTurn:
-        """Compare the template's output with and without a system message that holds a mark.
-
-        Without the message the template must either write nothing in its place, or a text of its
-        own between the same two ends. Raises ModelError for anything else.
+        An id only links a call to its result, and most templates leave it out. Templates that write
+        reasoning leave out that of earlier turns, as models expect it.
         """
-        plain, marked = self._render_probes()
-        before, _, after = marked.partition(_MARK)
-        inserted = ""
-        if not _is_cut(plain, marked):
-            if not (
-                plain.startswith(before)
-                and plain.endswith(after)
-                and len(plain) >= len(before) + len(after)
-            ):
-                raise ModelError(
-                    f"the chat template of {self._name} changes more than its system turn when a "
-                    "system message is given; put a chat_template.jinja that does not into that "
-                    "directory"
+        keys = dict.fromkeys(key for message in messages for key in message)
+        unchecked = {"role", "content", "tool_call_id"}
+        if "reasoning_content" in self._template.source:
+            unchecked.add("reasoning_content")
+        without = {
+            key: (
+                [{name: message[name] for name in message if name != key} for message in messages],
+                tools,
+            )
+            for key in keys
+            if key not in unchecked
+        }
+        if tools is not None:
+            without["tools"] = (messages, None)
+        for key, given in without.items():
+            try:
+                is_lost = self._render_normal(*given) == normal
+            except TemplateFailure:
+                continue  # it needs the key
+            if is_lost:
+                raise DataError(
+                    f"the chat template of {self._template.name} never writes `{key}`, which would "
+                    "be lost; remove it from the rows, or put a chat_template.jinja that writes it "
+                    "into that directory"
                 )
-            inserted = plain[len(before) : len(plain) - len(after)]
-        turn = _SystemTurn(
-            before,
-            after,
-            inserted,
-            permanent=plain == before + after and before != self._bos(before),
-        )
-        if self._drop and turn.permanent:
-            raise ModelError(
-                _cannot_drop(self._name, "it writes text of its own into every system turn")
-            )
-        for mode, prompt in self.system_prompts.items():
-            text = self._text_before_prompt(inserted) + prompt
-            if self._apply([_system(text), _USER_PROBE]) != before + text + after:
-                raise ModelError(
-                    f"the chat template of {self._name} does not render the {mode.value} prompt "
-                    f"verbatim; change {_prompt_key(mode)} or the model's chat_template.jinja"
+
+    def _encode(self, texts: Sequence[Mapping[Mode, str]]) -> list[dict[Mode, list[int]]]:
+        """The ids of the texts of every mode."""
+        flat = [text for by_mode in texts for text in by_mode.values()]
+        ids = iter(self._tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
+        return [{mode: next(ids) for mode in by_mode} for by_mode in texts]
+
+    def _check_ids(self, prompts: Mapping[Mode, Sequence[int]]) -> None:
+        """Raise DataError for a prompt that the model cannot read."""
+        for mode, ids in prompts.items():
+            if not ids:
+                raise DataError(
+                    f"the {mode.value} prompt has no tokens, as the tokenizer of "
+                    f"{self._template.name} makes none of its text; use the model's own tokenizer"
                 )
-        return turn
+            largest = max(ids)
+            if self._vocab_size is not None and largest >= self._vocab_size:
+                token = self._tokenizer.convert_ids_to_tokens(largest)
+                raise DataError(
+                    f"the {mode.value} prompt has the token {token!r} of id {largest}, and the "
+                    f"embedding of {self._template.name} ends at vocab_size={self._vocab_size}; "
+                    "remove the token from the tokenizer's files, or use the model's own tokenizer"
+                )
 
-    def _render_probes(self) -> tuple[str, str]:
-        """The probe question's prompt without a system message, and with one that is the mark.
 
-        Raises ModelError if the template does not render both, the mark included.
-        """
-        import jinja2
+@contextmanager
+def _naming(question: Question) -> Iterator[None]:
+    """Name the question in a DataError."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"question {question.id}: {error}") from error
 
-        try:
-            plain = self._apply([_USER_PROBE])
-        except jinja2.TemplateError as error:
-            raise ModelError(
-                f"the chat template of {self._name} does not render: {error}"
-            ) from error
-        try:
-            marked = self._apply([_system(_MARK), _USER_PROBE])
-        except jinja2.TemplateError as error:
-            raise ModelError(
-                f"the chat template of {self._name} refuses a system message ({error}); use a "
-                "model whose template takes one, or put a chat_template.jinja that renders it into "
-                "that directory"
-            ) from error
-        if _MARK not in marked:
-            raise ModelError(_ignores_system(self._name))
-        return plain, marked
 
-    def _find_turn_end(self) -> str:
-        """The text that closes the system turn.
-
-        It can be told only where the user turn opens as the system turn does but for the role.
-        Raises ModelError elsewhere.
-        """
-        # What follows the message is the end of the system turn and the user turn's opening, up to
-        # the probe question. Cutting the latter off needs to know it.
-        bos = self._bos(self._turn.before)
-        header = self._turn.before[len(bos) :]
-        between = self._turn.after.partition(_PROBE)[0]
-        user_header = header.replace("system", "user")
-        if (
-            header.count("system") != 1
-            or not between.endswith(user_header)
-            or between == user_header
-        ):
-            raise ModelError(
-                _cannot_drop(self._name, "the end of its system turn cannot be told exactly")
-            )
-        return between[: -len(user_header)]
+def _has_system(messages: Messages) -> bool:
+    return bool(messages) and messages[0]["role"] == "system"
 
 
 def read_prompt(config: ModesConfig) -> str:
@@ -350,49 +318,3 @@ def _read_text(file: str, source: str) -> str:
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source} is not UTF-8 text; save it as UTF-8") from error
-
-
-def _pin_dates(template: str, today: datetime.date, name: str) -> str:
-    """Replace a template's calls of strftime_now, which give the current time, by a pinned date.
-
-    Raises ModelError naming the model if a call cannot be replaced.
-    """
-    midnight = datetime.datetime.combine(today, datetime.time())
-    pinned = _STRFTIME.sub(lambda match: json.dumps(midnight.strftime(match[2])), template)
-    if re.search(r"strftime_now\s*\(", pinned):
-        raise ModelError(
-            f"the chat template of {name} calls strftime_now with a computed format, so its date "
-            "cannot be pinned; write the format out in its chat_template.jinja"
-        )
-    return pinned
-
-
-def _system(content: str) -> dict[str, str]:
-    return {"role": "system", "content": content}
-
-
-def _has_system(messages: Messages) -> bool:
-    return bool(messages) and messages[0]["role"] == "system"
-
-
-def _is_cut(short: str, long: str) -> bool:
-    """Whether `short` is `long` with one piece cut out."""
-    head = 0  # length of their common beginning
-    while head < len(short) and head < len(long) and short[head] == long[head]:
-        head += 1
-    return len(short) <= len(long) and long.endswith(short[head:])
-
-
-def _ignores_system(name: str) -> str:
-    return (
-        f"the chat template of {name} ignores the system message, so all modes would have the "
-        "same prompt; use a model whose template renders it, or put a chat_template.jinja that "
-        "does into that directory"
-    )
-
-
-def _cannot_drop(name: str, why: str) -> str:
-    return (
-        f"modes.template_system=drop does not work with the chat template of {name}: {why}; use "
-        "modes.template_system=keep"
-    )

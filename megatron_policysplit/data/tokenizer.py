@@ -1,51 +1,124 @@
-"""The tokenizer of a model directory, its stop tokens, and whether it has a chat template."""
+"""The tokenizer of a model directory: its files, its chat template, and tokens without embedding.
+
+All but `load_tokenizer` read files only, so that a directory is checked before a slow import.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from megatron_policysplit.errors import ModelError
 
+# Each of these sets of files holds a vocabulary that transformers can load.
+_VOCABULARIES = (
+    ("tokenizer.json",),
+    ("tokenizer.model",),
+    ("vocab.json", "merges.txt"),
+    ("spiece.model",),
+    ("sentencepiece.bpe.model",),
+    ("tiktoken.model",),
+    ("tekken.json",),
+    ("vocab.txt",),
+)
+_PROBE = "What is 1 + 2? Say it in words, abc."
 
-def has_chat_template(model_path: str | Path) -> bool:
-    """Whether the tokenizer in a model directory has a chat template.
 
-    Reads files only; unlike `load_tokenizer` it imports nothing heavy.
+def check_tokenizer_files(model_path: str | Path) -> None:
+    """Raise ModelError naming what is missing if a model directory has no tokenizer's vocabulary.
+
+    transformers makes an empty tokenizer for such a directory.
     """
     directory = Path(model_path)
+    for files in _VOCABULARIES:
+        if all((directory / file).is_file() for file in files):
+            return
+    for files in _VOCABULARIES:
+        if present := [file for file in files if (directory / file).is_file()]:
+            missing = next(file for file in files if file not in present)
+            raise ModelError(
+                f"{directory} has {present[0]} of a tokenizer but not {missing}; copy it from the "
+                "model that this one was made of, or copy that model's tokenizer.json"
+            )
+    raise ModelError(
+        f"{directory} has no tokenizer: tokenizer.json is missing (tokenizer.model, or vocab.json "
+        "with merges.txt, would do); copy the tokenizer's files from the model that this one was "
+        "made of"
+    )
+
+
+def has_chat_template(model_path: str | Path) -> bool:
+    """Whether the tokenizer in a model directory has a chat template."""
+    directory = Path(model_path)
     file = directory / "chat_template.jinja"
-    if file.is_file() and file.read_text(encoding="utf-8").strip():
-        return True
-    return bool(_read_json(directory / "tokenizer_config.json").get("chat_template"))
+    try:
+        if file.is_file() and file.read_text(encoding="utf-8").strip():
+            return True
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{file} is not UTF-8 text; save it as UTF-8") from error
+    return bool(read_json(directory / "tokenizer_config.json").get("chat_template"))
 
 
-def stop_token_ids(model_path: str | Path, tokenizer) -> list[int]:
-    """Every end-of-sequence id of a model.
+def tokens_beyond(model_path: str | Path, vocab_size: int) -> list[tuple[str, int]]:
+    """The tokens of tokenizer.json for which the model has no embedding, by id.
 
-    They come from generation_config.json, else from config.json, else from the tokenizer. Raises
-    ModelError if none of them has one.
+    vocab_size: of config.json; ids are below it. [] for a tokenizer of other files, whose ids are
+    looked at when prompts are built.
     """
-    for name in ("generation_config.json", "config.json"):
-        ids = _read_json(Path(model_path) / name).get("eos_token_id")
-        if ids is not None:
-            return [ids] if isinstance(ids, int) else list(ids)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"{model_path} names no end-of-sequence token; set eos_token_id in its "
-            "generation_config.json"
-        )
-    return [tokenizer.eos_token_id]
+    return [(token, id) for id, token in _vocabulary(model_path) if id >= vocab_size]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def token_id(model_path: str | Path, token: str) -> int | None:
+    """The id of a token of tokenizer.json; None for one that is not in it."""
+    return next((id for id, text in _vocabulary(model_path) if text == token), None)
+
+
+def named_token(model_path: str | Path, name: str) -> str | None:
+    """A special token of tokenizer_config.json, such as eos_token; None where it has none."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = read_json(Path(model_path) / file).get(name)
+        if isinstance(token, Mapping):
+            token = token.get("content")
+        if isinstance(token, str):
+            return token
+    return None
+
+
+def _vocabulary(model_path: str | Path) -> tuple[tuple[int, str], ...]:
+    """(id, token) of tokenizer.json in the order of ids; () without that file."""
+    file = Path(model_path) / "tokenizer.json"
+    if not file.is_file():
+        return ()
+    status = file.stat()
+    return _read_vocabulary(file, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=2)  # a file of 10 MB takes a second, and several checks ask for it
+def _read_vocabulary(file: Path, changed_ns: int, size: int) -> tuple[tuple[int, str], ...]:
+    content = read_json(file)
+    model, added = content.get("model"), content.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    pairs: dict[int, str] = {}
+    if isinstance(vocabulary, Mapping):  # a list of (token, score) has no ids of its own
+        pairs.update({id: token for token, id in vocabulary.items() if isinstance(id, int)})
+    elif isinstance(vocabulary, list):
+        pairs.update({id: entry[0] for id, entry in enumerate(vocabulary) if entry})
+    for entry in added if isinstance(added, list) else []:
+        if isinstance(entry, Mapping) and isinstance(entry.get("id"), int):
+            pairs[entry["id"]] = str(entry.get("content"))
+    return tuple(sorted(pairs.items()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, empty if the file does not exist; ModelError if it is damaged."""
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON ({error}); restore the file") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} does not hold a JSON object; restore the file")
@@ -53,13 +126,25 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(path: str):
-    """Load the tokenizer of a model directory, without running its code. Raises ModelError."""
+    """Load the tokenizer of a model directory, without running its code.
+
+    Raises ModelError, also for one that makes no ids of plain text.
+    """
     from checkpoints_conv import read_hf_config
 
     read_hf_config(path)  # a wrong directory is told before the slow import
+    check_tokenizer_files(path)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False, local_files_only=True
+        )
     except Exception as error:  # transformers and tokenizers raise many kinds for a damaged one
         raise ModelError(f"cannot load the tokenizer in {path}: {error}") from error
+    if not tokenizer(_PROBE, add_special_tokens=False)["input_ids"]:
+        raise ModelError(
+            f"the tokenizer in {path} makes no tokens of plain text, as its vocabulary is empty or "
+            "damaged; copy the tokenizer's files from the model that this one was made of"
+        )
+    return tokenizer

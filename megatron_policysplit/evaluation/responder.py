@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
+from checkpoints_conv import read_hf_config
 from megatron_policysplit.config import ModesConfig
 from megatron_policysplit.config.load import load_written
+from megatron_policysplit.config.model_layout import model_positions
 from megatron_policysplit.data.questions import Question
 from megatron_policysplit.data.response_text import end_token_ids, response_text
 from megatron_policysplit.data.text import check_text
@@ -16,6 +20,9 @@ from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.rollout.engine import Request, Sampling
 from megatron_policysplit.rollout.seeds import sample_seed
 from megatron_policysplit.rows import Mode
+
+if TYPE_CHECKING:
+    from megatron_policysplit.rollout.local import LocalEngine
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Responder:
     """A model of a Hugging Face directory that answers questions behind the prompts of its modes.
 
     dtype: "float32" or "bfloat16". device: as torch names it. max_batch_samples: how many responses
-    are generated at once.
+    are generated at once. The model is read when the first questions have been checked.
     """
 
     def __init__(
@@ -74,16 +81,28 @@ class Responder:
         from transformers.utils import logging
 
         from megatron_policysplit.data.prompts import PromptBuilder
-        from megatron_policysplit.data.tokenizer import stop_token_ids
+        from megatron_policysplit.data.stop_tokens import stop_token_ids
         from megatron_policysplit.rollout.local import LocalEngine
+        from megatron_policysplit.rollout.local_model import check_device
 
         logging.disable_progress_bar()
-        self._prompts = PromptBuilder(self._tokenizer, modes)
+        self._hf_config = read_hf_config(path)
         self._ends = end_token_ids(path, self._tokenizer)
-        stops = stop_token_ids(path, self._tokenizer)
-        self._engine = LocalEngine(
-            path, stops, dtype=dtype, max_batch_samples=max_batch_samples, device=device
+        self._prompts = PromptBuilder(
+            self._tokenizer, modes, vocab_size=self._hf_config.get("vocab_size")
         )
+        self._make_engine = partial(
+            LocalEngine,
+            path,
+            stop_token_ids(path, self._tokenizer),
+            dtype=dtype,
+            max_batch_samples=max_batch_samples,
+            device=check_device(device),
+        )
+
+    @cached_property
+    def _engine(self) -> LocalEngine:
+        return self._make_engine()
 
     def respond(
         self,
@@ -99,10 +118,16 @@ class Responder:
         They are sorted by question, by the name of the mode and by sample.
 
         on_response is called after each response, in the order in which they are finished.
+        Raises DataError for a question whose prompt the model cannot read, ConfigError where a
+        prompt and its response may need more positions than the model has.
         """
-        requests = []
+        requests, all_prompts = [], self._prompts.build_all(questions)
+        self._check_positions(
+            [prompts[mode] for prompts in all_prompts.values() for mode in modes],
+            sampling.max_tokens,
+        )
         for question in questions:
-            prompts = self._prompts.build(question.messages)
+            prompts = all_prompts[question.id]
             for mode in modes:
                 seeds = [
                     sample_seed(seed, 0, question.id, mode, index, "evaluation")
@@ -124,6 +149,21 @@ class Responder:
             )
             for rollout in sorted(rollouts, key=lambda rollout: rollout.key)
         ]
+
+    def _check_positions(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+        """Raise ConfigError if the longest prompt leaves less than max_tokens positions."""
+        limit, longest = model_positions(self._hf_config), max(map(len, prompts), default=0)
+        if limit is None or longest + max_tokens <= limit:
+            return
+        if longest >= limit:
+            remedy = "leave out questions as long as that"
+        else:
+            remedy = f"use at most --max-tokens {limit - longest}"
+        raise ConfigError(
+            f"--max-tokens {max_tokens} behind a prompt of {longest} tokens makes "
+            f"{longest + max_tokens} positions, more than the {limit} of the model "
+            f"(max_position_embeddings in config.json); {remedy}"
+        )
 
     async def _collect(self, requests: Sequence[Request], on_response: Callable[[], None]) -> list:
         rollouts = []

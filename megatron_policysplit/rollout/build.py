@@ -7,7 +7,7 @@ from typing import Any
 from checkpoints_conv import read_hf_config
 from megatron_policysplit.config import ModelConfig, RolloutConfig
 from megatron_policysplit.config.secrets import api_key
-from megatron_policysplit.data.tokenizer import stop_token_ids
+from megatron_policysplit.data.stop_tokens import stop_token_ids
 from megatron_policysplit.distributed.device import training_device
 from megatron_policysplit.rollout.engine import InProcessEngine
 from megatron_policysplit.rollout.sglang import SglangEngine

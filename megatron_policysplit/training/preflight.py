@@ -102,7 +102,7 @@ def preflight(config: Config, *, tries_reward: bool = True) -> Preflight:
     """
     warnings = check_config(config)
     check_method(config)
-    architecture, parameters = _check_model(config)
+    architecture, parameters, model_warnings = _check_model(config)
     train, evaluation = _check_data(config)
     _check_reward(config, train, evaluation)
     _check_servers(config)
@@ -123,17 +123,21 @@ def preflight(config: Config, *, tries_reward: bool = True) -> Preflight:
         len(evaluation),
         world_size(config),
         resumes,
-        warnings,
+        [*warnings, *model_warnings],
         reward,
     )
 
 
-def _check_model(config: Config) -> tuple[str, int]:
-    """The name of the model's architecture and its number of weights. Raises a UserError."""
+def _check_model(config: Config) -> tuple[str, int, list[str]]:
+    """The name of the model's architecture, its number of weights, and warnings about it.
+
+    Raises a UserError.
+    """
     from checkpoints_conv import check_safetensors, find_architecture, read_hf_config
-    from megatron_policysplit.config.model_layout import check_layout
+    from megatron_policysplit.config.model_layout import check_layout, check_positions
     from megatron_policysplit.data.prompts import read_eval_prompts, read_prompts
-    from megatron_policysplit.data.tokenizer import has_chat_template
+    from megatron_policysplit.data.stop_tokens import check_stop_tokens
+    from megatron_policysplit.data.tokenizer import check_tokenizer_files, has_chat_template
 
     path = config.model.path
     hf_config = read_hf_config(path)
@@ -142,16 +146,35 @@ def _check_model(config: Config) -> tuple[str, int]:
     check_layout(
         hf_config, parallel.tensor, parallel.pipeline, parallel.expert, sequence=parallel.sequence
     )
+    check_positions(hf_config, config.data.max_prompt_tokens, config.rollout.max_response_tokens)
     tensors = check_safetensors(path)
     _check_start(config, hf_config)
+    check_tokenizer_files(path)
     if not has_chat_template(path):
         raise ModelError(
             f"the tokenizer of model.path={path} has no chat template; put a chat_template.jinja "
             "into that directory or use an instruction-tuned model"
         )
+    check_stop_tokens(path)
     read_prompts(config.modes)
     read_eval_prompts(config.eval.prompts, config.modes)
-    return architecture.name, sum(math.prod(tensor.shape) for tensor in tensors.values())
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    return architecture.name, parameters, _tokens_without_embedding(path, hf_config["vocab_size"])
+
+
+def _tokens_without_embedding(path: str, vocab_size: int) -> list[str]:
+    """A warning where the tokenizer has tokens that the model has no embedding for; else []."""
+    from megatron_policysplit.data.tokenizer import tokens_beyond
+
+    beyond = tokens_beyond(path, vocab_size)
+    if not beyond:
+        return []
+    token, id = beyond[0]
+    count = "1 token" if len(beyond) == 1 else f"{len(beyond)} tokens"
+    return [
+        f"the tokenizer of model.path={path} has {count} that the model has no embedding for, such "
+        f"as {token!r} of id {id} with vocab_size={vocab_size}; a prompt with one is refused"
+    ]
 
 
 def _check_start(config: Config, hf_config: dict[str, Any]) -> None:

@@ -10,16 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_policysplit.config import Config, DataConfig
-from megatron_policysplit.data.prompts import PromptBuilder, read_eval_prompts
+from checkpoints_conv import read_hf_config
+from megatron_policysplit.config import Config, DataConfig, ModesConfig
+from megatron_policysplit.data.prompts import PromptBuilder, Prompts, read_eval_prompts
 from megatron_policysplit.data.questions import Question, drop_overlong, load_questions
 from megatron_policysplit.data.tokenizer import load_tokenizer
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.rows import Mode
 
 CHECKED = 1000  # questions of a data set, at about 2 ms each
-
-Prompts = dict[int, dict[Mode, list[int]]]  # question id -> mode -> prompt ids
 
 
 @dataclass(frozen=True)
@@ -48,24 +47,31 @@ def check_prompts(config: Config) -> PromptCheck:
     questions are short enough.
     """
     tokenizer, data = load_tokenizer(config.model.path), config.data
-    builder = PromptBuilder(tokenizer, config.modes)
+    builder = prompt_builder(config, config.modes, tokenizer, None)
     questions = load_questions(data.path, data.options)
-    fitting = fitting_questions(questions[:CHECKED], build(builder, questions[:CHECKED]), data)
+    prompts = builder.build_all(questions[:CHECKED])
+    fitting = fitting_questions(questions[:CHECKED], prompts, data)
     checked = min(CHECKED, len(questions))
     if checked == len(questions):
         check_batch(data, len(fitting))
     if config.eval.path is not None:
         evaluated = load_questions(config.eval.path, config.eval.options)[:CHECKED]
-        evaluated = fitting_questions(evaluated, build(builder, evaluated), data)
+        evaluated = fitting_questions(evaluated, builder.build_all(evaluated), data)
         build_other_prompts(config, evaluated[: config.eval.questions], tokenizer, builder.date)
     return PromptCheck(
-        builder.render(questions[0].messages), checked, len(questions), checked - len(fitting)
+        builder.render(questions[0].messages, questions[0].tools),
+        checked,
+        len(questions),
+        checked - len(fitting),
     )
 
 
-def build(builder: PromptBuilder, questions: Sequence[Question]) -> Prompts:
-    """The prompts of questions in every mode."""
-    return {question.id: builder.build(question.messages) for question in questions}
+def prompt_builder(
+    config: Config, modes: ModesConfig, tokenizer: Any, date: str | None
+) -> PromptBuilder:
+    """What builds a run's prompts. date: see `PromptBuilder`."""
+    vocab_size = read_hf_config(config.model.path)["vocab_size"]
+    return PromptBuilder(tokenizer, modes, date, vocab_size=vocab_size)
 
 
 def fitting_questions(
@@ -99,15 +105,15 @@ def build_other_prompts(
         modes = replace(
             config.modes, high_entropy_prompt=text, high_entropy_prompt_file=None, others={}
         )
-        builder = PromptBuilder(tokenizer, modes, date=date)
+        builder = prompt_builder(config, modes, tokenizer, date)
         result[name] = {}
-        for question in questions:
-            ids = builder.build(question.messages)[Mode.HIGH_ENTROPY]
+        for id, prompts in builder.build_all(questions).items():
+            ids = prompts[Mode.HIGH_ENTROPY]
             if len(ids) > config.data.max_prompt_tokens:
                 raise ConfigError(
                     f"eval.prompts.{name} makes a prompt of {len(ids)} tokens, more than "
                     f"data.max_prompt_tokens={config.data.max_prompt_tokens}; shorten it or raise "
                     "that"
                 )
-            result[name][question.id] = {Mode.NORMAL: ids}
+            result[name][id] = {Mode.NORMAL: ids}
     return result

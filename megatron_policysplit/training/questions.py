@@ -6,19 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_policysplit.config import Config, DataConfig, ModesConfig
-from megatron_policysplit.data.prompts import PromptBuilder, read_eval_prompts
+from megatron_policysplit.config import Config, DataConfig
+from megatron_policysplit.data.prompts import PromptBuilder, Prompts, read_eval_prompts
 from megatron_policysplit.data.questions import Question, QuestionStream, load_questions
 from megatron_policysplit.distributed.agree import raise_on_all_ranks
 from megatron_policysplit.distributed.layout import Layout
+from megatron_policysplit.logs.progress import show_progress
 from megatron_policysplit.rollout.driver import Leader
 from megatron_policysplit.rows import Mode, Rollout
 from megatron_policysplit.training.prompt_check import (
-    Prompts,
-    build,
     build_other_prompts,
     check_batch,
     fitting_questions,
+    prompt_builder,
 )
 from megatron_policysplit.training.records import rollout_records
 
@@ -76,7 +76,7 @@ def load_training_questions(
     Raises a UserError on every rank for data that cannot be used.
     """
     data = config.data
-    builder = _prompt_builder(config.modes, leader, date)
+    builder = _prompt_builder(config, leader, date)
     fitting, dropped = _load_fitting(data.path, data.options, data, layout, builder)
     check_batch(data, len(fitting.questions))
     if dropped:
@@ -99,7 +99,7 @@ def load_evaluation_questions(
     settings = config.eval
     if settings.path is None:
         return EvaluationQuestions()
-    builder = _prompt_builder(config.modes, leader, date)
+    builder = _prompt_builder(config, leader, date)
     fitting, dropped = _load_fitting(settings.path, settings.options, config.data, layout, builder)
     if dropped:
         message(f"dropped {dropped} evaluation questions, as over-long as that")
@@ -110,8 +110,10 @@ def load_evaluation_questions(
     return EvaluationQuestions(questions, fitting.prompts, other_prompts)
 
 
-def _prompt_builder(modes: ModesConfig, leader: Leader | None, date: str) -> PromptBuilder | None:
-    return None if leader is None else PromptBuilder(leader.tokenizer, modes, date=date)
+def _prompt_builder(config: Config, leader: Leader | None, date: str) -> PromptBuilder | None:
+    if leader is None:
+        return None
+    return prompt_builder(config, config.modes, leader.tokenizer, date)
 
 
 def _load_fitting(
@@ -128,7 +130,9 @@ def _load_fitting(
     def build_and_drop() -> list[int]:
         if builder is None:
             return []
-        prompts.update(build(builder, questions))
+        what = f"questions of {path} have their prompts"
+        with show_progress(what, len(questions), is_shown=layout.is_chief) as advance:
+            prompts.update(builder.build_all(questions, advance))
         return [question.id for question in fitting_questions(questions, prompts, data)]
 
     fitting = raise_on_all_ranks(layout.world, build_and_drop)

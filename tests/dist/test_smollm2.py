@@ -38,6 +38,22 @@ def test_conversion_there_and_back_keeps_every_bit(model_path, tmp_path):
     assert configs[0] == configs[1]
 
 
+def test_prompts_of_many_questions_are_those_of_one_by_one(model_path):
+    from megatron_policysplit.config import ModesConfig
+    from megatron_policysplit.data.prompts import LOT, PromptBuilder
+    from megatron_policysplit.data.questions import Question
+    from megatron_policysplit.data.tokenizer import load_tokenizer
+
+    builder = PromptBuilder(load_tokenizer(str(model_path)), ModesConfig(), vocab_size=49152)
+    texts = ["What is {0} times 17?", "{0}\n\n\t größer 🙂 <|im_end|> \u00a0x", "Spell it: " + "wörd{0} " * 90]
+    questions = [
+        Question(index, [{"role": "user", "content": texts[index % 3].format(index)}], None, {}) for index in range(LOT + 9)
+    ]
+    prompts = builder.build_all(questions)
+    assert prompts == {question.id: builder.build(question.messages) for question in questions}
+    assert max(len(ids) for ids in prompts[2].values()) > 300
+
+
 def test_fp8_stays_close(model_path, tmp_path):
     """KL per token of what the model says to a question it was not calibrated on, in both modes."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -6,7 +6,7 @@ from tests.support.hf_models import make_model
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if thinking %}<think>\n{% endif %}{% endif %}"
 )
 
 
@@ -28,7 +28,7 @@ def make_chat_model(path: Path, family: str = "qwen3", *, tied: bool = True, **o
         family,
         tied=tied,
         vocab=len(tokenizer),
-        max_position_embeddings=1024,
+        max_position_embeddings=4096,
         eos_token_id=tokenizer.eos_token_id,
         **overrides,
     )

@@ -292,9 +292,9 @@ def test_generate_takes_the_prompts_of_a_run(model, tmp_path, monkeypatch):
     seen = []
 
     class Recorder(modes.PromptBuilder):
-        def __init__(self, tokenizer, config, date=None):
+        def __init__(self, tokenizer, config, **rest):
             seen.append(config)
-            super().__init__(tokenizer, config, date)
+            super().__init__(tokenizer, config, **rest)
 
     monkeypatch.setattr(modes, "PromptBuilder", Recorder)
     given = {"high_entropy_prompt": "Be wild.", "template_system": "drop", "chat_template_kwargs": {"thinking": False}}

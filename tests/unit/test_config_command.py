@@ -14,8 +14,8 @@ from megatron_policysplit.config.load import load_config
 from megatron_policysplit.errors import ConfigError, DataError, ModelError, UserError
 from megatron_policysplit.training.places import check_places
 from megatron_policysplit.training.preflight import preflight
-from megatron_policysplit.training.run_dir import check_run_dir, prepare_run_dir
 from megatron_policysplit.training.prompt_check import check_prompts
+from megatron_policysplit.training.run_dir import check_run_dir, prepare_run_dir
 from tests.support.toy_chat import make_chat_model
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_policysplit.config import ModesConfig
 from megatron_policysplit.data.prompts import DEFAULT_HIGH_ENTROPY_PROMPT, PromptBuilder
-from megatron_policysplit.data.tokenizer import has_chat_template, stop_token_ids
+from megatron_policysplit.data.tokenizer import has_chat_template
 from megatron_policysplit.errors import ConfigError, DataError, ModelError
 from megatron_policysplit.rows import MODES, Mode
 
@@ -80,7 +80,8 @@ CLOCK = (
 INSIDE_USER = (
     "{{- bos_token }}{%- set system = messages[0].content + '\\n\\n' if messages[0].role == 'system' else '' %}"
     "{%- for message in messages if message.role != 'system' %}"
-    "{{- '[INST] ' + (system if loop.first else '') + message.content + ' [/INST]' }}{%- endfor %}"
+    "{%- if message.role == 'assistant' %}{{- ' ' + message.content + '</s>' }}{%- else %}"
+    "{{- '[INST] ' + (system if loop.first else '') + message.content + ' [/INST]' }}{%- endif %}{%- endfor %}"
 )
 # No system role at all (the shape of Gemma).
 REFUSING = (
@@ -256,23 +257,6 @@ def test_our_prompt(builder, tmp_path):
     file.write_text("\n")
     with pytest.raises(ConfigError, match="prompt.txt is empty"):
         builder(PLAIN, high_entropy_prompt=None, high_entropy_prompt_file=str(file))
-
-
-def test_stop_tokens(tmp_path, bare_tokenizer):
-    assert stop_token_ids(tmp_path, bare_tokenizer) == [bare_tokenizer.eos_token_id]
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
-    assert stop_token_ids(tmp_path, bare_tokenizer) == [7]
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 0]}))
-    assert stop_token_ids(tmp_path, bare_tokenizer) == [3, 0]
-    (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(ModelError, match="generation_config.json is not valid JSON"):
-        stop_token_ids(tmp_path, bare_tokenizer)
-
-
-def test_no_stop_token(tmp_path, bare_tokenizer):
-    nameless = PreTrainedTokenizerFast(tokenizer_object=bare_tokenizer.backend_tokenizer)
-    with pytest.raises(ModelError, match="names no end-of-sequence token; set eos_token_id"):
-        stop_token_ids(tmp_path, nameless)
 
 
 def test_has_chat_template_agrees_with_transformers(tmp_path, bare_tokenizer):

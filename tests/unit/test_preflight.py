@@ -126,6 +126,39 @@ def test_tokenizer_without_chat_template(configure, copy):
     assert text.startswith(f"the tokenizer of model.path={copy} has no chat template; ")
 
 
+def test_directory_without_a_tokenizer(configure, copy):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (copy / name).unlink()
+    text = message(preflight, configure(f"model.path={copy}"), kind=ModelError)
+    assert text.startswith(f"{copy} has no tokenizer: tokenizer.json is missing ")
+
+
+def test_stop_tokens_are_checked(configure, copy):
+    (copy / "generation_config.json").write_text('{"eos_token_id": "<|im_end|>"}')
+    text = message(preflight, configure(f"model.path={copy}"), kind=ModelError)
+    assert text.startswith(f'{copy / "generation_config.json"}: eos_token_id="<|im_end|>" is neither a token id nor ')
+
+
+def test_tokens_without_embedding_are_warned_of(configure, copy):
+    content = json.loads((copy / "tokenizer.json").read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 300, "content": "hi"})
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    assert preflight(configure(f"model.path={copy}")).warnings == [
+        f"the tokenizer of model.path={copy} has 1 token that the model has no embedding for, such as 'hi' of id 300 "
+        "with vocab_size=258; a prompt with one is refused"
+    ]
+
+
+def test_more_positions_than_the_model_has(configure):
+    assert preflight(configure("data.max_prompt_tokens=3072")).train_questions == 5
+    text = message(preflight, configure("data.max_prompt_tokens=3073"))
+    assert text == (
+        "data.max_prompt_tokens=3073 + rollout.max_response_tokens=1024 = 4097 positions are more than the 4096 of the "
+        "model (max_position_embeddings in config.json); use at most data.max_prompt_tokens=3072 (longer prompts are "
+        "dropped), or lower rollout.max_response_tokens"
+    )
+
+
 def test_high_entropy_prompt_file(configure, tmp_path):
     text = message(preflight, configure(f"modes.high_entropy_prompt_file={tmp_path / 'no.txt'}"))
     assert text.startswith(f"modes.high_entropy_prompt_file={tmp_path / 'no.txt'} cannot be read (No such file")

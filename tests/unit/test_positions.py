@@ -1,0 +1,69 @@
+"""How many positions a model is made for, by config.json, and what is refused because of it."""
+
+import pytest
+
+from checkpoints_conv.rope import position_limit
+from megatron_policysplit.config.model_layout import check_positions, model_positions
+from megatron_policysplit.errors import ConfigError, ModelError
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        ({"max_position_embeddings": 4096}, 4096),
+        ({"max_position_embeddings": 4096, "rope_scaling": None}, 4096),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
+        ({"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "linear", "factor": 2}}, 8192),
+        ({"max_position_embeddings": 131072, "rope_scaling": LLAMA3}, 131072),
+        (
+            {
+                "max_position_embeddings": 40960,
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            },
+            131072,
+        ),
+        ({"max_position_embeddings": 2048, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, 4096),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_parameters": {"rope_type": "longrope", "factor": 32.0},
+            },
+            131072,
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, None),
+    ],
+)
+def test_position_limit(config, limit):
+    assert position_limit(config) == limit
+
+
+@pytest.mark.parametrize("value", [0, -1, "4096", True])
+def test_a_limit_that_is_no_number(value):
+    with pytest.raises(ModelError, match="^config.json: max_position_embeddings=.* is not a positive number"):
+        position_limit({"max_position_embeddings": value})
+
+
+def test_a_key_that_is_absent():
+    """transformers' default of the architecture counts; of an unknown one nothing is known."""
+    assert model_positions({"architectures": ["LlamaForCausalLM"]}) == 2048
+    assert model_positions({"model_type": "qwen3", "max_position_embeddings": None}) == 32768
+    scaled = {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}}
+    assert model_positions(scaled) == 8192
+    assert model_positions({"architectures": ["OtherForCausalLM"], "model_type": "other"}) is None
+    check_positions({"model_type": "other"}, 10**9, 10**9)
+
+
+def test_what_is_refused():
+    config = {"max_position_embeddings": 512}
+    check_positions(config, 448, 64)
+    with pytest.raises(ConfigError) as error:
+        check_positions(config, 449, 64)
+    assert str(error.value) == (
+        "data.max_prompt_tokens=449 + rollout.max_response_tokens=64 = 513 positions are more than the 512 of the "
+        "model (max_position_embeddings in config.json); use at most data.max_prompt_tokens=448 (longer prompts are "
+        "dropped), or lower rollout.max_response_tokens"
+    )
+    with pytest.raises(ConfigError, match="; use rollout.max_response_tokens below 512, and both together at most 512"):
+        check_positions(config, 64, 512)
