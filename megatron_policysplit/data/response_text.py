@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_policysplit.data.tokenizer import stop_token_ids
+from megatron_policysplit.data.stop_tokens import stop_token_ids
 
 
 def end_token_ids(model_path: str | Path, tokenizer: Any) -> frozenset[int]:
