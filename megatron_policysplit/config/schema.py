@@ -19,6 +19,8 @@ from megatron_policysplit.config.rollout_schema import (
 )
 from megatron_policysplit.config.training_schema import AlgorithmConfig, RewardConfig, TrainConfig
 
+CONFIG_FILE = "config.yaml"  # in the run directory
+
 
 @dataclass
 class ModelConfig:

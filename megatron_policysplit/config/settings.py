@@ -16,11 +16,11 @@ import yaml
 
 from megatron_policysplit.config import yaml_values
 from megatron_policysplit.config.keys import Key, expand_user, list_keys
+from megatron_policysplit.config.schema import CONFIG_FILE as CONFIG_FILE
 from megatron_policysplit.config.schema import Config
 from megatron_policysplit.config.yaml_values import Source
 from megatron_policysplit.errors import ConfigError
 
-CONFIG_FILE = "config.yaml"  # in the run directory
 KEYS: dict[str, Key] = {key.name: key for key in list_keys(Config)}
 GROUPS = {name.rsplit(".", depth)[0] for name in KEYS for depth in range(1, name.count(".") + 1)}
 

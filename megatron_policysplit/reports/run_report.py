@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_policysplit.config.load import CONFIG_FILE
 from megatron_policysplit.config.modes import MODE_LABELS, mode_label
+from megatron_policysplit.config.schema import CONFIG_FILE
 from megatron_policysplit.errors import DataError
 from megatron_policysplit.files import replace_text
 from megatron_policysplit.logs import without_secrets

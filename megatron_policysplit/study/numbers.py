@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_policysplit.config.load import CONFIG_FILE
+from megatron_policysplit.config.schema import CONFIG_FILE
 from megatron_policysplit.errors import DataError
 from megatron_policysplit.reports.run_report import read_metrics
 from megatron_policysplit.study.config import Study, StudyRun
