@@ -22,7 +22,7 @@ from megatron_policysplit.cli import convert
 from megatron_policysplit.cli.app import Command, errors_of_ranks, expand_option, run_app
 from megatron_policysplit.cli.model_commands import evaluate, generate
 from megatron_policysplit.cli.options import ConfigPath, Overrides, check_output
-from megatron_policysplit.errors import STOPPED
+from megatron_policysplit.errors import STOPPED, ConfigError
 from megatron_policysplit.logs.streams import outlive_console
 
 app = typer.Typer(
@@ -238,6 +238,7 @@ def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
     run_config = load_config(config, overrides or [])
     summary = preflight(run_config)
     from megatron_policysplit.training.prompt_check import check_prompts
+    from megatron_policysplit.training.run_dir import run_lock
 
     prompts = check_prompts(run_config)
     print(to_yaml(run_config), end="")
@@ -249,6 +250,11 @@ def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
     print(prompts.line(run_config.data))
     for warning in summary.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    # Last, for it may wait for a sign of life from another machine.
+    try:
+        run_lock(run_config).check()
+    except ConfigError as error:
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def main() -> None:

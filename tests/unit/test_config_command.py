@@ -110,7 +110,7 @@ def test_a_good_configuration_is_printed_and_nothing_is_written(work):
     )
     assert result.exit_code == 0 and sorted(work.rglob("*")) == before
     start = result.stdout.partition("\n--- train would start ---\n")[2].splitlines()
-    assert [line.split()[0] for line in start] == ["model", "data", "layout", "engine", "run", "prompts"]
+    assert [line.split()[0] for line in start] == ["model", "data", "layout", "engine", "reward", "run", "prompts"]
     assert start[-1] == "prompts  4 fit data.max_prompt_tokens=2048, 0 do not"
     assert "A: ${oc.env:HOME}" in result.stdout and "rollout.normal.top_k=5 cut the sampling" in result.stderr
 
@@ -206,3 +206,12 @@ def test_no_shell_expands_a_tilde_behind_an_equals_sign(work, monkeypatch, comma
     arguments = [text.replace("~/", "~nobody-here/") for text in arguments]
     with pytest.raises(ConfigError, match="=~nobody-here/.*: there is no home directory for ~nobody-here; give"):
         CliRunner().invoke(cli.app, [command, *arguments], catch_exceptions=False)
+
+
+def test_a_training_in_the_run_directory_is_a_warning(work):
+    from megatron_policysplit.training.run_dir import locked_run_dir
+
+    with locked_run_dir(load_config("c.yaml", [])):
+        result = CliRunner().invoke(cli.app, ["config", "c.yaml"])
+    assert result.exit_code == 0 and "--- train would start ---" in result.stdout
+    assert "warning: run.dir=r is in use" in result.stderr, result.stderr
