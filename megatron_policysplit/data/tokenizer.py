@@ -24,6 +24,7 @@ _VOCABULARIES = (
     ("tekken.json",),
     ("vocab.txt",),
 )
+_JSON_VOCABULARIES = ("tokenizer.json", "vocab.json")  # the first of them counts
 _PROBE = "What is 1 + 2? Say it in words, abc."
 
 
@@ -63,53 +64,87 @@ def has_chat_template(model_path: str | Path) -> bool:
 
 
 def tokens_beyond(model_path: str | Path, vocab_size: int) -> list[tuple[str, int]]:
-    """The tokens of tokenizer.json for which the model has no embedding, by id.
+    """The tokens for which the model has no embedding, by id, as far as JSON files name them.
 
-    vocab_size: of config.json; ids are below it. [] for a tokenizer of other files, whose ids are
-    looked at when prompts are built.
+    vocab_size: of config.json; ids are below it. The ids of a sentencepiece model are looked at
+    when prompts are built.
     """
     return [(token, id) for id, token in _vocabulary(model_path) if id >= vocab_size]
 
 
 def token_id(model_path: str | Path, token: str) -> int | None:
-    """The id of a token of tokenizer.json; None for one that is not in it."""
+    """The id of a token that the tokenizer's JSON files name; None for one that they do not."""
     return next((id for id, text in _vocabulary(model_path) if text == token), None)
 
 
+def is_made_up(model_path: str | Path, token: str) -> bool:
+    """Whether no file of the tokenizer holds a token, so that transformers adds it behind all ids.
+
+    False for a vocabulary that is not in a JSON file, which cannot be told from here.
+    """
+    is_known = any((Path(model_path) / file).is_file() for file in _JSON_VOCABULARIES)
+    return is_known and token_id(model_path, token) is None
+
+
 def named_token(model_path: str | Path, name: str) -> str | None:
-    """A special token of tokenizer_config.json, such as eos_token; None where it has none."""
+    """A special token of tokenizer_config.json, such as eos_token; None where it has none.
+
+    Raises ModelError for a value that is no token, which transformers would not load.
+    """
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = read_json(Path(model_path) / file).get(name)
-        if isinstance(token, Mapping):
-            token = token.get("content")
+        path = Path(model_path) / file
+        value = read_json(path).get(name)
+        token = value.get("content") if isinstance(value, Mapping) else value
         if isinstance(token, str):
             return token
+        if value is not None:
+            raise ModelError(
+                f"{path}: {name}={json.dumps(value, ensure_ascii=False)} is not the text of a "
+                "token; write the token as the vocabulary has it"
+            )
     return None
 
 
 def _vocabulary(model_path: str | Path) -> tuple[tuple[int, str], ...]:
-    """(id, token) of tokenizer.json in the order of ids; () without that file."""
-    file = Path(model_path) / "tokenizer.json"
-    if not file.is_file():
-        return ()
-    status = file.stat()
-    return _read_vocabulary(file, status.st_mtime_ns, status.st_size)
-
-
-@lru_cache(maxsize=2)  # a file of 10 MB takes a second, and several checks ask for it
-def _read_vocabulary(file: Path, changed_ns: int, size: int) -> tuple[tuple[int, str], ...]:
-    content = read_json(file)
-    model, added = content.get("model"), content.get("added_tokens")
-    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    """(id, token) of the tokenizer's JSON files in the order of ids; () without them."""
+    directory = Path(model_path)
+    files = (
+        *[file for file in _JSON_VOCABULARIES if (directory / file).is_file()][:1],
+        "added_tokens.json",
+        "tokenizer_config.json",
+    )
     pairs: dict[int, str] = {}
-    if isinstance(vocabulary, Mapping):  # a list of (token, score) has no ids of its own
-        pairs.update({id: token for token, id in vocabulary.items() if isinstance(id, int)})
-    elif isinstance(vocabulary, list):
-        pairs.update({id: entry[0] for id, entry in enumerate(vocabulary) if entry})
-    for entry in added if isinstance(added, list) else []:
-        if isinstance(entry, Mapping) and isinstance(entry.get("id"), int):
-            pairs[entry["id"]] = str(entry.get("content"))
+    for path in (directory / file for file in files):
+        if path.is_file():
+            status = path.stat()
+            pairs.update(_read_vocabulary(path, status.st_mtime_ns, status.st_size))
     return tuple(sorted(pairs.items()))
+
+
+@lru_cache(maxsize=4)  # a file of 10 MB takes a second, and several checks ask for it
+def _read_vocabulary(file: Path, changed_ns: int, size: int) -> tuple[tuple[int, str], ...]:
+    """(id, token) of one JSON file: of a fast tokenizer, a vocabulary, added tokens or settings."""
+    content = read_json(file)
+    pairs: dict[int, str] = {}
+    if file.name == "tokenizer_config.json":
+        decoder = content.get("added_tokens_decoder")
+        for id, entry in decoder.items() if isinstance(decoder, Mapping) else ():
+            if isinstance(entry, Mapping) and id.isdecimal():
+                pairs[int(id)] = str(entry.get("content"))
+        return tuple(pairs.items())
+    vocabulary, added = content, None
+    if file.name == "tokenizer.json":
+        model, added = content.get("model"), content.get("added_tokens")
+        vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    if isinstance(vocabulary, Mapping):
+        pairs.update({id: token for token, id in vocabulary.items() if type(id) is int})
+    elif isinstance(vocabulary, list):  # of [token, score], whose place is the id
+        entries = enumerate(vocabulary)
+        pairs.update({id: str(e[0]) for id, e in entries if isinstance(e, list) and e})
+    for entry in added if isinstance(added, list) else []:
+        if isinstance(entry, Mapping) and type(entry.get("id")) is int:
+            pairs[entry["id"]] = str(entry.get("content"))
+    return tuple(pairs.items())
 
 
 def read_json(path: Path) -> dict[str, Any]:

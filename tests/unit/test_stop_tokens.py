@@ -53,6 +53,8 @@ def test_the_end_of_a_message_that_calls_a_tool(model):
     """SGLang stops there whatever the files say."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eom_id|>"]})
+    assert stop_token_ids(model, tokenizer) == [END]  # the model cannot generate it
+    write(model, "config.json", vocab_size=259)
     assert stop_token_ids(model, tokenizer) == [END, END + 1]
 
 
@@ -88,6 +90,62 @@ def test_a_token_of_the_tokenizer_outside_the_vocabulary(model):
     for read in (check_stop_tokens, stops):
         with pytest.raises(ModelError, match=message):
             read(model)
+
+
+@pytest.mark.parametrize("settings", [{"tokenizer_class": "Qwen2Tokenizer"}, {}, {"eos_token": "<|nope|>"}])
+def test_an_eos_token_that_transformers_makes_up(model, settings):
+    """It does so for a class with a default, and for a token that the vocabulary does not have."""
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    write(model, "generation_config.json", eos_token_id=[END])
+    assert stops(model) == [END]
+    write(model, "config.json", vocab_size=512)  # a padded embedding: SGLang stops at the made-up id, too
+    assert stops(model) == [END, END + 1]
+
+
+@pytest.mark.parametrize("vocab_size", [258, 512])
+def test_an_eos_token_that_no_file_holds_ends_nothing(model, vocab_size):
+    write(model, "config.json", vocab_size=vocab_size)
+    write(model, "tokenizer_config.json", eos_token="<|nope|>")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for read in (check_stop_tokens, lambda path: stop_token_ids(path, tokenizer)):
+        with pytest.raises(ModelError) as error:
+            read(model)
+        assert str(error.value) == (
+            f"the tokenizer's eos_token '<|nope|>' is in no file of {model} that holds tokens, so no response would "
+            "end; set eos_token_id in its generation_config.json, or copy the tokenizer's files from the model that "
+            "this one was made of"
+        )
+
+
+@pytest.mark.parametrize("value", [5, True, ["<|im_end|>"], {"text": "<|im_end|>"}])
+def test_an_eos_token_that_is_no_text(model, value):
+    write(model, "generation_config.json", eos_token_id=END)
+    write(model, "tokenizer_config.json", eos_token=value)
+    with pytest.raises(ModelError) as error:
+        check_stop_tokens(model)
+    assert str(error.value) == (
+        f"{model / 'tokenizer_config.json'}: eos_token={json.dumps(value)} is not the text of a token; write the token "
+        "as the vocabulary has it"
+    )
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+def test_a_vocabulary_without_tokenizer_json(model, file):
+    """The eos token's id is in vocab.json, added_tokens.json or tokenizer_config.json."""
+    vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
+    (model / "tokenizer.json").unlink()
+    (model / "vocab.json").write_text(json.dumps(vocabulary))
+    (model / "merges.txt").write_text("#version: 0.2\n")
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer", "eos_token": "!"}))
+    assert stops(model) == [vocabulary["!"]]
+    write(model, "tokenizer_config.json", eos_token="<|im_end|>")
+    with pytest.raises(ModelError, match=r"^the tokenizer's eos_token '<\|im_end\|>' is in no file of "):
+        check_stop_tokens(model)
+    if file == "added_tokens.json":
+        write(model, file, **{"<|im_end|>": END - 1})
+    else:
+        write(model, file, added_tokens_decoder={str(END - 1): {"content": "<|im_end|>", "special": True}})
+    assert stops(model) == [END - 1]
 
 
 @pytest.mark.parametrize("value", [None, []])

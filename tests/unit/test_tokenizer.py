@@ -77,3 +77,8 @@ def test_tokens_that_the_model_has_no_embedding_for(model):
     assert tokens_beyond(model, 258) == [("hi", 300)]
     (model / "tokenizer.json").unlink()
     assert tokens_beyond(model, 258) == []
+    (model / "vocab.json").write_text(json.dumps({"a": 0, "b": 258}))
+    (model / "added_tokens.json").write_text(json.dumps({"<x>": 259}))
+    settings = {"added_tokens_decoder": {"260": {"content": "<y>"}}}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert tokens_beyond(model, 258) == [("b", 258), ("<x>", 259), ("<y>", 260)]
