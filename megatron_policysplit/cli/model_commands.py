@@ -55,7 +55,7 @@ def generate(
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
     top_k: TopK = -1,
-    max_tokens: MaxTokens = 512,
+    max_tokens: MaxTokens = None,
     seed: Seed = 0,
     config: RunConfig = None,
     high_entropy_prompt: Prompt = None,
@@ -81,7 +81,9 @@ def generate(
     prompts = prompts_asked_for(config, high_entropy_prompt, high_entropy_prompt_file)
     responder = Responder(model, prompts, dtype=dtype.value, device=device)
     dataset = [Question(0, [{"role": "user", "content": question}], None, {})]
-    modes, sampling = _modes(mode, prompts), Sampling(temperature, top_p, top_k, max_tokens)
+    modes = _modes(mode, prompts)
+    longest = max_tokens or responder.max_tokens(dataset, modes, 512)
+    sampling = Sampling(temperature, top_p, top_k, longest)
     responses = responder.respond(dataset, modes, samples, sampling, seed)
     by_mode_and_sample = {(response.mode, response.sample): response for response in responses}
     table = Table(*(mode_label(mode.value) for mode in modes), show_lines=True, expand=True)
@@ -120,7 +122,7 @@ def evaluate(
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
     top_k: TopK = -1,
-    max_tokens: MaxTokens = 1024,
+    max_tokens: MaxTokens = None,
     seed: Seed = 0,
     config: RunConfig = None,
     high_entropy_prompt: Prompt = None,
@@ -176,7 +178,9 @@ def evaluate(
         responder = Responder(
             model, prompts, dtype=dtype.value, device=device, max_batch_samples=batch_samples
         )
-        sampling, modes = Sampling(temperature, top_p, top_k, max_tokens), _modes(mode, prompts)
+        modes = _modes(mode, prompts)
+        longest = max_tokens or responder.max_tokens(dataset, modes, 1024)
+        sampling = Sampling(temperature, top_p, top_k, longest)
         # The progress bar goes to stderr, so that stdout holds the table alone.
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("generating", total=len(dataset) * len(modes) * samples)

@@ -94,12 +94,13 @@ TopK = Annotated[
     ),
 ]
 MaxTokens = Annotated[
-    int,
+    int | None,
     typer.Option(
         metavar="N",
         min=1,
         max=LARGEST_INTEGER,
-        help="Longest response, end-of-sequence token included.",
+        help="Longest response, end-of-sequence token included. Without it, 512 in generate and "
+        "1024 in eval, or as many as the model has positions for behind the longest prompt.",
     ),
 ]
 Seed = Annotated[

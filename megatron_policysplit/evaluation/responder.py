@@ -22,6 +22,7 @@ from megatron_policysplit.rollout.seeds import sample_seed
 from megatron_policysplit.rows import Mode
 
 if TYPE_CHECKING:
+    from megatron_policysplit.data.prompts import Prompts
     from megatron_policysplit.rollout.local import LocalEngine
 
 
@@ -91,6 +92,7 @@ class Responder:
         self._prompts = PromptBuilder(
             self._tokenizer, modes, vocab_size=self._hf_config.get("vocab_size")
         )
+        self._built: tuple[Sequence[Question], Prompts] | None = None  # the latest questions'
         self._make_engine = partial(
             LocalEngine,
             path,
@@ -121,11 +123,8 @@ class Responder:
         Raises DataError for a question whose prompt the model cannot read, ConfigError where a
         prompt and its response may need more positions than the model has.
         """
-        requests, all_prompts = [], self._prompts.build_all(questions)
-        self._check_positions(
-            [prompts[mode] for prompts in all_prompts.values() for mode in modes],
-            sampling.max_tokens,
-        )
+        requests, all_prompts = [], self._build(questions)
+        self._check_positions(self._longest_prompt(questions, modes), sampling.max_tokens)
         for question in questions:
             prompts = all_prompts[question.id]
             for mode in modes:
@@ -150,9 +149,31 @@ class Responder:
             for rollout in sorted(rollouts, key=lambda rollout: rollout.key)
         ]
 
-    def _check_positions(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
-        """Raise ConfigError if the longest prompt leaves less than max_tokens positions."""
-        limit, longest = model_positions(self._hf_config), max(map(len, prompts), default=0)
+    def max_tokens(self, questions: Sequence[Question], modes: Sequence[Mode], most: int) -> int:
+        """`most`, or as many tokens as the model has positions for behind the longest prompt.
+
+        At least 1, which `respond` refuses where a prompt takes all positions. Raises DataError
+        for a question whose prompt the model cannot read.
+        """
+        limit = model_positions(self._hf_config)
+        if limit is None:
+            return most
+        return max(1, min(most, limit - self._longest_prompt(questions, modes)))
+
+    def _build(self, questions: Sequence[Question]) -> Prompts:
+        """The prompts of all modes; made once for a sequence that is given again."""
+        if self._built is None or self._built[0] is not questions:
+            self._built = questions, self._prompts.build_all(questions)
+        return self._built[1]
+
+    def _longest_prompt(self, questions: Sequence[Question], modes: Sequence[Mode]) -> int:
+        """The number of tokens of the longest prompt of these modes; 0 without questions."""
+        prompts = self._build(questions).values()
+        return max((len(by_mode[mode]) for by_mode in prompts for mode in modes), default=0)
+
+    def _check_positions(self, longest: int, max_tokens: int) -> None:
+        """Raise ConfigError if a prompt of `longest` tokens leaves less than max_tokens."""
+        limit = model_positions(self._hf_config)
         if limit is None or longest + max_tokens <= limit:
             return
         if longest >= limit:

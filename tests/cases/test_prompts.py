@@ -79,3 +79,23 @@ def test_more_positions_than_the_model_has(work):
     sentence = "error: --max-tokens 1024 behind a prompt of "
     refused = work.refused("eval", "--model", "model", "--data", "q.jsonl", "--max-tokens", "1024")
     assert refused.startswith(sentence) and "; use at most --max-tokens " in refused
+
+
+def test_a_length_that_nobody_asked_for_fits_the_model(work):
+    out = work / "scores.json"
+    given = ("--data", "q.jsonl", "--reward", "exact", "--questions", "1", "--samples", "1")
+    work.accepted("eval", "--model", "model", *given, "--output", str(out))
+    assert 900 < json.loads(out.read_text())["max_tokens"] < 1000  # of 1,024 positions
+
+
+def test_an_eos_token_that_no_file_of_the_tokenizer_holds(work):
+    model = work.copy_model("m2")
+    ask = ("--max-tokens", "12", "--seed", "1", "1+2")
+    expected = work.accepted("generate", "--model", "model", *ask)
+    edit(model / "tokenizer_config.json", eos_token="<|eos|>")
+    assert work.accepted("generate", "--model", "m2", *ask) == expected  # generation_config.json names another
+    edit(model / "generation_config.json", eos_token_id=[])
+    edit(model / "config.json", eos_token_id=None)
+    sentence = "error: the tokenizer's eos_token '<|eos|>' is in no file of m2 that holds tokens, so no response would"
+    for command in (("config", "base.yaml", "model.path=m2"), ("generate", "--model", "m2", *ask)):
+        assert work.refused(*command).startswith(sentence)

@@ -1,10 +1,20 @@
 """How many positions a model is made for, by config.json, and what is refused because of it."""
 
+import json
+
 import pytest
+from transformers import AutoTokenizer
 
 from checkpoints_conv.rope import position_limit
+from megatron_policysplit.config import ModesConfig
 from megatron_policysplit.config.model_layout import check_positions, model_positions
+from megatron_policysplit.data.prompts import PromptBuilder
+from megatron_policysplit.data.questions import Question
 from megatron_policysplit.errors import ConfigError, ModelError
+from megatron_policysplit.evaluation.responder import Responder
+from megatron_policysplit.rollout.engine import Sampling
+from megatron_policysplit.rows import Mode
+from tests.support.toy_chat import make_chat_model
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
 
@@ -67,3 +77,33 @@ def test_what_is_refused():
     )
     with pytest.raises(ConfigError, match="; use rollout.max_response_tokens below 512, and both together at most 512"):
         check_positions(config, 64, 512)
+
+
+def test_responses_fit_the_positions_unless_a_length_is_asked_for(tmp_path):
+    path = make_chat_model(tmp_path, num_hidden_layers=1)
+    questions = [Question(id, [{"role": "user", "content": "?" * id}], None, {}) for id in (1, 5)]
+    modes = (Mode.NORMAL, Mode.HIGH_ENTROPY)
+    prompts = PromptBuilder(AutoTokenizer.from_pretrained(path), ModesConfig()).build(questions[1].messages)
+    normal, longest = (len(prompts[mode]) for mode in modes)
+
+    def responder(positions):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}))
+        return Responder(str(path), ModesConfig())
+
+    assert responder(longest + 7).max_tokens(questions, modes, 7) == 7
+    assert responder(longest + 7).max_tokens(questions, modes, 8) == 7
+    few = responder(longest + 3)
+    assert few.max_tokens(questions, modes, 512) == 3
+    assert few.max_tokens(questions, [Mode.NORMAL], 512) == longest + 3 - normal
+    assert len(few.respond(questions, modes, 1, Sampling(1.0, 1.0, -1, 3), 0)) == 4
+    with pytest.raises(ConfigError) as error:
+        few.respond(questions, modes, 1, Sampling(1.0, 1.0, -1, 4), 0)
+    assert str(error.value) == (
+        f"--max-tokens 4 behind a prompt of {longest} tokens makes {longest + 4} positions, more than the "
+        f"{longest + 3} of the model (max_position_embeddings in config.json); use at most --max-tokens 3"
+    )
+    none = responder(longest)
+    assert none.max_tokens(questions, modes, 512) == 1
+    with pytest.raises(ConfigError, match="; leave out questions as long as that$"):
+        none.respond(questions, modes, 1, Sampling(1.0, 1.0, -1, 1), 0)
