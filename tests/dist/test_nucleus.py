@@ -25,9 +25,14 @@ MASSES = (0.1, 0.8, 0.99, 1.0)
 
 
 def inputs(vocab, dtype=torch.float32):
-    """hidden [T, H], weight [V, H], targets, temperatures 0.6 and 1 in turn. Two columns are always equal."""
+    """hidden [T, H], weight [V, H], targets, temperatures 0.6 and 1 in turn. Two columns are always equal.
+
+    Multiples of 2^-10, so that logits in float64 are exact and equal columns have equal ones, in whatever order a
+    processor's matrix product sums.
+    """
     hidden, weight = random(TOKENS, HIDDEN, seed=1, scale=1.0, dtype=dtype), random(vocab, HIDDEN, seed=2, dtype=dtype)
     hidden[::5] *= 0.01  # nearly flat: a nucleus of most columns
+    hidden, weight = (torch.round(values * 1024) / 1024 for values in (hidden, weight))
     weight[vocab - 1] = weight[0]
     targets = torch.randint(0, vocab, (TOKENS,), generator=torch.Generator().manual_seed(3))
     return hidden, weight, targets, torch.tensor([0.6, 1.0]).repeat(TOKENS // 2)
