@@ -44,7 +44,7 @@ def test_signal_before_anything_is_checked(config, tmp_path, monkeypatch):
     from megatron_policysplit.cli import main as cli
     from megatron_policysplit.training import preflight
 
-    monkeypatch.setattr(preflight, "preflight", lambda config: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(preflight, "preflight", lambda config, **options: os.kill(os.getpid(), signal.SIGTERM))
     monkeypatch.setattr("sys.argv", ["policysplit", "train", str(config), f"run.dir={tmp_path / 'run'}"])
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
@@ -96,7 +96,8 @@ def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(config, str
         "rollout.engine=replay",
         f"rollout.replay_dir={straight.directory / 'rollouts'}",
         "eval.path=null",
-        "train.learning_rate=1e30",
+        "train.learning_rate=1e6",
+        "train.weight_decay=1e6",
         "train.max_bad_steps=2",
         "train.optimizer_steps_per_batch=1",
     )

@@ -39,9 +39,12 @@ checkpoint: {every: 3, keep: 10}
 
 
 def reward(response: str, question) -> float:
-    """1 where a "+" was sampled, as a random model does; waits while the gate's `hold-<answer>` exists."""
+    """1 where a "+" was sampled, as a random model does; waits while the gate's `hold-<answer>` exists.
+
+    Not where the answer itself is graded, as is done before a run starts, bare or in a box.
+    """
     gate = os.environ.get(GATE)
-    if gate is not None:
+    if gate is not None and question.answer not in response:
         while Path(gate, f"hold-{question.answer}").exists():
             Path(gate, f"reached-{question.answer}").touch()
             time.sleep(0.02)
