@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from megatron_policysplit.errors import DataError
 ROLES = ("system", "user", "assistant", "tool")
 # What a message may have besides its role and content; a chat template reads it from there.
 TEMPLATE_KEYS = ("name", "reasoning_content", "tool_call_id", "tool_calls")
+_TEXTS = ("name", "reasoning_content")
 
 
 def read_messages(where: str, source: str, value: Any, *, columnar: bool) -> list[dict[str, Any]]:
@@ -24,7 +26,8 @@ def read_messages(where: str, source: str, value: Any, *, columnar: bool) -> lis
         _refuse_json(where, source, value)
         value = [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: `{source}` is neither text nor a list of messages")
+        kind = "an empty list" if value == [] else _kind(value)
+        raise DataError(f"{where}: `{source}` is neither text nor a list of messages but {kind}")
     messages = [_message(where, source, entry, columnar) for entry in value]
     if messages[-1]["role"] == "assistant":
         raise DataError(
@@ -57,14 +60,18 @@ def read_tools(where: str, value: Any, *, columnar: bool) -> list[dict[str, Any]
 def _message(where: str, source: str, entry: Any, columnar: bool) -> dict[str, Any]:
     """One message, checked: role and content, then the keys that it has besides."""
     if not isinstance(entry, dict) or entry.get("role") not in ROLES:
-        raise DataError(f"{where}: `{source}` has a message without a role of {', '.join(ROLES)}")
+        raise DataError(
+            f"{where}: `{source}` has a message without a role of {', '.join(ROLES)}; "
+            f"{_what_there_is(entry)}"
+        )
     entry = _without_nulls(entry) if columnar else entry
     given = {key: value for key, value in entry.items() if value is not None and value != []}
     calls = given.get("tool_calls")
     content = given.get("content", "" if calls else None)
     if not isinstance(content, str):
         raise DataError(
-            f"{where}: `{source}` has a message whose content is not text; only text is supported"
+            f"{where}: `{source}` has a message whose content is not text; only text is supported, "
+            f"and it is {_kind(content)}"
         )
     message = {"role": given["role"], "content": content}
     for key, value in given.items():
@@ -79,8 +86,34 @@ def _message(where: str, source: str, entry: Any, columnar: bool) -> dict[str, A
         isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
     ):
         raise DataError(f"{where}: `{source}` has a message whose `tool_calls` is not a list")
+    for key in _TEXTS:
+        if not isinstance(message.get(key, ""), str):
+            raise DataError(
+                f"{where}: `{source}` has a message whose `{key}` is {_kind(message[key])}; it "
+                "must be text"
+            )
     check_text(message, f"{where}: `{source}`")
     return message
+
+
+def _what_there_is(entry: Any) -> str:
+    """What a message without a role that is known has in its place."""
+    if not isinstance(entry, dict):
+        return f"it is {_kind(entry)}"
+    if "role" in entry:
+        return f"its role is {entry['role']!r}"
+    if {"from", "value"} <= entry.keys():
+        return "call its `from` role, with human as user and gpt as assistant, its `value` content"
+    return f"its keys are {', '.join(map(str, entry)) or '(none)'}"
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    words = {
+        **{dict: "an object", list: "a list", bytes: "binary data", str: "text"},
+        **{bool: "true or false", int: "a number", float: "a number", type(None): "null"},
+    }
+    return words.get(type(value), f"a {type(value).__name__}")
 
 
 def _without_nulls(value: Any) -> Any:
@@ -93,15 +126,29 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _refuse_json(where: str, source: str, text: str) -> None:
-    """Raise DataError for text that is the JSON of messages: nobody asks that of a model."""
-    if not text.lstrip().startswith("["):
+    """Raise DataError for text that is one message or a list of them, as JSON or Python writes it.
+
+    Nobody asks that of a model.
+    """
+    if "role" not in text or not text.lstrip("\ufeff \t\r\n").startswith(("[", "{")):
         return
+    value = _parsed(text.strip("\ufeff \t\r\n"))
+    entries = value if isinstance(value, list) else [value]
+    if not entries or not all(isinstance(entry, dict) for entry in entries):
+        return
+    if any("role" in entry and entry.keys() & {"content", "tool_calls"} for entry in entries):
+        raise DataError(
+            f"{where}: `{source}` is a list of messages written as text; store the list itself"
+        )
+
+
+def _parsed(text: str) -> Any:
+    """The value that a text is in JSON or, as tables of text hold it, in Python; else None."""
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError):
-        return
-    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        if any("role" in item for item in value):
-            raise DataError(
-                f"{where}: `{source}` is a list of messages written as text; store the list itself"
-            )
+        pass
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return None

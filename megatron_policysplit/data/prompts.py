@@ -311,7 +311,8 @@ def read_eval_prompts(prompts: Mapping[str, Any], modes: ModesConfig) -> dict[st
 def _read_text(file: str, source: str) -> str:
     """Read a UTF-8 file; ConfigError naming `source`, the key with its value, if that fails."""
     try:
-        return Path(file).read_text(encoding="utf-8").strip()
+        # Editors of Windows put a byte order mark first, which is no part of the prompt.
+        return Path(file).read_text(encoding="utf-8-sig").strip()
     except OSError as error:
         raise ConfigError(
             f"{source} cannot be read ({error.strerror}); give the path of a text file"

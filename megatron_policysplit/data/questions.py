@@ -52,7 +52,7 @@ def load_questions(path: str, options: Mapping[str, Any] | None = None) -> list[
             f"{path} takes no options, but {', '.join(sorted(options))} given; they are for "
             f"{_GYM}NAME"
         )
-    columnar = path.endswith(".parquet")
+    columnar = path.lower().endswith(".parquet")
     questions = [
         _question(index, where, row, columnar) for index, (where, row) in enumerate(read_rows(path))
     ]

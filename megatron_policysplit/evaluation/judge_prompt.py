@@ -43,7 +43,7 @@ def read_judge_prompt(judge: JudgeConfig) -> str:
     if judge.prompt_file is not None:
         source = f"eval.judge.prompt_file={judge.prompt_file}"
         try:
-            text = Path(judge.prompt_file).read_text(encoding="utf-8")
+            text = Path(judge.prompt_file).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8"
             raise ConfigError(

@@ -6,6 +6,7 @@ In a run the chief alone sends requests, and all ranks wait for it.
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -164,10 +165,21 @@ def failures(verdicts: Sequence[Verdict]) -> str | None:
 
 
 def question_text(question: Question) -> str:
-    """The question as the judge reads it: its one message, or several, each after its role."""
+    """The question as the judge reads it: its one message, or several, each after its role.
+
+    Calls of tools follow the content as JSON.
+    """
     if len(question.messages) == 1:
         return question.messages[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in question.messages)
+    return "\n\n".join(
+        f"{message['role']}: {_content_and_calls(message)}" for message in question.messages
+    )
+
+
+def _content_and_calls(message: Mapping[str, Any]) -> str:
+    calls = message.get("tool_calls") or []
+    parts = [message["content"], *(json.dumps(call, ensure_ascii=False) for call in calls)]
+    return "\n".join(part for part in parts if part)
 
 
 def _warn(text: str) -> None:

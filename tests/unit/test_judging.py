@@ -111,6 +111,11 @@ def test_the_question_is_that_of_the_user_or_the_whole_conversation():
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     assert question_text(Question(0, turns[1:], None, {})) == "Why?"
     assert question_text(Question(0, turns, None, {})) == "system: Be brief.\n\nuser: Why?"
+    call = {"function": {"name": "weather", "arguments": {"city": "Köln"}}}
+    asked = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert question_text(Question(0, [*asked, {"role": "tool", "content": "no"}], None, {})) == (
+        'user: Rain?\n\nassistant: {"function": {"name": "weather", "arguments": {"city": "Köln"}}}\n\ntool: no'
+    )
 
 
 def test_verdicts_in_metrics_and_records():

@@ -251,6 +251,9 @@ def test_our_prompt(builder, tmp_path):
         builder(PLAIN, high_entropy_prompt=" ")
     with pytest.raises(ConfigError, match="missing.txt cannot be read"):
         builder(PLAIN, high_entropy_prompt=None, high_entropy_prompt_file=str(tmp_path / "missing.txt"))
+    file.write_text("\ufeffAnders.", encoding="utf-8")  # as editors of Windows save it
+    made = builder(PLAIN, high_entropy_prompt=None, high_entropy_prompt_file=str(file))
+    assert made.system_prompts[Mode.HIGH_ENTROPY] == "Anders."
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="prompt.txt is not UTF-8"):
         builder(PLAIN, high_entropy_prompt=None, high_entropy_prompt_file=str(file))

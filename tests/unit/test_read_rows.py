@@ -55,7 +55,10 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_text(tmp_pat
     "line, message",
     [
         (b'{"question": "caf\xe9", "answer": "2"}', "FILE:2 is not UTF-8 text (byte 18 of the line); save"),
-        (b'{"a":' * 200_000 + b"1" + b"}" * 200_000, "FILE:2 is nested too deeply to be read; flatten it"),
+        (
+            b'{"a":' * 200_000 + b"1" + b"}" * 200_000,
+            "FILE:2 is nested too deeply to be read, over 100 levels; flatten it",
+        ),
         (
             b'{"question": "x", "answer": ' + b"1" * 5000 + b"}",
             "FILE:2 has a number that is too long; write it as text",
@@ -65,6 +68,11 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_text(tmp_pat
         (b"[1]", "FILE:2 is a JSON list; every line must be one JSON object"),
         (b"null", "FILE:2 is a JSON null; every line must be one JSON object"),
         (b"question,answer", "FILE:2 is not JSON (Expecting value"),
+        (b"\0" * 64, "FILE:2 has NUL bytes, as a file that a crash cut has; restore the file"),
+        (
+            b'{"question": "x", "answer": "1", "z": ' + b"[" * 900 + b"]" * 900 + b"}",
+            "FILE:2 is nested too deeply to be read, over 100 levels; flatten it",
+        ),
     ],
     ids=lambda value: value[:30].decode(errors="replace") if isinstance(value, bytes) else None,
 )
@@ -90,12 +98,48 @@ def test_files_of_other_kinds_say_what_to_do(tmp_path):
     assert "is not a readable Parquet file" in refusal(str(tmp_path / "set" / "train-0.parquet"))
 
 
+@pytest.mark.parametrize(
+    "name, content, remedy",
+    [
+        ("a.jsonl", json.dumps(GOOD).encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
+        ("a.jsonl", b"PAR1\x15\x04", "is a Parquet file; call it .parquet"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS, not the data"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS, not the data"),
+        ("a.parquet", b"PARE\x15\x04", "is encrypted; decrypt it"),
+    ],
+)
+def test_a_file_under_the_name_of_another_kind_says_what_it_is(tmp_path, name, content, remedy):
+    (tmp_path / name).write_bytes(content)
+    assert f"FILE {remedy}" in refusal(str(tmp_path / name))
+
+
+def test_paths_that_name_no_file(tmp_path):
+    assert "cannot be read (File name too long); check the path" in refusal(str(tmp_path / ("x" * 300 + ".jsonl")))
+    with pytest.raises(DataError, match="the path of the questions is empty; give a .jsonl or .parquet file"):
+        load_questions("")
+
+
+def test_capital_suffixes_and_joined_files(tmp_path):
+    line = json.dumps(GOOD).encode()
+    (tmp_path / "a.JSONL").write_bytes(b"\xef\xbb\xbf" + line + b"\n\xef\xbb\xbf" + line)
+    assert len(load_questions(str(tmp_path / "a.JSONL"))) == 2
+
+
+def test_rows_of_a_hundred_levels_are_read(tmp_path):
+    inner = b"[" * 99 + b"]" * 99
+    (question,) = load_questions(jsonl(tmp_path, b'{"question": "x", "answer": "1", "z": ' + inner + b"}"))
+    assert json.dumps(question.record["z"]).encode() == inner
+    assert "nested too deeply" in refusal(jsonl(tmp_path, b'{"question": "x", "answer": "1", "z": [' + inner + b"]}"))
+    many = {"question": "[" * 500, "answer": "1", "z": [{"a": []}] * 500}
+    assert load_questions(jsonl(tmp_path, many))[0].record == many
+
+
 def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
     path = jsonl(tmp_path, GOOD)
     monkeypatch.setattr(
         "pathlib.Path.open", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError(13, "denied"))
     )
-    assert refusal(path) == "FILE cannot be read (denied)"
+    assert refusal(path) == "FILE cannot be read (denied); check the path and its permissions"
 
 
 @pytest.mark.parametrize("path", ["reasoning_gym:", "reasoning_gym", "Reasoning_Gym:chain_sum"])
@@ -120,9 +164,21 @@ def test_a_column_that_python_cannot_hold_is_named(tmp_path):
     message = refusal(parquet(tmp_path, {"question": broken, "answer": ["1"]}))
     assert message.startswith("FILE: the column `question` of type string cannot be read in rows 1 to 1 (")
     assert message.endswith("repair the column, store it as text or drop it")
+    mars = {"question": ["x"], "answer": ["1"], "at": pyarrow.array([1], pyarrow.timestamp("us", tz="Mars/Phobos"))}
+    assert "FILE: the column `at` of type timestamp[us, tz=Mars/Phobos] cannot be read" in refusal(
+        parquet(tmp_path, mars)
+    )
     seconds = {"question": ["x"], "answer": ["1"], "at": [datetime.datetime(2026, 1, 2, 3, 4, 5)]}
     (question,) = load_questions(parquet(tmp_path, seconds))
     assert question.record["at"] == datetime.datetime(2026, 1, 2, 3, 4, 5)
+
+
+def test_a_damaged_page_is_not_a_missing_file(tmp_path):
+    path = parquet(tmp_path, {"question": ["x"], "answer": ["1"]})
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[20:40] = b"\xff" * 20
+    (tmp_path / "a.parquet").write_bytes(content)
+    assert refusal(path).startswith("FILE is not a readable Parquet file (") and refusal(path).endswith("; restore it")
 
 
 def test_narrow_floats_are_their_shortest_decimals(tmp_path):
@@ -193,6 +249,24 @@ def test_a_resumed_run_knows_its_messages_and_tools_again(tmp_path):
         ({"messages": [{"role": "user", "content": None}]}, "whose content is not text; only text is supported"),
         ({"messages": [CHAT[0], {**CHAT[1], "tool_calls": "weather()"}, CHAT[2]]}, "whose `tool_calls` is not a list"),
         ({"messages": [{"role": "system", "content": "Be brief."}]}, "`messages` has no message of the user"),
+        (
+            {"messages": [{"role": "developer", "content": "x"}]},
+            "without a role of system, user, assistant, tool; its role is 'developer'",
+        ),
+        ({"messages": [{"from": "human", "value": "x"}]}, "call its `from` role, with human as user and gpt as"),
+        ({"messages": [{"text": "x"}]}, "assistant, tool; its keys are text"),
+        ({"messages": ["x"]}, "assistant, tool; it is text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "only text is supported, and it is a list"),
+        ({"messages": [{"role": "user", "content": "x", "name": 3}]}, "whose `name` is a number; it must be text"),
+        (
+            {"messages": [CHAT[0], {**CHAT[1], "reasoning_content": ["a"]}, CHAT[2]]},
+            "whose `reasoning_content` is a list; it must be text",
+        ),
+        ({"prompt": {"role": "user", "content": "x"}}, "neither text nor a list of messages but an object"),
+        ({"prompt": []}, "neither text nor a list of messages but an empty list"),
+        ({"prompt": str(CHAT)}, "`prompt` is a list of messages written as text; store the list itself"),
+        ({"prompt": json.dumps(CHAT[0])}, "`prompt` is a list of messages written as text"),
+        ({"prompt": "\ufeff" + json.dumps(CHAT)}, "`prompt` is a list of messages written as text"),
         ({"question": ""}, "`question` is empty; write the question or remove the row"),
         ({"question": " \n\t"}, "`question` is empty; write the question or remove the row"),
         ({"prompt": json.dumps(CHAT)}, "`prompt` is a list of messages written as text; store the list itself"),
@@ -213,7 +287,18 @@ def test_a_row_that_would_train_something_else_is_refused(tmp_path, row, message
     assert error.startswith("FILE:2: ") and message in error
 
 
-@pytest.mark.parametrize("text", ["[1, 2, 3]: what is the sum?", "[[1, 2], [3, 4]]", '[{"x": 1}]', "[", "x" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1, 2, 3]: what is the sum?",
+        "[[1, 2], [3, 4]]",
+        '[{"x": 1}]',
+        "[",
+        "x" * 100_000,
+        "{'role': 'admin'} is a dict of Python; what is its length?",
+        '{"role": "admin"}',
+    ],
+)
 def test_a_question_that_only_looks_like_json_is_a_question(tmp_path, text):
     (question,) = load_questions(jsonl(tmp_path, {"question": text, "answer": "2"}))
     assert question.messages == [{"role": "user", "content": text}]
