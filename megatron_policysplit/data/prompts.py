@@ -91,22 +91,27 @@ class PromptBuilder:
         return ids
 
     def build_all(
-        self, questions: Sequence[Question], advance: Callable[[int], None] = lambda count: None
+        self,
+        questions: Sequence[Question],
+        advance: Callable[[int], None] = lambda count: None,
+        *,
+        source: str = "",
     ) -> Prompts:
         """The ids of every question's prompts by its id, as `build` makes them one by one.
 
         advance: called with a number of questions each time that those of so many are done.
-        Raises DataError naming the question.
+        source: the questions' file or data set, for errors.
+        Raises DataError and ConfigError as `render` does, naming the question.
         """
         prompts: Prompts = {}
         for start in range(0, len(questions), LOT):
             lot = questions[start : start + LOT]
             texts = []
             for question in lot:
-                with _naming(question):
+                with _naming(question, source):
                     texts.append(self.render(question.messages, question.tools))
             for question, ids in zip(lot, self._encode(texts), strict=True):
-                with _naming(question):
+                with _naming(question, source):
                     self._check_ids(ids)
                 prompts[question.id] = ids
             advance(len(lot))
@@ -117,7 +122,8 @@ class PromptBuilder:
 
         tools: schemas of the functions that the template offers to the model.
         Raises DataError where the template refuses the messages, for example roles out of order, or
-        leaves something out that they hold.
+        leaves something out that they hold; ConfigError where modes.chat_template_kwargs make it
+        refuse them.
         """
         name = self._template.name
         try:
@@ -128,7 +134,7 @@ class PromptBuilder:
             normal = self._render_normal(messages, tools)
         except TemplateFailure as failure:
             roles = [message.get("role") for message in messages]
-            raise DataError(
+            raise self._template.blame(messages, failure, tools) or DataError(
                 f"the chat template of {name} refuses messages with the roles {roles}: {failure}"
             ) from failure
         if normal in prompted.values():
@@ -214,12 +220,13 @@ class PromptBuilder:
 
 
 @contextmanager
-def _naming(question: Question) -> Iterator[None]:
-    """Name the question in a DataError."""
+def _naming(question: Question, source: str) -> Iterator[None]:
+    """Name the question in a DataError or ConfigError."""
     try:
         yield
-    except DataError as error:
-        raise DataError(f"question {question.id}: {error}") from error
+    except (ConfigError, DataError) as error:
+        of = f" of {source}" if source else ""
+        raise type(error)(f"question {question.id}{of}: {error}") from error
 
 
 def _has_system(messages: Messages) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_policysplit.data.chat_template import ChatTemplate, TemplateFailure
+from megatron_policysplit.data.chat_template import ChatTemplate, TemplateFailure, does_not_render
 from megatron_policysplit.errors import ModelError
 from megatron_policysplit.rows import Mode
 
@@ -82,10 +82,11 @@ def inspect_system_turn(
         )
     for mode, (prompt, key) in prompts.items():
         text = text_before_prompt(inserted, drop) + prompt
+        prompted = [system_message(text), _USER_PROBE]
         try:
-            rendered = template.render([system_message(text), _USER_PROBE])
+            rendered = template.render(prompted)
         except TemplateFailure as failure:
-            raise ModelError(
+            raise template.blame(prompted, failure) or ModelError(
                 f"the chat template of {template.name} fails on the {mode.value} prompt "
                 f"({failure}); change {key} or the model's chat_template.jinja"
             ) from failure
@@ -106,11 +107,13 @@ def _render_probes(template: ChatTemplate) -> tuple[str, str]:
     try:
         plain = template.render([_USER_PROBE])
     except TemplateFailure as failure:
-        raise template.blame([_USER_PROBE], failure) from failure
+        blamed = template.blame([_USER_PROBE], failure)
+        raise blamed or ModelError(does_not_render(template.name, failure)) from failure
+    system_probe = [system_message(MARK), _USER_PROBE]
     try:
-        marked = template.render([system_message(MARK), _USER_PROBE])
+        marked = template.render(system_probe)
     except TemplateFailure as failure:
-        raise ModelError(
+        raise template.blame(system_probe, failure) or ModelError(
             f"the chat template of {template.name} refuses a system message ({failure}); use a "
             "model whose template takes one, or put a chat_template.jinja that renders it into "
             "that directory"

@@ -135,6 +135,7 @@ def _check_model(config: Config) -> tuple[str, int, list[str]]:
     """
     from checkpoints_conv import check_safetensors, find_architecture, read_hf_config
     from megatron_policysplit.config.model_layout import check_layout, check_positions
+    from megatron_policysplit.data.chat_template import check_template_files
     from megatron_policysplit.data.prompts import read_eval_prompts, read_prompts
     from megatron_policysplit.data.stop_tokens import check_stop_tokens
     from megatron_policysplit.data.tokenizer import check_tokenizer_files, has_chat_template
@@ -155,6 +156,7 @@ def _check_model(config: Config) -> tuple[str, int, list[str]]:
             f"the tokenizer of model.path={path} has no chat template; put a chat_template.jinja "
             "into that directory or use an instruction-tuned model"
         )
+    check_template_files(path, config.modes.chat_template_kwargs)
     check_stop_tokens(path)
     read_prompts(config.modes)
     read_eval_prompts(config.eval.prompts, config.modes)

@@ -49,14 +49,15 @@ def check_prompts(config: Config) -> PromptCheck:
     tokenizer, data = load_tokenizer(config.model.path), config.data
     builder = prompt_builder(config, config.modes, tokenizer, None)
     questions = load_questions(data.path, data.options)
-    prompts = builder.build_all(questions[:CHECKED])
+    prompts = builder.build_all(questions[:CHECKED], source=data.path)
     fitting = fitting_questions(questions[:CHECKED], prompts, data)
     checked = min(CHECKED, len(questions))
     if checked == len(questions):
         check_batch(data, len(fitting))
     if config.eval.path is not None:
         evaluated = load_questions(config.eval.path, config.eval.options)[:CHECKED]
-        evaluated = fitting_questions(evaluated, builder.build_all(evaluated), data)
+        eval_prompts = builder.build_all(evaluated, source=config.eval.path)
+        evaluated = fitting_questions(evaluated, eval_prompts, data)
         build_other_prompts(config, evaluated[: config.eval.questions], tokenizer, builder.date)
     return PromptCheck(
         builder.render(questions[0].messages, questions[0].tools),
@@ -107,7 +108,7 @@ def build_other_prompts(
         )
         builder = prompt_builder(config, modes, tokenizer, date)
         result[name] = {}
-        for id, prompts in builder.build_all(questions).items():
+        for id, prompts in builder.build_all(questions, source=config.eval.path).items():
             ids = prompts[Mode.HIGH_ENTROPY]
             if len(ids) > config.data.max_prompt_tokens:
                 raise ConfigError(

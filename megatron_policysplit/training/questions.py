@@ -132,7 +132,7 @@ def _load_fitting(
             return []
         what = f"questions of {path} have their prompts"
         with show_progress(what, len(questions), is_shown=layout.is_chief) as advance:
-            prompts.update(builder.build_all(questions, advance))
+            prompts.update(builder.build_all(questions, advance, source=path))
         return [question.id for question in fitting_questions(questions, prompts, data)]
 
     fitting = raise_on_all_ranks(layout.world, build_and_drop)

@@ -34,11 +34,17 @@ def test_a_prompt_with_a_token_that_the_model_has_no_embedding_for(work):
     edit(tokenizer, added_tokens=[*added, {**added[0], "id": 32, "content": "hi", "special": False}])
     warning = "has 1 token that the model has no embedding for, such as 'hi' of id 32 with vocab_size=32"
     (work / "hi.jsonl").write_text('{"question": "1+2", "answer": "3"}\n' * 4 + '{"question": "hi", "answer": "3"}\n')
-    sentence = "error: question 4: the normal prompt has the token 'hi' of id 32, and the embedding of m2 ends at"
+    sentence = "the normal prompt has the token 'hi' of id 32, and the embedding of m2 ends at"
     result = work.run("train", "base.yaml", "model.path=m2", "data.path=hi.jsonl")
-    assert result.returncode == 2 and sentence in result.stderr and warning in result.stdout
+    assert (
+        result.returncode == 2
+        and f"error: question 4 of hi.jsonl: {sentence}" in result.stderr
+        and warning in result.stdout
+    )
     prompt = ("--model", "m2", "--high-entropy-prompt", "explore")
-    assert work.refused("eval", *prompt, "--data", "hi.jsonl", "--reward", "exact").startswith(sentence)
+    assert work.refused("eval", *prompt, "--data", "hi.jsonl", "--reward", "exact").startswith(
+        f"error: question 4: {sentence}"
+    )
 
 
 def test_chat_templates_that_fail_and_arguments_that_are_wrong(work):
@@ -53,6 +59,13 @@ def test_chat_templates_that_fail_and_arguments_that_are_wrong(work):
         return work.refused("config", "base.yaml", "model.path=m2", f"modes.chat_template_kwargs={kwargs}")
 
     assert "the chat template of m2 fails with it (TypeError: '>' not supp" in wrong('{thinking_budget: "512"}')
+    # A training tells before it starts a process, which would say more on stderr.
+    started = work.run("train", "base.yaml", "model.path=m2", "modes.chat_template_kwargs={thinking_budgt: 512}")
+    assert started.returncode == 2 and not (work / "runs").exists()
+    assert [line for line in started.stderr.splitlines() if line] == [
+        "error: modes.chat_template_kwargs.thinking_budgt: the chat template of m2 never reads it; did you mean "
+        "thinking_budget?"
+    ]
     assert "thinking_budgt: the chat template of m2 never reads it; did you mean" in wrong("{thinking_budgt: 512}")
     assert "kwargs.messages is set by policysplit itself; remove it" in wrong("{messages: []}")
 

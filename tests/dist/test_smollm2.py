@@ -80,6 +80,30 @@ def test_fp8_stays_close(model_path, tmp_path):
     assert 0.005 < divergence.mean() < 0.08
 
 
+def test_prompts_built_together_are_what_transformers_makes_of_the_messages(model_path):
+    from transformers import AutoTokenizer
+
+    from megatron_policysplit.config import ModesConfig
+    from megatron_policysplit.data.prompts import PromptBuilder
+    from megatron_policysplit.data.questions import Question
+    from megatron_policysplit.rows import Mode
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    builder = PromptBuilder(tokenizer, ModesConfig())
+    said = ["1 + 2", "<|im_end|>\n<|im_start|>assistant\n3", "<|endoftext|> a  b", "", " x ", "é🙂 2345", "<|im_en"]
+    questions = [Question(index, [{"role": "user", "content": text}], None, {}) for index, text in enumerate(said)]
+    prompts = builder.build_all(questions)
+    system = {"role": "system", "content": builder.render(questions[0].messages)[Mode.HIGH_ENTROPY]}
+    system["content"] = system["content"].split("<|im_start|>system\n")[1].split("<|im_end|>")[0]
+    for question in questions:
+        for mode, messages in (
+            (Mode.NORMAL, question.messages),
+            (Mode.HIGH_ENTROPY, [system, *question.messages]),
+        ):
+            expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            assert prompts[question.id][mode] == expected["input_ids"]
+
+
 def test_logits_equal_transformers_at_pipeline_2(model_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,13 +1,17 @@
 """Chat templates that fail, their arguments, what they leave out, and the prompts of many questions at once."""
 
+import inspect
+import json
+
 import pytest
 
 from megatron_policysplit.config import ModesConfig
+from megatron_policysplit.data import chat_template
 from megatron_policysplit.data.prompts import LOT, PromptBuilder
 from megatron_policysplit.data.questions import Question
 from megatron_policysplit.errors import ConfigError, DataError, ModelError, UserError
 from megatron_policysplit.rows import Mode
-from tests.unit.test_modes import PLAIN, PROMPT, SYSTEM, USER, bare_tokenizer  # noqa: F401
+from tests.unit.test_modes import DATED, INSIDE_USER, PLAIN, PROMPT, SYSTEM, USER, WALKING, bare_tokenizer  # noqa: F401
 
 BUDGET = "{% if thinking_budget is defined and thinking_budget > 0 %}{{ '' }}{% endif %}" + PLAIN
 MACRO = PLAIN + (
@@ -54,6 +58,7 @@ def refused(kind: type[UserError], build, *arguments, **modes) -> str:
         ("{% for m in messages %}", "line 1: Unexpected end of template"),
         ("{{ messages.append(1) }}", "access to attribute 'append' of 'list' object is unsafe"),
         ("{{ range(10 ** 9) }}", "OverflowError: Range too big"),
+        (PLAIN + r"{{ '\ud800' }}", "UnicodeEncodeError: 'utf-8' codec can't encode character '\\ud800'"),
         ("{% include 'other' %}", "TypeError: no loader for this environment specified"),
         ("{{ [1, 'a'] | sort }}", "TypeError: '<' not supported between instances of 'str' and 'int'"),
     ],
@@ -87,6 +92,65 @@ def test_arguments_with_wrong_values(builder):
     assert "does not render: ZeroDivisionError" in refused(
         ModelError, builder, failing, chat_template_kwargs={"thinking_budget": 1}
     )
+
+
+@pytest.mark.parametrize("condition", ["messages[0].role == 'system'", "messages|length > 2", "tools"])
+def test_arguments_whose_values_fail_on_some_messages(builder, condition):
+    """The value is to blame, not the model, the mode's prompt or the question."""
+    guarded = "{% if " + condition + " and (budget is not defined or budget > 0) %}{% endif %}" + TOOLED
+    asked = Question(5, [USER, {"role": "assistant", "content": "4"}, USER], None, {}, [CALL])
+    builder(guarded, chat_template_kwargs={"budget": 1}).build_all([asked])
+
+    def build(budget, template=guarded):
+        builder(template, chat_template_kwargs={"budget": budget}).build_all([asked], source="q.jsonl")
+
+    text = refused(ConfigError, build, "512")
+    where = "" if "system" in condition else "question 5 of q.jsonl: "
+    sentence = where + "modes.chat_template_kwargs={'budget': '512'}: the chat template of this model fails with it "
+    assert text == f"{sentence}(TypeError: '>' not supported between instances of 'str' and 'int'); " + (
+        "change the value, or remove it"
+    )
+    # The template fails without a value, too, in another way.
+    needed = guarded.replace("budget is not defined or ", "")
+    assert refused(ConfigError, build, "512", needed).endswith("'str' and 'int'); change the value")
+
+
+def test_names_of_transformers_are_known_without_importing_it(bare_tokenizer):  # noqa: F811
+    parameters = set(inspect.signature(bare_tokenizer.apply_chat_template).parameters)
+    assert parameters <= chat_template._TAKEN
+
+
+def test_an_argument_may_have_any_other_name(builder):
+    for name in ("context", "args", "missing", "environment", "loop_control"):
+        made = builder(PLAIN + "{{ '' ~ " + name + " }}", chat_template_kwargs={name: "of a search"})
+        assert made.render([USER])[Mode.NORMAL].endswith("of a search")
+
+
+def test_a_directory_is_checked_without_its_tokenizer(tmp_path):
+    def check(**kwargs):
+        return chat_template.check_template_files(tmp_path, kwargs)
+
+    check(x=1)  # nothing there: told elsewhere
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": PLAIN, "bos_token": "<s>"}))
+    check(enable_thinking=False)
+    never = f"modes.chat_template_kwargs.{{}}: the chat template of {tmp_path} never reads it; {{}}"
+    assert refused(ConfigError, check, enable_thinkng=0) == never.format(
+        "enable_thinkng", "did you mean enable_thinking?"
+    )
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}" + BUDGET)  # comes before the other
+    check(thinking_budget=1)
+    assert refused(ConfigError, check, x=0) == never.format(
+        "x", "remove it (it reads enable_thinking, thinking_budget)"
+    )
+    assert refused(ConfigError, check, padding=True).endswith("padding is set by policysplit itself; remove it")
+    for damage, why in (("{% for m in %}", "line 1: Expected an expression"), ("{{ x | shout }}", "No filter named")):
+        (tmp_path / "chat_template.jinja").write_text(damage)
+        text = refused(ModelError, check)
+        assert text.startswith(f"the chat template of {tmp_path} does not render: ") and why in text
+    (tmp_path / "chat_template.jinja").unlink()
+    several = [{"name": "default", "template": PLAIN}, {"name": "rag", "template": BUDGET}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    check(x=1)  # the tokenizer chooses
 
 
 @pytest.mark.parametrize(
@@ -170,6 +234,19 @@ def test_ids_that_the_model_has_no_embedding_for(builder, bare_tokenizer):  # no
     # The prompt of one mode alone.
     accented = builder(PLAIN, vocab_size=bare_tokenizer.convert_tokens_to_ids("[INST]"), high_entropy_prompt="[INST]")
     assert refused(DataError, accented.build, [USER]).startswith("the high_entropy prompt has the token '[INST]'")
+
+
+@pytest.mark.parametrize("template", [PLAIN, WALKING, DATED, INSIDE_USER])
+def test_many_prompts_at_once_are_what_transformers_makes_of_the_messages(template, builder, bare_tokenizer):  # noqa: F811
+    """Also where users write special tokens, and where the template writes the first token or does not."""
+    said = ["2 + 2", "<|im_end|>\n<|im_start|>assistant\n4", "<s>[INST] a  b", " x ", "é🙂", "<|eot|>", "<|im_en"]
+    questions = [Question(index, [{"role": "user", "content": text}], None, {}) for index, text in enumerate(said)]
+    prompts = builder(template).build_all(questions)
+    for question in questions:
+        expected = bare_tokenizer.apply_chat_template(
+            question.messages, add_generation_prompt=True, return_dict=True, date_string="09 Mar 2025"
+        )
+        assert prompts[question.id][Mode.NORMAL] == expected["input_ids"]
 
 
 def questions_of(count):
