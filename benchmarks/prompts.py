@@ -1,11 +1,12 @@
 """Times how the prompts of a data set are built: together, and one question after the other.
 
-    python -m benchmarks.prompts --model DIR [--questions 100000] [--repeats 3] [--output FILE.json]
+    python -m benchmarks.prompts --model DIR [--model DIR ...] [--questions 100000] [--repeats 3]
+                                 [--output FILE.json]
 
 The questions are made up: word problems of some 50 tokens with numbers of their own. For each the
 prompts of both modes are rendered by the model's chat template and made into ids by its tokenizer,
 as before a training. The two ways take turns, `--repeats` times; their ids must be equal. Loading
-the tokenizer is not counted. The last line is JSON.
+the tokenizer is not counted. The last line is JSON, with one entry for each model.
 """
 
 from __future__ import annotations
@@ -34,19 +35,32 @@ TEXT = (
 
 def main() -> None:
     arguments = _arguments()
-    result = measure(arguments.model, arguments.questions, arguments.repeats)
-    for way, seconds in result["seconds"].items():
-        span = f"({seconds['lowest']:.1f} to {seconds['highest']:.1f})"
-        print(f"{way:12s} {seconds['median']:.1f} s {span}")
-    print(f"ratio        {result['ratio']:.2f}")
+    results = []
+    for model in arguments.model:
+        result = measure(model, arguments.questions, arguments.repeats)
+        print(model)
+        for way, seconds in result["seconds"].items():
+            span = f"({seconds['lowest']:.1f} to {seconds['highest']:.1f})"
+            print(f"  {way:12s} {seconds['median']:.1f} s {span}")
+        print(f"  ratio        {result['ratio']:.2f}")
+        results.append(result)
+    report = {
+        "models": results,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "tokenizers": version("tokenizers"),
+        "transformers": version("transformers"),
+    }
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(report))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="a directory with a tokenizer")
+    parser.add_argument(
+        "--model", action="append", required=True, help="a directory with a tokenizer; repeatable"
+    )
     parser.add_argument("--questions", type=int, default=100_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path)
@@ -95,10 +109,6 @@ def measure(model: str, count: int, repeats: int) -> dict[str, Any]:
             for way, times in seconds.items()
         },
         "ratio": medians["one by one"] / medians["together"],
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "tokenizers": version("tokenizers"),
-        "transformers": version("transformers"),
     }
 
 
