@@ -5,8 +5,9 @@
 
 The questions are made up: word problems of some 50 tokens with numbers of their own. For each the
 prompts of both modes are rendered by the model's chat template and made into ids by its tokenizer,
-as before a training. The two ways take turns, `--repeats` times; their ids must be equal, which says
-little for a tokenizer that does not know the words, as the quickstart's. Loading the tokenizer is not counted. The last line is JSON, with one entry for each model.
+as before a training. The two ways take turns, `--repeats` times; their ids must be equal, which
+says little for a tokenizer that does not know the words, as the quickstart's. Loading the tokenizer
+is not counted. The last line is JSON, with one entry for each model.
 """
 
 from __future__ import annotations
