@@ -14,6 +14,9 @@ ROLES = ("system", "user", "assistant", "tool")
 # What a message may have besides its role and content; a chat template reads it from there.
 TEMPLATE_KEYS = ("name", "reasoning_content", "tool_call_id", "tool_calls")
 _TEXTS = ("name", "reasoning_content")
+# Columns in which data sets keep what belongs to the prompt beside the messages.
+_MEDIA = ("images", "videos", "audios")
+_SYSTEM_COLUMNS = ("system", "system_prompt")
 
 
 def read_messages(where: str, source: str, value: Any, *, columnar: bool) -> list[dict[str, Any]]:
@@ -55,6 +58,26 @@ def read_tools(where: str, value: Any, *, columnar: bool) -> list[dict[str, Any]
     tools = _without_nulls(value) if columnar else value
     check_text(tools, f"{where}: `tools`")
     return tools
+
+
+def refuse_lost_columns(where: str, row: Mapping[str, Any], messages: list[dict[str, Any]]) -> None:
+    """Raise DataError for a row whose prompt would lack what other columns hold for it.
+
+    Those are lists of media, and a system prompt where the messages do not begin with one.
+    """
+    for name in _MEDIA:
+        if isinstance(row.get(name), list) and row[name]:
+            raise DataError(
+                f"{where}: `{name}` is not empty, and only text is supported; remove the row, or "
+                "rename the column if only the reward reads it"
+            )
+    for name in _SYSTEM_COLUMNS:
+        text = row.get(name)
+        if isinstance(text, str) and text.strip() and messages[0]["role"] != "system":
+            raise DataError(
+                f"{where}: `{name}` would not reach the model; put it first in `messages` with the "
+                "role system, or rename the column if only the reward reads it"
+            )
 
 
 def _message(where: str, source: str, entry: Any, columnar: bool) -> dict[str, Any]:

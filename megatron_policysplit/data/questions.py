@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_policysplit.data.answers import answer_text
-from megatron_policysplit.data.messages import read_messages, read_tools
+from megatron_policysplit.data.messages import read_messages, read_tools, refuse_lost_columns
 from megatron_policysplit.data.read_rows import read_rows
 from megatron_policysplit.errors import CheckpointError, DataError
 from megatron_policysplit.rows import Mode
@@ -197,9 +197,11 @@ def _question(index: int, where: str, row: dict, columnar: bool) -> Question:
         raise DataError(
             f"{where} has the columns {', '.join(sorted(row)) or '(none)'}; needed are {_NEEDED}"
         )
+    messages = read_messages(where, source, row[source], columnar=columnar)
+    refuse_lost_columns(where, row, messages)
     return Question(
         index,
-        read_messages(where, source, row[source], columnar=columnar),
+        messages,
         answer_text(where, row, _NEEDED),
         row,
         read_tools(where, row.get("tools"), columnar=columnar),

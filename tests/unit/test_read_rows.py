@@ -267,6 +267,10 @@ def test_a_resumed_run_knows_its_messages_and_tools_again(tmp_path):
         ({"prompt": str(CHAT)}, "`prompt` is a list of messages written as text; store the list itself"),
         ({"prompt": json.dumps(CHAT[0])}, "`prompt` is a list of messages written as text"),
         ({"prompt": "\ufeff" + json.dumps(CHAT)}, "`prompt` is a list of messages written as text"),
+        ({"prompt": "<image> what?", "images": ["a.png"]}, "`images` is not empty, and only text is supported"),
+        ({"prompt": "what?", "videos": [{"path": "a.mp4"}]}, "`videos` is not empty, and only text is supported"),
+        ({"question": "x", "system": "Be brief."}, "`system` would not reach the model; put it first in `messages`"),
+        ({"question": "x", "system_prompt": "Be brief."}, "`system_prompt` would not reach the model"),
         ({"question": ""}, "`question` is empty; write the question or remove the row"),
         ({"question": " \n\t"}, "`question` is empty; write the question or remove the row"),
         ({"prompt": json.dumps(CHAT)}, "`prompt` is a list of messages written as text; store the list itself"),
@@ -302,6 +306,19 @@ def test_a_row_that_would_train_something_else_is_refused(tmp_path, row, message
 def test_a_question_that_only_looks_like_json_is_a_question(tmp_path, text):
     (question,) = load_questions(jsonl(tmp_path, {"question": text, "answer": "2"}))
     assert question.messages == [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "x", "images": [], "system": None, "system_prompt": " "},
+        {"question": "x", "images": "ubuntu:24.04", "system": 3},
+        {"messages": [{"role": "system", "content": "Be brief."}, CHAT[0]], "system": "Be brief."},
+    ],
+)
+def test_columns_that_nothing_is_lost_with(tmp_path, row):
+    (question,) = load_questions(jsonl(tmp_path, {**row, "answer": "2"}))
+    assert question.record == {**row, "answer": "2"}
 
 
 def test_half_of_a_character_elsewhere_does_no_harm(tmp_path):
