@@ -24,6 +24,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -149,6 +151,24 @@ class DirectoryLock:
             os.close(descriptor)
         self.descriptor = descriptor
         threading.Thread(target=self._beat, name="directory-lock", daemon=True).start()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the lock for a block of code; its directory is made.
+
+        Raises ConfigError as `acquire` does, and where the directory cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.acquire()
+        except OSError as error:
+            raise ConfigError(
+                f"{self.name} cannot be written: {error.strerror}; {self.remedy}"
+            ) from error
+        try:
+            yield
+        finally:
+            self.release()
 
     def release(self) -> None:
         """Give the lock back and remove its file."""

@@ -28,9 +28,8 @@ from megatron_policysplit.errors import ConfigError, TrainingError
 
 T = TypeVar("T")
 POLL_SECONDS = 0.1
-LAST_WORD_SECONDS = (
-    0.5  # how long a rank tries to tell others of a stop signal, which end then, too
-)
+# How long a rank with a stop signal tries to tell the others, which then end, too.
+LAST_WORD_SECONDS = 0.5
 
 
 @dataclass(frozen=True)

@@ -115,17 +115,8 @@ def run_study(
     """
     directory = Path(study.dir)
     lock = DirectoryLock(directory / "study.lock", f"dir={directory}", "give another dir")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        raise ConfigError(
-            f"dir={directory} cannot be written ({error.strerror}); give another dir"
-        ) from error
-    try:
+    with lock.held():
         return _Runner(study, State(study), trainer, say).run()
-    finally:
-        lock.release()
 
 
 class _Runner:

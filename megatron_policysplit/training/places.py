@@ -74,6 +74,8 @@ def _inputs(config: Config) -> list[tuple[str, str]]:
         "data.path": config.data.path,
         "eval.path": config.eval.path,
         "rollout.replay_dir": config.rollout.replay_dir,
+        "modes.high_entropy_prompt_file": config.modes.high_entropy_prompt_file,
+        "eval.judge.prompt_file": config.eval.judge.prompt_file,
     }
     return [(name, path) for name, path in paths.items() if path is not None]
 

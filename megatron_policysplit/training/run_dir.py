@@ -72,20 +72,10 @@ def locked_run_dir(config: Config) -> Iterator[DirectoryLock]:
     Another run may have begun and ended there since `check_run_dir`. Raises ConfigError where that
     is so, where another training holds run.dir, or where it cannot be written.
     """
-    directory = Path(config.run.dir)
     lock = run_lock(config)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        raise ConfigError(
-            f"run.dir={directory} cannot be written: {error.strerror}; give another run.dir"
-        ) from error
-    try:
+    with lock.held():
         check_run_dir(config)
         yield lock
-    finally:
-        lock.release()
 
 
 def prepare_run_dir(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Commands as users run them, in processes that have imported torch before they start."""
+"""Commands as users run them: in this process, or in ones that have imported torch before they start."""
 
 import os
 import runpy
@@ -9,6 +9,17 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 from tests.support.dist import Surroundings, forking_context
+
+
+def invoke(*arguments: object) -> str:
+    """Standard output of a `policysplit` command that succeeds, in this process; its error is raised."""
+    from typer.testing import CliRunner
+
+    from megatron_policysplit.cli import main as cli
+
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 def run_module(

@@ -147,7 +147,12 @@ def test_a_run_does_not_write_where_its_input_stands(work):
     shutil.copytree(work / "m", work / "r" / "hf")
     end = " is what the run in run.dir=r writes itself; give another run.dir"
     assert refusal("model.path=r/hf") == "model.path=r/hf" + end
-    own = ["data.path=r/rollouts/a.jsonl", "eval.path=./r/metrics.jsonl", "model.megatron=r/checkpoints/step_1"]
+    own = [
+        "modes.high_entropy_prompt_file=r/hf/p.txt",
+        "data.path=r/rollouts/a.jsonl",
+        "eval.path=./r/metrics.jsonl",
+        "model.megatron=r/checkpoints/step_1",
+    ]
     for override in own:
         assert refusal(override) == override + end
     assert refusal("rollout.replay_dir=r/rollouts") == "rollout.replay_dir=r/rollouts" + end
