@@ -196,7 +196,7 @@ def test_a_damaged_state_and_a_directory_that_is_a_file(tmp_path):
     with pytest.raises(ConfigError, match="study_state.json is damaged; delete it"):
         run(study)
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"^dir=.*file cannot be written \(File exists\); give another dir$"):
+    with pytest.raises(ConfigError, match=r"^dir=.*file cannot be written: File exists; give another dir$"):
         run(make_study(tmp_path, dir=str(tmp_path / "file")))
 
 
