@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_policysplit.data.questions import Question
@@ -99,19 +99,80 @@ def check_questions(function: str, path: str, questions: Sequence[Question]) -> 
 
 
 def try_reward(
-    function: str, timeout_seconds: float, path: str, questions: Sequence[Question]
-) -> RewardTrial:
+    function: str, timeout_seconds: float, data: Mapping[str, Sequence[Question]]
+) -> list[RewardTrial]:
     """Have a reward grade the first questions' own answers, in a process and within its time limit.
 
     Each is graded as it stands, and but for `exact` and `reasoning_gym` in a box. Less than full
     marks are no error: a task may reward none of its own answers. For `math` every reference answer
     is read, too, and the first formulas among them by math-verify.
 
+    data: sets of questions by where they come from, as messages name it. Returns one trial a set.
     Raises ConfigError for a function that cannot work (`load_reward`, `check_questions`, or one
-    whose process ends before it grades), DataError if `math` can read no answer at all.
+    whose process ends before it grades), DataError if `math` can read no answer of a set at all.
     """
     load_reward(function)
-    check_questions(function, path, questions)
+    for path, questions in data.items():
+        check_questions(function, path, questions)
+    plans = [_plan(function, path, questions) for path, questions in data.items()]
+    try:
+        # One process for all sets: to start it takes longer than its gradings.
+        with RewardPool(function, 1, timeout_seconds) as pool:
+            graded = iter(pool.grade([item for plan in plans for item in plan.items()]))
+    except TrainingError as error:
+        raise ConfigError(str(error)) from error
+    return [plan.trial(function, [next(graded) for _ in plan.items()]) for plan in plans]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a trial has graded of one set of questions. Made by `_plan`."""
+
+    path: str
+    questions: int
+    answered: int  # questions with an answer
+    own: list[tuple[Question, str, bool]]  # question, response, whether it is in a box
+    words: list[tuple[int, str]]
+    unreadable: list[tuple[int, str]]  # by `read_reference`
+    formulas: list[Question]
+
+    def items(self) -> list[tuple[str, Question]]:
+        """(response, question) of the own answers, then of the formulas that are asked about."""
+        # A box's contents do not matter here: math reads the reference answer first.
+        asked = [(r"\boxed{0}", question) for question in self.formulas[:_FORMULAS]]
+        return [(response, question) for question, response, _ in self.own] + asked
+
+    def trial(self, function: str, graded: Sequence[Graded]) -> RewardTrial:
+        """The trial, from what `items` were graded. Raises DataError if no answer can be read."""
+        own, asked = graded[: len(self.own)], graded[len(self.own) :]
+        unreadable = self.unreadable + [
+            (question.id, question.answer)
+            for question, result in zip(self.formulas[:_FORMULAS], asked, strict=True)
+            if result.error is not None
+        ]
+        unreadable.sort()
+        if unreadable and len(unreadable) == self.answered:
+            raise DataError(
+                f"reward.function=math can read none of the {self.answered} answers of "
+                f"{self.path}: {_named(unreadable)}; give a number, a formula or words without "
+                r"digits, or mark it by \boxed{} or ####"
+            )
+        own_answers = [
+            OwnAnswer(question.id, response, in_box, result)
+            for (question, response, in_box), result in zip(self.own, own, strict=True)
+        ]
+        return RewardTrial(
+            function,
+            self.path,
+            self.questions,
+            own_answers,
+            self.words,
+            unreadable,
+            len(self.formulas),
+        )
+
+
+def _plan(function: str, path: str, questions: Sequence[Question]) -> _Plan:
     answered = [question for question in questions if question.answer is not None]
     forms = (False,) if function in ("exact", "reasoning_gym") else (False, True)
     own = [
@@ -120,31 +181,7 @@ def try_reward(
         for in_box in forms
     ]
     words, unreadable, formulas = _references(answered) if function == "math" else ([], [], [])
-    # A box's contents do not matter here: math reads the reference answer first.
-    asked = [(question, r"\boxed{0}") for question in formulas[:_FORMULAS]]
-    try:
-        with RewardPool(function, 1, timeout_seconds) as pool:
-            items = [(response, question) for question, response, _ in own]
-            graded = pool.grade([*items, *((response, question) for question, response in asked)])
-    except TrainingError as error:
-        raise ConfigError(str(error)) from error
-    for (question, _), result in zip(asked, graded[len(own) :], strict=True):
-        if result.error is not None:
-            unreadable.append((question.id, question.answer))
-    unreadable.sort()
-    if unreadable and len(unreadable) == len(answered):
-        raise DataError(
-            f"reward.function=math can read none of the {len(answered)} answers of {path}: "
-            f"{_named(unreadable)}; give a number, a formula or words without digits, or mark it "
-            r"by \boxed{} or ####"
-        )
-    own_answers = [
-        OwnAnswer(question.id, response, in_box, result)
-        for (question, response, in_box), result in zip(own, graded, strict=False)
-    ]
-    return RewardTrial(
-        function, path, len(questions), own_answers, words, unreadable, len(formulas)
-    )
+    return _Plan(path, len(questions), len(answered), own, words, unreadable, formulas)
 
 
 def _response(function: str, answer: str, in_box: bool) -> str:

@@ -242,14 +242,12 @@ def _try_reward(
     """What the reward gives the questions' own answers, and warnings. Raises a UserError."""
     from megatron_policysplit.rewards.trial import try_reward
 
-    reward = config.reward
-    seconds = reward.timeout_seconds
-    trial = try_reward(reward.function, seconds, f"data.path={config.data.path}", questions)
-    warnings = trial.warnings()
+    data = {f"data.path={config.data.path}": questions}
     if evaluation and config.eval.path != config.data.path:
-        other = try_reward(reward.function, seconds, f"eval.path={config.eval.path}", evaluation)
-        warnings += other.warnings()
-    return trial.line(), warnings
+        data[f"eval.path={config.eval.path}"] = evaluation
+    reward = config.reward
+    trials = try_reward(reward.function, reward.timeout_seconds, data)
+    return trials[0].line(), [warning for trial in trials for warning in trial.warnings()]
 
 
 def _check_servers(config: Config) -> None:

@@ -225,8 +225,8 @@ def train_by_command(config: Path, directory: Path, *overrides: str, code: int =
 def train(config: Path, directory: Path, *overrides: str, code: int = 0) -> Run:
     """Run to the end and assert every rank's exit code.
 
-    What the command does, without a process of its own and without the launcher: `run_distributed`
-    starts the ranks, in a fraction of a second.
+    What the command does, without a process of its own, without the launcher and without a trial of
+    the reward: `run_distributed` starts the ranks, in a fraction of a second.
     """
     from megatron_policysplit.config.load import load_config, world_size
     from megatron_policysplit.training.preflight import preflight
@@ -235,7 +235,7 @@ def train(config: Path, directory: Path, *overrides: str, code: int = 0) -> Run:
 
     run, argv = _new(directory), [str(config), f"run.dir={directory}", *overrides]
     loaded = load_config(argv[0], argv[1:])
-    preflight(loaded)
+    preflight(loaded, tries_reward=False)
     prepare_run_dir(loaded)
     ranks = world_size(loaded)
     with run.output.open("wb") as file:

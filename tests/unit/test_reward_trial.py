@@ -14,6 +14,13 @@ from megatron_policysplit.rows import Mode, Rollout
 from megatron_policysplit.training.grading_check import GradingCheck
 from tests.support.toy_chat import make_chat_model
 
+
+def tried(function, seconds, path, data) -> RewardTrial:
+    """The trial of one set of questions."""
+    (trial,) = try_reward(function, seconds, {path: data})
+    return trial
+
+
 MINE = """
 import time
 
@@ -58,27 +65,27 @@ def questions(*answers):
 
 
 def test_own_answers_are_graded(mine):
-    trial = try_reward("exact", 5.0, "data.path=q.jsonl", questions(None, "a", "b b", "c", "d"))
+    trial = tried("exact", 5.0, "data.path=q.jsonl", questions(None, "a", "b b", "c", "d"))
     assert trial.line() == "exact gives the first questions' own answers 1, 1, 1 as text"
     assert [own.question for own in trial.own_answers] == [1, 2, 3] and trial.warnings() == []
-    trial = try_reward("trial_rewards:scorer", 5.0, "data.path=q.jsonl", questions("a", "bb"))
+    trial = tried("trial_rewards:scorer", 5.0, "data.path=q.jsonl", questions("a", "bb"))
     assert trial.line() == (
         r"trial_rewards:scorer gives the first questions' own answers 1, 2 as text and 9, 10 in \boxed{}"
     )
-    assert try_reward("trial_rewards:scorer", 5.0, "p", questions(None)).line() == (
+    assert tried("trial_rewards:scorer", 5.0, "p", questions(None)).line() == (
         "trial_rewards:scorer (no question has an answer to try it on)"
     )
 
 
 def test_gsm8k_answers_are_right():
-    trial = try_reward("math", 5.0, "p", questions("1+2 is <<1+2=3>>3.\n#### 3", "2+2 is 4.\n#### 4"))
+    trial = tried("math", 5.0, "p", questions("1+2 is <<1+2=3>>3.\n#### 3", "2+2 is 4.\n#### 4"))
     assert trial.line() == r"math gives the first questions' own answers 1, 1 as text and 1, 1 in \boxed{}"
     assert trial.warnings() == []
 
 
 def test_answers_that_math_reads_as_text_are_counted_and_named():
     data = questions("18 eggs", "Paris", r"\sqrt{2}", "18个", "3", "Yes", "A", "No")
-    trial = try_reward("math", 5.0, "data.path=q.jsonl", data)
+    trial = tried("math", 5.0, "data.path=q.jsonl", data)
     assert trial.unreadable == [(0, "18 eggs"), (3, "18个")]
     unreadable, text = trial.warnings()
     assert unreadable == (
@@ -94,7 +101,7 @@ def test_answers_that_math_reads_as_text_are_counted_and_named():
 
 def test_answers_of_which_math_reads_none_are_refused():
     with pytest.raises(DataError) as error:
-        try_reward("math", 5.0, "data.path=q.jsonl", questions("18 eggs", None, "about 18"))
+        tried("math", 5.0, "data.path=q.jsonl", questions("18 eggs", None, "about 18"))
     assert str(error.value) == (
         "reward.function=math can read none of the 2 answers of data.path=q.jsonl: question 0: '18 eggs', question 2: "
         r"'about 18'; give a number, a formula or words without digits, or mark it by \boxed{} or ####"
@@ -104,7 +111,7 @@ def test_answers_of_which_math_reads_none_are_refused():
 def test_what_a_failing_reward_says(mine):
     failing = {"needs_a_level": "KeyError: 'level'", "hangs": "no result within the time limit of 0.5 s"}
     for name, error in failing.items():
-        trial = try_reward(f"trial_rewards:{name}", 0.5, "data.path=q.jsonl", questions("a"))
+        trial = tried(f"trial_rewards:{name}", 0.5, "data.path=q.jsonl", questions("a"))
         assert trial.line().endswith(r"own answers error as text and error in \boxed{}")
         assert trial.warnings() == [
             f"reward.function=trial_rewards:{name} fails on 2 of 2 own answers of data.path=q.jsonl, first on question "
@@ -132,16 +139,16 @@ def test_functions_that_can_never_work(mine, function, message):
 
 def test_built_in_rewards_on_the_wrong_data():
     with pytest.raises(ConfigError) as error:
-        try_reward("reasoning_gym", 5.0, "data.path=q.jsonl", questions("3"))
+        tried("reasoning_gym", 5.0, "data.path=q.jsonl", questions("3"))
     assert str(error.value) == (
         "reward.function=reasoning_gym scores questions of reasoning_gym:NAME only, not those of data.path=q.jsonl; "
         "use math, exact or a function of your own"
     )
     for function in ("math", "exact"):
         with pytest.raises(ConfigError, match=f"reward.function={function} needs answers, and no question of p has"):
-            try_reward(function, 5.0, "p", questions(None, None))
+            tried(function, 5.0, "p", questions(None, None))
     sums = load_questions("reasoning_gym:chain_sum", {"size": 3})
-    assert try_reward("reasoning_gym", 5.0, "p", sums).line().endswith("own answers 1, 1, 1 as text")
+    assert tried("reasoning_gym", 5.0, "p", sums).line().endswith("own answers 1, 1, 1 as text")
 
 
 class Alone:
@@ -211,3 +218,23 @@ def test_sums_pass_over_control_tokens():
     nine = Question(0, [], "9", json.loads("{}"))
     assert reward("4+5", nine) == reward("4<|user|>+5", nine) == 1.0
     assert reward("4+5<", nine) == reward("4 +5", nine) == reward("4+6", nine) == 0.0
+
+
+def test_sets_of_questions_are_tried_by_one_process(monkeypatch):
+    from megatron_policysplit.rewards import trial
+
+    started = []
+
+    class Counted(trial.RewardPool):
+        def __init__(self, *arguments):
+            started.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(trial, "RewardPool", Counted)
+    first, second = try_reward(
+        "math", 5.0, {"a": questions("1", "x^2", "Rome"), "b": questions(r"\frac{1}{2}", "no 5")}
+    )
+    assert len(started) == 1
+    assert [own.graded.reward for own in first.own_answers] == [1.0, 1.0, 1.0, 1.0, 0.0, 1.0]
+    assert first.words == [(2, "Rome")] and first.unreadable == [] and first.path == "a"
+    assert second.unreadable == [(1, "no 5")] and second.questions == 2 and second.path == "b"
