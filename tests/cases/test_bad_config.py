@@ -56,7 +56,7 @@ def test_a_secret_of_the_environment_is_not_written(work):
         ("algorithm.options={policy_spilt: {alpha: 1}}", "unknown key algorithm.options.policy_spilt; it holds option"),
         ("algorithm.options.policy_split.alpha=abc", "algorithm.options.policy_split.alpha=abc is not a number"),
         ("eval.prompts={normal: x}", "eval.prompts.normal cannot be a name in the logs; use letters"),
-        ("data.path=reasoning_gym:", "reasoning_gym: is not a task of reasoning_gym; "),
+        ("data.path=reasoning_gym:", "reasoning_gym: names no task; "),
         ("log.console=2", "log.console=2 is not true or false"),
     ],
 )

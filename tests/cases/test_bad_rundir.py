@@ -260,17 +260,24 @@ def test_a_report_on_an_odd_run(work):
 
 
 def with_lost_output(work, *arguments: str, output: str = "pipe") -> tuple[int, str]:
-    """Exit code and stderr of a command whose reader ends after a line, or that writes to a full disk."""
-    shell = {"pipe": "| head -1 > /dev/null; exit ${PIPESTATUS[0]}", "full": "> /dev/full"}[output]
-    command = " ".join(["python", "-m", "megatron_policysplit.cli", *arguments, shell])
-    done = subprocess.run(
-        ["bash", "-c", command.replace("python", sys.executable, 1)],
-        cwd=work.path,
-        env=work.environ({}),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    """Exit code and stderr of a command whose output's reader has ended, or that writes to a full disk."""
+    if output == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open("/dev/full", os.O_WRONLY)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_policysplit.cli", *arguments],
+            cwd=work.path,
+            env=work.environ({}),
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    finally:
+        os.close(writer)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stderr
 
