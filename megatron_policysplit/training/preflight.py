@@ -26,6 +26,7 @@ from megatron_policysplit.config.load import world_size
 from megatron_policysplit.config.secrets import api_key
 from megatron_policysplit.errors import ConfigError, ModelError, UserError
 from megatron_policysplit.evaluation.judge_prompt import judge_api_key, read_judge_prompt
+from megatron_policysplit.serving.interpreter import check_interpreter
 from megatron_policysplit.training.places import check_places
 from megatron_policysplit.training.run_dir import check_run_dir
 
@@ -75,7 +76,7 @@ def _engines(config: Config) -> str:
     if rollout.addresses:
         servers = ", ".join(rollout.addresses)
     else:
-        count = world_size(config) // server.tensor if rollout.colocated else server.count or 1
+        count = _server_count(config)
         place = " on the actor's GPUs" * rollout.colocated
         servers = f"{count} of tensor parallelism {server.tensor}{place}"
     return f"sglang ({servers}), weights by {config.weight_sync.transport}"
@@ -251,17 +252,27 @@ def _try_reward(
 
 
 def _check_servers(config: Config) -> None:
-    rollout = config.rollout
+    """Raise ConfigError if the run's own servers could not be started here."""
+    rollout, server = config.rollout, config.rollout.server
     if rollout.engine != "sglang":
         return
     api_key(rollout)
-    python = rollout.server.python
-    if python is not None and not rollout.addresses and shutil.which(python) is None:
+    if rollout.addresses:
+        return
+    if server.python is not None and shutil.which(server.python) is None:
         raise ConfigError(
-            f"rollout.server.python={python} is not an executable; give the interpreter of an "
-            "environment with SGLang (on a machine without a GPU `make sglang-cpu` makes one: "
+            f"rollout.server.python={server.python} is not an executable; give the interpreter of "
+            "an environment with SGLang (on a machine without a GPU `make sglang-cpu` makes one: "
             ".venv-sglang/bin/python)"
         )
+    modules = ["sglang", "sglang_router"][: 1 + (_server_count(config) > 1)]
+    check_interpreter(server.python, modules, server.environment)
+
+
+def _server_count(config: Config) -> int:
+    """Servers that the run starts itself."""
+    server = config.rollout.server
+    return world_size(config) // server.tensor if config.rollout.colocated else server.count or 1
 
 
 def _check_checkpoint(config: Config) -> None:

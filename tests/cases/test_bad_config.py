@@ -56,6 +56,7 @@ def test_a_secret_of_the_environment_is_not_written(work):
         ("algorithm.options={policy_spilt: {alpha: 1}}", "unknown key algorithm.options.policy_spilt; it holds option"),
         ("algorithm.options.policy_split.alpha=abc", "algorithm.options.policy_split.alpha=abc is not a number"),
         ("eval.prompts={normal: x}", "eval.prompts.normal cannot be a name in the logs; use letters"),
+        ("rollout.engine=sglang", "rollout.server.python=null, which is the trainer's interpreter, has no sglang; "),
         ("data.path=reasoning_gym:", "reasoning_gym: names no task; "),
         ("log.console=2", "log.console=2 is not true or false"),
     ],
