@@ -8,9 +8,11 @@ import numbers
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
 from dataclasses import dataclass
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
 from megatron_policysplit.data.questions import Question
@@ -39,6 +41,25 @@ def all_failed(errors: Sequence[str | None]) -> str | None:
     return f"all {len(errors)} gradings (the first with {errors[0]})"
 
 
+class _WorkerContext(SpawnContext):
+    """Spawns processes, and knows those that are in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._processes: weakref.WeakSet[SpawnProcess] = weakref.WeakSet()
+
+    def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # noqa: N802, SpawnContext's name
+        process = SpawnProcess(*args, **kwargs)
+        self._processes.add(process)
+        return process
+
+    def terminate(self) -> None:
+        """Send SIGTERM to all processes."""
+        for process in list(self._processes):
+            if process.ident is not None:  # it may be about to start
+                process.terminate()
+
+
 class RewardPool:
     """Grades responses in worker processes, whatever a reward function does to its process.
 
@@ -59,6 +80,7 @@ class RewardPool:
         self._timeout = timeout_seconds
         self._lock = threading.Lock()  # held while grading
         self._interrupted: Future = Future()  # done as soon as `close` is called
+        self._context = _WorkerContext()
         self._pool = None
 
     def __enter__(self) -> RewardPool:
@@ -158,13 +180,16 @@ class RewardPool:
                 max_workers=self._workers,
                 initializer=_start_worker,
                 initargs=(self._function, self._timeout),
-                context=multiprocessing.get_context("spawn"),
+                context=self._context,
             )
         return self._pool.schedule(_grade, args=(response, question), timeout=self._timeout)
 
     def _stop(self) -> None:
         if self._pool is not None:
             self._pool.stop()
+            # All at once: `join` removes the pool's locks and then ends one worker after the other.
+            # A worker that is still starting would not find the locks and print a traceback.
+            self._context.terminate()
             self._pool.join()
             self._pool = None
 

@@ -5,6 +5,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -345,3 +346,37 @@ def test_many_responses_at_once():
         pool.grade([("1", question("1"))] * 4)
         graded = pool.grade([("1", question("1"))] * 500)
     assert [result.reward for result in graded] == [1.0] * 500
+
+
+def test_a_worker_that_is_still_starting_ends_without_a_word(tmp_path):
+    """The first process to import the script grades; the second is still importing it when the pool closes."""
+    (tmp_path / "slow_start.py").write_text(
+        textwrap.dedent("""
+            import os, signal, time
+            from pathlib import Path
+            from megatron_policysplit.data import Question
+            from megatron_policysplit.rewards import RewardPool
+
+            def reward(response, question):
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the pool waits 3 s for this worker to end
+                return 1.0
+
+            if __name__ == "__mp_main__":
+                try:
+                    Path("first").touch(exist_ok=False)
+                except FileExistsError:
+                    Path("second").touch()
+                    time.sleep(1)
+            if __name__ == "__main__":
+                question = Question(0, [], None, {})
+                with RewardPool("slow_start:reward", 2, 30) as pool:
+                    print(pool.grade([("a", question)])[0].reward)
+                    while not Path("second").exists():
+                        time.sleep(0.05)
+            """)
+    )
+    environ = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"}
+    done = subprocess.run(
+        [sys.executable, "slow_start.py"], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("1.0\n", "")
