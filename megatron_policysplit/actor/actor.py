@@ -16,6 +16,7 @@ from megatron_policysplit.actor.microbatch import MicroBatch
 from megatron_policysplit.actor.model import build_model
 from megatron_policysplit.actor.optimizer import PolicyOptimizer, StepResult
 from megatron_policysplit.actor.placed_batch import PlacedBatch, place_batch
+from megatron_policysplit.actor.reference import ReferenceWeights
 from megatron_policysplit.actor.scoring import Scorer
 from megatron_policysplit.actor.weights import load_weights
 from megatron_policysplit.algorithms.advantages import TokenStatistics
@@ -115,9 +116,8 @@ class Actor:
         triton = use_triton() and self.nucleus_mass is None
         self.head = self.model.head(chunk, triton) if layout.is_last_stage else None
         self.scorer = Scorer(self.ddp, self.model, self.head, layout)
-        self.reference = None
-        if config.algorithm.kl_coef > 0:
-            self.reference = [parameter.detach().clone() for parameter in self.model.parameters()]
+        # Before a checkpoint is loaded: a resumed run has the same reference as it had at first.
+        self.reference = ReferenceWeights(self.model) if config.algorithm.kl_coef > 0 else None
 
     def place(
         self,
@@ -186,18 +186,15 @@ class Actor:
     def reference_log_probs(self, placed: PlacedBatch) -> list[Tensor]:
         """Log-probs [T] of every row under the initial policy, on leaders.
 
-        Needs algorithm.kl_coef > 0. Those of rows that are neither trained nor scored are 0.
+        Needs algorithm.kl_coef > 0. Those of rows that are neither trained nor scored are 0. The
+        initial weights come from host memory and the current ones wait there meanwhile.
         """
         batches = [
             batch for step in range(placed.optimizer_steps) for batch in placed.trained(step)
         ]
         batches += [batch for step in placed.score_only for batch in step]
-        current = [parameter.detach().clone() for parameter in self.model.parameters()]
-        self._set_weights(self.reference)
-        try:
+        with self.reference.in_place():
             scored = self._gather(self.scorer.log_probs(batches))
-        finally:
-            self._set_weights(current)
         rows = {index: torch.zeros(length) for index, length in placed.unscored.items()}
         rows |= {index: row.logprobs for index, row in scored.items()}
         return [rows[index] for index in sorted(rows)]
