@@ -46,6 +46,15 @@ def head_chunk_tokens() -> int:
     return 256 if on_cpu() else 1024
 
 
+def width_multiple() -> int:
+    """What the width of a micro-batch is a multiple of, beside what its layout asks for.
+
+    On a GPU every new width costs a table of rotary positions and kernels of its own: compiled ones
+    for the fused functions, chosen ones for the products. On the CPU it costs nothing.
+    """
+    return 1 if on_cpu() else 64
+
+
 def use_triton() -> bool:
     """Whether the LM head is computed by Triton kernels: on a GPU where nothing is missing."""
     return not on_cpu() and missing_triton() is None
