@@ -25,6 +25,7 @@ from torch import Tensor
 
 from checkpoints_conv import find_architecture
 from checkpoints_conv.rope import Llama3Rope
+from megatron_policysplit.actor.gradient_fusion import idle_output_layer
 from megatron_policysplit.actor.megatron_on_cpu import model_options
 from megatron_policysplit.config.model_layout import check_layout
 from megatron_policysplit.distributed.device import use_transformer_engine
@@ -151,7 +152,7 @@ def _transformer_config(
     """
     return TransformerConfig(
         **architecture,
-        **model_options(),
+        **model_options(transformer_engine),
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
@@ -219,13 +220,14 @@ def build_model(
         sequence=sequence,
     )
     gpt = dict(arguments.gpt)
-    return PolicyModel(
-        config=config,
-        transformer_layer_spec=_layer_spec(config, transformer_engine),
-        vocab_size=gpt.pop("vocab_size"),
-        tensor=tensor,
-        llama3_rope=arguments.llama3_rope,
-        pre_process=pre_process,
-        post_process=post_process,
-        **gpt,
-    )
+    with idle_output_layer():
+        return PolicyModel(
+            config=config,
+            transformer_layer_spec=_layer_spec(config, transformer_engine),
+            vocab_size=gpt.pop("vocab_size"),
+            tensor=tensor,
+            llama3_rope=arguments.llama3_rope,
+            pre_process=pre_process,
+            post_process=post_process,
+            **gpt,
+        )

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, UntypedStorage
 
+from megatron_policysplit.actor.gradient_fusion import drop_placeholders
 from megatron_policysplit.actor.host_memory import CHUNK_BYTES, HostMemory
 from megatron_policysplit.actor.optimizer import PolicyOptimizer
 from megatron_policysplit.distributed.device import free_memory_bytes, return_freed_memory
@@ -94,6 +95,7 @@ class Offload:
         """
         self._check("offload", "parameters")
         _drop_rotary_tables()
+        drop_placeholders()
         self._empty("parameters", self._parameters())
 
     def restore_parameters(self) -> None:

@@ -138,6 +138,9 @@ def go_away(offload, actor, before):
     """Offload part by part: each is freed then, and only it."""
     import torch
 
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    assert RotaryEmbedding.forward.cache_info().currsize > 0
     parameters = {storage_of(p) for p in (*actor.model.parameters(), *actor.model.buffers())}
     grads = {storage_of(gradient) for gradient in gradients(actor).values()}
     states = {storage_of(tensor) for tensor in live_tensors(actor).values()} - parameters - grads
@@ -157,6 +160,7 @@ def go_away(offload, actor, before):
             gone = {"optimizer": states, "gradients": states | grads}.get(part, states | grads | parameters)
             assert here
             assert (tensor.untyped_storage().nbytes() == 0) == (storage_of(tensor) in gone), (part, name)
+    assert RotaryEmbedding.forward.cache_info().currsize == 0, "tables of rotary positions are no parameters"
     refused(offload, ["offload_optimizer", "offload_gradients", "offload_parameters"])
     refused(offload, ["restore_gradients", "restore_optimizer"])
     for name, parameter in itertools.chain(actor.model.named_parameters(), actor.model.named_buffers()):
