@@ -1,4 +1,4 @@
-"""What it takes to have Transformer Engine's layers add weight gradients to the fp32 sum themselves.
+"""What it takes to have Transformer Engine's layers add weight gradients to the fp32 sum.
 
 `TransformerConfig.gradient_accumulation_fusion` is one switch for all layers. Transformer Engine's
 then write each product into the parameter's `main_grad`, which Megatron's DDP makes when it wraps
