@@ -26,6 +26,7 @@ from megatron_policysplit.algorithms.token_signals import TokenSignals
 from megatron_policysplit.config import Config
 from megatron_policysplit.config.modes import temperatures_by_mode
 from megatron_policysplit.distributed.device import (
+    deterministic_only,
     head_chunk_tokens,
     training_device,
     use_transformer_engine,
@@ -99,6 +100,7 @@ class Actor:
             post_process=layout.is_last_stage,
             transformer_engine=use_transformer_engine(),
             sequence=layout.sequence,
+            deterministic=config.train.deterministic,
         ).to(training_device(), DTYPES[config.model.dtype])
         if config.model.megatron is None:
             load_weights(self.model, config.model.path)
@@ -236,15 +238,16 @@ class Actor:
         if not batches:
             _sum_gradients([self.ddp])
             return LossMetrics.of_vectors([])
-        outputs = get_forward_backward_func()(
-            forward_step_func=self._forward_step,
-            data_iterator=iter(zip(batches, by_batch, strict=True)),
-            model=[self.ddp],
-            num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1],
-            micro_batch_size=1,
-            forward_only=False,
-        )
+        with deterministic_only(self.config.train.deterministic):
+            outputs = get_forward_backward_func()(
+                forward_step_func=self._forward_step,
+                data_iterator=iter(zip(batches, by_batch, strict=True)),
+                model=[self.ddp],
+                num_microbatches=len(batches),
+                seq_length=batches[0].tokens.shape[1],
+                micro_batch_size=1,
+                forward_only=False,
+            )
         return LossMetrics.of_vectors(outputs if self.layout.is_last_stage else [])
 
     def _forward_step(self, iterator, model):

@@ -145,6 +145,7 @@ def _transformer_config(
     dtype: torch.dtype,
     transformer_engine: bool,
     sequence: bool,
+    deterministic: bool,
 ) -> TransformerConfig:
     """Megatron's configuration of the layers at this rank's layout.
 
@@ -152,7 +153,7 @@ def _transformer_config(
     """
     return TransformerConfig(
         **architecture,
-        **model_options(transformer_engine),
+        **model_options(transformer_engine, deterministic),
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
@@ -186,6 +187,7 @@ def build_model(
     post_process: bool | None = None,
     transformer_engine: bool | None = None,
     sequence: bool = False,
+    deterministic: bool = False,
 ) -> PolicyModel:
     """Build this rank's stage of the model with zero weights; `weights.load_weights` fills them.
 
@@ -196,6 +198,7 @@ def build_model(
         head; None: as the pipeline rank says.
     transformer_engine: whether layers are Transformer Engine's; None: as the device says.
     sequence: sequence parallelism.
+    deterministic: train.deterministic.
     """
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
@@ -218,6 +221,7 @@ def build_model(
         dtype=dtype,
         transformer_engine=transformer_engine,
         sequence=sequence,
+        deterministic=deterministic,
     )
     gpt = dict(arguments.gpt)
     with idle_output_layer():

@@ -22,7 +22,7 @@ def test_only_transformer_engine_on_a_gpu_fuses(monkeypatch, gpu, transformer_en
     from megatron_policysplit.actor import megatron_on_cpu
 
     monkeypatch.setattr(megatron_on_cpu, "on_cpu", lambda: not gpu)
-    fused = megatron_on_cpu.model_options(transformer_engine)["gradient_accumulation_fusion"]
+    fused = megatron_on_cpu.model_options(transformer_engine, False)["gradient_accumulation_fusion"]
     assert fused == (gpu and transformer_engine)
 
 
