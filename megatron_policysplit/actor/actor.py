@@ -16,6 +16,7 @@ from megatron_policysplit.actor.microbatch import MicroBatch
 from megatron_policysplit.actor.model import build_model
 from megatron_policysplit.actor.optimizer import PolicyOptimizer, StepResult
 from megatron_policysplit.actor.placed_batch import PlacedBatch, place_batch
+from megatron_policysplit.actor.reference import ReferenceWeights
 from megatron_policysplit.actor.scoring import Scorer
 from megatron_policysplit.actor.weights import load_weights
 from megatron_policysplit.algorithms.advantages import TokenStatistics
@@ -25,6 +26,7 @@ from megatron_policysplit.algorithms.token_signals import TokenSignals
 from megatron_policysplit.config import Config
 from megatron_policysplit.config.modes import temperatures_by_mode
 from megatron_policysplit.distributed.device import (
+    deterministic_only,
     head_chunk_tokens,
     training_device,
     use_transformer_engine,
@@ -98,6 +100,7 @@ class Actor:
             post_process=layout.is_last_stage,
             transformer_engine=use_transformer_engine(),
             sequence=layout.sequence,
+            deterministic=config.train.deterministic,
         ).to(training_device(), DTYPES[config.model.dtype])
         if config.model.megatron is None:
             load_weights(self.model, config.model.path)
@@ -115,9 +118,8 @@ class Actor:
         triton = use_triton() and self.nucleus_mass is None
         self.head = self.model.head(chunk, triton) if layout.is_last_stage else None
         self.scorer = Scorer(self.ddp, self.model, self.head, layout)
-        self.reference = None
-        if config.algorithm.kl_coef > 0:
-            self.reference = [parameter.detach().clone() for parameter in self.model.parameters()]
+        # Before a checkpoint is loaded: a resumed run has the same reference as it had at first.
+        self.reference = ReferenceWeights(self.model) if config.algorithm.kl_coef > 0 else None
 
     def place(
         self,
@@ -186,18 +188,15 @@ class Actor:
     def reference_log_probs(self, placed: PlacedBatch) -> list[Tensor]:
         """Log-probs [T] of every row under the initial policy, on leaders.
 
-        Needs algorithm.kl_coef > 0. Those of rows that are neither trained nor scored are 0.
+        Needs algorithm.kl_coef > 0. Those of rows that are neither trained nor scored are 0. The
+        initial weights come from host memory and the current ones wait there meanwhile.
         """
         batches = [
             batch for step in range(placed.optimizer_steps) for batch in placed.trained(step)
         ]
         batches += [batch for step in placed.score_only for batch in step]
-        current = [parameter.detach().clone() for parameter in self.model.parameters()]
-        self._set_weights(self.reference)
-        try:
+        with self.reference.in_place():
             scored = self._gather(self.scorer.log_probs(batches))
-        finally:
-            self._set_weights(current)
         rows = {index: torch.zeros(length) for index, length in placed.unscored.items()}
         rows |= {index: row.logprobs for index, row in scored.items()}
         return [rows[index] for index in sorted(rows)]
@@ -239,15 +238,16 @@ class Actor:
         if not batches:
             _sum_gradients([self.ddp])
             return LossMetrics.of_vectors([])
-        outputs = get_forward_backward_func()(
-            forward_step_func=self._forward_step,
-            data_iterator=iter(zip(batches, by_batch, strict=True)),
-            model=[self.ddp],
-            num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1],
-            micro_batch_size=1,
-            forward_only=False,
-        )
+        with deterministic_only(self.config.train.deterministic):
+            outputs = get_forward_backward_func()(
+                forward_step_func=self._forward_step,
+                data_iterator=iter(zip(batches, by_batch, strict=True)),
+                model=[self.ddp],
+                num_microbatches=len(batches),
+                seq_length=batches[0].tokens.shape[1],
+                micro_batch_size=1,
+                forward_only=False,
+            )
         return LossMetrics.of_vectors(outputs if self.layout.is_last_stage else [])
 
     def _forward_step(self, iterator, model):

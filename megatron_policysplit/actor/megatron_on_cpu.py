@@ -21,8 +21,12 @@ from megatron_policysplit.distributed.device import hide_gpu_packages, on_cpu
 _redirect: _Redirect | None = None
 
 
-def model_options() -> dict[str, Any]:
-    """TransformerConfig fields that differ between devices: fused kernels exist on a GPU only."""
+def model_options(transformer_engine: bool, deterministic: bool) -> dict[str, Any]:
+    """TransformerConfig fields that differ between devices: fused kernels exist on a GPU only.
+
+    transformer_engine: whether the layers are Transformer Engine's.
+    deterministic: train.deterministic.
+    """
     fused = not on_cpu()
     return {
         "use_cpu_initialization": not fused,
@@ -30,7 +34,12 @@ def model_options() -> dict[str, Any]:
         "bias_dropout_fusion": fused,
         "masked_softmax_fusion": False,
         "apply_rope_fusion": fused,
-        "gradient_accumulation_fusion": False,
+        # Each product that gives a weight's gradient adds it to the fp32 sum at once, where bf16
+        # would round it first. Megatron's own layers need a kernel of Apex for it.
+        "gradient_accumulation_fusion": fused and transformer_engine,
+        # The embedding's gradient is then summed by another operation. On the CPU the usual one
+        # gives the same bits every time already, and the other one sums in another order.
+        "deterministic_mode": deterministic and not on_cpu(),
     }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_policysplit.rows import Mode, Row
 from megatron_policysplit.rows.kl_pairs import Pairing
+from megatron_policysplit.rows.plan import padded_width
 
 
 @dataclass
@@ -73,10 +74,10 @@ def make_microbatch(
 
     temperatures: by the row's mode.
     pairings: by row index, of the rows whose exact KL is computed.
-    multiple: S is a multiple of this, which sequence parallelism needs to split the tokens evenly.
+    multiple: S is a multiple of this.
     """
     # An empty micro-batch still has one token, for the model to run on.
-    width = -(-max((rows[i].length for i in indices), default=1) // multiple) * multiple
+    width = padded_width(max((rows[i].length for i in indices), default=1), multiple)
     tokens = torch.zeros(max(len(indices), 1), width, dtype=torch.int64)
     # Something to concatenate where there are no rows.
     empty = torch.empty(0, dtype=torch.int64)

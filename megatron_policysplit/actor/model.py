@@ -25,6 +25,7 @@ from torch import Tensor
 
 from checkpoints_conv import find_architecture
 from checkpoints_conv.rope import Llama3Rope
+from megatron_policysplit.actor.gradient_fusion import idle_output_layer
 from megatron_policysplit.actor.megatron_on_cpu import model_options
 from megatron_policysplit.config.model_layout import check_layout
 from megatron_policysplit.distributed.device import use_transformer_engine
@@ -144,6 +145,7 @@ def _transformer_config(
     dtype: torch.dtype,
     transformer_engine: bool,
     sequence: bool,
+    deterministic: bool,
 ) -> TransformerConfig:
     """Megatron's configuration of the layers at this rank's layout.
 
@@ -151,7 +153,7 @@ def _transformer_config(
     """
     return TransformerConfig(
         **architecture,
-        **model_options(),
+        **model_options(transformer_engine, deterministic),
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
@@ -185,6 +187,7 @@ def build_model(
     post_process: bool | None = None,
     transformer_engine: bool | None = None,
     sequence: bool = False,
+    deterministic: bool = False,
 ) -> PolicyModel:
     """Build this rank's stage of the model with zero weights; `weights.load_weights` fills them.
 
@@ -195,6 +198,7 @@ def build_model(
         head; None: as the pipeline rank says.
     transformer_engine: whether layers are Transformer Engine's; None: as the device says.
     sequence: sequence parallelism.
+    deterministic: train.deterministic.
     """
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
@@ -217,15 +221,17 @@ def build_model(
         dtype=dtype,
         transformer_engine=transformer_engine,
         sequence=sequence,
+        deterministic=deterministic,
     )
     gpt = dict(arguments.gpt)
-    return PolicyModel(
-        config=config,
-        transformer_layer_spec=_layer_spec(config, transformer_engine),
-        vocab_size=gpt.pop("vocab_size"),
-        tensor=tensor,
-        llama3_rope=arguments.llama3_rope,
-        pre_process=pre_process,
-        post_process=post_process,
-        **gpt,
-    )
+    with idle_output_layer():
+        return PolicyModel(
+            config=config,
+            transformer_layer_spec=_layer_spec(config, transformer_engine),
+            vocab_size=gpt.pop("vocab_size"),
+            tensor=tensor,
+            llama3_rope=arguments.llama3_rope,
+            pre_process=pre_process,
+            post_process=post_process,
+            **gpt,
+        )

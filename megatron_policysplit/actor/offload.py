@@ -11,25 +11,20 @@ buffers.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, UntypedStorage
 
+from megatron_policysplit.actor.gradient_fusion import drop_placeholders
+from megatron_policysplit.actor.host_memory import CHUNK_BYTES, HostMemory
 from megatron_policysplit.actor.optimizer import PolicyOptimizer
-from megatron_policysplit.distributed.device import (
-    free_memory_bytes,
-    host_memory,
-    return_freed_memory,
-)
+from megatron_policysplit.distributed.device import free_memory_bytes, return_freed_memory
 
 Part = Literal["optimizer", "gradients", "parameters"]
 ORDER: tuple[Part, ...] = ("optimizer", "gradients", "parameters")
-# torch rounds a block of pinned memory up to a power of two, so a single block for everything could
-# waste as much again.
-CHUNK_BYTES = 64 * 2**20
 ALIGNMENT_BYTES = 64  # each storage begins at a multiple of this in host memory
 
 
@@ -41,8 +36,8 @@ class Offload:
     allocated at the first offload and then reused.
 
     The optimizer part is its state and master weights. The gradients are DDP's buffers: their
-    contents are dropped, and are zero afterwards. The parameters are those of the model, its
-    buffers, and `reference`, further tensors of the actor that live as long.
+    contents are dropped, and are zero afterwards. The parameters are those of the model and its
+    buffers; with them go Megatron's tables of rotary positions, which are made again when needed.
 
     ddp: Megatron's DistributedDataParallel.
     """
@@ -51,11 +46,10 @@ class Offload:
         self,
         ddp: torch.nn.Module,
         optimizer: PolicyOptimizer,
-        reference: Sequence[Tensor] = (),
         *,
         chunk_bytes: int = CHUNK_BYTES,
     ):
-        self._ddp, self._optimizer, self._reference = ddp, optimizer, reference
+        self._ddp, self._optimizer = ddp, optimizer
         self._device = next(ddp.parameters()).device
         self._host = {"optimizer": HostMemory(chunk_bytes), "parameters": HostMemory(chunk_bytes)}
         self._away: dict[Part, dict[int, _Emptied]] = {}
@@ -100,6 +94,8 @@ class Offload:
         Until they are back `read` gives their values; nothing else may touch them.
         """
         self._check("offload", "parameters")
+        _drop_rotary_tables()
+        drop_placeholders()
         self._empty("parameters", self._parameters())
 
     def restore_parameters(self) -> None:
@@ -150,10 +146,8 @@ class Offload:
             )
 
     def _parameters(self) -> dict[int, UntypedStorage]:
-        """Storages of the model's parameters and buffers and of the reference, by key."""
-        return self._storages(
-            [*self._ddp.module.parameters(), *self._ddp.module.buffers(), *self._reference]
-        )
+        """Storages of the model's parameters and buffers, by key."""
+        return self._storages([*self._ddp.module.parameters(), *self._ddp.module.buffers()])
 
     def _gradients(self) -> dict[int, UntypedStorage]:
         """Storages of DDP's buffers and of main gradients outside of them, by key."""
@@ -224,39 +218,11 @@ class _Emptied:
     position: int  # of its bytes in host memory; meaningless for gradients, which are dropped
 
 
-class HostMemory:
-    """Host memory addressed by byte position, in chunks of equal size that are never given back."""
+def _drop_rotary_tables() -> None:
+    """Forget the tables of rotary positions, up to 32, that Megatron keeps on the device."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-    def __init__(self, chunk_bytes: int):
-        self.chunk_bytes = chunk_bytes
-        self.chunks: list[Tensor] = []
-
-    def reserve(self, nbytes: int) -> None:
-        """Allocate chunks until there is room for `nbytes` bytes."""
-        while len(self.chunks) * self.chunk_bytes < nbytes:
-            self.chunks.append(host_memory(self.chunk_bytes))
-
-    def write(self, position: int, source: Tensor) -> None:
-        """Copy source[n] (uint8) to `position`; from a GPU asynchronously."""
-        for chunk, part in self._pieces(position, source):
-            chunk.copy_(part, non_blocking=True)
-
-    def read(self, position: int, target: Tensor) -> None:
-        """Copy n bytes from `position` into target[n] (uint8).
-
-        To a GPU asynchronously, in stream order: later kernels see the bytes.
-        """
-        for chunk, part in self._pieces(position, target):
-            part.copy_(chunk, non_blocking=True)
-
-    def _pieces(self, position: int, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of slices, of a chunk and of `tensor`, that cover the tensor from `position` on."""
-        done = 0
-        while done < len(tensor):
-            number, offset = divmod(position + done, self.chunk_bytes)
-            length = min(self.chunk_bytes - offset, len(tensor) - done)
-            yield self.chunks[number][offset : offset + length], tensor[done : done + length]
-            done += length
+    RotaryEmbedding.forward.cache_clear()
 
 
 def _key(storage: UntypedStorage) -> int:

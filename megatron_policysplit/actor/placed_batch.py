@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from megatron_policysplit.actor.microbatch import MicroBatch, make_microbatch
 from megatron_policysplit.config import TrainConfig
+from megatron_policysplit.distributed.device import width_multiple
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.rows import Mode, Row
 from megatron_policysplit.rows.kl_pairs import pairings
@@ -68,6 +70,8 @@ def place_batch(
     """
     plan, steps, unscored = None, None, {}
     if layout.is_leader:
+        # Sequence parallelism splits the tokens of a micro-batch evenly over the ranks.
+        multiple = math.lcm(width_multiple(), layout.tensor if layout.sequence else 1)
         plan = make_plan(
             rows,
             live,
@@ -77,6 +81,7 @@ def place_batch(
             expert=layout.expert,
             optimizer_steps=train.optimizer_steps_per_batch,
             max_tokens=train.max_tokens_per_micro_batch,
+            width_multiple=multiple,
             seed=seed,
         )
         make = partial(
@@ -84,7 +89,7 @@ def place_batch(
             rows,
             temperatures=temperatures,
             pairings=pairings(rows, kl_tokens),
-            multiple=layout.tensor if layout.sequence else 1,
+            multiple=multiple,
         )
         replica = [step[layout.data_rank] for step in plan.micro_batches]
         steps = tuple(

@@ -127,6 +127,12 @@ def _check_overlap(config: Config) -> None:
             "rollout.overlap=true needs engines beside the actor, but rollout.colocated=true "
             "shares its GPUs; set one of them to false"
         )
+    if rollout.engine == "local" and config.train.deterministic:
+        raise ConfigError(
+            "train.deterministic=true allows deterministic kernels alone while it trains, but with "
+            "rollout.overlap=true and rollout.engine=local the same process samples meanwhile, "
+            "for which torch has none on a GPU; set one of the two to false"
+        )
     if config.algorithm.importance_cap is None:
         raise ConfigError(
             "rollout.overlap=true trains on samples of older weights; set "

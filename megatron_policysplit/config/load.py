@@ -37,6 +37,7 @@ _FREE_KEYS = {
     "train.steps",
     "train.max_tokens_per_micro_batch",
     "train.head_chunk_tokens",
+    "train.deterministic",
     "train.max_bad_steps",
 }
 

@@ -133,6 +133,11 @@ class TrainConfig:
     adam_eps: float = key(1e-8, "AdamW epsilon.", above=0.0)
     clip_grad: float = key(1.0, "Bound of the global gradient norm; 0 is off.", minimum=0.0)
     distributed_optimizer: bool = key(False, "Shard optimizer state over data-parallel replicas.")
+    deterministic: bool = key(
+        False,
+        "Take kernels and collectives on a GPU whose gradients have the same bits in every run, "
+        "though they are slower; on the CPU they have them anyway (docs/reliability.md).",
+    )
     overlong: str = key(
         "grade",
         "A response cut at max_response_tokens: grade it as it is, or mask it out of the loss.",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import math
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -46,6 +48,15 @@ def head_chunk_tokens() -> int:
     return 256 if on_cpu() else 1024
 
 
+def width_multiple() -> int:
+    """What the width of a micro-batch is a multiple of, beside what its layout asks for.
+
+    On a GPU every new width costs a table of rotary positions and kernels of its own: compiled ones
+    for the fused functions, chosen ones for the products. On the CPU it costs nothing.
+    """
+    return 1 if on_cpu() else 64
+
+
 def use_triton() -> bool:
     """Whether the LM head is computed by Triton kernels: on a GPU where nothing is missing."""
     return not on_cpu() and missing_triton() is None
@@ -73,6 +84,11 @@ def missing_triton() -> str | None:
 def gpu_count() -> int:
     """GPUs that this process sees."""
     return 0 if on_cpu() else torch.cuda.device_count()
+
+
+def device_of_thread(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make `device` the current one of this thread; that of a new thread is the first GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def set_device(local_rank: int) -> None:
@@ -106,6 +122,34 @@ def return_freed_memory() -> None:
 def host_memory(nbytes: int) -> torch.Tensor:
     """Allocate uint8[nbytes] on the host, pinned where there is a GPU to copy from."""
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=not on_cpu())
+
+
+def use_deterministic_kernels() -> None:
+    """Have torch take kernels that give the same bits every time, wherever it has any.
+
+    An operation that has none is a warning, once: sampling on a GPU has such ones. Training allows
+    none (`deterministic_only`).
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Not part of it: torch would besides fill each new tensor before it is used.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+@contextlib.contextmanager
+def deterministic_only(wanted: bool) -> Iterator[None]:
+    """Where wanted, let torch raise RuntimeError for an operation without deterministic kernel.
+
+    After `use_deterministic_kernels`; it counts for the whole process. With warnings alone torch's
+    own flash attention would keep its other backward kernel, and only say so.
+    """
+    if not wanted:
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def rng_states() -> dict[str, torch.Tensor]:

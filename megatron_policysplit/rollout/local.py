@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from megatron_policysplit.distributed.device import device_of_thread
 from megatron_policysplit.errors import ModelError, TrainingError
 from megatron_policysplit.rollout.engine import EnginePaused, Request
 from megatron_policysplit.rollout.local_model import check_device, read_model
@@ -115,7 +116,8 @@ class LocalEngine:
                     "the engine is paused; call resume() and submit the requests again"
                 )
             self._check_usable()
-            return self._generate_batch(batch, is_interrupted)
+            with device_of_thread(self._device):
+                return self._generate_batch(batch, is_interrupted)
 
     @torch.inference_mode()
     def _generate_batch(
@@ -220,7 +222,8 @@ class LocalEngine:
                     "the engine is paused; call resume() and ask for the scores again"
                 )
             self._check_usable()
-            scores = teacher_forced(self._model, sequences)
+            with device_of_thread(self._device):
+                scores = teacher_forced(self._model, sequences)
         if not all(math.isfinite(logprob) for logprobs in scores for logprob in logprobs):
             raise self._not_finite()
         return scores

@@ -50,6 +50,7 @@ def make_plan(
     expert: int = 1,
     optimizer_steps: int,
     max_tokens: int,
+    width_multiple: int = 1,
     seed: int,
 ) -> Plan:
     """Plan for `rows`, which are sorted by key.
@@ -61,6 +62,7 @@ def make_plan(
     expert: number of consecutive replicas that share experts and so need equal numbers of
         micro-batches, because their ranks communicate in every one.
     max_tokens: upper bound of a micro-batch, padding included; a longer row is alone in one.
+    width_multiple: rows are padded to a multiple of this.
     seed: of the assignment of rollouts to optimizer steps.
     """
     is_scored = [True] * len(rows) if scored is None else scored
@@ -84,7 +86,10 @@ def make_plan(
         # Sorted again: the shuffle decides on the step alone, not on the order within it.
         groups = [rows_of_rollout[rollout] for rollout in sorted(order[start:end])]
         steps.append(sorted(index for group in groups for index in group))
-        lists = [_micro_batches(groups, mask, rows, replicas, expert, max_tokens) for mask in masks]
+        lists = [
+            _micro_batches(groups, mask, rows, replicas, expert, max_tokens, width_multiple)
+            for mask in masks
+        ]
         micro_batches.append([ReplicaMicroBatches(*parts) for parts in zip(*lists, strict=True)])
     return Plan(steps, micro_batches)
 
@@ -96,11 +101,12 @@ def _micro_batches(
     replicas: int,
     expert: int,
     max_tokens: int,
+    width_multiple: int,
 ) -> list[list[list[int]]]:
     """Each replica's micro-batches of the rows in `mask`; groups: the rows of each rollout."""
     masked = [[index for index in group if mask[index]] for group in groups]
     parts = _balance([group for group in masked if group], rows, replicas)
-    by_replica = [_cut(part, rows, max_tokens) for part in parts]
+    by_replica = [_cut(part, rows, max_tokens, width_multiple) for part in parts]
     for first in range(0, replicas, expert):
         _even_out(by_replica[first : first + expert])
     return by_replica
@@ -122,17 +128,25 @@ def _balance(groups: list[list[int]], rows: Sequence[Row], replicas: int) -> lis
     return parts
 
 
-def _cut(groups: list[list[int]], rows: Sequence[Row], max_tokens: int) -> list[list[int]]:
+def padded_width(longest: int, multiple: int) -> int:
+    """The tokens to which the rows of a micro-batch are padded; longest: of its longest row."""
+    return -(-longest // multiple) * multiple
+
+
+def _cut(
+    groups: list[list[int]], rows: Sequence[Row], max_tokens: int, width_multiple: int
+) -> list[list[int]]:
     """Micro-batches of the rows of `groups`, of at most `max_tokens` tokens with padding.
 
     Rows of similar length share a micro-batch, and the rows of a group are adjacent.
     """
     batches: list[list[int]] = []
-    longest = 0  # tokens of the longest row of the open micro-batch, to which others are padded
+    longest = 0  # tokens of the longest row of the open micro-batch
     for group in sorted(groups, key=lambda group: (max(rows[i].length for i in group), group)):
         for index in group:
             longest = max(longest, rows[index].length)
-            if batches and (len(batches[-1]) + 1) * longest <= max_tokens:
+            width = padded_width(longest, width_multiple)
+            if batches and (len(batches[-1]) + 1) * width <= max_tokens:
                 batches[-1].append(index)
             else:
                 batches.append([index])

@@ -30,6 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_policysplit.distributed.environment import without_defaults
 from megatron_policysplit.distributed.launch import ended
 from megatron_policysplit.distributed.rank_variables import without_launcher
 from megatron_policysplit.errors import ConfigError, EngineError
@@ -237,7 +238,7 @@ def inherited_environment(environ: Mapping[str, str], python: str) -> dict[str, 
     excluded = () if is_ours else _OF_THE_INTERPRETER
     environment = {
         name: value
-        for name, value in without_launcher(environ).items()
+        for name, value in without_launcher(without_defaults(environ)).items()
         if not _OF_THE_ACTOR.fullmatch(name) and name not in excluded
     }
     if os.sep in python:

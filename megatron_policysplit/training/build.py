@@ -11,7 +11,12 @@ from megatron_policysplit.actor.actor import Actor
 from megatron_policysplit.algorithms.methods import build_algorithm
 from megatron_policysplit.config import Config
 from megatron_policysplit.distributed.control import Control
-from megatron_policysplit.distributed.device import missing_triton, use_triton
+from megatron_policysplit.distributed.device import (
+    missing_triton,
+    use_deterministic_kernels,
+    use_triton,
+)
+from megatron_policysplit.distributed.environment import described_defaults
 from megatron_policysplit.distributed.stop_signal import StopSignal
 from megatron_policysplit.evaluation.verdicts import EvaluationJudge
 from megatron_policysplit.training.generation import build_generation
@@ -41,12 +46,15 @@ def build_run(config: Config, stop: StopSignal) -> Run:
         if config.eval.judge.url is not None:
             judge = EvaluationJudge(config.eval.judge, layout, control, log.message)
 
+        if config.train.deterministic:
+            use_deterministic_kernels()
         # The actor comes before the engines: colocated ones start on GPUs that it has left.
         actor = Actor(config, read_hf_config(config.model.path), layout)
         directory = Path(config.run.dir)
         journal = Journal(directory, config.model, config.checkpoint, layout, actor, log)
-        if (reason := _slow_head(config, actor)) is not None:
-            journal.message(reason)
+        for said in (described_defaults(), _slow_head(config, actor)):
+            if said is not None:
+                journal.message(said)
         state = journal.state
         generation = build_generation(
             config, layout, control, actor, state, journal.message, resources

@@ -178,7 +178,7 @@ def build_fleet(
     engines = raise_on_all_ranks(layout.world, lambda: build_engines(config, layout))
     colocation, options = None, {}
     if config.rollout.colocated:
-        offload = Offload(actor.ddp, actor.optimizer, actor.reference or ())
+        offload = Offload(actor.ddp, actor.optimizer)
         start_seconds = config.rollout.server.start_seconds
         colocation = Colocation(
             offload, engines.members, control, layout, start_seconds=start_seconds

@@ -7,6 +7,7 @@ algorithm.old_logprobs=engine and rollout.engine=replay.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from megatron_policysplit.config import Config
 from megatron_policysplit.config.checks import check_config
 from megatron_policysplit.config.load import world_size
 from megatron_policysplit.config.secrets import api_key
+from megatron_policysplit.distributed.environment import check_deterministic
 from megatron_policysplit.errors import ConfigError, ModelError, UserError
 from megatron_policysplit.evaluation.judge_prompt import judge_api_key, read_judge_prompt
 from megatron_policysplit.serving.interpreter import check_interpreter
@@ -102,6 +104,8 @@ def preflight(config: Config, *, tries_reward: bool = True) -> Preflight:
     thing that is wrong.
     """
     warnings = check_config(config)
+    if config.train.deterministic:
+        check_deterministic(os.environ)
     check_method(config)
     architecture, parameters, model_warnings = _check_model(config)
     train, evaluation = _check_data(config)

@@ -41,6 +41,8 @@ def main(argv: list[str]) -> int:
 
     config = None
     try:
+        config = load_config(argv[0], argv[1:])
+        _set_environment(config)
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
@@ -50,7 +52,6 @@ def main(argv: list[str]) -> int:
         from megatron_policysplit.training.build import build_run
         from megatron_policysplit.training.trainer import Trainer
 
-        config = load_config(argv[0], argv[1:])
         return Trainer(build_run(config, stop)).train()
     except StopRequested:  # before the first weights were loaded: there is nothing to save
         return STOPPED
@@ -80,6 +81,18 @@ def _disk(error: BaseException, config: Config | None) -> str:
     if config is None or (refusal := disk_error(error, Path(config.run.dir))) is None:
         return ""
     return f"; {write_error(config.run.dir, refusal)}"
+
+
+def _set_environment(config: Config) -> None:
+    """Set what torch, CUDA, NCCL and Transformer Engine read when they are first used."""
+    from megatron_policysplit.distributed.environment import compute_capability, set_defaults
+
+    set_defaults(
+        os.environ,
+        tensor=config.parallel.tensor,
+        deterministic=config.train.deterministic,
+        capability=compute_capability(),
+    )
 
 
 def _silence_warnings() -> None:

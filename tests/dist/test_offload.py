@@ -50,7 +50,7 @@ def run(rank, setup, path):
         return Actor(config, read_hf_config(path), layout)
 
     plain, moved = actor(), actor()
-    offload = Offload(moved.ddp, moved.optimizer, moved.reference or (), chunk_bytes=CHUNK_BYTES)
+    offload = Offload(moved.ddp, moved.optimizer, chunk_bytes=CHUNK_BYTES)
     host = None
     for batch in range(BATCHES):
         assert outcome(plain, case, layout, batch) == outcome(moved, case, layout, batch)
@@ -83,7 +83,6 @@ def outcome(actor, case, layout, batch):
 def live_tensors(actor):
     """Every tensor that training reads, by name."""
     tensors = dict(actor.model.named_parameters()) | {f"buffer {n}": b for n, b in actor.model.named_buffers()}
-    tensors |= {f"reference {number}": tensor for number, tensor in enumerate(actor.reference or ())}
     for number, optimizer in enumerate(actor.optimizer.megatron.chained_optimizers):
         masters = [parameter for group in optimizer.optimizer.param_groups for parameter in group["params"]]
         for index, master in enumerate(masters):
@@ -139,7 +138,10 @@ def go_away(offload, actor, before):
     """Offload part by part: each is freed then, and only it."""
     import torch
 
-    parameters = {storage_of(p) for p in (*actor.model.parameters(), *actor.model.buffers(), *(actor.reference or ()))}
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    assert RotaryEmbedding.forward.cache_info().currsize > 0
+    parameters = {storage_of(p) for p in (*actor.model.parameters(), *actor.model.buffers())}
     grads = {storage_of(gradient) for gradient in gradients(actor).values()}
     states = {storage_of(tensor) for tensor in live_tensors(actor).values()} - parameters - grads
     assert parameters and grads and states
@@ -158,6 +160,7 @@ def go_away(offload, actor, before):
             gone = {"optimizer": states, "gradients": states | grads}.get(part, states | grads | parameters)
             assert here
             assert (tensor.untyped_storage().nbytes() == 0) == (storage_of(tensor) in gone), (part, name)
+    assert RotaryEmbedding.forward.cache_info().currsize == 0, "tables of rotary positions are no parameters"
     refused(offload, ["offload_optimizer", "offload_gradients", "offload_parameters"])
     refused(offload, ["restore_gradients", "restore_optimizer"])
     for name, parameter in itertools.chain(actor.model.named_parameters(), actor.model.named_buffers()):

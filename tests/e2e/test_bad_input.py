@@ -83,6 +83,12 @@ def test_keys(refused, tmp_path, override, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_variable_that_contradicts_the_configuration(refused, monkeypatch):
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    message = refused("train.deterministic=true")
+    assert message.startswith("train.deterministic=true cannot keep its promise with NCCL_ALGO=Tree in the environment")
+
+
 def test_configuration_file(refused, tmp_path):
     assert refused(config=tmp_path / "no.yaml") == f"configuration file {tmp_path / 'no.yaml'} does not exist"
 

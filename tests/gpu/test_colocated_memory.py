@@ -49,7 +49,7 @@ def build(path, **settings):
     case = Case("gpu", settings={"algorithm.options.policy_split.eta": 0.5, "model.dtype": "bfloat16", **settings})
     actor = Actor(case.config(path), read_hf_config(path), layout)
     train(actor, case, 0)
-    return actor, case, layout, Offload(actor.ddp, actor.optimizer, actor.reference or ())
+    return actor, case, layout, Offload(actor.ddp, actor.optimizer)
 
 
 def train(actor, case, batch):

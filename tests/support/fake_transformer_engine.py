@@ -38,10 +38,21 @@ class _Module(torch.nn.Module):
 
 class Linear(_Module):
     def __init__(
-        self, in_features, out_features, *, bias, params_dtype, device, parallel_mode=None, tp_size=1, **unused
+        self,
+        in_features,
+        out_features,
+        *,
+        bias,
+        params_dtype,
+        device,
+        parallel_mode=None,
+        tp_size=1,
+        fuse_wgrad_accumulation=False,
+        **unused,
     ):
         super().__init__()
         self.parallel_mode, self.use_bias = parallel_mode, bias
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.weight = self._weight(out_features, in_features, parallel_mode, tp_size, device, params_dtype)
         # Without a bias there is an empty tensor, which is no parameter.
         self.bias = torch.nn.Parameter(self.weight.new_zeros(len(self.weight))) if bias else torch.Tensor()
@@ -67,10 +78,12 @@ class GroupedLinear(_Module):
         device,
         parallel_mode=None,
         tp_size=1,
+        fuse_wgrad_accumulation=False,
         **unused,
     ):
         super().__init__()
         self.num_gemms, self.use_bias = num_gemms, bias
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         for number in range(num_gemms):
             weight = self._weight(out_features, in_features, parallel_mode, tp_size, device, params_dtype)
             self.register_parameter(f"weight{number}", weight)

@@ -40,6 +40,7 @@ def checked(*overrides):
         ),
         (["algorithm.old_logprobs=engine", "algorithm.importance_cap=2"], "importance_cap=null"),
         (["algorithm.old_logprobs=engine", "algorithm.statistics=step"], "statistics=batch"),
+        (["train.deterministic=true", "rollout.overlap=true", "algorithm.importance_cap=2"], "rollout.engine=local"),
         (["algorithm.old_logprobs=engine", "rollout.overlap=true", "algorithm.importance_cap=2"], "old_logprobs=actor"),
         (["algorithm.old_logprobs=engine", "rollout.overlap=true"], "old_logprobs=actor and algorithm.importance_cap"),
     ],
@@ -58,6 +59,7 @@ def test_what_does_not_fit_is_refused_by_name(overrides, named):
         [SGLANG, "rollout.server.host=0.0.0.0", "rollout.api_key_variable=KEY"],
         [SGLANG, "rollout.colocated=true"],
         ["rollout.overlap=true", "algorithm.importance_cap=2"],
+        [SGLANG, "rollout.overlap=true", "algorithm.importance_cap=2", "train.deterministic=true"],
         ["algorithm.old_logprobs=engine"],
     ],
 )

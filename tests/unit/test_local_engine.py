@@ -1,6 +1,7 @@
 """The local engine against transformers' own forward pass and its own definition in plain numpy."""
 
 import asyncio
+import threading
 import time
 
 import numpy as np
@@ -377,3 +378,30 @@ def test_scores_are_refused_where_they_would_mean_nothing(qwen3):
 def test_bfloat16_samples_with_finite_logprobs(qwen3):
     rollouts = run(LocalEngine(qwen3[0], STOPS, dtype="bfloat16"), MIXED)
     assert all(logprob <= 0 for r in rollouts.values() for logprob in r.engine_logprobs)
+
+
+def test_its_thread_works_on_the_device_of_the_model(qwen3, monkeypatch):
+    """A new thread's current GPU is the first one, whichever the engine's is."""
+    from contextlib import contextmanager
+
+    from megatron_policysplit.rollout import local
+
+    path, _ = qwen3
+    engine, seen = LocalEngine(path, STOPS), []
+    generate, score = engine._generate_batch, local.teacher_forced
+
+    @contextmanager
+    def device_of_thread(device):
+        seen.append((device, threading.current_thread() is threading.main_thread()))
+        yield
+        seen.append("left")
+
+    def inside(work):
+        return lambda *arguments: (seen.append("works"), work(*arguments))[1]
+
+    monkeypatch.setattr(local, "device_of_thread", device_of_thread)
+    monkeypatch.setattr(engine, "_generate_batch", inside(generate))
+    monkeypatch.setattr(local, "teacher_forced", inside(score))
+    run(engine, [request(samples=1, max_tokens=1)])
+    asyncio.run(engine.log_probs([([1, 2], [3])]))
+    assert seen == [(torch.device("cpu"), False), "works", "left"] * 2

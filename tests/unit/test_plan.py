@@ -106,6 +106,25 @@ def test_micro_batches_keep_their_bound(max_tokens, seed):
             assert batch and (padded <= max_tokens or len(batch) == 1)
 
 
+@pytest.mark.parametrize("max_tokens", [1, 63, 64, 150, 400, 1000])
+@pytest.mark.parametrize("multiple", [2, 6, 64, 100])
+def test_the_bound_counts_rounded_widths(max_tokens, multiple):
+    """And no more than that: two neighbours never fit into one."""
+    shares = sum(plan(live=ALL, replicas=2, max_tokens=max_tokens, width_multiple=multiple).micro_batches, [])
+
+    def tokens(batch):
+        longest = max(ROWS[index].length for index in batch)
+        width = next(width for width in range(0, 10**6, multiple) if width >= longest)
+        return len(batch) * width
+
+    batches = [batch for share in shares for batch in share.train]
+    assert sorted(flat(batches)) == list(range(len(ROWS)))
+    assert all(tokens(batch) <= max_tokens or len(batch) == 1 for batch in batches)
+    for share in shares:
+        for left, right in zip(share.train, share.train[1:], strict=False):
+            assert tokens([*left, right[0]]) > max_tokens
+
+
 def test_micro_batches_are_filled():
     """The bound is no excuse for one row a micro-batch: two neighbours never fit into one."""
     batches = plan(live=ALL, max_tokens=150).micro_batches[0][0].train
