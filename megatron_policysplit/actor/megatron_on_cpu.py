@@ -9,6 +9,7 @@ expects. With a GPU nothing is changed.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -43,6 +44,24 @@ def model_options(transformer_engine: bool, deterministic: bool) -> dict[str, An
     }
 
 
+def import_megatron() -> None:
+    """Import Megatron-Core without packages that it asks for and this process does not use.
+
+    wandb, which only Megatron's inference server needs, takes a third of a second to import and
+    leaves two directories in /tmp behind a process that ends by os._exit; `logs/wandb.py` imports
+    it where a run logs to it.
+    """
+    hide_gpu_packages()
+    is_hidden = "wandb" not in sys.modules
+    if is_hidden:
+        sys.modules["wandb"] = None  # an import fails as if it were not installed
+    try:
+        import megatron.core  # noqa: F401
+    finally:
+        if is_hidden:
+            del sys.modules["wandb"]
+
+
 def install() -> None:
     """Redirect Megatron-Core's CUDA calls to the CPU in this thread, if there is no GPU.
 
@@ -51,7 +70,7 @@ def install() -> None:
     global _redirect
     if not on_cpu() or _redirect is not None:
         return
-    hide_gpu_packages()
+    import_megatron()
     cuda = torch.cuda
     # Devices: Megatron places tensors on what this returns.
     cuda.current_device = lambda: torch.device("cpu")

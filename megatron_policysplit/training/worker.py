@@ -46,9 +46,9 @@ def main(argv: list[str]) -> int:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        from megatron_policysplit.distributed.device import hide_gpu_packages
+        from megatron_policysplit.actor.megatron_on_cpu import import_megatron
 
-        hide_gpu_packages()
+        import_megatron()
         from megatron_policysplit.training.build import build_run
         from megatron_policysplit.training.trainer import Trainer
 
