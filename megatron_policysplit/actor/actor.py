@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_policysplit.actor.layers import agree_on_layers
 from megatron_policysplit.actor.megatron_weights import load_megatron_weights
 from megatron_policysplit.actor.microbatch import MicroBatch
 from megatron_policysplit.actor.model import build_model
@@ -29,7 +30,6 @@ from megatron_policysplit.distributed.device import (
     deterministic_only,
     head_chunk_tokens,
     training_device,
-    use_transformer_engine,
     use_triton,
 )
 from megatron_policysplit.distributed.layout import Layout
@@ -93,12 +93,13 @@ class Actor:
             "prompts": algorithm.method.prompt_logprobs,
             "nucleus": self.nucleus_mass,
         }
+        self.layers = agree_on_layers(config.model.layers, layout)
         self.model = build_model(
             hf_config,
             dtype=DTYPES[config.model.dtype],
             pre_process=layout.is_first_stage,
             post_process=layout.is_last_stage,
-            transformer_engine=use_transformer_engine(),
+            transformer_engine=self.layers.transformer_engine,
             sequence=layout.sequence,
             deterministic=config.train.deterministic,
         ).to(training_device(), DTYPES[config.model.dtype])

@@ -34,7 +34,7 @@ def model_options(transformer_engine: bool, deterministic: bool) -> dict[str, An
         "bias_activation_fusion": fused,
         "bias_dropout_fusion": fused,
         "masked_softmax_fusion": False,
-        "apply_rope_fusion": fused,
+        "apply_rope_fusion": fused and transformer_engine,  # by its kernel
         # Each product that gives a weight's gradient adds it to the fp32 sum at once, where bf16
         # would round it first. Megatron's own layers need a kernel of Apex for it.
         "gradient_accumulation_fusion": fused and transformer_engine,

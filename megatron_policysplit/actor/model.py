@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,11 +24,10 @@ from torch import Tensor
 
 from checkpoints_conv import find_architecture
 from checkpoints_conv.rope import Llama3Rope
+from megatron_policysplit.actor.attention import CoreAttention
 from megatron_policysplit.actor.gradient_fusion import idle_output_layer
 from megatron_policysplit.actor.megatron_on_cpu import model_options
 from megatron_policysplit.config.model_layout import check_layout
-from megatron_policysplit.distributed.device import use_transformer_engine
-from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.vocab_parallel import Head, VocabularyShard
 
 
@@ -130,9 +128,10 @@ def _local_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmo
         # The norm before experts is stored in checkpoints as Transformer Engine's layers store it,
         # not as in a dense layer.
         spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    attention.core_attention = CoreAttention
     if not config.sequence_parallel:
         return spec
-    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = _RMSNorm
     if qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = _RMSNorm
@@ -185,7 +184,7 @@ def build_model(
     dtype: torch.dtype,
     pre_process: bool | None = None,
     post_process: bool | None = None,
-    transformer_engine: bool | None = None,
+    transformer_engine: bool = False,
     sequence: bool = False,
     deterministic: bool = False,
 ) -> PolicyModel:
@@ -196,7 +195,7 @@ def build_model(
 
     pre_process, post_process: whether the stage has the embedding, and the final norm with the
         head; None: as the pipeline rank says.
-    transformer_engine: whether layers are Transformer Engine's; None: as the device says.
+    transformer_engine: whether layers are Transformer Engine's (`layers.choose_layers`).
     sequence: sequence parallelism.
     deterministic: train.deterministic.
     """
@@ -209,13 +208,6 @@ def build_model(
         pre_process = parallel_state.is_pipeline_first_stage()
     if post_process is None:
         post_process = parallel_state.is_pipeline_last_stage()
-    if transformer_engine is None:
-        transformer_engine = use_transformer_engine()
-    if transformer_engine and importlib.util.find_spec("transformer_engine") is None:
-        raise ConfigError(
-            "training on a GPU needs Transformer Engine, which is not installed; "
-            "pip install 'megatron_policysplit[gpu]', or hide the GPU with CUDA_VISIBLE_DEVICES=''"
-        )
     config = _transformer_config(
         arguments.transformer,
         dtype=dtype,

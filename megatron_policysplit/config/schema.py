@@ -37,6 +37,12 @@ class ModelConfig:
         "converted one, or checkpoints/step_NNNNNN of another run. null takes those of model.path.",
         path=True,
     )
+    layers: str = key(
+        "auto",
+        "Layers of the actor: Transformer Engine's, or Megatron-Core's own (local). auto takes "
+        "Transformer Engine's where it can be imported and there is a GPU; the log says which.",
+        choices=("auto", "local", "transformer_engine"),
+    )
     dtype: str = key(
         "bfloat16", "Precision of parameters and activations.", choices=("float32", "bfloat16")
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -38,8 +41,34 @@ def backend() -> str:
     return "gloo" if on_cpu() else "nccl"
 
 
-def use_transformer_engine() -> bool:
-    """Transformer Engine layers on a GPU, Megatron's own layers without one."""
+@functools.cache
+def transformer_engine_problem() -> str | None:
+    """Return why Transformer Engine cannot be used, as half a sentence; None if it can.
+
+    Megatron-Core takes an import that fails for a package that is not installed, so this must be
+    asked before its layers are made.
+    """
+    if on_cpu():
+        return "there is no GPU"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "Transformer Engine is not installed"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # of its loader, of ctypes, or of an extension for another torch
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        try:
+            importlib.metadata.version("transformer_engine_torch")
+        except importlib.metadata.PackageNotFoundError:
+            return f"Transformer Engine's part for torch is not installed ({said})"
+        return f"Transformer Engine cannot be imported ({said})"
+    return None
+
+
+def use_fused_attention() -> bool:
+    """Whether local layers use torch's fused attention kernels: on a GPU.
+
+    On the CPU they use plain products, whose bits do not depend on what else is computed.
+    """
     return not on_cpu()
 
 
@@ -78,6 +107,21 @@ def missing_triton() -> str | None:
     return (
         f"the LM head is computed in plain torch: triton {problem}; "
         "pip install 'triton>=3.4' (torch 2.8 brings it)"
+    )
+
+
+def unused_gpu() -> str | None:
+    """Say that there is a GPU which this torch cannot use; None if there is none, or it can.
+
+    A GPU that is hidden (CUDA_VISIBLE_DEVICES) from a torch that could use it is meant to be.
+    """
+    if torch.version.cuda is not None or torch.version.hip is not None:
+        return None
+    if not Path("/dev/nvidia0").exists():
+        return None
+    return (
+        f"training on the CPU: this machine has an NVIDIA GPU, but torch {torch.__version__} is "
+        "a build for CPUs; install one for CUDA (docs/gpu.md)"
     )
 
 

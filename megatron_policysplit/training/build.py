@@ -8,11 +8,14 @@ from pathlib import Path
 from checkpoints_conv import read_hf_config
 from megatron_policysplit.actor import parallel
 from megatron_policysplit.actor.actor import Actor
+from megatron_policysplit.actor.attention import attention_kernels
+from megatron_policysplit.actor.layers import LayerChoice
 from megatron_policysplit.algorithms.methods import build_algorithm
 from megatron_policysplit.config import Config
 from megatron_policysplit.distributed.control import Control
 from megatron_policysplit.distributed.device import (
     missing_triton,
+    unused_gpu,
     use_deterministic_kernels,
     use_triton,
 )
@@ -52,7 +55,12 @@ def build_run(config: Config, stop: StopSignal) -> Run:
         actor = Actor(config, read_hf_config(config.model.path), layout)
         directory = Path(config.run.dir)
         journal = Journal(directory, config.model, config.checkpoint, layout, actor, log)
-        for said in (described_defaults(), _slow_head(config, actor)):
+        for said in (
+            unused_gpu(),
+            _layers(actor.layers),
+            described_defaults(),
+            _slow_head(config, actor),
+        ):
             if said is not None:
                 journal.message(said)
         state = journal.state
@@ -78,6 +86,13 @@ def build_run(config: Config, stop: StopSignal) -> Run:
             judge=judge,
             resources=resources.pop_all(),
         )
+
+
+def _layers(choice: LayerChoice) -> str:
+    """The layers, why, and what computes attention in them as far as it is known."""
+    if choice.transformer_engine:
+        return f"{choice}; it chooses its attention in the first pass"
+    return f"{choice}; attention by {attention_kernels()}"
 
 
 def _slow_head(config: Config, actor: Actor) -> str | None:

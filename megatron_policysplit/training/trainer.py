@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_policysplit.actor.actor import UpdateMetrics
+from megatron_policysplit.actor.layers import transformer_engine_attention
 from megatron_policysplit.actor.placed_batch import PlacedBatch
 from megatron_policysplit.algorithms.advantages import TokenStatistics
 from megatron_policysplit.algorithms.signals import (
@@ -52,6 +53,7 @@ class Trainer:
         self.evaluator = Evaluator(run)
         probe = Probe(run.layout, run.actor, run.generation.engine_log_probs, self.resync)
         self.gate = AgreementGate.of(run.config, probe, run.journal)
+        self.attention: str | None = None  # what Transformer Engine computes attention with
         # With rollout.overlap, the batch that is generated while the one before is trained.
         self.ahead: PendingBatch | None = None
 
@@ -71,6 +73,7 @@ class Trainer:
             self.evaluate_and_save()
             while run.state.step < config.train.steps:
                 self.step()
+                self._tell_attention()
                 self.evaluate_and_save()
             if config.checkpoint.hugging_face:
                 run.journal.export("hf")
@@ -248,6 +251,13 @@ class Trainer:
         run.state.weight_version += 1
         run.state.bad_steps += bad_steps
         run.state.bad_steps_in_a_row = run.state.bad_steps_in_a_row + 1 if bad_steps else 0
+
+    def _tell_attention(self) -> None:
+        """Log what Transformer Engine computes attention with, once it is known or has changed."""
+        attention = transformer_engine_attention()
+        if attention != self.attention:
+            self.attention = attention
+            self.run.journal.message(f"attention by {attention}")
 
     def _log(
         self,

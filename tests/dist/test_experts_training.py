@@ -15,6 +15,7 @@ from tests.dist.test_training_step import (
     assert_same_training,
     assert_statistics,
     exported,
+    first_ratios,
     run_case,
 )
 from tests.support.dist import run_distributed
@@ -39,7 +40,8 @@ def layout_of(shape):
 
 def run_cases(rank, shape, path):
     layout = layout_of(shape)
-    return {name: run_case(case, path, layout) for name, case in BY_NAME.items()}
+    outcomes = {name: run_case(case, path, layout) for name, case in BY_NAME.items()}
+    return outcomes | {"bfloat16": first_ratios(BY_NAME["paper_two_steps"], path, layout)}
 
 
 # --- the reference -----------------------------------------------------------------------------------
@@ -97,6 +99,11 @@ def outcomes(path):
 
 every_layout = pytest.mark.parametrize("shape", LAYOUTS, ids=lambda shape: "tp{}-pp{}-dp{}-ep{}".format(*shape))
 every_case = pytest.mark.parametrize("name", NAMES)
+
+
+@every_layout
+def test_first_ratio_is_exactly_one_in_bfloat16(outcomes, shape):
+    assert [results["bfloat16"] for results in outcomes(shape)] == [[0.0] * 3] * len(outcomes(shape))
 
 
 @every_layout

@@ -36,6 +36,7 @@ def run_cases(rank, shape, paths):
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, data=data, sequence=bool(sequence))
     layout = initialize(parallel, seed=1, timeout_seconds=60)
     outcomes = {case.name: run_case(case, paths[case.model], layout) for case in CASES}
+    outcomes["bfloat16"] = first_ratios(BY_NAME["paper_two_steps"], paths["qwen3"], layout)
     outcomes["nan"] = run_case(BY_NAME["grpo"], paths["qwen3"], layout, poison=True)
     return outcomes
 
@@ -79,6 +80,22 @@ def run_case(case, path, layout, poison=False):
     outcome.weights = exported(actor)
     outcome.steps_taken = actor.optimizer.steps_taken
     return outcome
+
+
+def first_ratios(case, path, layout):
+    """The distance of the first ratio from 1 in every batch, trained in bfloat16."""
+    from checkpoints_conv import read_hf_config
+    from megatron_policysplit.actor.actor import Actor
+
+    config = case.config(path)
+    config.model.dtype = "bfloat16"
+    actor, distances = Actor(config, read_hf_config(path), layout), []
+    for batch in range(3):
+        rows = case.rows(batch) if layout.is_leader else []
+        placed = actor.place(rows, case.live(rows, config), seed=SEED + batch)
+        old = actor.log_probs(placed)
+        distances.append(update_batch(actor, placed, case.builder(rows, old, placed, config)).first_ratio_off_one)
+    return distances
 
 
 def advantages_by_row(case, rows, old, placed, config):
@@ -266,6 +283,11 @@ def test_first_ratio_is_exactly_one(outcomes, shape, name):
     for results in outcomes(shape):
         found = results[name].first_ratio_off_one
         assert min(found) > 0.1 if engine else found == [0.0] * BY_NAME[name].batches
+
+
+@every_layout
+def test_first_ratio_is_exactly_one_in_bfloat16(outcomes, shape):
+    assert [results["bfloat16"] for results in outcomes(shape)] == [[0.0] * 3] * len(outcomes(shape))
 
 
 @every_layout

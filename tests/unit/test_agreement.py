@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_policysplit.actor.layers import LayerChoice
 from megatron_policysplit.algorithms.advantages import TokenStatistics
 from megatron_policysplit.config import Config
 from megatron_policysplit.errors import EngineError, TrainingError
@@ -119,7 +120,8 @@ def test_bounds_follow_the_precisions_and_a_low_temperature(engine, actor_dtype,
 
 @pytest.mark.parametrize("server_dtype, expected", [(None, Bounds(0.01, 5e-4)), ("bfloat16", Bounds(0.08, 0.03))])
 def test_bounds_of_an_actor_that_multiplies_in_tf32(monkeypatch, server_dtype, expected):
-    monkeypatch.setattr("megatron_policysplit.training.agreement.bounds.use_transformer_engine", lambda: True)
+    taken = LayerChoice(True, "a test")
+    monkeypatch.setattr("megatron_policysplit.training.agreement.bounds.choose_layers", lambda wanted: taken)
     config = Config()
     config.rollout.engine, config.model.dtype, config.rollout.server.dtype = "sglang", "float32", server_dtype
     assert choose_bounds(AgreementSettings.of(config)) == expected

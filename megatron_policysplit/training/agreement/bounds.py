@@ -30,9 +30,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_policysplit.actor.layers import choose_layers
 from megatron_policysplit.config import AgreementConfig, Config
 from megatron_policysplit.config.modes import temperatures_by_mode
-from megatron_policysplit.distributed.device import use_transformer_engine
 from megatron_policysplit.rows import Mode
 
 
@@ -59,7 +59,7 @@ class AgreementSettings:
             transport=config.weight_sync.transport,
             actor_dtype=dtype,
             engine_dtype=(config.rollout.server.dtype if is_sglang else None) or dtype,
-            tf32=use_transformer_engine(),
+            tf32=choose_layers(config.model.layers).transformer_engine,
         )
 
 
