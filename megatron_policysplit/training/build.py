@@ -11,11 +11,12 @@ from megatron_policysplit.actor.actor import Actor
 from megatron_policysplit.algorithms.methods import build_algorithm
 from megatron_policysplit.config import Config
 from megatron_policysplit.distributed.control import Control
-from megatron_policysplit.distributed.device import missing_triton, use_triton
+from megatron_policysplit.distributed.device import slow_head, use_triton
 from megatron_policysplit.distributed.stop_signal import StopSignal
 from megatron_policysplit.evaluation.verdicts import EvaluationJudge
 from megatron_policysplit.training.generation import build_generation
 from megatron_policysplit.training.journal import Journal, open_log
+from megatron_policysplit.training.kernels import keep_triton_cache, warm_up_kernels
 from megatron_policysplit.training.questions import (
     load_evaluation_questions,
     load_training_questions,
@@ -41,12 +42,17 @@ def build_run(config: Config, stop: StopSignal) -> Run:
         if config.eval.judge.url is not None:
             judge = EvaluationJudge(config.eval.judge, layout, control, log.message)
 
+        if use_triton():
+            keep_triton_cache(Path(config.run.dir))
         # The actor comes before the engines: colocated ones start on GPUs that it has left.
         actor = Actor(config, read_hf_config(config.model.path), layout)
         directory = Path(config.run.dir)
         journal = Journal(directory, config.model, config.checkpoint, layout, actor, log)
-        if (reason := _slow_head(config, actor)) is not None:
+        for reason in slow_head():
             journal.message(reason)
+        if use_triton():
+            nucleus = actor.nucleus_mass is not None
+            warm_up_kernels(layout, actor.head, nucleus, journal.message)
         state = journal.state
         generation = build_generation(
             config, layout, control, actor, state, journal.message, resources
@@ -70,15 +76,3 @@ def build_run(config: Config, stop: StopSignal) -> Run:
             judge=judge,
             resources=resources.pop_all(),
         )
-
-
-def _slow_head(config: Config, actor: Actor) -> str | None:
-    """Why a GPU computes the LM head without its kernels; None if it has them, or without a GPU."""
-    if (reason := missing_triton()) is not None:
-        return reason
-    if use_triton() and actor.nucleus_mass is not None:
-        return (
-            f"the LM head is computed in plain torch: algorithm.name={config.algorithm.name} needs "
-            "its logits"
-        )
-    return None
