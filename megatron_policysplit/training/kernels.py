@@ -29,10 +29,14 @@ def keep_triton_cache(run_dir: Path) -> None:
     servers that this process starts would inherit it. Call this before anything is compiled, for
     torch.compile sets the variable where it finds none, to a directory of the machine's own.
     """
-    import triton
+    from triton import knobs
 
-    if not os.environ.get("TRITON_CACHE_DIR"):
-        triton.knobs.cache.dir = str((run_dir / CACHE).absolute())
+    if os.environ.get("TRITON_CACHE_DIR"):
+        return
+    # Triton writes what a knob is set to into the environment, unless told not to.
+    propagates, knobs.propagate_env = knobs.propagate_env, False
+    knobs.cache.dir = str((run_dir / CACHE).absolute())
+    knobs.propagate_env = propagates
 
 
 def warm_up_kernels(

@@ -6,7 +6,7 @@ import sys
 from contextlib import contextmanager
 
 PACKAGE = "megatron_policysplit.vocab_parallel"
-OURS = tuple(f"{PACKAGE}.triton_{name}" for name in ("head", "kernels", "launch"))
+OURS = tuple(f"{PACKAGE}.triton_{name}" for name in ("head", "kernels", "launch", "warm_up"))
 
 
 def depends_on_triton(name):

@@ -138,7 +138,7 @@ class Sharded(torch.autograd.Function):
 
 
 def head_of(weight, chunk, tile_elements=TILE_ELEMENTS, **options):
-    """This rank's rows of a weight [V, H], as a leaf; garbage in the rows of padding. options: further ones of `Head`."""
+    """This rank's rows of a weight [V, H], as a leaf; garbage in the rows of padding. options: more of `Head`."""
     rows = mine(weight.t()).detach().t().contiguous().requires_grad_()
     return Head(rows, shard_of(len(weight), tile_elements), chunk, **options)
 
