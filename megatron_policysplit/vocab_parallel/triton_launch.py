@@ -28,14 +28,16 @@ class Kernel:
             for t, v, h, warps, stages in blocks
         ]
         self.plain = plain
-        self.tuned = triton.autotune(configs, key=["H", "FEW"], cache_results=True)(plain)
+        # With a nucleus the kernel of the gradient needs more registers.
+        key = [name for name in ("H", "FEW", "NUCLEUS") if name in plain.arg_names]
+        self.tuned = triton.autotune(configs, key=key, cache_results=True)(plain)
 
 
-# Candidates for tuning: tokens, columns and features of a block, warps, stages. A stage holds the
-# blocks of its operands in shared memory, 2 bytes a number, and a configuration that needs more
-# than the GPU has is passed over. The last of each list needs 72 KiB, for GPUs with 99 KiB; the
-# others 96 to 192. A kernel that makes two products at a time keeps two tiles of logits in
-# registers, so its blocks are smaller.
+# Candidates for tuning: tokens, columns and features of a block, warps, stages. Shared memory holds
+# the blocks of its operands, 2 bytes a number, once for each stage (one stage less before compute
+# capability 9.0, and at 12.0). A candidate that needs more than the GPU has is passed over. The
+# last of each list needs at most 72 KiB on any GPU. A kernel that makes two products at a time
+# keeps two tiles of logits in registers, so its blocks are smaller.
 ONE_PRODUCT = [
     (128, 256, 64, 8, 3),
     (128, 256, 64, 8, 4),

@@ -12,6 +12,9 @@ from megatron_policysplit.vocab_parallel import chunk_pass, fused_loss, weight_g
 from megatron_policysplit.vocab_parallel.weight_gradient import add_product
 from tests.support.dist import run_distributed
 from tests.support.head_inputs import inputs
+from tests.support.hf_models import make_model
+from tests.support.training_cases import SEED, Case, update_batch
+from tests.support.training_cases import VOCAB as SIZE_OF_VOCABULARY
 from tests.support.vocabulary import head_of, plain_statistics
 
 VOCAB, HIDDEN, TOKENS, CHUNK, BATCHES = 37, 6, 40, 16, 3
@@ -151,6 +154,41 @@ def test_at_once_needs_no_tensor_of_the_weights_size():
     for result in outcomes():
         assert result[False, torch.bfloat16, True][1] == 0
         assert result[False, torch.bfloat16, False][1] >= BATCHES  # it counts what it is to count
+
+
+# --- in the actor, whose schedule calls backward -------------------------------------------------------
+
+
+def train_both_ways(rank, shape, path):
+    """Gradients in bf16 of one step by two actors; the second one's losses are not at once."""
+    from checkpoints_conv import read_hf_config
+    from megatron_policysplit.actor import actor as actors
+    from megatron_policysplit.actor.parallel import initialize
+    from megatron_policysplit.config import ParallelConfig
+
+    tensor, pipeline = shape
+    layout = initialize(ParallelConfig(tensor=tensor, pipeline=pipeline, data=1), seed=1, timeout_seconds=60)
+    case = Case("bf16", settings={"model.dtype": "bfloat16", "train.head_chunk_tokens": 8})
+    straight, found = actors.fused_loss, []
+    for fused in (straight, lambda *arguments, at_once: straight(*arguments)):
+        actors.fused_loss = fused
+        actor = actors.Actor(case.config(path), read_hf_config(path), layout)
+        rows = case.rows(0) if layout.is_leader else []
+        placed = actor.place(rows, case.live(rows, actor.config), seed=SEED)
+        old = actor.log_probs(placed)
+        metrics = update_batch(actor, placed, case.builder(rows, old, placed, actor.config, None))
+        assert metrics.first_ratio_off_one == 0
+        found.append({name: parameter.main_grad.clone() for name, parameter in actor.model.named_parameters()})
+    return found
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=["tp2", "pp2"])
+def test_both_ways_in_the_actor(tmp_path, shape):
+    """A tied head, and on two stages the last one's copy of the embedding."""
+    path = str(make_model(tmp_path / "qwen3", "qwen3", tied=True, vocab=SIZE_OF_VOCABULARY))
+    for at_once, buffered in run_distributed(train_both_ways, 2, shape, path):
+        for name, gradient in at_once.items():
+            assert gradient.norm() > 0 and (gradient - buffered[name]).norm() < 1e-5 * gradient.norm(), name
 
 
 # --- without DDP ---------------------------------------------------------------------------------------
