@@ -167,9 +167,7 @@ def check_an_empty_nucleus():
     assert loss == 0 and (leaf.grad == 0).all()
 
 
-CHECKS = {
-    name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")
-}
+CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
 
 
 @pytest.fixture(scope="module")
