@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_policysplit.distributed.device import mixed_products, tile_elements
 from megatron_policysplit.vocab_parallel import Head, VocabularyShard, fused_loss, score
 
 WARM_UP = 3
@@ -71,9 +72,8 @@ Method = Callable[[Inputs, bool], tuple[Tensor, ...]]
 
 
 def triton_head(inputs: Inputs, backward: bool) -> tuple[Tensor, ...]:
-    head = Head(
-        inputs.weight, VocabularyShard(0, len(inputs.weight), None), inputs.chunk, triton=True
-    )
+    shard = VocabularyShard(0, len(inputs.weight), None, tile_elements())
+    head = Head(inputs.weight, shard, inputs.chunk, triton=True, mixed_products=mixed_products())
     temperature = torch.ones_like(inputs.grad_logprobs)
     if not backward:
         return score(head, inputs.hidden, inputs.targets, temperature)[:2]

@@ -29,6 +29,8 @@ from megatron_policysplit.config.modes import temperatures_by_mode
 from megatron_policysplit.distributed.device import (
     deterministic_only,
     head_chunk_tokens,
+    mixed_products,
+    tile_elements,
     training_device,
     use_triton,
 )
@@ -116,8 +118,14 @@ class Actor:
         self.optimizer = PolicyOptimizer(self.ddp, config.train, DTYPES[config.model.dtype])
         self.model.config.finalize_model_grads_func = _sum_gradients
         chunk = config.train.head_chunk_tokens or head_chunk_tokens()
-        triton = use_triton() and self.nucleus_mass is None
-        self.head = self.model.head(chunk, triton) if layout.is_last_stage else None
+        self.head = None
+        if layout.is_last_stage:
+            self.head = self.model.head(
+                chunk,
+                triton=use_triton(),
+                mixed_products=mixed_products(),
+                tile_elements=tile_elements(),
+            )
         self.scorer = Scorer(self.ddp, self.model, self.head, layout)
         # Before a checkpoint is loaded: a resumed run has the same reference as it had at first.
         self.reference = ReferenceWeights(self.model) if config.algorithm.kl_coef > 0 else None
@@ -273,8 +281,16 @@ class Actor:
 
         targets, temperature = batch.targets.to(device), batch.temperature.to(device)
         selected = batch.select(self.model.whole(hidden))
+        # At once: the schedule calls backward on this loss, times 1. It multiplies losses only by
+        # `grad_scale_func` of its configuration, which is for fp16 and not set here.
         loss = fused_loss(
-            self.head, selected, targets, temperature, token_loss, signals.nucleus_threshold
+            self.head,
+            selected,
+            targets,
+            temperature,
+            token_loss,
+            signals.nucleus_threshold,
+            at_once=True,
         ).loss
         if not batch.rows:
             # An empty micro-batch, which other ranks wait for, has no chunk that would call it.

@@ -28,7 +28,7 @@ from megatron_policysplit.actor.attention import CoreAttention
 from megatron_policysplit.actor.gradient_fusion import idle_output_layer
 from megatron_policysplit.actor.megatron_on_cpu import model_options
 from megatron_policysplit.config.model_layout import check_layout
-from megatron_policysplit.vocab_parallel import Head, VocabularyShard
+from megatron_policysplit.vocab_parallel import TILE_ELEMENTS, Head, VocabularyShard
 
 
 class PolicyModel(GPTModel):
@@ -62,20 +62,34 @@ class PolicyModel(GPTModel):
         # Megatron's own makes logits of all tokens here, which is what we avoid.
         return hidden_states
 
-    def head(self, chunk: int, triton: bool = False) -> Head:
+    def head(
+        self,
+        chunk: int,
+        *,
+        triton: bool = False,
+        mixed_products: bool = False,
+        tile_elements: int = TILE_ELEMENTS,
+    ) -> Head:
         """Return this tensor-parallel rank's shard of the LM head, tied or not; last stage only.
 
         Its rows are [tp_rank * n, (tp_rank + 1) * n) of the vocabulary with n = padded_vocab_size /
         TP; those at or past `vocab_size` are padding. chunk: tokens whose logits exist at a time.
-        triton: whether Triton kernels do the work.
+        triton, mixed_products, tile_elements: see `Head` and `VocabularyShard`.
         """
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         group = parallel_state.get_tensor_model_parallel_group()
         rank = parallel_state.get_tensor_model_parallel_rank()
-        shard = VocabularyShard.of(self.vocab_size, len(weight), rank, group)
+        shard = VocabularyShard.of(self.vocab_size, len(weight), rank, group, tile_elements)
         # Under sequence parallelism the backward of `whole` sums the gradients of hidden states.
-        return Head(weight, shard, chunk, not self.config.sequence_parallel, triton)
+        return Head(
+            weight,
+            shard,
+            chunk,
+            reduces_hidden=not self.config.sequence_parallel,
+            triton=triton,
+            mixed_products=mixed_products,
+        )
 
     def whole(self, hidden: Tensor) -> Tensor:
         """Return the hidden states [s, b, h] of all tokens.

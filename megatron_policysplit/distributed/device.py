@@ -86,6 +86,34 @@ def width_multiple() -> int:
     return 1 if on_cpu() else 64
 
 
+def tile_elements() -> int:
+    """Logits that the LM head's elementwise work takes at a time in plain torch.
+
+    On a CPU a tile and its temporary tensors stay in the cache (1 MiB in fp32). On a GPU each of
+    the dozen operations on a tile should take longer than its launch, and each temporary tensor is
+    128 MiB.
+    """
+    return 2**18 if on_cpu() else 2**25
+
+
+@functools.cache
+def mixed_products() -> bool:
+    """Whether torch adds the product of two bf16 matrices to an fp32 matrix here.
+
+    On a GPU from torch 2.10; 2.8 knows `out_dtype` but wants a bf16 matrix to add to, and so do
+    some builds that call themselves 2.10. So it is tried.
+    """
+    if on_cpu():
+        return False
+    factor = torch.ones(16, 16, dtype=torch.bfloat16, device=training_device())
+    total = factor.float()
+    try:
+        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):  # not this mixture; no such argument
+        return False
+    return True
+
+
 def use_triton() -> bool:
     """Whether the LM head is computed by Triton kernels: on a GPU where nothing is missing."""
     return not on_cpu() and missing_triton() is None
@@ -125,6 +153,21 @@ def unused_gpu() -> str | None:
     )
 
 
+def slow_head() -> list[str]:
+    """Why a GPU computes the LM head more slowly than it could, and what to do about each reason.
+
+    [] where there is no reason, and without a GPU.
+    """
+    reasons = [missing_triton()]
+    if not on_cpu() and not mixed_products():
+        reasons.append(
+            "the LM head's weight gradient is multiplied in float32: torch "
+            f"{torch.__version__} cannot add a bf16 product to a float32 matrix; "
+            "pip install 'torch>=2.10'"
+        )
+    return [reason for reason in reasons if reason is not None]
+
+
 def gpu_count() -> int:
     """GPUs that this process sees."""
     return 0 if on_cpu() else torch.cuda.device_count()
@@ -136,9 +179,13 @@ def device_of_thread(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def set_device(local_rank: int) -> None:
-    """Bind this process to its GPU, if there is one."""
+    """Bind this process to its GPU, if there is one, and set how precisely it multiplies."""
     if not on_cpu():
         torch.cuda.set_device(local_rank)
+        # Where cuBLAS cuts a product along its sum, the parts are not rounded to bf16 before they
+        # are added. The LM head's hidden gradient sums over the vocabulary, whose parts nearly
+        # cancel: the gradient of a row of logits adds up to 0.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def peak_memory_bytes() -> int:

@@ -14,7 +14,7 @@ from megatron_policysplit.algorithms.methods import build_algorithm
 from megatron_policysplit.config import Config
 from megatron_policysplit.distributed.control import Control
 from megatron_policysplit.distributed.device import (
-    missing_triton,
+    slow_head,
     unused_gpu,
     use_deterministic_kernels,
     use_triton,
@@ -24,6 +24,7 @@ from megatron_policysplit.distributed.stop_signal import StopSignal
 from megatron_policysplit.evaluation.verdicts import EvaluationJudge
 from megatron_policysplit.training.generation import build_generation
 from megatron_policysplit.training.journal import Journal, open_log
+from megatron_policysplit.training.kernels import keep_triton_cache, warm_up_kernels
 from megatron_policysplit.training.questions import (
     load_evaluation_questions,
     load_training_questions,
@@ -51,6 +52,8 @@ def build_run(config: Config, stop: StopSignal) -> Run:
 
         if config.train.deterministic:
             use_deterministic_kernels()
+        if use_triton():
+            keep_triton_cache(Path(config.run.dir))
         # The actor comes before the engines: colocated ones start on GPUs that it has left.
         actor = Actor(config, read_hf_config(config.model.path), layout)
         directory = Path(config.run.dir)
@@ -59,10 +62,13 @@ def build_run(config: Config, stop: StopSignal) -> Run:
             unused_gpu(),
             _layers(actor.layers),
             described_defaults(),
-            _slow_head(config, actor),
+            *slow_head(),
         ):
             if said is not None:
                 journal.message(said)
+        if use_triton():
+            nucleus = actor.nucleus_mass is not None
+            warm_up_kernels(layout, actor.head, nucleus, journal.message)
         state = journal.state
         generation = build_generation(
             config, layout, control, actor, state, journal.message, resources
@@ -93,15 +99,3 @@ def _layers(choice: LayerChoice) -> str:
     if choice.transformer_engine:
         return f"{choice}; it chooses its attention in the first pass"
     return f"{choice}; attention by {attention_kernels()}"
-
-
-def _slow_head(config: Config, actor: Actor) -> str | None:
-    """Why a GPU computes the LM head without its kernels; None if it has them, or without a GPU."""
-    if (reason := missing_triton()) is not None:
-        return reason
-    if use_triton() and actor.nucleus_mass is not None:
-        return (
-            f"the LM head is computed in plain torch: algorithm.name={config.algorithm.name} needs "
-            "its logits"
-        )
-    return None

@@ -20,6 +20,7 @@ _WRITTEN = (
     "reward_errors.jsonl",
     "rollouts",
     "tensorboard",
+    "triton",
     "weights",
 )
 

@@ -11,7 +11,7 @@ from megatron_policysplit.vocab_parallel.head import (
     score,
 )
 from megatron_policysplit.vocab_parallel.pairs import Pairs
-from megatron_policysplit.vocab_parallel.shard import Head, VocabularyShard
+from megatron_policysplit.vocab_parallel.shard import TILE_ELEMENTS, Head, VocabularyShard
 from megatron_policysplit.vocab_parallel.statistics import (
     PairStatistics,
     pair_statistics,
@@ -19,6 +19,7 @@ from megatron_policysplit.vocab_parallel.statistics import (
 )
 
 __all__ = [
+    "TILE_ELEMENTS",
     "FusedLoss",
     "Head",
     "PairStatistics",

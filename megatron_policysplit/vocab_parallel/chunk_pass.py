@@ -1,7 +1,7 @@
 """One chunk of tokens through a shard of the LM head: to floats per token, or to dL/dlogits.
 
 Two implementations: `TorchPass` holds the chunk's logits, `TritonPass` runs kernels on a GPU that
-hold none.
+hold none, except for a tile of rows at a time where a nucleus is looked for.
 """
 
 from __future__ import annotations
@@ -12,6 +12,13 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from megatron_policysplit.vocab_parallel.nucleus import (
+    Nucleus,
+    NucleusSlopes,
+    add_nucleus_gradient,
+    find_nucleus,
+    reduce_nucleus,
+)
 from megatron_policysplit.vocab_parallel.reduction import (
     Exponentials,
     Merged,
@@ -59,6 +66,24 @@ class ChunkPass(Protocol):
     ) -> tuple[Tensor, Exponentials | None]:
         """Return the floats of `reduce`, bit for bit, and exponentials for `gradient` to use."""
 
+    def find_nucleus(
+        self, hidden: Tensor, logits: Tensor | None, parts: Tensor, tokens: Tokens, mass: float
+    ) -> Nucleus:
+        """Return `nucleus.find_nucleus`, after `reduce` gave logits and parts.
+
+        Its collectives are once per chunk, by kernels once per tile of its rows.
+        """
+
+    def reduce_nucleus(
+        self,
+        hidden: Tensor,
+        logits: Tensor | None,
+        highest: Tensor,
+        threshold: Tensor,
+        tokens: Tokens,
+    ) -> Tensor:
+        """Return `nucleus.reduce_nucleus` of the chunk, [2, C], after `reduce` gave its logits."""
+
     def reduce_pair(self, a: States, b: States) -> Tensor:
         """Return `reduction.reduce_pair` of two policies, [6, P].
 
@@ -68,15 +93,17 @@ class ChunkPass(Protocol):
     def gradient(
         self,
         hidden: Tensor,
-        exponentials: Exponentials | None,
+        remains: Exponentials | Tensor | None,
         tokens: Tokens,
         merged: Merged,
         slopes: Slopes,
+        nucleus: NucleusSlopes | None = None,
     ) -> Tensor:
         """Return d loss / d logits, [C, padded columns] in the dtype of `hidden`.
 
-        exponentials: of `reduce_for_gradient`, which may be overwritten; None: the logits are made
-        again.
+        remains: exponentials of `reduce_for_gradient` or logits of `reduce`, which may be
+            overwritten; None: the logits are made again.
+        nucleus: for a loss with the nucleus's entropy; `remains` are then not exponentials.
         """
 
 
@@ -85,15 +112,17 @@ def chunk_pass(head: Head, tokens: int) -> ChunkPass:
     return TritonPass(head) if head.triton else TorchPass(head, tokens)
 
 
-def shard_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+def shard_logits(hidden: Tensor, weight: Tensor, out: Tensor, mixed_products: bool) -> Tensor:
     """Write hidden [C, H] @ weight [padded columns, H]^T into `out` [C, padded columns]; return it.
 
-    `out` is fp32 (fp64 for fp64 operands). Operands of 16 bits are widened, the weight a slice at a
-    time, so that logits are not rounded to 16 bits: the KL between policies that are close would
-    drown in the rounding.
+    `out` is fp32 (fp64 for fp64 operands). Logits are not rounded to 16 bits: the KL between
+    policies that are close would drown in the rounding. Without `mixed_products` (see `Head`)
+    operands of 16 bits are widened, the weight a slice at a time.
     """
     if weight.dtype == out.dtype:
         return torch.mm(hidden, weight.t(), out=out)
+    if mixed_products:
+        return torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     wide = hidden.to(out.dtype)
     for start in range(0, len(weight), SLICE_ROWS):
         rows = slice(start, start + SLICE_ROWS)
@@ -109,7 +138,7 @@ class TorchPass:
 
     def __init__(self, head: Head, tokens: int):
         self._weight, self._shard = head.weight.detach(), head.shard
-        self._chunk = min(head.chunk, tokens)
+        self._chunk, self._mixed_products = min(head.chunk, tokens), head.mixed_products
         self._buffers: list[Tensor] = []
 
     def reduce(self, hidden: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -133,19 +162,40 @@ class TorchPass:
             self._buffers.reverse()
         return parts
 
+    def find_nucleus(
+        self, hidden: Tensor, logits: Tensor | None, parts: Tensor, tokens: Tokens, mass: float
+    ) -> Nucleus:
+        return find_nucleus(logits, parts, tokens.temperature, self._shard, mass)
+
+    def reduce_nucleus(
+        self,
+        hidden: Tensor,
+        logits: Tensor | None,
+        highest: Tensor,
+        threshold: Tensor,
+        tokens: Tokens,
+    ) -> Tensor:
+        return reduce_nucleus(logits, highest, threshold, tokens.temperature, self._shard)
+
     def gradient(
         self,
         hidden: Tensor,
-        exponentials: Exponentials | None,
+        remains: Exponentials | Tensor | None,
         tokens: Tokens,
         merged: Merged,
         slopes: Slopes,
+        nucleus: NucleusSlopes | None = None,
     ) -> Tensor:
-        if exponentials is not None:
-            gradient = exponentials_gradient(exponentials, tokens, merged, slopes, self._shard)
-        else:
-            logits = self._logits(hidden)
-            gradient = logits_gradient(logits, tokens, merged, slopes, self._shard, out=logits)
+        if isinstance(remains, Exponentials):
+            gradient = exponentials_gradient(remains, tokens, merged, slopes, self._shard)
+            return gradient.to(hidden.dtype)
+        logits = self._logits(hidden) if remains is None else remains
+        # A nucleus needs the logits afterwards, so it costs a tensor of their size.
+        out = logits if nucleus is None else torch.empty_like(logits)
+        gradient = logits_gradient(logits, tokens, merged, slopes, self._shard, out=out)
+        if nucleus is not None:
+            top, temperature = merged.top, tokens.temperature
+            add_nucleus_gradient(gradient, logits, temperature, top, nucleus, self._shard)
         return gradient.to(hidden.dtype)
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -157,7 +207,8 @@ class TorchPass:
             )
         else:
             self._buffers.reverse()
-        return shard_logits(hidden, self._weight, self._buffers[-1][: len(hidden)])
+        out = self._buffers[-1][: len(hidden)]
+        return shard_logits(hidden, self._weight, out, self._mixed_products)
 
 
 class TritonPass:
@@ -178,6 +229,29 @@ class TritonPass:
     # The kernels leave no exponentials; `gradient` computes them again.
     reduce_for_gradient = reduce
 
+    def find_nucleus(
+        self, hidden: Tensor, logits: Tensor | None, parts: Tensor, tokens: Tokens, mass: float
+    ) -> Nucleus:
+        found = Nucleus(*torch.empty_like(parts[:2]))
+        # All ranks have equally many padded columns, so their tiles are the same rows.
+        for rows in self._shard.tiles(len(hidden), len(self._weight)):
+            tile = self._kernels.head_logits(hidden[rows], self._weight, self._shard.columns)
+            part = find_nucleus(tile, parts[:, rows], tokens.temperature[rows], self._shard, mass)
+            found.threshold[rows], found.entropy[rows] = part.threshold, part.entropy
+        return found
+
+    def reduce_nucleus(
+        self,
+        hidden: Tensor,
+        logits: Tensor | None,
+        highest: Tensor,
+        threshold: Tensor,
+        tokens: Tokens,
+    ) -> Tensor:
+        return self._kernels.reduce_head_nucleus(
+            hidden, self._weight, highest, threshold, tokens.temperature, self._shard.columns
+        )
+
     def reduce_pair(self, a: States, b: States) -> Tensor:
         hidden = [
             states.hidden if states.rows is None else states.hidden[states.rows]
@@ -191,10 +265,11 @@ class TritonPass:
     def gradient(
         self,
         hidden: Tensor,
-        exponentials: Exponentials | None,
+        remains: Exponentials | Tensor | None,
         tokens: Tokens,
         merged: Merged,
         slopes: Slopes,
+        nucleus: NucleusSlopes | None = None,
     ) -> Tensor:
         return self._kernels.head_gradient(
             hidden,
@@ -207,4 +282,5 @@ class TritonPass:
             merged.entropy,
             slopes.by_logprob,
             slopes.by_entropy,
+            nucleus,
         )

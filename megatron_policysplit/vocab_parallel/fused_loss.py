@@ -18,13 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_policysplit.vocab_parallel.chunk_pass import chunk_pass
-from megatron_policysplit.vocab_parallel.head import needs_logits
+from megatron_policysplit.vocab_parallel.chunk_pass import ChunkPass, chunk_pass
 from megatron_policysplit.vocab_parallel.nucleus import (
     MergedNucleus,
-    gradient_with_nucleus,
+    NucleusSlopes,
     merge_nucleus,
-    reduce_nucleus,
 )
 from megatron_policysplit.vocab_parallel.reduction import (
     Exponentials,
@@ -58,13 +56,14 @@ def fused_loss(
     temperature: Tensor,
     token_loss: TokenLoss,
     thresholds: Tensor | None = None,
+    at_once: bool = False,
 ) -> FusedLoss:
     """Sum `token_loss` over T tokens, computing log-probs and entropies a chunk at a time.
 
     The loss is differentiable in `hidden` and `head.weight`, once. Collectives over the
     tensor-parallel group: per chunk an all-gather of 4 floats a token (6 with thresholds),
     overlapped with the next chunk's matrix product; in backward one all-reduce of the gradient of
-    `hidden`. Raises ValueError for thresholds with a head of Triton kernels.
+    `hidden`.
 
     hidden: [T, H].
     targets: [T] int64, global ids.
@@ -72,15 +71,24 @@ def fused_loss(
     token_loss: token_loss(span, logprobs, entropy) is called once per chunk, in order, also where
         no gradient is needed; `span` says which of the T tokens the chunk has. It must not use
         statistics of other tokens.
-    thresholds: [T] logits, the nuclei that `score` found; up to two more chunks of logits are then
-        held at times.
+    thresholds: [T] logits, the nuclei that `score` found; in torch up to two more chunks of logits
+        are then held at times.
+    at_once: the caller promises to call backward, with a factor of 1. The gradient of a weight of
+        16 bits is then added to its `main_grad` during this call, if it has one, and backward
+        raises RuntimeError for another factor.
     """
-    if thresholds is not None:
-        needs_logits(head)
     needed = torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)
     return FusedLoss(
         *_FusedLoss.apply(
-            hidden, head.weight, targets, temperature, head, token_loss, needed, thresholds
+            hidden,
+            head.weight,
+            targets,
+            temperature,
+            head,
+            token_loss,
+            needed,
+            thresholds,
+            at_once,
         )
     )
 
@@ -100,40 +108,38 @@ class _FusedLoss(torch.autograd.Function):
     """Forward communicates once a chunk (all-gather), backward once (all-reduce of [T, H])."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, head, token_loss, needed, thresholds):
+    def forward(
+        ctx, hidden, weight, targets, temperature, head, token_loss, needed, thresholds, at_once
+    ):
         tokens = Tokens(targets, temperature.to(statistics_dtype(hidden)))
         passing = chunk_pass(head, len(hidden))
         grad_hidden, total = None, None
         if needed:
             grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-            total = WeightGradient(weight)
+            total = WeightGradient(head, at_once)
         loss = tokens.temperature.new_zeros(())
         logprobs = torch.empty_like(tokens.temperature)
         entropy = torch.empty_like(tokens.temperature)
-        # The gradient of a nucleus needs the logits themselves, not their exponentials.
-        reduce = passing.reduce_for_gradient if needed and thresholds is None else passing.reduce
+        keep_exponentials = needed and thresholds is None
         # One chunk ahead: the next chunk's matrix product runs while this one's floats travel.
-        for chunk in _one_ahead(_reduce_chunks(reduce, head, hidden, tokens, thresholds)):
+        for chunk in _one_ahead(
+            _reduce_chunks(passing, keep_exponentials, head, hidden, tokens, thresholds)
+        ):
             span = chunk.span
             gathered, *nucleus_parts = chunk.gathering.wait()
-            merged = merge(gathered, tokens.temperature[span])
-            nucleus = None
+            merged, nucleus = merge(gathered, tokens.temperature[span]), None
             if nucleus_parts:
                 nucleus = merge_nucleus(gathered[:, 0], *nucleus_parts, tokens.temperature[span])
             logprobs[span], entropy[span] = merged.logprobs, merged.entropy
             part, slopes, by_nucleus = _loss_and_slopes(token_loss, span, merged, nucleus, needed)
             loss += part
             if needed:
-                if nucleus is None:
-                    grad = passing.gradient(
-                        hidden[span], chunk.remains, tokens[span], merged, slopes
-                    )
-                else:
-                    of_nucleus = (thresholds[span], nucleus, by_nucleus)
-                    grad = gradient_with_nucleus(
-                        chunk.remains, tokens[span], merged, slopes, *of_nucleus, head.shard
-                    )
-                    grad = grad.to(hidden.dtype)
+                nucleus_slopes = None
+                if by_nucleus is not None:
+                    nucleus_slopes = NucleusSlopes(thresholds[span], nucleus, by_nucleus)
+                grad = passing.gradient(
+                    hidden[span], chunk.remains, tokens[span], merged, slopes, nucleus_slopes
+                )
                 torch.mm(grad, weight, out=grad_hidden[span])
                 total.add(grad, hidden[span])
         ctx.head, ctx.grad_hidden, ctx.total = head, grad_hidden, total
@@ -151,19 +157,26 @@ class _FusedLoss(torch.autograd.Function):
         grad_hidden, total = ctx.grad_hidden, ctx.total
         ctx.grad_hidden = ctx.total = None
         grad_hidden = ctx.head.sum_over_ranks(grad_hidden.mul_(scale))
-        return grad_hidden, total.deliver(scale), None, None, None, None, None, None
+        return grad_hidden, total.deliver(scale), None, None, None, None, None, None, None
 
 
 def _reduce_chunks(
-    reduce, head: Head, hidden: Tensor, tokens: Tokens, thresholds: Tensor | None
+    passing: ChunkPass,
+    keep_exponentials: bool,
+    head: Head,
+    hidden: Tensor,
+    tokens: Tokens,
+    thresholds: Tensor | None,
 ) -> Iterator[_Chunk]:
     """Reduce the chunks in order and begin to gather the floats of each."""
+    # The gradient of a nucleus needs the logits themselves, not their exponentials.
+    reduce = passing.reduce_for_gradient if keep_exponentials else passing.reduce
     for span in head.chunks(len(hidden)):
         parts, remains = reduce(hidden[span], tokens[span])
         floats = [parts]
         if thresholds is not None:
-            t = tokens.temperature[span]
-            floats.append(reduce_nucleus(remains, parts[0], thresholds[span], t, head.shard))
+            nucleus = hidden[span], remains, parts[0], thresholds[span], tokens[span]
+            floats.append(passing.reduce_nucleus(*nucleus))
         yield _Chunk(span, remains, Gathering(floats, head.shard))
 
 

@@ -21,7 +21,7 @@ from megatron_policysplit.vocab_parallel.chunk_pass import (
     chunk_pass,
     shard_logits,
 )
-from megatron_policysplit.vocab_parallel.nucleus import Nucleus, find_nucleus
+from megatron_policysplit.vocab_parallel.nucleus import Nucleus
 from megatron_policysplit.vocab_parallel.pairs import PairPlan, Pairs
 from megatron_policysplit.vocab_parallel.reduction import (
     Merged,
@@ -61,9 +61,9 @@ def score(
     """Compute log-probs, entropies and the exact KL of pairs of tokens; forward only.
 
     Collectives over the tensor-parallel group: one all-gather for the whole call, and with a
-    nucleus at least one more per chunk. A token's bits depend on its chunk alone, not on pairs.
-    Raises ValueError for a nucleus from a head of Triton kernels, which never hold logits, and for
-    a pair without a token of this call.
+    nucleus at least one more per chunk, or by kernels per tile of a chunk's rows. A token's bits
+    depend on its chunk alone, not on pairs. Raises ValueError for a pair without a token of this
+    call.
 
     hidden: [T, H].
     targets: [T] int64, global ids.
@@ -71,8 +71,6 @@ def score(
     pairs: pairs of tokens whose KL is computed both ways.
     nucleus: probability mass of the nuclei whose thresholds and entropies are computed.
     """
-    if nucleus is not None:
-        needs_logits(head)
     passing = chunk_pass(head, len(hidden))
     dtype = statistics_dtype(hidden)
     temperature = temperature.to(dtype)
@@ -85,7 +83,9 @@ def score(
     for span in head.chunks(len(hidden)):
         parts[0][:, span], logits = passing.reduce(hidden[span], tokens[span])
         if nucleus is not None:
-            part = find_nucleus(logits, parts[0][:, span], temperature[span], head.shard, nucleus)
+            part = passing.find_nucleus(
+                hidden[span], logits, parts[0][:, span], tokens[span], nucleus
+            )
             nuclei.threshold[span], nuclei.entropy[span] = part.threshold, part.entropy
         # While the chunk's logits exist.
         if paired is not None:
@@ -152,14 +152,6 @@ class _PairScores:
         return kl_first, kl_second
 
 
-def needs_logits(head: Head) -> None:
-    """Raise ValueError for a head of Triton kernels, which hold no logits."""
-    if head.triton:
-        raise ValueError(
-            "the nucleus is found in logits, which the Triton kernels of the LM head never hold"
-        )
-
-
 def head_statistics(
     head: Head, hidden: Tensor, targets: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -219,7 +211,7 @@ class _HeadStatistics(torch.autograd.Function):
         if by_logprob is None:
             by_logprob = torch.zeros_like(merged.logprobs)
         slopes = Slopes(by_logprob, by_entropy)
-        passing, total = chunk_pass(head, len(hidden)), WeightGradient(weight)
+        passing, total = chunk_pass(head, len(hidden)), WeightGradient(head, at_once=True)
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         for span in head.chunks(len(hidden)):
             grad = passing.gradient(hidden[span], None, tokens[span], merged[span], slopes[span])
@@ -260,13 +252,13 @@ class _HeadPairStatistics(torch.autograd.Function):
         head = ctx.head
         tokens_a, tokens_b = Tokens(targets, t_a), Tokens(targets, t_b)
         slopes_a, slopes_b = Slopes(by_logprob_a, by_entropy_a), Slopes(by_logprob_b, by_entropy_b)
-        total = WeightGradient(weight)
+        total = WeightGradient(head, at_once=True)
         grad_hidden = torch.empty(2, *hidden_a.shape, dtype=hidden_a.dtype, device=hidden_a.device)
         for span in head.chunks(len(hidden_a)):
             shape = (2, span.stop - span.start, len(weight))
             logits = torch.empty(shape, dtype=t_a.dtype, device=weight.device)
-            a = shard_logits(hidden_a[span], weight, logits[0])
-            b = shard_logits(hidden_b[span], weight, logits[1])
+            a = shard_logits(hidden_a[span], weight, logits[0], head.mixed_products)
+            b = shard_logits(hidden_b[span], weight, logits[1], head.mixed_products)
             # Into new tensors: the KL's gradient needs the logits of both policies afterwards.
             grads = to_a, to_b = torch.empty_like(logits)
             logits_gradient(a, tokens_a[span], merged_a[span], slopes_a[span], head.shard, out=to_a)

@@ -18,15 +18,10 @@ import torch
 from torch import Tensor
 
 from megatron_policysplit.vocab_parallel.reduction import (
-    Merged,
     PerToken,
-    Slopes,
-    Tokens,
-    logits_gradient,
     merge_shards,
     shard_steps,
     statistics_dtype,
-    tiles,
     true_columns,
 )
 from megatron_policysplit.vocab_parallel.shard import Gathering, VocabularyShard
@@ -49,12 +44,20 @@ class Nucleus(PerToken):
 class MergedNucleus(PerToken):
     """Statistics of the nucleus over the whole vocabulary, [T] each; `merge_nucleus` makes them.
 
-    log q of a column of the nucleus is (z - top) / temperature - log_total.
+    log q of a column of the nucleus is (z - top) / temperature - log_total, with `Merged.top`.
     """
 
-    top: Tensor  # the highest logit
-    log_total: Tensor  # log S
+    log_total: Tensor  # log S; minus infinity for an empty nucleus
     entropy: Tensor  # H_N, nats
+
+
+@dataclass(frozen=True)
+class NucleusSlopes(PerToken):
+    """What the nucleus's entropy adds to the gradient of the logits depends on these, [T] each."""
+
+    threshold: Tensor
+    merged: MergedNucleus
+    by_entropy: Tensor  # d loss / d H_N
 
 
 def find_nucleus(
@@ -140,7 +143,7 @@ def reduce_nucleus(
     highest [T]: m of the shard. threshold, temperature: [T].
     """
     parts = logits.new_empty(2, len(logits), dtype=statistics_dtype(logits))
-    for rows in tiles(logits):
+    for rows in shard.tiles(*logits.shape):
         z = true_columns(logits[rows], shard)
         x = (z - highest[rows, None]) / temperature[rows, None]
         e = x.exp() * (z >= threshold[rows, None])
@@ -154,35 +157,28 @@ def merge_nucleus(highest: Tensor, gathered: Tensor, temperature: Tensor) -> Mer
     The weights may have moved since the threshold was found. If no logit reaches it any more the
     nucleus is empty: its entropy is 0, and so is the gradient.
     """
-    top, step = shard_steps(highest, temperature)
+    _, step = shard_steps(highest, temperature)
     log_total, mean = merge_shards(gathered[:, 0], gathered[:, 1], step, step)
-    return MergedNucleus(top, log_total, (log_total - mean).where(log_total > -torch.inf, 0.0))
+    return MergedNucleus(log_total, (log_total - mean).where(log_total > -torch.inf, 0.0))
 
 
-def gradient_with_nucleus(
+def add_nucleus_gradient(
+    gradient: Tensor,
     logits: Tensor,
-    tokens: Tokens,
-    merged: Merged,
-    slopes: Slopes,
-    threshold: Tensor,
-    nucleus: MergedNucleus,
-    by_nucleus: Tensor | None,
+    temperature: Tensor,
+    top: Tensor,
+    slopes: NucleusSlopes,
     shard: VocabularyShard,
-) -> Tensor:
-    """d loss / d logits, [T, padded columns] in a new tensor, the nucleus's entropy included.
+) -> None:
+    """Add what the entropy of the nucleus gives to d loss / d logits [T, padded columns].
 
-    `reduction.logits_gradient` and what the entropy of the nucleus adds to it. by_nucleus [T]: the
-    derivative of the loss by this entropy; None where the loss does not depend on it.
+    temperature, top: [T]; top is `Merged.top`.
     """
-    out = logits_gradient(logits, tokens, merged, slopes, shard, out=torch.empty_like(logits))
-    if by_nucleus is None:
-        return out
-    slope = by_nucleus / tokens.temperature
-    for rows in tiles(logits):
-        z = true_columns(logits[rows], shard)
-        t = tokens.temperature[rows, None]
-        log_q = (z - nucleus.top[rows, None]) / t - nucleus.log_total[rows, None]
-        gradient = log_q.exp() * (log_q + nucleus.entropy[rows, None]) * slope[rows, None]
+    slope = slopes.by_entropy / temperature
+    for rows in shard.tiles(*logits.shape):
+        z, nucleus = true_columns(logits[rows], shard), slopes.merged[rows]
+        log_q = (z - top[rows, None]) / temperature[rows, None] - nucleus.log_total[:, None]
+        minus = log_q.exp() * (log_q + nucleus.entropy[:, None]) * slope[rows, None]
         # `where`, not a product: outside of the nucleus log_q and its exponential may be infinite.
-        out[rows, : shard.columns] -= gradient.where(z >= threshold[rows, None], 0.0)
-    return out
+        inside = z >= slopes.threshold[rows, None]
+        gradient[rows, : shard.columns] -= minus.where(inside, 0.0)

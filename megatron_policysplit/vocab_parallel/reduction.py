@@ -9,12 +9,12 @@ brought to the m of the row and added. With s = log sum e of the row:
     KL(a || b) = E_a[x_a - x_b] - (s_a - s_b)     exactly 0 for equal logits
 
 Subtracting m before dividing by t loses no digits, however far all logits are from 0. Every
-function works on a few rows at a time, so that its temporary tensors stay in the processor's cache.
+function works on a tile of rows at a time (`VocabularyShard.tiles`), so that its temporary tensors
+stay small: on a CPU in its cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -22,8 +22,6 @@ import torch
 from torch import Tensor
 
 from megatron_policysplit.vocab_parallel.shard import VocabularyShard
-
-TILE_ELEMENTS = 2**18  # logits that are worked on at a time: 1 MiB in fp32
 
 
 class PerToken:
@@ -106,7 +104,7 @@ def reduce_logits(
     local, owned = _local(tokens.targets, shard)
     # Dividing by 1 would change no bit but cost a pass over the logits.
     scaled = bool((temperature != 1).any())
-    for rows in tiles(logits):
+    for rows in shard.tiles(*logits.shape):
         z = true_columns(logits[rows], shard)
         at_target = (
             z.gather(1, local[rows, None])[:, 0] if shard.columns else parts.new_zeros(len(z))
@@ -139,7 +137,7 @@ def reduce_pair(
     """
     parts = a.new_empty(6, len(temperature_a), dtype=statistics_dtype(a))
     scaled_a, scaled_b = bool((temperature_a != 1).any()), bool((temperature_b != 1).any())
-    for pairs in tiles(a, len(temperature_a)):
+    for pairs in shard.tiles(len(temperature_a), a.shape[1]):
         t_a = temperature_a[pairs] if scaled_a else None
         t_b = temperature_b[pairs] if scaled_b else None
         highest_a, x_a = _shift(_rows(a, rows_a, pairs, shard), t_a)
@@ -194,7 +192,7 @@ def logits_gradient(
     dlogp/dz = (1[target] - p) / t; dH/dz = -p (log p + H) / t. Padding columns get 0.
     """
     factors = _Factors.of((-merged.log_total).exp(), tokens, merged, slopes, shard)
-    for rows in tiles(logits):
+    for rows in shard.tiles(*logits.shape):
         z = true_columns(logits[rows], shard)
         # Here e is shifted by the m of the row, so p = e exp(-log_total).
         e = (z - merged.top[rows, None]).div_(tokens.temperature[rows, None]).exp_()
@@ -218,7 +216,7 @@ def exponentials_gradient(
     # These e are shifted by the m of the shard; the step brings p to the m of the row.
     step = (exponentials.highest - merged.top) / tokens.temperature
     factors = _Factors.of((step - merged.log_total).exp(), tokens, merged, slopes, shard)
-    for rows in tiles(e):
+    for rows in shard.tiles(*e.shape):
         _into_gradient(e[rows, : shard.columns], factors[rows])
     e[:, shard.columns :] = 0
     return e
@@ -280,7 +278,7 @@ def pair_gradient(
 
         dKL(a || b)/dz_a = p_a (L - KL(a || b)) / t_a        dKL(a || b)/dz_b = (p_b - p_a) / t_b
     """
-    for rows in tiles(a):
+    for rows in shard.tiles(*a.shape):
         t_a, t_b = temperature_a[rows], temperature_b[rows]
         log_a = _log_p(a[rows], t_a, merged.top_a[rows], merged.log_total_a[rows], shard)
         log_b = _log_p(b[rows], t_b, merged.top_b[rows], merged.log_total_b[rows], shard)
@@ -290,16 +288,6 @@ def pair_gradient(
         to_b = p_b * (-gap - merged.kl_ba[rows, None]) * ba + (p_b - p_a) * ab
         add_to_a[rows, : shard.columns] += to_a / t_a[:, None]
         add_to_b[rows, : shard.columns] += to_b / t_b[:, None]
-
-
-def tiles(logits: Tensor, rows: int | None = None) -> Iterator[slice]:
-    """Slices of rows that together have about TILE_ELEMENTS logits.
-
-    logits: gives the width of a row. rows: how many rows are sliced; None: those of `logits`.
-    """
-    height = max(1, TILE_ELEMENTS // max(1, logits.shape[1]))
-    count = len(logits) if rows is None else rows
-    return (slice(start, min(start + height, count)) for start in range(0, count, height))
 
 
 def _local(targets: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+TILE_ELEMENTS = 2**18  # 1 MiB in fp32: a tile and its temporary tensors stay in a CPU's cache
+
 
 @dataclass(frozen=True)
 class VocabularyShard:
@@ -17,14 +19,26 @@ class VocabularyShard:
     start: int  # global id of the first column
     columns: int  # columns that are not padding; 0 where the whole shard is padding
     group: dist.ProcessGroup | None  # tensor-parallel group; None without tensor parallelism
+    tile_elements: int = TILE_ELEMENTS  # logits that elementwise work takes at a time
 
     @classmethod
     def of(
-        cls, vocab_size: int, padded_columns: int, rank: int, group: dist.ProcessGroup | None
+        cls,
+        vocab_size: int,
+        padded_columns: int,
+        rank: int,
+        group: dist.ProcessGroup | None,
+        tile_elements: int = TILE_ELEMENTS,
     ) -> VocabularyShard:
         """The shard of `rank` if each rank holds `padded_columns` of the padded vocabulary."""
         start = rank * padded_columns
-        return cls(start, max(0, min(padded_columns, vocab_size - start)), group)
+        columns = max(0, min(padded_columns, vocab_size - start))
+        return cls(start, columns, group, tile_elements)
+
+    def tiles(self, rows: int, width: int) -> Iterator[slice]:
+        """Slices of `rows` rows of logits, `width` wide, that have about `tile_elements` each."""
+        height = max(1, self.tile_elements // max(1, width))
+        return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
 
     @property
     def ranks(self) -> int:
@@ -74,6 +88,9 @@ class Head:
     reduces_hidden: bool = True
     # Whether kernels that hold no logits do the work: a GPU, operands of at most 32 bits.
     triton: bool = False
+    # Whether torch.mm and torch.addmm can write and add the product of matrices of 16 bits to a
+    # matrix of 32 bits (`out_dtype`): a GPU and torch 2.10.
+    mixed_products: bool = False
 
     def chunks(self, tokens: int) -> Iterator[slice]:
         """The chunks of a call with so many tokens, in order."""

@@ -15,19 +15,33 @@ import torch
 import triton
 from torch import Tensor
 
+from megatron_policysplit.vocab_parallel.nucleus import NucleusSlopes
 from megatron_policysplit.vocab_parallel.triton_kernels import (
     gradient_kernel,
+    logits_kernel,
+    nucleus_kernel,
     reduce_kernel,
     reduce_pair_kernel,
 )
+from megatron_policysplit.vocab_parallel.triton_launch import (
+    INTERPRETED,
+    ONE_PRODUCT,
+    TWO_PRODUCTS,
+    Kernel,
+    launch,
+)
 
-_INTERPRETED = triton.knobs.runtime.interpret
+_reduce = Kernel(reduce_kernel, ONE_PRODUCT)
+_reduce_pair = Kernel(reduce_pair_kernel, TWO_PRODUCTS)
+_nucleus = Kernel(nucleus_kernel, ONE_PRODUCT)
+_logits = Kernel(logits_kernel, ONE_PRODUCT)
+_gradient = Kernel(gradient_kernel, ONE_PRODUCT)
 
 # Splits make about this many programs of 128 tokens: enough to fill a GPU evenly, few enough that
 # what they leave behind for `combine` stays at a few MB however many tokens there are.
 _PROGRAMS = 2048
 # A tile may not reach into the next split.
-_SPLIT_MULTIPLE = 32 if _INTERPRETED else 256
+_SPLIT_MULTIPLE = 32 if INTERPRETED else 256
 
 
 def reduce_head(
@@ -52,7 +66,7 @@ def reduce_head(
         return _empty(hidden, 4, 0)
     width, splits = _splits(tokens, columns)
     partials = hidden.new_empty(splits, 4, tokens, dtype=torch.float32)
-    _launch(
+    launch(
         _reduce,
         lambda meta: (triton.cdiv(tokens, meta["BLOCK_T"]) * splits,),
         hidden,
@@ -89,7 +103,7 @@ def reduce_head_pair(
         return _empty(hidden_a, 6, 0, 3)
     width, splits = _splits(tokens, columns)
     partials = hidden_a.new_empty(splits, 6, tokens, dtype=torch.float32)
-    _launch(
+    launch(
         _reduce_pair,
         lambda meta: (triton.cdiv(tokens, meta["BLOCK_T"]) * splits,),
         hidden_a,
@@ -120,6 +134,7 @@ def head_gradient(
     entropy: Tensor,
     grad_logprobs: Tensor,
     grad_entropy: Tensor | None,
+    nucleus: NucleusSlopes | None = None,
 ) -> Tensor:
     """Compute dL/dz of a shard's logits, [T, padded columns] in hidden's dtype; 0 in padding.
 
@@ -128,6 +143,11 @@ def head_gradient(
         dL/dz = ((1 at an owned target - p) * grad_logprobs
                  - p * (log p + entropy) * grad_entropy) / temperature
 
+    With a nucleus columns at or above its threshold also get, with its own log_total and entropy
+    and log q = (z - top) / temperature - log_total:
+
+        - q * (log q + entropy) * by_entropy / temperature
+
     The first five arguments are those of `reduce_head`; those below are of the whole vocabulary.
 
     top: [T], highest logit.
@@ -135,6 +155,7 @@ def head_gradient(
     entropy: [T], nats.
     grad_logprobs: [T], dL/dlogp of the target.
     grad_entropy: [T], dL/dentropy; None where the entropy is not in the loss.
+    nucleus: None where the entropy of the nucleus is not in the loss.
     """
     _check(hidden, weight, columns)
     tokens, padded = len(hidden), len(weight)
@@ -150,7 +171,7 @@ def head_gradient(
         else grad_entropy.float().contiguous()
     )
     rows = (1.0 / temperature.float(), top.float(), log_total.float(), entropy.float())
-    _launch(
+    launch(
         _gradient,
         lambda meta: (triton.cdiv(tokens, meta["BLOCK_T"]) * triton.cdiv(padded, meta["BLOCK_V"]),),
         hidden,
@@ -161,10 +182,83 @@ def head_gradient(
             *(row.contiguous() for row in rows),
             grad_logprobs,
             grad_entropy,
+            *_nucleus_rows(nucleus, grad_logprobs),
         ),
         (gradient, tokens, columns, padded, *hidden.stride(), *weight.stride()),
+        NUCLEUS=nucleus is not None,
     )
     return gradient
+
+
+def _nucleus_rows(nucleus: NucleusSlopes | None, unread: Tensor) -> tuple[Tensor, ...]:
+    """Threshold, log_total, entropy and slope, [T] each, for the kernel of the gradient.
+
+    unread: stands in for all of them where there is no nucleus.
+    """
+    if nucleus is None:
+        return (unread,) * 4
+    merged = nucleus.merged
+    # An empty nucleus has no gradient. The kernel may still see a column in it, if its logit is
+    # rounded otherwise than where the nucleus was summed, and must then not divide by 0.
+    empty = merged.log_total == -torch.inf
+    log_total, slope = (
+        values.masked_fill(empty, 0.0) for values in (merged.log_total, nucleus.by_entropy)
+    )
+    rows = (nucleus.threshold, log_total, merged.entropy, slope)
+    return tuple(row.float().contiguous() for row in rows)
+
+
+def head_logits(hidden: Tensor, weight: Tensor, columns: int) -> Tensor:
+    """Compute a shard's logits in fp32, [T, padded columns]; padding is left uninitialized.
+
+    hidden [T, H]; weight [padded columns, H] in hidden's dtype. Communicates nothing. Raises
+    ValueError for operands that do not fit each other.
+    """
+    _check(hidden, weight, columns)
+    tokens, padded = len(hidden), len(weight)
+    logits = hidden.new_empty(tokens, padded, dtype=torch.float32)
+    if tokens and columns:
+        launch(
+            _logits,
+            lambda meta: (
+                triton.cdiv(tokens, meta["BLOCK_T"]) * triton.cdiv(columns, meta["BLOCK_V"]),
+            ),
+            hidden,
+            (hidden, weight, logits),
+            (tokens, columns, padded, *hidden.stride(), *weight.stride()),
+        )
+    return logits
+
+
+def reduce_head_nucleus(
+    hidden: Tensor,
+    weight: Tensor,
+    highest: Tensor,
+    threshold: Tensor,
+    temperature: Tensor,
+    columns: int,
+) -> Tensor:
+    """Reduce a shard's logits at or above thresholds to sum e and sum e * x, [2, T] fp32.
+
+    x and e are those of `reduce_head`, whose first row is `highest` [T]. threshold [T];
+    temperature [T] > 0. Without columns the sums are 0. Communicates nothing. Raises ValueError for
+    operands that do not fit each other.
+    """
+    _check(hidden, weight, columns)
+    tokens = len(hidden)
+    if not tokens or not columns:
+        return _empty(hidden, 2)
+    width, splits = _splits(tokens, columns)
+    partials = hidden.new_empty(splits, 2, tokens, dtype=torch.float32)
+    rows = (_log2_scale(temperature.float()), highest.contiguous(), threshold.float().contiguous())
+    launch(
+        _nucleus,
+        lambda meta: (triton.cdiv(tokens, meta["BLOCK_T"]) * splits,),
+        hidden,
+        (hidden, weight, *rows, partials),
+        (tokens, columns, width, splits, *hidden.stride(), *weight.stride()),
+    )
+    return partials.sum(0)
 
 
 def combine(partials: Tensor, temperature: Tensor) -> Tensor:
@@ -242,63 +336,3 @@ def _splits(tokens: int, columns: int) -> tuple[int, int]:
     width = triton.cdiv(triton.cdiv(columns, target), _SPLIT_MULTIPLE) * _SPLIT_MULTIPLE
     # Rounding the width up may leave fewer splits than were aimed at.
     return width, triton.cdiv(columns, width)
-
-
-def _launch(
-    kernel: _Kernel, grid, hidden: Tensor, tensors: tuple, numbers: tuple, **options: bool
-) -> None:
-    """Run a kernel with the blocks that suit the dtype of `hidden` and the machine."""
-    tokens, features = hidden.shape
-    constants = {
-        "H": features,
-        # The interpreter cannot multiply bf16 (see `triton_kernels._operand`).
-        "UPCAST": _INTERPRETED and hidden.dtype == torch.bfloat16,
-        # No kernel reads it. It is a key of the tuning: blocks that suit many tokens do not suit
-        # few, and tuning for each number of tokens would take too long.
-        "FEW": tokens <= 256,
-    }
-    if _INTERPRETED:
-        run, constants = kernel.plain, constants | {"BLOCK_T": 16, "BLOCK_V": 32, "BLOCK_H": 32}
-    elif hidden.dtype == torch.float32:
-        # No tensor cores: wide tiles would only spill registers.
-        blocks = {"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_H": 32, "num_warps": 8, "num_stages": 2}
-        run, constants = kernel.plain, constants | blocks
-    else:
-        run = kernel.tuned
-    run[grid](*tensors, *numbers, **constants, **options)
-
-
-class _Kernel:
-    """A jitted function in two forms: `plain` takes its blocks, `tuned` finds them by timing.
-
-    The choice is kept on disk: another one would change the last bits of a resumed run.
-    """
-
-    def __init__(self, plain, blocks: list[tuple[int, int, int, int, int]]):
-        configs = [
-            triton.Config(
-                {"BLOCK_T": t, "BLOCK_V": v, "BLOCK_H": h}, num_warps=warps, num_stages=stages
-            )
-            for t, v, h, warps, stages in blocks
-        ]
-        self.plain = plain
-        self.tuned = triton.autotune(configs, key=["H", "FEW"], cache_results=True)(plain)
-
-
-# Candidates for tuning: tokens, columns and features of a block, warps, stages. A kernel that makes
-# two products at a time keeps two tiles of logits in registers, so its blocks are smaller.
-_ONE_PRODUCT = [
-    (128, 256, 64, 8, 3),
-    (128, 256, 64, 8, 4),
-    (128, 128, 64, 4, 3),
-    (64, 128, 64, 4, 4),
-]
-_TWO_PRODUCTS = [
-    (128, 128, 64, 8, 3),
-    (128, 128, 64, 8, 4),
-    (64, 256, 64, 8, 3),
-    (64, 128, 64, 4, 4),
-]
-_reduce = _Kernel(reduce_kernel, _ONE_PRODUCT)
-_reduce_pair = _Kernel(reduce_pair_kernel, _TWO_PRODUCTS)
-_gradient = _Kernel(gradient_kernel, _ONE_PRODUCT)

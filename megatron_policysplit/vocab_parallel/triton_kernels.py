@@ -1,7 +1,7 @@
-"""The Triton kernels of the LM head: two reduce a shard of the logits, one makes their gradient.
+"""The Triton kernels of the LM head: they reduce a shard's logits, write them, or their gradient.
 
 `triton_head` launches them. T is the number of tokens, H of features; a block has BLOCK_T tokens,
-BLOCK_V columns and BLOCK_H features. UPCAST and FEW are set in `triton_head._launch`. Within a
+BLOCK_V columns and BLOCK_H features. UPCAST and FEW are set in `triton_launch.launch`. Within a
 kernel x = (z - highest) / temperature is in units of log 2, so that exp costs one instruction
 (exp2): `scale` is log2(e) / temperature, and sums of e * x are multiplied by log 2 when they are
 stored.
@@ -202,17 +202,76 @@ def reduce_pair_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
-def gradient_kernel(
-    hidden_ptr, weight_ptr, targets_ptr, inverse_ptr, top_ptr, log_total_ptr, entropy_ptr,
-    grad_logprobs_ptr, grad_entropy_ptr, out_ptr, T, columns, padded,
+def nucleus_kernel(
+    hidden_ptr, weight_ptr, scale_ptr, highest_ptr, threshold_ptr, out_ptr,
+    T, columns, width, splits,
     stride_ht, stride_hh, stride_wv, stride_wh,
     H: tl.constexpr, UPCAST: tl.constexpr, FEW: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Sums over the nuclei's columns in one split of the columns, into out [splits, 2, T] fp32.
+
+    Rows: sum e, sum e * x over logits at or above the threshold; as
+    `triton_head.reduce_head_nucleus` returns them. highest_ptr: the shard's highest logits.
+    """
+    block, split = _place(tl.program_id(0), tl.cdiv(T, BLOCK_T), splits)
+    rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    safe_rows = tl.minimum(rows, T - 1)
+    scale = tl.load(scale_ptr + safe_rows)
+    highest = tl.load(highest_ptr + safe_rows)
+    threshold = tl.load(threshold_ptr + safe_rows)
+    h = _pointers(hidden_ptr, safe_rows, stride_ht, stride_hh, BLOCK_H)
+    total = tl.zeros((BLOCK_T,), dtype=tl.float32)
+    moment = tl.zeros((BLOCK_T,), dtype=tl.float32)
+    end = tl.minimum((split + 1) * width, columns)
+    for start in range(split * width, end, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V)
+        w = _pointers(weight_ptr, tl.minimum(column, end - 1), stride_wv, stride_wh, BLOCK_H)
+        z = _logits(h, w, stride_hh, stride_wh, H, UPCAST, BLOCK_T, BLOCK_V, BLOCK_H)
+        inside = (column < end)[None, :] & (z >= threshold[:, None])
+        # Finite outside too, so that e * x is 0 there.
+        x = tl.where(inside, (z - highest[:, None]) * scale[:, None], _NEVER)
+        e = tl.exp2(x)
+        total += tl.sum(e, 1)
+        moment += tl.sum(e * x, 1)
+    out = out_ptr + split.to(tl.int64) * 2 * T + rows
+    tl.store(out, total, mask=rows < T)
+    tl.store(out + T, moment * _LN2, mask=rows < T)
+
+
+@triton.jit(do_not_specialize=["T"])
+def logits_kernel(
+    hidden_ptr, weight_ptr, out_ptr, T, columns, padded,
+    stride_ht, stride_hh, stride_wv, stride_wh,
+    H: tl.constexpr, UPCAST: tl.constexpr, FEW: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """One tile of logits, into out [T, padded] fp32; padding is not written."""
+    block, tile = _place(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(columns, BLOCK_V))
+    rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    h = _pointers(hidden_ptr, tl.minimum(rows, T - 1), stride_ht, stride_hh, BLOCK_H)
+    w = _pointers(weight_ptr, tl.minimum(column, columns - 1), stride_wv, stride_wh, BLOCK_H)
+    z = _logits(h, w, stride_hh, stride_wh, H, UPCAST, BLOCK_T, BLOCK_V, BLOCK_H)
+    out = out_ptr + rows.to(tl.int64)[:, None] * padded + column[None, :]
+    tl.store(out, z, mask=(rows < T)[:, None] & (column < columns)[None, :])
+
+
+@triton.jit(do_not_specialize=["T"])
+def gradient_kernel(
+    hidden_ptr, weight_ptr, targets_ptr, inverse_ptr, top_ptr, log_total_ptr, entropy_ptr,
+    grad_logprobs_ptr, grad_entropy_ptr,
+    threshold_ptr, nucleus_log_total_ptr, nucleus_entropy_ptr, grad_nucleus_ptr,
+    out_ptr, T, columns, padded,
+    stride_ht, stride_hh, stride_wv, stride_wh,
+    H: tl.constexpr, UPCAST: tl.constexpr, FEW: tl.constexpr, NUCLEUS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one tile of logits, into out [T, padded].
 
     `triton_head.head_gradient` has the formula. inverse_ptr: 1 / temperature; everything here is in
-    natural units.
+    natural units. NUCLEUS: whether the loss has the nucleus's entropy; else its pointers are not
+    read.
     """
     block, tile = _place(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(padded, BLOCK_V))
     rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -234,6 +293,14 @@ def gradient_kernel(
         tl.where(column[None, :] == target[:, None], on_logprob[:, None], 0.0)
         - tl.exp(log_p) * pull
     )
+    if NUCLEUS:
+        threshold = tl.load(threshold_ptr + safe_rows)
+        nucleus_log_total = tl.load(nucleus_log_total_ptr + safe_rows)
+        nucleus_entropy = tl.load(nucleus_entropy_ptr + safe_rows)
+        on_nucleus = tl.load(grad_nucleus_ptr + safe_rows) * inverse
+        log_q = (z - top[:, None]) * inverse[:, None] - nucleus_log_total[:, None]
+        minus = tl.exp(log_q) * (log_q + nucleus_entropy[:, None]) * on_nucleus[:, None]
+        g -= tl.where(z >= threshold[:, None], minus, 0.0)
     g = tl.where((column < columns)[None, :], g, 0.0)
     out = out_ptr + rows.to(tl.int64)[:, None] * padded + column[None, :]
     tl.store(

@@ -57,11 +57,11 @@ def check_logits_within_a_chunk_are_made_once():
     hidden, weight, targets, temperature = inputs(131)
     made, buffers, make = [], set(), chunk_pass.shard_logits
 
-    def counting(states, weight, out):
+    def counting(states, weight, out, *rest):
         made.append(len(states))
         buffers.add(out.untyped_storage().data_ptr())
         assert out.untyped_storage().nbytes() == 32 * len(weight) * out.itemsize
-        return make(states, weight, out)
+        return make(states, weight, out, *rest)
 
     def products(first, second, *others):
         made.clear()

@@ -1,11 +1,12 @@
-"""A GPU without a Triton that its kernels can use computes the LM head in plain torch; a run says so, once."""
+"""What a GPU lacks for a fast LM head (Triton's kernels, products of bf16 added to fp32); a run says so, once."""
 
 import importlib.metadata
 import importlib.util
 
 import pytest
+import torch
 
-from megatron_policysplit.distributed.device import missing_triton, use_triton
+from megatron_policysplit.distributed.device import missing_triton, mixed_products, slow_head, use_triton
 from megatron_policysplit.distributed import device
 from tests.support.dist import run_distributed
 from tests.support.e2e import make_workspace
@@ -39,15 +40,74 @@ def test_a_machine_without_a_gpu_misses_nothing(monkeypatch, triton):
     assert not use_triton() and missing_triton() is None
 
 
+@pytest.fixture
+def gpu_of_torch(monkeypatch):
+    """A function that makes this a machine with a GPU whose torch.addmm with `out_dtype` does as it is told."""
+
+    def make(mixed_addmm):
+        monkeypatch.setattr(device, "on_cpu", lambda: False)
+        monkeypatch.setattr(device, "training_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr(device, "missing_triton", lambda: None)
+        monkeypatch.setattr(torch, "addmm", mixed_addmm)
+        mixed_products.cache_clear()
+
+    yield make
+    mixed_products.cache_clear()
+
+
+def of_torch_2_10(total, a, b, *, out_dtype, out):
+    assert out_dtype == total.dtype == out.dtype == torch.float32 and a.dtype == b.dtype == torch.bfloat16
+
+
+def of_torch_2_8(total, a, b, *, out_dtype, out):
+    raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
+
+
+def of_torch_2_7(total, a, b, *, out):
+    raise AssertionError("has no argument out_dtype")
+
+
+def test_mixed_products_are_found_by_trying(gpu_of_torch):
+    gpu_of_torch(of_torch_2_10)
+    assert mixed_products() and slow_head() == []
+    for older in (of_torch_2_8, of_torch_2_7):
+        gpu_of_torch(older)
+        assert not mixed_products()
+        (reason,) = slow_head()
+        assert f"torch {torch.__version__} cannot add a bf16 product" in reason and "pip install 'torch>=2.10'" in reason
+
+
+def test_a_machine_without_a_gpu_has_no_mixed_products_and_misses_nothing():
+    mixed_products.cache_clear()
+    assert not mixed_products() and slow_head() == []
+
+
+def test_tiles_are_larger_on_a_gpu(monkeypatch):
+    assert device.tile_elements() == 2**18
+    monkeypatch.setattr(device, "on_cpu", lambda: False)
+    assert device.tile_elements() == 2**25
+
+
+def test_a_gpu_does_not_round_parts_of_sums_to_bf16(monkeypatch):
+    bound = []
+    monkeypatch.setattr(device, "on_cpu", lambda: False)
+    monkeypatch.setattr(torch.cuda, "set_device", bound.append)
+    before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    try:
+        device.set_device(1)
+        assert bound == [1] and not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    finally:
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before
+
+
 def start(rank, file, directory, reason):
-    """Every rank starts a run on a machine of which `missing_triton` gives `reason`."""
+    """Every rank starts a run on a machine of which `slow_head` gives `reason`."""
     from megatron_policysplit.actor import parallel
     from megatron_policysplit.config.load import load_config
     from megatron_policysplit.distributed.stop_signal import StopSignal
     from megatron_policysplit.training import build
 
-    if reason is not None:
-        build.missing_triton = lambda: reason
+    build.slow_head = lambda: [] if reason is None else [reason]
     overrides = ["parallel.tensor=1", "parallel.pipeline=2", f"run.dir={directory}", "log.console=false"]
     run = build.build_run(load_config(str(file), overrides), StopSignal())
     run.close()

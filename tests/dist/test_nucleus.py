@@ -1,10 +1,8 @@
 """The nucleus and its entropy over a sharded vocabulary against plain torch on all logits, in real process groups."""
 
-import pytest
 import torch
 
 from megatron_policysplit.vocab_parallel import score, fused_loss, nucleus
-from megatron_policysplit.vocab_parallel.shard import Head
 from tests.support.vocabulary import (
     SIZES,
     Anew,
@@ -15,7 +13,6 @@ from tests.support.vocabulary import (
     random,
     ranks,
     rows_of,
-    shard_of,
     sharded_head,
 )
 
@@ -191,12 +188,3 @@ test_on_one_rank, test_on_sharded_vocabulary = as_tests(
     check_an_empty_nucleus,
     check_bits_and_collectives,
 )
-
-
-def test_a_head_of_kernels_refuses():
-    hidden, weight, targets, temperature = inputs(5)
-    head = Head(weight, shard_of(5), 7, triton=True)
-    with pytest.raises(ValueError, match="the Triton kernels of the LM head never hold"):
-        score(head, hidden, targets, temperature, nucleus=0.8)
-    with pytest.raises(ValueError, match="the Triton kernels of the LM head never hold"):
-        fused_loss(head, hidden, targets, temperature, curved, torch.zeros(TOKENS))

@@ -123,6 +123,87 @@ def test_gradient_is_that_of_autograd(head, case):
     assert torch.equal(without, head.head_gradient(*arguments[:-1], torch.zeros_like(grad_entropy)))
 
 
+def test_logits(head, case):
+    hidden, _, weight, _, _ = case
+    logits = head.head_logits(hidden, weight, COLUMNS)
+    assert logits.shape == (TOKENS, PADDED) and logits.dtype == torch.float32
+    assert close(logits[:, :COLUMNS], full_logits(hidden, weight))
+
+
+@pytest.fixture
+def nuclei(case):
+    """A head of the shard as if it were the whole vocabulary, its scores with nuclei of 0.8, and fp64 logits."""
+    from megatron_policysplit.distributed.device import tile_elements
+    from megatron_policysplit.vocab_parallel import Head, VocabularyShard, score
+
+    hidden, _, weight, targets, temperature = case
+    shard = VocabularyShard(0, COLUMNS, None, tile_elements())
+    by_kernels, by_torch = (Head(weight, shard, 200, triton=triton) for triton in (True, False))
+    inputs = hidden, targets.clamp(0, COLUMNS - 1), temperature
+    return by_kernels, inputs, *(score(by, *inputs, nucleus=0.8) for by in (by_kernels, by_torch))
+
+
+def test_nuclei_hold_their_mass(nuclei):
+    """The set of a threshold reaches the mass, and without its smallest logit it does not."""
+    by_kernels, (hidden, _, temperature), scores, by_torch = nuclei
+    log_p = (full_logits(hidden, by_kernels.weight) / temperature.double()[:, None]).log_softmax(1)
+    z = full_logits(hidden, by_kernels.weight)
+    inside = z >= scores.nucleus.threshold.double()[:, None]
+    p = log_p.exp() * inside
+    mass, smallest = p.sum(1), p.where(inside, 2.0).min(1).values
+    assert (mass > 0.8 - 1e-4).all() and (mass - smallest < 0.8 + 1e-4).all()
+    q = p / mass[:, None]
+    entropy = -(q * q.clamp_min(1e-300).log()).sum(1)
+    assert close(scores.nucleus.entropy, entropy, atol=1e-3)
+    assert close(scores.nucleus.entropy, by_torch.nucleus.entropy.double(), atol=1e-3)
+    assert inside.sum(1).float().mean() > 64  # more than the first candidates
+
+
+def test_a_loss_with_nuclei(nuclei):
+    """Bits of scoring, and gradients of hidden states and weight against the torch head's."""
+    from dataclasses import replace
+
+    from megatron_policysplit.distributed.device import mixed_products
+    from megatron_policysplit.vocab_parallel import fused_loss, score
+
+    by_kernels, (hidden, targets, temperature), scores, _ = nuclei
+    alone = score(by_kernels, hidden, targets, temperature)
+    found = []
+    for triton in (True, False):
+        weight, leaf = (values.clone().requires_grad_() for values in (by_kernels.weight, hidden))
+        weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+        by = replace(by_kernels, weight=weight, triton=triton, mixed_products=mixed_products())
+        seen = []
+
+        def loss(span, logprobs, entropy, nucleus, seen=seen):
+            seen.append(nucleus.detach())
+            return (torch.exp(0.3 * logprobs) - 0.1 * entropy**2 + nucleus**2).sum()
+
+        got = fused_loss(by, leaf, targets, temperature, loss, scores.nucleus.threshold, at_once=True)
+        got.loss.backward()
+        found.append((torch.cat(seen), leaf.grad, weight.main_grad))
+        if triton:
+            for one in (scores, alone):
+                assert torch.equal(got.logprobs, one.logprobs) and torch.equal(got.entropy, one.entropy)
+    for ours, reference in zip(*found, strict=True):
+        assert (ours - reference).norm() < 0.01 * reference.norm()
+
+
+def test_the_weight_gradient_is_summed_in_fp32(case):
+    """torch.addmm with out_dtype, where this torch has it, against fp64."""
+    from megatron_policysplit.distributed.device import mixed_products
+    from megatron_policysplit.vocab_parallel.weight_gradient import add_product
+
+    hidden = case[0]
+    random = torch.Generator("cuda").manual_seed(2)
+    grad_logits = torch.randn(TOKENS, 3001, generator=random, device="cuda").bfloat16()
+    product = grad_logits.double().T @ hidden.double()
+    total = torch.full(product.shape, float("nan"), device="cuda")
+    for beta, factor in ((0, 1), (1, 2)):
+        add_product(total, grad_logits.T, hidden, beta, mixed_products())
+        assert (total - factor * product).norm() < 1e-5 * product.norm()
+
+
 def test_targets_and_tokens_at_the_edges(head, case):
     hidden, _, weight, _, temperature = case
     targets = torch.tensor([0, COLUMNS - 1, COLUMNS, -1, 2**40], device="cuda")

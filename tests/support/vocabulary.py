@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_policysplit.vocab_parallel import Head, VocabularyShard
+from megatron_policysplit.vocab_parallel import TILE_ELEMENTS, Head, VocabularyShard
 from tests.support.dist import run_distributed
 
 SIZES = (5, 131, 128)  # 5 over 4 ranks: two columns a rank, and the last rank's shard is all padding
@@ -89,8 +89,8 @@ def mixed_temperatures(flip=False):
     return torch.tensor([0.6 if (token % 2 == 0) != flip else 1.0 for token in range(TOKENS)])
 
 
-def shard_of(vocab):
-    return VocabularyShard.of(vocab, -(-vocab // ranks()), rank(), group())
+def shard_of(vocab, tile_elements=TILE_ELEMENTS):
+    return VocabularyShard.of(vocab, -(-vocab // ranks()), rank(), group(), tile_elements)
 
 
 def mine(full):
@@ -137,9 +137,10 @@ class Sharded(torch.autograd.Function):
 # --- heads -------------------------------------------------------------------------------------------
 
 
-def head_of(weight, chunk):
-    """This rank's rows of a weight [V, H], as a leaf; garbage in the rows of padding."""
-    return Head(mine(weight.t()).detach().t().contiguous().requires_grad_(), shard_of(len(weight)), chunk)
+def head_of(weight, chunk, tile_elements=TILE_ELEMENTS, **options):
+    """This rank's rows of a weight [V, H], as a leaf; garbage in the rows of padding. options: more of `Head`."""
+    rows = mine(weight.t()).detach().t().contiguous().requires_grad_()
+    return Head(rows, shard_of(len(weight), tile_elements), chunk, **options)
 
 
 def sharded_head(weight, chunk):

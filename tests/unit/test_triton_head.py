@@ -1,47 +1,19 @@
 """The Triton kernels of the LM head, run by Triton's interpreter, against fp64 formulas on full logits."""
 
-import importlib
-import sys
-
 import pytest
 import torch
 
-MODULE = "megatron_policysplit.vocab_parallel.triton_head"
-KERNELS = "megatron_policysplit.vocab_parallel.triton_kernels"
+from tests.support.interpreted_triton import interpreted_kernels
+
 # Tokens, features, true columns, padded columns: blocks of the interpreter are 16 x 32 x 32.
 SHAPES = [(1, 8, 5, 8), (5, 40, 70, 80), (17, 32, 64, 64), (33, 100, 131, 256), (16, 64, 1, 3)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def depends_on_triton(name):
-    """Triton itself, except for its extension modules, and the modules of ours whose import decorates kernels."""
-    return name in (MODULE, KERNELS) or name.split(".")[0] == "triton" and not name.startswith("triton._C")
-
-
 @pytest.fixture(scope="module")
 def head():
-    """The kernels, interpreted.
-
-    Triton decides when a function is decorated, its own library included. So it is imported afresh here, whether or
-    not another test has imported it, and what was there before comes back afterwards.
-    """
-    from megatron_policysplit import vocab_parallel
-
-    before = {name: module for name, module in sys.modules.items() if depends_on_triton(name)}
-    for name in before:
-        del sys.modules[name]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        yield importlib.import_module(MODULE)
-    # Kept under another name: Python clears at exit what is in sys.modules, and nanobind complains of what is left.
-    for name in [name for name in sys.modules if depends_on_triton(name)]:
-        sys.modules[f"interpreted.{name}"] = sys.modules.pop(name)
-    sys.modules.update(before)
-    for name in (MODULE, KERNELS):
-        attribute = name.rpartition(".")[2]
-        delattr(vocab_parallel, attribute)
-        if name in before:
-            setattr(vocab_parallel, attribute, before[name])
+    with interpreted_kernels() as kernels:
+        yield kernels
 
 
 def random_case(tokens, features, columns, padded, dtype=torch.float32, seed=0):
