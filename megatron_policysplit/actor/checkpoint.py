@@ -3,7 +3,7 @@
 Weights and optimizer are in Megatron's torch_dist format, the trainer's state in JSON, RNG states
 in safetensors. A checkpoint is written under another name and renamed when it is complete, so a
 directory named `step_NNNNNN` is never half written. It loads at any TP x PP x EP x DP layout; the
-RNG states come back only at the layout that saved them.
+RNG states come back only at the layout and on the kind of device that saved them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import queue
 import re
 import shutil
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ from megatron_policysplit.actor.checkpoint_files import (
     file_sizes,
     read_trainer_json,
 )
-from megatron_policysplit.actor.checkpoint_optimizer import param_groups_by_optimizer, regrouped
+from megatron_policysplit.actor.checkpoint_optimizer import OptimizerRequest, filled
+from megatron_policysplit.actor.megatron_weights import load_parameters, without_extra_states
 from megatron_policysplit.distributed.agree import raise_on_all_ranks
 from megatron_policysplit.distributed.device import restore_rng_states, rng_states
 from megatron_policysplit.distributed.layout import Layout
@@ -132,11 +134,18 @@ def _save(actor: Actor, state: TrainerState, directory: Path, keep: int) -> Path
     return final
 
 
-def load(actor: Actor, path: Path) -> TrainerState:
-    """Restore weights, optimizer and schedule, and RNG states if the layout is the same.
+def load(
+    actor: Actor, path: Path, note: Callable[[str | None], None] = lambda text: None
+) -> TrainerState:
+    """Restore weights, optimizer and schedule, and RNG states where they were saved alike.
+
+    That is at the same layout, on the same kind of device: a GPU's generator takes no state of a
+    CPU's. The optimizer may be of another class, and the layers of another kind.
 
     Collective over all ranks. Returns the trainer's state. Raises CheckpointError if the checkpoint
     is damaged or belongs to another model.
+
+    note: called with what was not restored, for the log, or None.
     """
     meta = read_trainer_json(path)
     check_model(meta["model"], actor.hf_config, path)
@@ -145,19 +154,42 @@ def load(actor: Actor, path: Path) -> TrainerState:
     # torch_dist's own classes, so a checkpoint from elsewhere cannot run code here.
     check_metadata(path / ".metadata")
     sharded = _sharded_state(actor, is_loading=True)
-    # Before loading, which overwrites the groups with those of the checkpoint.
-    groups = param_groups_by_optimizer(sharded["optimizer"])
-    loaded = _read(sharded, path)
+    stored = read_metadata(path / ".metadata").state_dict_metadata
+    optimizer = OptimizerRequest.of(sharded.pop("optimizer"), stored)
+    # Under another name than the checkpoint's: Megatron returns what is stored there beside what
+    # is asked for, and would merge an optimizer of another class into this one.
+    loaded = _read(sharded | {"present": optimizer.state}, path)
     try:
         state = TrainerState(**meta["state"])
     except TypeError as error:
         raise damaged(path, f"trainer.json: {error}") from error
-    actor.model.load_state_dict(loaded["model"])
-    actor.optimizer.load_state_dict(regrouped(loaded["optimizer"], groups), state.optimizer_steps)
-    if meta["layout"] == _layout(actor.layout):
-        rng_states = path / f"rng_rank{actor.layout.rank:05d}.safetensors"
-        _restore_rng(raise_on_all_ranks(actor.layout.world, lambda: _read_rng(rng_states)))
+    weights, present = loaded["model"], filled(optimizer.state, loaded["present"])
+    if not optimizer.has_masters:
+        # In fp32 the distributed optimizer's master weights are the model's own memory, and so are
+        # the loaded weights, which must not be overwritten with masters that were not stored.
+        weights = {name: weight.clone() for name, weight in weights.items()}
+    actor.optimizer.load_state_dict(present, state.optimizer_steps)
+    load_parameters(actor.model, weights, path)
+    if not optimizer.has_masters:
+        actor.optimizer.masters_from_weights()
+    note(_restore_generators(actor.layout, path, meta))
     return state
+
+
+def _restore_generators(layout: Layout, path: Path, meta: dict[str, Any]) -> str | None:
+    """Restore the RNG states if they are of this layout and kind of device; else say why not.
+
+    Collective over all ranks. Raises CheckpointError if they are damaged.
+    """
+    fresh = "the actor's random generators begin anew: the checkpoint is of another "
+    if meta["layout"] != _layout(layout):
+        return f"{fresh}layout"
+    file = path / f"rng_rank{layout.rank:05d}.safetensors"
+    states = raise_on_all_ranks(layout.world, lambda: _read_rng(file))
+    if states.keys() & {"cuda"} != rng_states().keys() & {"cuda"}:
+        return f"{fresh}kind of device"
+    _restore_rng(states)
+    return None
 
 
 def _read(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -226,7 +258,7 @@ def _keep_results_in_process() -> None:
 
 def _sharded_state(actor: Actor, is_loading: bool) -> dict[str, Any]:
     """What Megatron saves or fills: this rank's shards of weights and optimizer state."""
-    model = actor.model.sharded_state_dict(metadata=METADATA)
+    model = without_extra_states(actor.model.sharded_state_dict(metadata=METADATA))
     optimizer = actor.optimizer.megatron.sharded_state_dict(
         model, is_loading=is_loading, metadata=METADATA
     )

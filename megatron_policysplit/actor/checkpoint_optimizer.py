@@ -1,66 +1,77 @@
-"""Converts loaded optimizer states between actors with and without expert parallelism.
+"""An optimizer's state in a checkpoint, whichever optimizer saved it and whichever loads it.
 
-With expert parallelism Megatron has two optimizers, one for the experts and one for all other
-parameters, and saves the settings and step count of each under its place, 0 or 1. Without it there
-is one optimizer, and no place. The tensors themselves need no conversion: they are found by their
-parameters' names either way, and have arrived at the places of the actor that loads.
+What is stored of a parameter is found by the parameter's name: Adam's two moments, and the fp32
+master weight under a name that depends on the optimizer. Megatron stores all else of an optimizer
+(settings of parameter groups, step counts, with experts a place for each of two optimizers) in a
+form that depends on its class, its precision and the installed Adam. None of that is read: the
+settings are the present ones, and the step count is the trainer's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
-Groups = dict[int | None, list[dict[str, Any]]]
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
+
+# Master weights of the distributed optimizer, and of the plain one in bf16. The plain one in fp32
+# has none: they would be the model's weights.
+_MASTERS = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 
 
-def param_groups_by_optimizer(state: Mapping[Any, Any]) -> Groups:
-    """Collect the parameter groups of each optimizer by its place (None if it is the only one).
+@dataclass(frozen=True)
+class OptimizerRequest:
+    """What to ask of a checkpoint for an optimizer, made of its `sharded_state_dict`."""
 
-    state: the optimizers' `sharded_state_dict`, before anything is loaded into it.
+    state: Any
+    has_masters: bool  # whether the checkpoint holds the master weights that are wanted
+
+    @classmethod
+    def of(cls, state: Any, stored: Collection[str]) -> OptimizerRequest:
+        """Ask for master weights under the name that the checkpoint has them under.
+
+        stored: the names of all tensors in the checkpoint. Where it has no master weights the state
+        holds tensors without meaning in their place (`PolicyOptimizer.masters_from_weights`).
+        """
+        missing: list[str] = []
+        state = _renamed(state, stored, missing)
+        return cls(state, has_masters=not missing)
+
+
+def _renamed(state: Any, stored: Collection[str], missing: list[str]) -> Any:
+    if isinstance(state, dict):
+        return {key: _renamed(value, stored, missing) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_renamed(value, stored, missing) for value in state]
+    prefix = next((p for p in _MASTERS if getattr(state, "key", "").startswith(p)), None)
+    if prefix is None or state.key in stored:
+        return state
+    names = [other + state.key.removeprefix(prefix) for other in _MASTERS]
+    name = next((name for name in names if name in stored), None)
+    if name is None:
+        missing.append(state.key)
+        return state.data
+    return replace(state, key=name)
+
+
+def filled(request: Any, loaded: Any) -> Any:
+    """The request with what was loaded in the place of every tensor; the rest as it was asked with.
+
+    loaded: what Megatron returned for the request, which may hold more.
     """
-    places = {place: part for place, part in state.items() if isinstance(place, int)} or {
-        None: state
-    }
-    return {
-        place: [dict(group) for group in part.get("optimizer", part)["param_groups"]]
-        for place, part in places.items()
-    }
+    if isinstance(request, ShardedBase | LocalNonpersistentObject):
+        return loaded
+    if isinstance(request, dict):
+        return {key: filled(value, _at(loaded, key)) for key, value in request.items()}
+    if isinstance(request, list):
+        return [filled(value, _at(loaded, place)) for place, value in enumerate(request)]
+    return request
 
 
-def regrouped(loaded: dict[Any, Any], groups: Groups) -> dict[Any, Any]:
-    """Return the loaded state in the form that the present optimizers take.
-
-    Where there are more or fewer optimizers than at the save, the first saved one gives the step
-    count, and the settings are the present ones. groups: of `param_groups_by_optimizer`.
-    """
-    placed = {place: part for place, part in loaded.items() if isinstance(place, int)}
-    single = {key: part for key, part in loaded.items() if not isinstance(key, int)}
-    if not placed or not single:
-        return loaded  # saved by as many optimizers
-    if None in groups:
-        return _completed(single, placed[0], groups[None])
-    return {place: _completed(part, single, groups[place]) for place, part in placed.items()}
-
-
-def _completed(
-    tensors: dict[str, Any], saved: dict[str, Any], groups: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Complete the tensors of one optimizer with what was saved beside those of another.
-
-    Settings of param groups: the present ones (`groups`), the saved step count, and what was loaded
-    for this optimizer, in rising precedence.
-    """
-    whole = dict(tensors)
-    for key, value in saved.items():
-        if key == "param_groups":
-            step = {"step": value[0]["step"]} if "step" in value[0] else {}
-            loaded = tensors.get(key) or [{} for _ in groups]
-            whole[key] = [
-                {**group, **step, **local} for group, local in zip(groups, loaded, strict=True)
-            ]
-        elif isinstance(value, dict):
-            whole[key] = _completed(tensors.get(key, {}), value, groups)
-        elif key not in whole:
-            whole[key] = value
-    return whole
+def _at(loaded: Any, key: Any) -> Any:
+    """What was loaded at a place of a dict or list; None where nothing was."""
+    try:
+        return loaded[key]
+    except (KeyError, IndexError, TypeError):
+        return None

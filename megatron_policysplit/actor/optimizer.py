@@ -47,7 +47,7 @@ class PolicyOptimizer:
         for optimizer in self.megatron.chained_optimizers:
             # Adam makes its state at its first step, but a checkpoint may be wanted before.
             optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
-            _add_step(optimizer.optimizer)
+            _set_steps(optimizer.optimizer, 0)
         total = train.steps * train.optimizer_steps_per_batch
         self.schedule = OptimizerParamScheduler(
             self.megatron,
@@ -91,17 +91,24 @@ class PolicyOptimizer:
     def load_state_dict(self, state: dict[str, Any], steps_taken: int) -> None:
         """Restore the optimizer's state and set the schedule to `steps_taken` steps.
 
-        state: as `self.megatron.sharded_state_dict` gave it, loaded.
+        state: as `self.megatron.sharded_state_dict` gave it, loaded; its step counts do not matter.
         """
-        for optimizer in self.megatron.chained_optimizers:
+        # With experts there are two optimizers, whose states have places. One stands alone.
+        places = sorted(place for place in state if isinstance(place, int))
+        parts = [state[place] for place in places] or [state]
+        for optimizer, part in zip(self.megatron.chained_optimizers, parts, strict=True):
             _accept_missing_step(optimizer)
-            if steps_taken == 0 and isinstance(optimizer.optimizer, torch.optim.AdamW):
-                _add_step_zero(state)
+            _put_steps(optimizer, part, steps_taken)
         self.megatron.load_state_dict(state)
         for optimizer in self.megatron.chained_optimizers:
-            _separate_steps(optimizer.optimizer)
+            _set_steps(optimizer.optimizer, steps_taken)
         self.schedule.num_steps = 0
         self.schedule.step(increment=steps_taken)
+
+    def masters_from_weights(self) -> None:
+        """Make the fp32 master weights those of the model."""
+        for optimizer in self.megatron.chained_optimizers:
+            optimizer.reload_model_params()
 
     @property
     def steps_taken(self) -> int:
@@ -109,26 +116,50 @@ class PolicyOptimizer:
         return self.schedule.num_steps
 
 
-def _add_step(optimizer: torch.optim.Optimizer) -> None:
-    """Give torch's AdamW its step counts, which Megatron's `init_state_fn` leaves out.
+def _counts_by_parameter(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an Adam has a step count for each parameter, as torch's has.
 
-    It counts steps for each parameter; Transformer Engine's and Apex's Adam count for each group.
+    Transformer Engine's and Apex's count for each group: a Python integer, which their kernels
+    take, and which is added at the first step. They know no state but tensors of the parameter's
+    shape, so a count among these would be an error.
     """
-    if isinstance(optimizer, torch.optim.AdamW):
+    return isinstance(optimizer, torch.optim.AdamW)
+
+
+def _put_steps(optimizer, state: dict[str, Any], steps_taken: int) -> None:
+    """Put the step count where Megatron's optimizer looks for it in a loaded state.
+
+    Megatron saves it in as many forms as there are optimizers, and a count of 0 not at all.
+    """
+    inner = state.get("optimizer", state)
+    by_parameter = _counts_by_parameter(optimizer.optimizer)
+    states = inner.get("state")  # None in the distributed optimizer's form
+    if states is not None:
+        states.pop("common_step", None)
+        for parameter_state in states.values():
+            parameter_state.pop("step", None)
+        if by_parameter and states:
+            states["common_step"] = torch.tensor(float(steps_taken))
+    for group in inner["param_groups"]:
+        group.pop("step", None)
+        if not by_parameter:
+            group["step"] = steps_taken
+        elif states is None:
+            group["step"] = float(steps_taken)
+
+
+def _set_steps(optimizer: torch.optim.Optimizer, steps_taken: int) -> None:
+    """Set the step count of an Adam, in the form that it counts in.
+
+    torch's needs a tensor for each parameter: Megatron restores one for all, which would count up
+    once for each.
+    """
+    if _counts_by_parameter(optimizer):
         for state in optimizer.state.values():
-            state["step"] = torch.tensor(0.0)
-
-
-def _add_step_zero(loaded: dict[Any, Any]) -> None:
-    """Add step counts of 0 to a loaded state.
-
-    Megatron saves step counts only if they are more than 0; torch's AdamW cannot load without them.
-    """
-    # Several optimizers have integer keys; a single one's state stands alone.
-    for part in [part for place, part in loaded.items() if isinstance(place, int)] or [loaded]:
-        states = part.get("optimizer", part).get("state", {})
-        for state in states.values():
-            state.setdefault("step", torch.tensor(0.0))
+            state["step"] = torch.tensor(float(steps_taken))
+        return
+    for group in optimizer.param_groups:
+        group["step"] = steps_taken
 
 
 def _accept_missing_step(optimizer) -> None:
@@ -138,10 +169,8 @@ def _accept_missing_step(optimizer) -> None:
     Transformer Engine's, has `step` among these entries, but the checkpoint holds it elsewhere, and
     the copy would fail because it is missing. So the present `step` is added to what is copied.
     """
-    if not isinstance(optimizer.optimizer, torch.optim.AdamW):
-        return
     copy = getattr(optimizer, "_set_main_param_and_optimizer_states", None)
-    if copy is None:  # not the distributed optimizer
+    if copy is None or not _counts_by_parameter(optimizer.optimizer):
         return
 
     def copy_with_step(model_parameter, tensors):
@@ -150,13 +179,3 @@ def _accept_missing_step(optimizer) -> None:
         copy(model_parameter, {"step": optimizer.optimizer.state[main]["step"], **tensors})
 
     optimizer._set_main_param_and_optimizer_states = copy_with_step
-
-
-def _separate_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter of torch's AdamW a `step` tensor of its own.
-
-    Megatron restores one tensor for all parameters, and AdamW would count it up once for each.
-    """
-    if isinstance(optimizer, torch.optim.AdamW):
-        for state in optimizer.state.values():
-            state["step"] = state["step"].clone()

@@ -68,10 +68,13 @@ class Journal:
         self._model, self._keep = model, checkpoints.keep
         saved = complete(self._checkpoints)
         newest = layout.broadcast_from_chief(saved[-1] if saved else None)
-        self.state = checkpoint.load(actor, newest) if newest else TrainerState()
+        notes: list[str | None] = []
+        self.state = checkpoint.load(actor, newest, notes.append) if newest else TrainerState()
         raise_on_all_ranks(layout.world, lambda: log.start(self.state.step))
         if newest:
             log.message(f"resumed from {newest}")
+        for note in filter(None, notes):
+            log.message(note)
         today = datetime.date.today().isoformat()
         self.state.date = layout.broadcast_from_chief(self.state.date or today)
 
