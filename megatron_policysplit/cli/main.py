@@ -20,6 +20,7 @@ import typer
 from megatron_policysplit import __version__
 from megatron_policysplit.cli import convert
 from megatron_policysplit.cli.app import Command, errors_of_ranks, expand_option, run_app
+from megatron_policysplit.cli.doctor import doctor
 from megatron_policysplit.cli.model_commands import evaluate, generate
 from megatron_policysplit.cli.options import ConfigPath, Overrides, check_output
 from megatron_policysplit.errors import STOPPED, ConfigError
@@ -160,6 +161,7 @@ def _exit_stopped(number: int, frame) -> None:
 
 # Registered here, between `serve` and `report`: --help lists commands in this order.
 app.command(cls=Command)(generate)
+app.command(cls=Command, short_help="Examine this machine before a run starts on it.")(doctor)
 app.command("eval", cls=Command, short_help="Measure a model's accuracy and variety in its modes.")(
     evaluate
 )
