@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_policysplit.config import Config
+from megatron_policysplit.config.engine_checks import check_actor_allocator
 from megatron_policysplit.distributed.rank_variables import rank_place
 from megatron_policysplit.doctor.finding import FAIL, OK, WARN, Finding
 from megatron_policysplit.errors import ConfigError
 
-_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _SHOWN = ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
 _LIBRARIES = ("nccl", "cuda", "cudnn")
 
@@ -28,12 +28,11 @@ def check_variables(
             value = f"this process is rank {place.rank} of {place.world_size}"
             remedy = "unset RANK and its like if no launcher set them for this"
             findings.append(Finding(name, WARN, value, remedy))
-    colocated = config is not None and config.rollout.colocated
-    for variable in _ALLOCATOR:
-        if "expandable_segments:true" in environ.get(variable, "").lower() and colocated:
-            value = f"{variable}={environ[variable]} with rollout.colocated=true"
-            remedy = "unset it: such memory cannot be handed to an engine"
-            findings.append(Finding(name, FAIL, value, remedy))
+    if config is not None:
+        try:
+            check_actor_allocator(config, environ)
+        except ConfigError as error:
+            findings.append(Finding(name, FAIL, str(error)))
     libraries = environ.get("LD_LIBRARY_PATH", "")
     if has_gpu and any(word in libraries.lower() for word in _LIBRARIES):
         value = f"LD_LIBRARY_PATH={libraries} may hide the CUDA and NCCL that torch brings"

@@ -85,13 +85,19 @@ def _disk(error: BaseException, config: Config | None) -> str:
 
 def _set_environment(config: Config) -> None:
     """Set what torch, CUDA, NCCL and Transformer Engine read when they are first used."""
-    from megatron_policysplit.distributed.environment import compute_capability, set_defaults
+    from megatron_policysplit.distributed.environment import (
+        compute_capability,
+        engines_nccl,
+        set_defaults,
+    )
 
+    joined = config.rollout.engine == "sglang" and config.weight_sync.transport == "distributed"
     set_defaults(
         os.environ,
         tensor=config.parallel.tensor,
         deterministic=config.train.deterministic,
         capability=compute_capability(),
+        nccl=engines_nccl(config.rollout.server.arguments) if joined else None,
     )
 
 

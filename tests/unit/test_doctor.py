@@ -330,7 +330,7 @@ def test_variables():
     assert statuses(variables.check_variables(of_rank, None, has_gpu=False)) == [WARN, OK]
     allocator = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     assert statuses(variables.check_variables(allocator, config, has_gpu=True)) == [OK]
-    config.rollout.colocated = True
+    config.rollout.colocated, config.weight_sync.transport = True, "tensor"
     assert statuses(variables.check_variables(allocator, config, has_gpu=True)) == [FAIL, OK]
     libraries = {"LD_LIBRARY_PATH": "/usr/local/cuda-12/lib64"}
     assert statuses(variables.check_variables(libraries, None, has_gpu=True)) == [WARN, OK]

@@ -169,4 +169,6 @@ def test_a_rank_sets_them_before_torch_is_imported(tmp_path):
     command = [sys.executable, "-c", RANK, str(config), "train.deterministic=true"]
     environ = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
     said = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60)
-    assert said.stdout == "{'tensor': 3, 'deterministic': True, 'capability': (9, 0)} False\n", said.stderr
+    assert said.stdout == "{'tensor': 3, 'deterministic': True, 'capability': (9, 0), 'nccl': None} False\n", (
+        said.stderr
+    )
