@@ -43,13 +43,14 @@ def start(rank, file, directory, reason):
     """Every rank starts a run on a machine of which `missing_triton` gives `reason`."""
     from megatron_policysplit.actor import parallel
     from megatron_policysplit.config.load import load_config
+    from megatron_policysplit.distributed.rank_watch import RankWatch
     from megatron_policysplit.distributed.stop_signal import StopSignal
     from megatron_policysplit.training import build
 
     if reason is not None:
         build.missing_triton = lambda: reason
     overrides = ["parallel.tensor=1", "parallel.pipeline=2", f"run.dir={directory}", "log.console=false"]
-    run = build.build_run(load_config(str(file), overrides), StopSignal())
+    run = build.build_run(load_config(str(file), overrides), StopSignal(), RankWatch(None))
     run.close()
     parallel.shutdown()
 
