@@ -365,4 +365,6 @@ def _whole_text(failure: Failure, others: str) -> str:
 
 def _say(text: str) -> None:
     if text:
-        print(text, file=sys.stderr, flush=True)
+        # In one piece: the main thread may print meanwhile.
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()

@@ -10,17 +10,18 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
+from contextlib import ExitStack
 
 import pytest
 
 from megatron_policysplit.distributed.rank_watch import Failure, Pace, RankWatch
 from megatron_policysplit.distributed.stop_signal import StopRequested
 from megatron_policysplit.errors import BAD_INPUT, FAILED, DataError
-from tests.support.dist import Surroundings, _variables, forking_context, free_port
+from tests.support.dist import Ranks
 
 PACE = Pace(beat=0.1, silent=2.0, naming=1.0, telling=2.0, leave=1.0)
 RANKS = 3
+SECONDS = 55  # that no rank may take; what its own time limits add up to is a fraction
 GONE = "killed, out of memory, suspended, or without network; see the output of"
 
 
@@ -29,7 +30,11 @@ def describe(error):
         return Failure(f"error: {error}", BAD_INPUT)
     rank, is_of_a_peer = os.environ["RANK"], isinstance(error, ConnectionError)
     return Failure(
-        f"error: rank {rank} failed ({error})", FAILED, names_others=True, is_of_a_peer=is_of_a_peer, traceback="trace\n"
+        f"error: rank {rank} failed ({error})",
+        FAILED,
+        names_others=True,
+        is_of_a_peer=is_of_a_peer,
+        traceback="trace\n",
     )
 
 
@@ -38,13 +43,12 @@ def block():
     ctypes.CDLL(None).pause()
 
 
-def rank_main(surroundings, act, directory):
+def rank_main(rank, act, directory):
     """One rank, which leaves by os._exit as worker does. act: what its main thread does while it is watched."""
-    surroundings.take_over()
     from megatron_policysplit.distributed.rendezvous import meet, store_host
     from megatron_policysplit.distributed.stop_signal import StopSignal
 
-    rank, watch = int(os.environ["RANK"]), RankWatch(describe, RANKS)
+    watch = RankWatch(describe, RANKS)
     store = meet(StopSignal(), timeout_seconds=600)
     watch.start(store, rank, store_host=store_host(), pace=PACE)
     (directory / f"pid.{rank}").write_text(str(os.getpid()))
@@ -60,46 +64,18 @@ def rank_main(surroundings, act, directory):
     os._exit(code)
 
 
-class Ranks:
-    def __init__(self, directory: Path, act):
-        self.directory, self.output = directory, directory / "output"
-        context, port = forking_context(), free_port()
-        with self.output.open("wb") as file:
-            self.processes = []
-            for rank in range(RANKS):
-                environ = dict(os.environ) | _variables(rank, RANKS, port)
-                surroundings = Surroundings.of(environ, file.fileno(), file.fileno())
-                process = context.Process(target=rank_main, args=(surroundings, act, directory))
-                process.start()
-                self.processes.append(process)
-
-    def codes(self, seconds: float = 55) -> list[int | None]:
-        """Exit codes; None of a rank that still runs. All that a rank's own time limits add up to is less."""
-        deadline = time.monotonic() + seconds
-        for process in self.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        return [process.exitcode for process in self.processes]
-
-    def errors(self) -> list[str]:
-        return [line for line in self.output.read_text().splitlines() if line.startswith("error")]
-
-    def kill(self):
-        for process in self.processes:
-            process.kill()
-            process.join()
-
-
 @pytest.fixture
 def start(tmp_path):
-    begun = []
+    with ExitStack() as stack:
 
-    def start(act):
-        begun.append(Ranks(tmp_path, act))
-        return begun[-1]
+        def start(act):
+            return stack.enter_context(Ranks(rank_main, RANKS, act, tmp_path, output=tmp_path / "output"))
 
-    yield start
-    for ranks in begun:
-        ranks.kill()
+        yield start
+
+
+def errors(ranks) -> list[str]:
+    return [line for line in ranks.text().splitlines() if line.startswith("error")]
 
 
 class Act:
@@ -138,30 +114,30 @@ def stop_self():
 @pytest.mark.parametrize("victim", [0, 1])
 def test_an_exception_ends_every_rank_with_its_message_and_code(start, victim):
     ranks = start(Act(victim, raise_key_error))
-    assert ranks.codes() == [FAILED] * RANKS
-    assert ranks.errors() == [f"error: rank {victim} failed ('lost'); every rank still answers"]
-    assert ranks.output.read_text().count("trace") == 1
+    assert ranks.codes(SECONDS) == [FAILED] * RANKS
+    assert errors(ranks) == [f"error: rank {victim} failed ('lost'); every rank still answers"]
+    assert ranks.text().count("trace") == 1
 
 
 @pytest.mark.timeout(60)
 def test_a_sentence_for_the_user_keeps_its_own_code(start):
     ranks = start(Act(2, raise_data_error, in_store=True))
-    assert ranks.codes() == [BAD_INPUT] * RANKS
-    assert ranks.errors() == ["error: no rows"]
+    assert ranks.codes(SECONDS) == [BAD_INPUT] * RANKS
+    assert errors(ranks) == ["error: no rows"]
 
 
 @pytest.mark.timeout(60)
 def test_a_killed_rank_is_found_by_another(start):
     ranks = start(Act(1, kill_self))
-    assert ranks.codes() == [FAILED, -signal.SIGKILL, FAILED]
-    assert ranks.errors() == [f"error: rank 1 did not answer for 2 s: {GONE} that rank and the kernel's log there"]
+    assert ranks.codes(SECONDS) == [FAILED, -signal.SIGKILL, FAILED]
+    assert errors(ranks) == [f"error: rank 1 did not answer for 2 s: {GONE} that rank and the kernel's log there"]
 
 
 @pytest.mark.timeout(60)
 def test_the_store_gone_with_its_host(start):
     ranks = start(Act(0, kill_self))
-    assert ranks.codes() == [-signal.SIGKILL, FAILED, FAILED]
-    assert ranks.errors() == ["error: rank 0, which hosts the store, does not answer"] * 2
+    assert ranks.codes(SECONDS) == [-signal.SIGKILL, FAILED, FAILED]
+    assert errors(ranks) == ["error: rank 0, which hosts the store, does not answer"] * 2
 
 
 @pytest.mark.timeout(60)
@@ -171,12 +147,12 @@ def test_a_rank_that_hangs_is_taken_for_dead(start, victim):
     ranks = start(Act(victim, stop_self))
     others = [rank for rank in range(RANKS) if rank != victim]
     for rank in others:
-        ranks.processes[rank].join(50)
+        ranks.processes[rank].join(SECONDS)
     assert [ranks.processes[rank].exitcode for rank in others] == [FAILED, FAILED]
     if victim == 0:
-        assert ranks.errors() == ["error: rank 0, which hosts the store, does not answer"] * 2
+        assert errors(ranks) == ["error: rank 0, which hosts the store, does not answer"] * 2
     else:
-        assert ranks.errors() == [f"error: rank 2 did not answer for 2 s: {GONE} that rank and the kernel's log there"]
+        assert errors(ranks) == [f"error: rank 2 did not answer for 2 s: {GONE} that rank and the kernel's log there"]
 
 
 class TwoGone:
@@ -192,10 +168,8 @@ class TwoGone:
 @pytest.mark.timeout(60)
 def test_all_that_are_gone_are_named(start):
     ranks = start(TwoGone())
-    assert ranks.codes() == [FAILED, -signal.SIGKILL, -signal.SIGKILL]
-    assert ranks.errors() == [
-        f"error: ranks 1, 2 did not answer for 2 s: {GONE} those ranks and the kernel's log there"
-    ]
+    assert ranks.codes(SECONDS) == [FAILED, -signal.SIGKILL, -signal.SIGKILL]
+    assert errors(ranks) == [f"error: ranks 1, 2 did not answer for 2 s: {GONE} those ranks and the kernel's log there"]
 
 
 class Consequences:
@@ -211,9 +185,9 @@ class Consequences:
 @pytest.mark.timeout(60)
 def test_the_first_failure_is_told_and_not_its_consequences(start):
     ranks = start(Consequences())
-    assert ranks.codes() == [FAILED] * RANKS
-    assert ranks.errors() == ["error: rank 1 failed ('lost'); every rank still answers"]
-    assert ranks.output.read_text().count("trace") == 1
+    assert ranks.codes(SECONDS) == [FAILED] * RANKS
+    assert errors(ranks) == ["error: rank 1 failed ('lost'); every rank still answers"]
+    assert ranks.text().count("trace") == 1
 
 
 class OneByOne:
@@ -226,8 +200,8 @@ class OneByOne:
 @pytest.mark.timeout(60)
 def test_ranks_that_end_in_order_are_not_missed(start):
     ranks = start(OneByOne())
-    assert ranks.codes() == [0] * RANKS
-    assert ranks.errors() == []
+    assert ranks.codes(SECONDS) == [0] * RANKS
+    assert errors(ranks) == []
 
 
 class LastOneFails:
@@ -242,8 +216,8 @@ class LastOneFails:
 @pytest.mark.timeout(60)
 def test_a_rank_that_dies_after_others_have_ended_is_found_by_the_host(start):
     ranks = start(LastOneFails())
-    assert ranks.codes() == [FAILED, 0, -signal.SIGKILL]
-    assert ranks.errors() == [f"error: rank 2 did not answer for 2 s: {GONE} that rank and the kernel's log there"]
+    assert ranks.codes(SECONDS) == [FAILED, 0, -signal.SIGKILL]
+    assert errors(ranks) == [f"error: rank 2 did not answer for 2 s: {GONE} that rank and the kernel's log there"]
 
 
 class Busy:
@@ -258,8 +232,8 @@ class Busy:
 @pytest.mark.timeout(60)
 def test_a_rank_that_is_busy_is_not_taken_for_dead(start):
     ranks = start(Busy())
-    assert ranks.codes() == [0] * RANKS
-    assert ranks.errors() == []
+    assert ranks.codes(SECONDS) == [0] * RANKS
+    assert errors(ranks) == []
 
 
 def test_a_world_of_one_prints_and_returns_the_code(capsys, monkeypatch):
