@@ -185,6 +185,17 @@ def device_of_thread(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def abort_collectives() -> None:
+    """End the collectives that this process waits in on its GPU, from any thread.
+
+    The main thread then comes out of them with an error, and no process group can be used any more.
+    Nothing on a CPU: gloo's collectives end when the connections of a peer close, and cannot be
+    aborted meanwhile.
+    """
+    if not on_cpu():
+        torch.distributed.distributed_c10d._abort_process_group()
+
+
 def set_device(local_rank: int) -> None:
     """Bind this process to its GPU, if there is one, and set how precisely it multiplies.
 

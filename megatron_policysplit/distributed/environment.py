@@ -21,6 +21,12 @@ _DETERMINISTIC = {
     "NCCL_ALGO": ("Ring", "CollnetDirect", "CollnetChain", "^NVLS"),
 }
 
+# What torch writes down where an NCCL collective runs past its time limit. The watch of the other
+# ranks (`rank_watch`) ends a run when a rank fails or is gone; what is left for the limit is a
+# collective that some ranks never came to, and the record of the last ones says which. Names of
+# torch 2.13; a torch that does not know one passes over it.
+_RECORDS = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_BUFFER_SIZE": "2000"}
+
 _set_here: dict[str, str] = {}
 
 
@@ -53,7 +59,9 @@ def defaults(
     capability: the GPU's compute capability; None without a GPU.
     nccl: of `engines_nccl` where engines join a group of the actor's; else None.
     """
-    variables = {} if nccl is None or capability is None else dict(nccl)
+    variables = {}
+    if capability is not None:
+        variables |= _RECORDS | (nccl or {})
     if tensor > 1 and capability is not None and capability < (10, 0):
         # One queue to the GPU keeps kernels in the order of their launch. A tensor-parallel layer
         # launches its collective before the product that is to hide it, and with more queues the
