@@ -77,7 +77,7 @@ test-faults: $(STAMP) $(SGLANG_STAMP)  ## Whole runs whose servers and trainers 
 test-gpu: $(STAMP)  ## Tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu
 
-gpu-check: $(STAMP)  ## What only a GPU can show, in ten minutes; without one, what means something there
+gpu-check: $(STAMP)  ## What only a GPU can show; without one, what means something there
 	$(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK)
 
 lint: $(STAMP)  ## ruff

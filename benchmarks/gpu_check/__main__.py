@@ -1,4 +1,4 @@
-"""Shows in ten minutes on one GPU what no machine without one can show.
+"""Shows on one GPU what no machine without one can show.
 
     python -m benchmarks.gpu_check [--only NAME ...] [--skip NAME ...] [--list] [--json FILE]
                                    [--directory DIR] [--sglang-python PYTHON]
