@@ -13,11 +13,12 @@ from typing import Any
 from megatron_policysplit.config import Config
 from megatron_policysplit.doctor.finding import FAIL, OK, WARN, Finding, output_of
 from megatron_policysplit.errors import UserError
-from megatron_policysplit.serving.interpreter import check_interpreter
+from megatron_policysplit.serving.interpreter import check_interpreter, server_count
 from megatron_policysplit.serving.processes import inherited_environment
 
 IMPORT_SECONDS = 180.0  # torch from a cluster's file system, for the first time
-OPTIONAL = ("transformer-engine", "triton", "apex", "sglang", "sglang-router", "nvidia-modelopt")
+OPTIONAL = ("transformer-engine", "triton", "apex")
+_CUBLAS = ("nvidia-cublas", "nvidia-cublas-cu13", "nvidia-cublas-cu12")  # of torch's own wheels
 DISTRIBUTION = "megatron_policysplit"
 
 # Asked of an interpreter that need not have our packages.
@@ -43,6 +44,7 @@ print(json.dumps({
     "unused": device.unused_gpu(),
     "transformer_engine": device.transformer_engine_problem(),
     "triton": device.missing_triton(),
+    "apart": device.gpus_without_peer_access(),
 }))
 """
 
@@ -67,6 +69,7 @@ class Trainer:
     unused: str | None = None  # a GPU that this torch cannot use, in words
     transformer_engine: str | None = None  # why it cannot be used, in words
     triton: str | None = None  # why the head's kernels cannot be used, in words
+    apart: list[list[int]] = field(default_factory=list)  # pairs of GPUs without peer access
     packages: dict[str, str] = field(default_factory=dict)  # optional ones that are installed
 
 
@@ -113,7 +116,8 @@ def check_requirements() -> list[Finding]:
     if wrong:
         remedy = "pip install megatron_policysplit again (docs/gpu.md on machines with GPUs)"
         return [Finding("packages", FAIL, "; ".join(wrong), remedy)]
-    return [Finding("packages", OK, f"all {count} required ones fit")]
+    megatron = f"Megatron-Core {installed('megatron-core')}"
+    return [Finding("packages", OK, f"all {count} required ones fit, {megatron} among them")]
 
 
 def check_torch(torch: Torch, trainer: Trainer) -> list[Finding]:
@@ -123,7 +127,8 @@ def check_torch(torch: Torch, trainer: Trainer) -> list[Finding]:
     build = f"CUDA {torch.cuda}" if torch.cuda else "CPUs"
     text = f"{torch.torch} for {build}, Python {torch.python}"
     if torch.nccl:
-        text += f", NCCL {torch.nccl}, cuDNN {torch.cudnn}"
+        cublas = next(filter(None, map(installed, _CUBLAS)), "of the system")
+        text += f", NCCL {torch.nccl}, cuDNN {torch.cudnn}, cuBLAS {cublas}"
     if trainer.unused is not None:
         return [Finding("torch", FAIL, trainer.unused)]
     findings = [Finding("torch", OK, text)]
@@ -158,6 +163,14 @@ def check_gpu_packages(trainer: Trainer, layers: str) -> list[Finding]:
         findings.append(Finding("Triton", WARN, trainer.triton))
     else:
         findings.append(Finding("Triton", OK, trainer.packages.get("triton", "can be used")))
+    if (apex := trainer.packages.get("apex")) is not None:
+        findings.append(Finding("apex", OK, apex))
+    if trainer.apart:
+        pairs = ", ".join(f"{one} and {other}" for one, other in trainer.apart[:4])
+        remedy = "NCCL goes through host memory between them: nvidia-smi topo -m says why"
+        findings.append(Finding("peer access", WARN, f"none between GPUs {pairs}", remedy))
+    elif trainer.gpus > 1:
+        findings.append(Finding("peer access", OK, f"between all {trainer.gpus} GPUs"))
     return findings
 
 
@@ -181,12 +194,16 @@ def check_servers(config: Config, trainer_torch: Torch) -> list[Finding]:
     if rollout.engine != "sglang" or rollout.addresses:
         return []
     python = server.python or sys.executable
+    count = server_count(config)
     try:
-        check_interpreter(server.python, ["sglang"], server.environment)
+        # Several servers stand behind a router.
+        modules = ["sglang", "sglang_router"][: 1 + (count > 1)]
+        check_interpreter(server.python, modules, server.environment)
     except UserError as error:
         return [Finding("SGLang", FAIL, str(error))]
     torch = ask_torch(python)
-    findings = [Finding("SGLang", OK, f"in {python}, torch {torch.torch}")]
+    router = ", with its router" * (count > 1)
+    findings = [Finding("SGLang", OK, f"in {python}{router}, torch {torch.torch}")]
     return findings + compare_torches(trainer_torch, torch, config.weight_sync.transport)
 
 

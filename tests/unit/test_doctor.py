@@ -83,7 +83,8 @@ def test_torch(torch, trainer, expected):
 def test_a_driver_too_old_for_torch(monkeypatch):
     monkeypatch.setattr(versions.Path, "exists", lambda path: True)
     good, driver = versions.check_torch(CUDA, Trainer(gpus=0))
-    assert good.value == "2.11.0+cu130 for CUDA 13.0, Python 3.12.3, NCCL 2.28.9, cuDNN 91900"
+    text = "2.11.0+cu130 for CUDA 13.0, Python 3.12.3, NCCL 2.28.9, cuDNN 91900, cuBLAS "
+    assert good.value.startswith(text)
     assert driver.status == FAIL and "a newer torch needs a newer driver" in driver.remedy
 
 
@@ -98,6 +99,8 @@ MISSING = "Transformer Engine is not installed"
         (Trainer(gpus=1, transformer_engine=MISSING), "transformer_engine", [FAIL, OK]),
         (Trainer(gpus=1, transformer_engine=MISSING), "local", [OK, OK]),
         (Trainer(gpus=1, triton="the LM head is computed in plain torch"), "auto", [OK, WARN]),
+        (Trainer(gpus=2, packages={"apex": "0.1"}), "auto", [OK, OK, OK, OK]),
+        (Trainer(gpus=2, apart=[[0, 1], [1, 0]]), "auto", [OK, OK, WARN]),
     ],
 )
 def test_packages_of_a_gpu(trainer, layers, expected):
