@@ -95,9 +95,10 @@ class GroupedLinear(_Module):
 
 
 class RMSNorm(_Module):
-    def __init__(self, hidden_size, *, params_dtype, device, **unused):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=params_dtype))
+    def __init__(self, hidden_size=None, *, normalized_shape=None, params_dtype, device, **unused):
+        super().__init__()  # Megatron-Core 0.16 says hidden_size, 0.19 the name of newer releases
+        size = normalized_shape if hidden_size is None else hidden_size
+        self.weight = torch.nn.Parameter(torch.ones(size, device=device, dtype=params_dtype))
 
 
 class DotProductAttention(_Module):

@@ -14,9 +14,9 @@ DTYPES = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32, "master_param":
 
 
 class FusedAdam(torch.optim.Optimizer):
-    def __init__(self, params, lr, weight_decay, betas, eps, bias_correction=True, adam_w_mode=True):
-        assert adam_w_mode
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=bias_correction)
+    def __init__(self, params, lr, weight_decay, betas, eps, adam_w_mode=True, capturable=False):
+        assert adam_w_mode and not capturable
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(params, defaults)
 
     def load_state_dict(self, state_dict):

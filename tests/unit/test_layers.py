@@ -1,5 +1,6 @@
 """Which layers `model.layers` means, and what is said where Transformer Engine cannot be had."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,8 @@ METADATA = "transformer_engine_torch-2.11.0.dist-info/METADATA"
     ids=["absent", "good", "core alone", "for another torch"],
 )
 def test_why_it_cannot_be_imported(tmp_path, files, problem):
+    if METADATA not in files and importlib.util.find_spec("transformer_engine"):
+        pytest.skip("Transformer Engine is installed here")
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
