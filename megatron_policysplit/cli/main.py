@@ -20,6 +20,7 @@ import typer
 from megatron_policysplit import __version__
 from megatron_policysplit.cli import convert
 from megatron_policysplit.cli.app import Command, errors_of_ranks, expand_option, run_app
+from megatron_policysplit.cli.doctor import doctor
 from megatron_policysplit.cli.model_commands import evaluate, generate
 from megatron_policysplit.cli.options import ConfigPath, Overrides, check_output
 from megatron_policysplit.errors import STOPPED, ConfigError
@@ -255,6 +256,9 @@ def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
         run_lock(run_config).check()
     except ConfigError as error:
         print(f"warning: {error}", file=sys.stderr)
+
+
+app.command(cls=Command, short_help="Check this machine, and nodes, before a run.")(doctor)
 
 
 def main() -> None:
