@@ -35,11 +35,10 @@ setup(
     ],
     extras_require={
         "wandb": ["wandb>=0.19"],
-        # Megatron-Core 0.16, which pip picks on Python 3.11, names this range.
-        "gpu": [
-            "transformer-engine[pytorch]>=2.9,<2.12; python_version < '3.12'",
-            "transformer-engine[pytorch]>=2.9; python_version >= '3.12'",
-        ],
+        # What a GPU uses beside torch, and what builds Transformer Engine's part for torch without
+        # pip's build isolation (docs/gpu.md). That part is not here: pip would compile it against
+        # a torch of its own choice, and the result would not import.
+        "gpu": ["triton>=3.4", "setuptools", "wheel", "ninja", "pybind11", "packaging"],
         "gguf": ["gguf>=0.10"],
         "quantize": ["nvidia-modelopt>=0.47"],
         # triton: its interpreter runs the GPU kernels' tests on a CPU.

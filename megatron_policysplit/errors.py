@@ -16,6 +16,7 @@ __all__ = [
     "EngineError",
     "EngineLost",
     "JudgeError",
+    "MachineError",
     "ModelError",
     "TrainingError",
     "UserError",
@@ -39,6 +40,13 @@ def cannot_load(what: str, path: object, error: BaseException) -> ModelError:
     text = " ".join(str(error).split()) or "no reason given"
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
     return ModelError(f"cannot load the {what} in {path}: {kind}{text}")
+
+
+class MachineError(ConfigError):
+    """A run cannot start because of what is, or is not, on this machine or between nodes."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} (`policysplit doctor` examines this machine)"
 
 
 class DataError(UserError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_policysplit.distributed.agree import raise_on_all_ranks
 from megatron_policysplit.distributed.device import gpu_count, transformer_engine_problem
 from megatron_policysplit.distributed.layout import Layout
-from megatron_policysplit.errors import ConfigError
+from megatron_policysplit.errors import ConfigError, MachineError
 
 _INSTALL = (
     "install it beside this torch (pip install --no-build-isolation 'transformer-engine[pytorch]', "
@@ -31,7 +31,7 @@ class LayerChoice:
 def choose_layers(wanted: str) -> LayerChoice:
     """The layers that `model.layers` means on this rank's device.
 
-    Raises ConfigError for transformer_engine where it cannot run.
+    Raises MachineError for transformer_engine where it cannot run.
     """
     if wanted == "local":
         return LayerChoice(False, "model.layers=local")
@@ -43,7 +43,7 @@ def choose_layers(wanted: str) -> LayerChoice:
     if problem is None:
         return LayerChoice(True, "model.layers=transformer_engine")
     remedy = _INSTALL if gpu_count() else "its layers run on a GPU only"
-    raise ConfigError(
+    raise MachineError(
         f"model.layers=transformer_engine, but {problem}; {remedy}, or set model.layers=auto or "
         "local"
     )

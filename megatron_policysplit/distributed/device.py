@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_policysplit.errors import MachineError
+
 
 def on_cpu() -> bool:
     """Whether this process trains on the CPU."""
@@ -179,8 +181,16 @@ def device_of_thread(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def set_device(local_rank: int) -> None:
-    """Bind this process to its GPU, if there is one, and set how precisely it multiplies."""
+    """Bind this process to its GPU, if there is one, and set how precisely it multiplies.
+
+    Raises MachineError where there are fewer GPUs than ranks.
+    """
     if not on_cpu():
+        if local_rank >= gpu_count():
+            raise MachineError(
+                f"local rank {local_rank} needs a GPU of its own, but this process sees only "
+                f"{gpu_count()}; give each rank all GPUs of its node, or start fewer ranks"
+            )
         torch.cuda.set_device(local_rank)
         # Where cuBLAS cuts a product along its sum, the parts are not rounded to bf16 before they
         # are added. The LM head's hidden gradient sums over the vocabulary, whose parts nearly

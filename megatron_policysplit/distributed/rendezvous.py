@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from megatron_policysplit.distributed.rank_variables import RankPlace, rank_place
 from megatron_policysplit.distributed.stop_signal import StopRequested, StopSignal
-from megatron_policysplit.errors import ConfigError, TrainingError
+from megatron_policysplit.errors import ConfigError, MachineError, TrainingError
 
 T = TypeVar("T")
 POLL_SECONDS = 0.1
@@ -125,7 +125,7 @@ class _Meeting:
                 reason = getattr(error, "strerror", None) or error
                 problem = f"MASTER_ADDR={self.host} does not resolve ({reason})"
             if self.elapsed() > self.patience.name:
-                raise ConfigError(
+                raise MachineError(
                     f"{problem}, tried for {self.patience.name:g} s; set MASTER_ADDR to the name "
                     "or address of the host of rank 0"
                 )
@@ -140,7 +140,7 @@ class _Meeting:
         except dist.DistError as error:
             taken = "EADDRINUSE" in str(error)
             problem = "is in use (EADDRINUSE)" if taken else f"cannot be used ({_short(error)})"
-            raise ConfigError(
+            raise MachineError(
                 f"MASTER_PORT={self.port} {problem} on this host, where rank 0 has to listen; set "
                 "MASTER_PORT to a free port, the same for all ranks"
             ) from error

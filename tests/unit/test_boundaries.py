@@ -24,7 +24,7 @@ FLOORS = (
     {"rollout", "study"},
     {"evaluation", "serving"},
     {"weight_sync"},
-    {"training"},
+    {"doctor", "training"},
     {"cli"},
 )
 FLOOR = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}
