@@ -7,6 +7,7 @@ from checkpoints_conv.errors import CheckpointError, ConfigError, ModelError, Us
 
 __all__ = [
     "BAD_INPUT",
+    "DOCTOR",
     "DONE",
     "FAILED",
     "STOPPED",
@@ -18,6 +19,7 @@ __all__ = [
     "JudgeError",
     "MachineError",
     "ModelError",
+    "PortError",
     "TrainingError",
     "UserError",
     "WriteError",
@@ -42,11 +44,15 @@ def cannot_load(what: str, path: object, error: BaseException) -> ModelError:
     return ModelError(f"cannot load the {what} in {path}: {kind}{text}")
 
 
+# What the message of an error that the machine is the cause of ends with.
+DOCTOR = "`policysplit doctor` examines this machine"
+
+
 class MachineError(ConfigError):
     """A run cannot start because of what is, or is not, on this machine or between nodes."""
 
     def __str__(self) -> str:
-        return f"{super().__str__()} (`policysplit doctor` examines this machine)"
+        return f"{super().__str__()} ({DOCTOR})"
 
 
 class DataError(UserError):
@@ -63,6 +69,10 @@ class TrainingError(UserError):
 
 class EngineError(UserError):
     """An engine cannot be started or reached, serves another model, or refuses a request."""
+
+
+class PortError(EngineError, MachineError):
+    """An engine's port cannot be listened on."""
 
 
 class JudgeError(UserError):

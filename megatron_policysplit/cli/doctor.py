@@ -50,6 +50,8 @@ def doctor(
     names = [name.strip() for name in (hosts or "").split(",") if name.strip()]
     if hosts is not None and not names:
         raise ConfigError(f"--hosts {hosts!r} names no node; give names with commas between them")
+    if names and nodes:
+        raise ConfigError("--nodes asks those of the allocation; give it or --hosts, not both")
     arguments = [] if config is None else [config, *(overrides or [])]
     question, records = question_of(arguments, names, nodes, os.environ)
     if not as_json:

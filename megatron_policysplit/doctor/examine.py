@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_policysplit.config import Config
 from megatron_policysplit.doctor import gpus, machine, network, nodes, run_directory, variables
@@ -98,9 +98,10 @@ def _look_at_trainer(
 ) -> tuple[gpus.DriverFacts, Interpreter, list[Record]]:
     """The driver and this interpreter, and a record about what could not be asked."""
     driver = gpus.look_at_driver()
+    if variables.hides_gpus(environ):  # which somebody meant to do
+        driver = replace(driver, device_file=False)
     try:
-        imports_engine = driver.device_file
-        trainer = look_at(sys.executable, environ, imports_engine=imports_engine)
+        trainer = look_at(sys.executable, environ, imports_engine=driver.device_file)
     except ProbeFailed as error:
         unknown = Interpreter(".".join(map(str, sys.version_info[:3])), no_gpu="torch hangs")
         return (
@@ -110,8 +111,8 @@ def _look_at_trainer(
                 fail(
                     "interpreter",
                     f"its packages could not be asked: {error}",
-                    "run `python -c 'import torch; torch.cuda.init()'`; a driver that hangs needs a "
-                    "restart",
+                    "run `python -c 'import torch; torch.cuda.init()'`; a driver that hangs "
+                    "needs a restart",
                 )
             ],
         )

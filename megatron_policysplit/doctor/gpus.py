@@ -123,7 +123,7 @@ def _whole(text: str) -> int:
 
 
 def check_gpus(driver: DriverFacts, trainer: Interpreter, needs: Needs | None) -> list[Record]:
-    """Records about the GPUs. trainer: the trainer's interpreter, whose torch has looked at them."""
+    """Records about the GPUs. trainer: the trainer's interpreter, whose torch has seen them."""
     if not trainer.gpus:
         return [_without_gpu(driver, needs)]
     records = [check_count(trainer.gpus, needs)]
@@ -162,6 +162,9 @@ def check_count(gpus: Sequence[Gpu], needs: Needs | None) -> Record:
     names = sorted({gpu.name for gpu in gpus})
     capability = ", ".join(sorted({"{}.{}".format(*gpu.capability) for gpu in gpus}))
     value = f"{len(gpus)} x {' and '.join(names)}, compute capability {capability}"
+    if len(names) > 1:
+        remedy = "ranks wait for the slowest, and the smallest memory counts"
+        return warn("GPU", f"{value}: of several kinds", remedy)
     if needs is None:
         return ok("GPU", value)
     if needs.devices and max(needs.devices) >= len(gpus):

@@ -34,6 +34,7 @@ ALIKE = (
     "SGLang",
     "GPU",
 )
+OF_MACHINES = ("CUDA", "GPU")  # a run may go over machines that differ; packages may not
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,8 @@ def check_alike(answers: Mapping[str, Sequence[Record]], expected: int) -> list[
         if len(values) > 1:
             differing.append(name)
             told = "; ".join(f"{', '.join(nodes)}: {said}" for said, nodes in values.items())
-            records.append(fail(f"{name} on nodes", told, "give all nodes the same environment"))
+            say = warn if name in OF_MACHINES else fail
+            records.append(say(f"{name} on nodes", told, "give all nodes the same environment"))
     if not differing and len(answers) >= expected:
         records.append(ok("versions on nodes", f"the same on {', '.join(answers)}"))
     return records + _of_each(answers, lambda record: record.name not in differing)

@@ -80,12 +80,18 @@ def _ranks(environ: Mapping[str, str]) -> list[Record]:
     ]
 
 
+def hides_gpus(environ: Mapping[str, str]) -> bool:
+    """Whether CUDA_VISIBLE_DEVICES leaves no GPU; CUDA reads it up to the first that is none."""
+    value = environ.get("CUDA_VISIBLE_DEVICES")
+    return value is not None and value.split(",")[0].strip() in ("", "-1")
+
+
 def _visible(environ: Mapping[str, str], needs: Needs | None) -> list[Record]:
     value = environ.get("CUDA_VISIBLE_DEVICES")
     if value is None:
         return []
     devices = [device for device in value.split(",") if device.strip()]
-    if not devices or devices[0].strip() == "-1":
+    if hides_gpus(environ):
         return [ok("CUDA_VISIBLE_DEVICES", f"{value!r}: GPUs are hidden, a run is on the CPU")]
     if needs is not None and len(devices) < needs.gpus and needs.gpus > 1:
         return [

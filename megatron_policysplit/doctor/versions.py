@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,9 @@ TRITON = SpecifierSet(">=3.4")
 ENGINE_OF_0_16, ENGINE = SpecifierSet(">=2.9,<2.12"), SpecifierSet(">=2.9")
 CPU_INDEX = "docs/gpu.md says how to install one for CUDA"
 
+DISTRIBUTION = "megatron-policysplit"
 PACKAGES = (
+    DISTRIBUTION,  # and all that it asks for
     "torch",
     "megatron-core",
     "transformer-engine",
@@ -130,11 +133,12 @@ def check_versions(trainer: Interpreter, has_gpu: bool, needs: Needs | None) -> 
     return [
         _in_range("Python", trainer.python, PYTHON),
         check_torch(trainer, has_gpu),
-        *check_cuda(trainer),
+        *check_cuda(trainer, has_gpu),
         check_megatron(trainer),
         check_engine(trainer, needs),
         check_triton(trainer),
         _in_range("transformers", trainer.versions.get("transformers"), TRANSFORMERS),
+        check_installation(trainer),
         check_requirements("requirements", trainer),
         *check_extras(trainer, needs),
     ]
@@ -165,10 +169,12 @@ def check_torch(trainer: Interpreter, has_gpu: bool) -> Record:
     return ok("torch", value)
 
 
-def check_cuda(trainer: Interpreter) -> list[Record]:
+def check_cuda(trainer: Interpreter, has_gpu: bool) -> list[Record]:
     """CUDA, cuDNN, cuBLAS and NCCL of a torch for GPUs; nothing without one."""
     if trainer.cuda is None:
         return []
+    if not has_gpu:
+        return [ok("CUDA", f"torch is built for {trainer.cuda} (not used without a GPU)")]
     versions = {"cuDNN": trainer.cudnn, "cuBLAS": trainer.cublas, "NCCL": trainer.nccl}
     named = ", ".join(f"{name} {version or 'unknown'}" for name, version in versions.items())
     records = [_driver(trainer)]
@@ -233,13 +239,15 @@ def check_engine(trainer: Interpreter, needs: Needs | None) -> Record:
         return fail(name, value, install) if is_wanted else warn(name, value, install)
     if needs is not None and needs.layers == "local":
         return ok(name, f"{core} (not used: model.layers=local)")
+    if trainer.engine_error is None:
+        return _engine_fits(trainer, core)
+    # NGC images have one package without a part of its own for torch.
+    cause = ""
     if part is None:
-        return fail(name, f"{core} without its part for torch (transformer-engine-torch)", install)
-    if part != core:
-        return fail(name, f"{core}, but its part for torch is {part}", install)
-    if trainer.engine_error is not None:
-        return fail(name, f"{core} cannot be imported: {trainer.engine_error}", install)
-    return _engine_fits(trainer, core)
+        cause = " without its part for torch (transformer-engine-torch)"
+    elif part != core:
+        cause = f" with a part for torch of another version ({part})"
+    return fail(name, f"{core}{cause} cannot be imported: {trainer.engine_error}", install)
 
 
 def _engine_fits(trainer: Interpreter, core: str) -> Record:
@@ -279,24 +287,33 @@ def check_triton(trainer: Interpreter) -> Record:
     return ok("Triton", version)
 
 
+def check_installation(trainer: Interpreter) -> Record:
+    """Whether what this package itself asks for is there, in versions that it takes."""
+    if DISTRIBUTION not in trainer.versions:
+        return ok("installation", "not by pip: what this package asks for was not looked at")
+    wrong = []
+    count = 0
+    for wanted in _requirements(trainer, DISTRIBUTION):
+        count += 1
+        have = trainer.versions.get(_canonical(wanted.name))
+        if have is None:
+            wrong.append(f"{wanted.name} is not installed")
+        elif not wanted.specifier.contains(have, prereleases=True):
+            wrong.append(f"{wanted.name} {have} is not {wanted.specifier}")
+    if wrong:
+        return fail("installation", "; ".join(wrong), "install this package again (docs/gpu.md)")
+    return ok("installation", f"the {count} packages that it asks for are there")
+
+
 def check_requirements(name: str, interpreter: Interpreter) -> Record:
     """Whether the packages looked at ask each other for versions that are not there."""
-    environment = {
-        "python_version": ".".join(interpreter.python.split(".")[:2]),
-        "python_full_version": interpreter.python,
-        "extra": "",
-    }
     unmet = []
-    for package, texts in interpreter.requires.items():
-        for text in texts:
-            try:
-                wanted = Requirement(text)
-            except InvalidRequirement:
-                continue
-            have = interpreter.versions.get(wanted.name.lower().replace("_", "-"))
-            if have is None or (wanted.marker and not wanted.marker.evaluate(environment)):
-                continue
-            if not wanted.specifier.contains(have, prereleases=True):
+    for package in interpreter.requires:
+        if package == DISTRIBUTION:
+            continue
+        for wanted in _requirements(interpreter, package):
+            have = interpreter.versions.get(_canonical(wanted.name))
+            if have is not None and not wanted.specifier.contains(have, prereleases=True):
                 unmet.append(
                     f"{package} {interpreter.versions[package]} asks for {wanted.name}"
                     f"{wanted.specifier}, {have} is installed"
@@ -304,6 +321,28 @@ def check_requirements(name: str, interpreter: Interpreter) -> Record:
     if unmet:
         return warn(name, "; ".join(unmet), "pip check; install versions that fit")
     return ok(name, "the packages looked at fit each other")
+
+
+def _requirements(interpreter: Interpreter, package: str) -> list[Requirement]:
+    """What a package asks for in that interpreter, extras left out."""
+    environment = {
+        "python_version": ".".join(interpreter.python.split(".")[:2]),
+        "python_full_version": interpreter.python,
+        "extra": "",
+    }
+    requirements = []
+    for text in interpreter.requires[package]:
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:  # of an old setuptools: pip would not read it either
+            continue
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            requirements.append(requirement)
+    return requirements
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def check_extras(trainer: Interpreter, needs: Needs | None) -> list[Record]:

@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_policysplit.errors import BAD_INPUT, FAILED, STOPPED
+from megatron_policysplit.errors import BAD_INPUT, DOCTOR, FAILED, STOPPED
 from megatron_policysplit.files import disk_error, write_error
 from megatron_policysplit.logs.streams import outlive_console
 
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     from megatron_policysplit.config.load import load_config
     from megatron_policysplit.errors import EngineLost, TrainingError, UserError, WriteError
 
-    config = None
+    config, is_starting = None, True
     try:
         config = load_config(argv[0], argv[1:])
         _set_environment(config)
@@ -52,7 +52,9 @@ def main(argv: list[str]) -> int:
         from megatron_policysplit.training.build import build_run
         from megatron_policysplit.training.trainer import Trainer
 
-        return Trainer(build_run(config, stop)).train()
+        run = build_run(config, stop)
+        is_starting = False
+        return Trainer(run).train()
     except StopRequested:  # before the first weights were loaded: there is nothing to save
         return STOPPED
     except (TrainingError, EngineLost, WriteError) as error:
@@ -72,6 +74,7 @@ def main(argv: list[str]) -> int:
         _report(
             f"error: rank {rank} failed ({_first_sentence(error)}); "
             f"{missing_ranks(rank, world_size)}{_disk(error, config)}"
+            f"{_machine(error) if is_starting else ''}"
         )
         return FAILED
 
@@ -81,6 +84,12 @@ def _disk(error: BaseException, config: Config | None) -> str:
     if config is None or (refusal := disk_error(error, Path(config.run.dir))) is None:
         return ""
     return f"; {write_error(config.run.dir, refusal)}"
+
+
+def _machine(error: BaseException) -> str:
+    """`; ...` where a GPU, its memory or its libraries are why this rank could not start."""
+    is_of_gpu = re.search(r"\b(CUDA|NCCL|NVML|NVIDIA|cuBLAS|CUBLAS|cuDNN|CUDNN)", str(error))
+    return f"; {DOCTOR}" if is_of_gpu else ""
 
 
 def _set_environment(config: Config) -> None:

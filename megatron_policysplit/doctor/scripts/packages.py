@@ -10,13 +10,20 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 
 
 def distributions(names):
-    """By name: version, Requires-Python and requirements of those that are installed."""
+    """By name: version, Requires-Python and requirements of those that are installed.
+
+    What the first of them asks for is looked for, too.
+    """
     result = {}
-    for name in names:
+    names = list(names)
+    for name in names:  # which grows by what the first one asks for
+        if name in result:
+            continue
         try:
             found = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
@@ -26,6 +33,9 @@ def distributions(names):
             "python": found.metadata.get("Requires-Python"),
             "requires": found.requires or [],
         }
+        if name == names[0]:
+            required = (re.match(r"[\w.-]+", text).group() for text in found.requires or [])
+            names += [re.sub(r"[-_.]+", "-", other).lower() for other in required]
     return result
 
 
