@@ -3,6 +3,8 @@
 Those of models, checkpoints and configuration come from `checkpoints_conv`, which stands alone.
 """
 
+import re
+
 from checkpoints_conv.errors import CheckpointError, ConfigError, ModelError, UserError
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "UserError",
     "WriteError",
     "cannot_load",
+    "machine_hint",
 ]
 
 # Exit codes of every process.
@@ -53,6 +56,12 @@ class MachineError(ConfigError):
 
     def __str__(self) -> str:
         return f"{super().__str__()} ({DOCTOR})"
+
+
+def machine_hint(error: BaseException) -> str:
+    """`; ...` where a GPU, its memory or its libraries are why a rank could not start, else ""."""
+    is_of_gpu = re.search(r"\b(CUDA|NCCL|NVML|NVIDIA|cuBLAS|CUBLAS|cuDNN|CUDNN)", str(error))
+    return f"; {DOCTOR}" if is_of_gpu else ""
 
 
 class DataError(UserError):

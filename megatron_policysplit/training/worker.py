@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_policysplit.errors import BAD_INPUT, DOCTOR, FAILED, STOPPED
+from megatron_policysplit.errors import BAD_INPUT, FAILED, STOPPED, machine_hint
 from megatron_policysplit.files import disk_error, write_error
 from megatron_policysplit.logs.streams import outlive_console
 
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
         _report(
             f"error: rank {rank} failed ({_first_sentence(error)}); "
             f"{missing_ranks(rank, world_size)}{_disk(error, config)}"
-            f"{_machine(error) if is_starting else ''}"
+            f"{machine_hint(error) if is_starting else ''}"
         )
         return FAILED
 
@@ -84,12 +84,6 @@ def _disk(error: BaseException, config: Config | None) -> str:
     if config is None or (refusal := disk_error(error, Path(config.run.dir))) is None:
         return ""
     return f"; {write_error(config.run.dir, refusal)}"
-
-
-def _machine(error: BaseException) -> str:
-    """`; ...` where a GPU, its memory or its libraries are why this rank could not start."""
-    is_of_gpu = re.search(r"\b(CUDA|NCCL|NVML|NVIDIA|cuBLAS|CUBLAS|cuDNN|CUDNN)", str(error))
-    return f"; {DOCTOR}" if is_of_gpu else ""
 
 
 def _set_environment(config: Config) -> None:

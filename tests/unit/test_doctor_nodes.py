@@ -15,9 +15,8 @@ from megatron_policysplit.doctor.examine import examine, question_of
 from megatron_policysplit.doctor.network import HostName
 from megatron_policysplit.doctor.nodes import Clock, Reach
 from megatron_policysplit.doctor.record import as_json, from_json, ok, warn
-from megatron_policysplit.errors import DOCTOR, MachineError, PortError
+from megatron_policysplit.errors import DOCTOR, MachineError, PortError, machine_hint
 from megatron_policysplit.serving.processes import Process
-from megatron_policysplit.training.worker import _machine
 from tests.support.commands import run_module
 from tests.support.toy_chat import make_chat_model
 
@@ -244,4 +243,4 @@ def test_errors_of_the_machine_name_the_command(tmp_path):
     ],
 )
 def test_errors_of_a_gpu_name_the_command(text, is_told):
-    assert _machine(RuntimeError(text)) == (f"; {DOCTOR}" if is_told else "")
+    assert machine_hint(RuntimeError(text)) == (f"; {DOCTOR}" if is_told else "")
