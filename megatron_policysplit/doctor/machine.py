@@ -296,7 +296,7 @@ def _check_processes(limits: Limits, cores: int, needs: Needs) -> Record:
     soft, _ = limits.processes
     ranks = needs.local_ranks
     need = ranks * (RANK_TASKS + 2 * max(1, cores // ranks) + needs.reward_workers)
-    need += needs.own_servers * (SERVER_TASKS + cores)
+    need += needs.local_servers * (SERVER_TASKS + cores)
     value = (
         f"{_count(soft)} (ulimit -u), of which the user has {limits.tasks}; a run here starts "
         f"about {need}"

@@ -118,6 +118,11 @@ class Needs:
         return self.local_ranks + beside
 
     @property
+    def local_servers(self) -> int:
+        """Servers on this node; those beside the actor are on the node of rank 0."""
+        return math.ceil(self.own_servers / self.nodes) if self.colocated else self.own_servers
+
+    @property
     def fixed_ports(self) -> list[int]:
         """Ports that the configuration names: one for each own server, one for their router."""
         if not self.server_port or not self.own_servers:

@@ -202,6 +202,7 @@ def check_ports(
 ) -> list[Record]:
     """Ports that are taken, and ports that any connection of this host may take."""
     records = []
+    free = []
     for facts in ports:
         name = f"port {facts.port}"
         value = f"{facts.key}, on {facts.host or 'any address'}"
@@ -223,7 +224,10 @@ def check_ports(
                 )
             )
         else:
-            records.append(ok(name, f"{value}: free"))
+            free.append(f"{facts.port} ({facts.key})")
+    if free:
+        named = free[0] if len(free) == 1 else f"{len(free)} ports from {free[0]} to {free[-1]}"
+        records.append(ok("ports", f"free: {named}"))
     if ephemeral is not None:
         records.append(_check_range(ephemeral, needs or Needs()))
     return records
