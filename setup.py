@@ -15,7 +15,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_policysplit*", "checkpoints_conv*"]),
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.8",
         "megatron-core>=0.16,<0.20",
         "transformers>=4.51",
         "safetensors>=0.4",

@@ -16,6 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -129,7 +130,7 @@ def _layer_spec(
     )
 
 
-def _local_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+def _local_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """Build the spec of Megatron's own layers, without Transformer Engine.
 
     Experts are computed one after the other.
@@ -144,12 +145,15 @@ def _local_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmo
         spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     attention.core_attention = CoreAttention
+    layers = [spec] * get_num_layers_to_build(config)
     if not config.sequence_parallel:
-        return spec
+        # The last norm is named too: left to itself, Megatron takes Transformer Engine's or Apex's
+        # wherever these are installed.
+        return TransformerBlockSubmodules(layers, layer_norm=WrappedTorchNorm)
     layer.input_layernorm = layer.pre_mlp_layernorm = _RMSNorm
     if qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = _RMSNorm
-    return TransformerBlockSubmodules([spec] * get_num_layers_to_build(config), layer_norm=_RMSNorm)
+    return TransformerBlockSubmodules(layers, layer_norm=_RMSNorm)
 
 
 def _transformer_config(

@@ -11,6 +11,7 @@ tokens between them, so they run the same number of forward and backward passes.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -24,7 +25,8 @@ from megatron_policysplit.config import ParallelConfig
 from megatron_policysplit.distributed.device import backend, set_device
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.distributed.rank_variables import rank_place
-from megatron_policysplit.distributed.rendezvous import meet
+from megatron_policysplit.distributed.rank_watch import Pace, RankWatch
+from megatron_policysplit.distributed.rendezvous import meet, store_host
 from megatron_policysplit.distributed.stop_signal import StopSignal
 from megatron_policysplit.errors import ConfigError
 
@@ -36,9 +38,10 @@ def initialize(
     parallel: ParallelConfig,
     seed: int,
     *,
-    timeout_seconds: float = 3600.0,
+    timeout_seconds: float | None = None,
     environ: Mapping[str, str] = os.environ,
     stop: StopSignal | None = None,
+    watch: RankWatch | None = None,
 ) -> Layout:
     """Set torch.distributed, Megatron's groups and the model-parallel RNG up.
 
@@ -46,11 +49,11 @@ def initialize(
     ConfigError if the world's size is not the product of the parallel sizes, and what
     `rendezvous.meet` raises while ranks wait for each other.
 
-    timeout_seconds: of a training collective. It is long because ranks that write no part of a
-        checkpoint wait in one for those that do.
+    timeout_seconds: of every collective but the control group's; parallel.timeout_seconds if None.
     environ: where RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* are; {} for a process that is alone
         whatever is set.
     stop: ends the wait for other ranks.
+    watch: begins as soon as all ranks have met, so that one that fails in here is noticed, too.
     """
     # Before Megatron is imported: without a GPU it asks for CUDA already then.
     install()
@@ -69,6 +72,8 @@ def initialize(
             f"needs {needed}; start as many or change the layout"
         )
     set_device(local_rank)
+    if timeout_seconds is None:
+        timeout_seconds = parallel.timeout_seconds
     timeout = timedelta(seconds=timeout_seconds)
     if world_size == 1:
         # A store in memory: a process that is alone needs no port.
@@ -77,6 +82,9 @@ def initialize(
         )
     else:
         store = meet(stop or StopSignal(), timeout_seconds=timeout_seconds, environ=environ)
+        if watch is not None:
+            pace = Pace(silent=parallel.silent_seconds)
+            watch.start(store, rank, store_host=store_host(environ), pace=pace)
         dist.init_process_group(
             backend(), store=store, rank=rank, world_size=world_size, timeout=timeout
         )
@@ -84,14 +92,14 @@ def initialize(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         expert_model_parallel_size=parallel.expert,
-        distributed_timeout_minutes=max(1, int(timeout_seconds // 60)),
+        distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
-    return _layout(parallel, rank)
+    return _layout(parallel, rank, timeout)
 
 
-def _layout(parallel: ParallelConfig, rank: int) -> Layout:
+def _layout(parallel: ParallelConfig, rank: int, timeout: timedelta) -> Layout:
     """Make the gloo groups and describe this rank's place. Collective over all ranks."""
     from megatron.core import parallel_state
 
@@ -107,15 +115,15 @@ def _layout(parallel: ParallelConfig, rank: int) -> Layout:
 
     # `new_group` is collective over the world: every rank makes every group, in the same order,
     # also those to which it does not belong.
-    world = dist.new_group(backend="gloo")
+    world = dist.new_group(backend="gloo", timeout=timeout)
     control = dist.new_group(backend="gloo", timeout=timedelta(seconds=CONTROL_TIMEOUT_SECONDS))
     replica = None
     for data in range(parallel.data):
         ranks = [rank for rank, place in enumerate(places) if place[0] == data]
-        group = dist.new_group(ranks, backend="gloo")
+        group = dist.new_group(ranks, backend="gloo", timeout=timeout)
         if data == data_rank:
             replica = group
-    leaders = dist.new_group(leader_ranks, backend="gloo")
+    leaders = dist.new_group(leader_ranks, backend="gloo", timeout=timeout)
     return Layout(
         rank=rank,
         tensor=parallel.tensor,

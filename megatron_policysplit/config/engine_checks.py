@@ -170,12 +170,33 @@ def check_allocator(environment: Mapping[str, Any]) -> None:
     SGLang's memory saver, by which servers give memory back, does not work with this setting of
     torch's allocator. What the actor itself has set is not handed on to servers.
     """
+    if (setting := _expandable_segments(environment)) is not None:
+        raise ConfigError(
+            f"rollout.server.environment has {setting}, but with expandable_segments servers "
+            "cannot give memory back, which rollout.colocated=true needs; take that setting out"
+        )
+
+
+def check_actor_allocator(config: Config, environ: Mapping[str, str]) -> None:
+    """Raise ConfigError if this process could not hand GPU memory to colocated engines.
+
+    CUDA IPC has no handle for torch's expandable segments. environ: that of a rank.
+    """
+    if not (config.rollout.colocated and config.weight_sync.transport == "tensor"):
+        return
+    if (setting := _expandable_segments(environ)) is not None:
+        raise ConfigError(
+            f"{setting} is set in the environment, but memory of expandable_segments cannot be "
+            "handed to engines, which rollout.colocated=true with weight_sync.transport=tensor "
+            "does; unset it, or set weight_sync.transport=disk"
+        )
+
+
+def _expandable_segments(environment: Mapping[str, Any]) -> str | None:
+    """The variable, with its value, that turns torch's expandable segments on; None if none."""
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         value = str(environment.get(name) or "")
         settings = dict(part.partition(":")[::2] for part in value.replace(" ", "").split(","))
         if settings.get("expandable_segments", "").lower() == "true":
-            raise ConfigError(
-                f"rollout.server.environment has {name}={value}, but with expandable_segments "
-                "servers cannot give memory back, which rollout.colocated=true needs; take that "
-                "setting out"
-            )
+            return f"{name}={value}"
+    return None

@@ -67,6 +67,19 @@ class ParallelConfig:
         "Sequence parallelism: between tensor-parallel layers, each rank holds its part of the "
         "tokens.",
     )
+    timeout_seconds: float = key(
+        1800.0,
+        "Time limit of a collective of all groups but the control group's (45 s). Longer than one "
+        "rank may work while others wait: a server's start, the writing of a checkpoint.",
+        minimum=60.0,
+        maximum=LARGEST_SECONDS,
+    )
+    silent_seconds: float = key(
+        30.0,
+        "A rank that gives no sign of life for so long is taken for dead, and the run ends.",
+        minimum=3.0,
+        maximum=LARGEST_SECONDS,
+    )
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """How an error on one rank is raised on every rank.
 
-A rank that raises alone leaves the others waiting in their next collective until its time-out. So
+A rank that raises alone leaves a note, and the run ends with its message (`rank_watch`); but the
+others come out of their collectives by force then, without taking down what they started. So
 whatever can fail on one rank while the others go on runs in `raise_on_all_ranks`, or in
 `all_gather_results` where the others need its result. What has run already (`Control.attend`)
 calls `exchange`, the core of both.
@@ -43,7 +44,7 @@ def raise_on_all_ranks(
 
     `work` may not wait for a rank that could have failed before it answers. A BaseException that
     is no Exception (KeyboardInterrupt, SystemExit) is not exchanged: it ends this rank at once, and
-    the others notice when its connections close.
+    the others learn of it by its note (`rank_watch`).
 
     Collective over `group`: one all-gather of an object, which is two collectives (sizes, bytes).
 

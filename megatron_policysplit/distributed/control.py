@@ -16,7 +16,6 @@ import asyncio
 import concurrent.futures
 import threading
 from collections.abc import Coroutine
-from datetime import timedelta
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -26,7 +25,6 @@ from megatron_policysplit.distributed.agree import exchange
 from megatron_policysplit.distributed.stop_signal import StopRequested, StopSignal
 
 HEARTBEAT_SECONDS = 2.0
-MISSING_SECONDS = 10.0  # how long `missing_ranks` waits for a rank's key
 FAILURE = "generation failed on rank {rank} ({error})"
 
 T = TypeVar("T")
@@ -190,29 +188,3 @@ class Control:
         total = torch.tensor(status, dtype=torch.int64)
         dist.all_reduce(total, group=self.group)
         return total.tolist()
-
-
-def missing_ranks(rank: int, world_size: int) -> str:
-    """Say which ranks no longer answer, as far as the store can tell; after a collective failed.
-
-    Every rank that fails sets a key in the default store, and waits MISSING_SECONDS for each other
-    rank's. Not a collective: it works when ranks are gone.
-    """
-    if world_size == 1:
-        return "no other rank takes part in this run"
-    if not dist.is_initialized():
-        return "the ranks had not met yet"
-    store = dist.distributed_c10d._get_default_store()
-    try:
-        store.set(f"policysplit/failed/{rank}", "1")
-        missing = []
-        for other in range(world_size):
-            try:
-                store.wait([f"policysplit/failed/{other}"], timedelta(seconds=MISSING_SECONDS))
-            except dist.DistStoreError:
-                missing.append(other)
-    except (dist.DistNetworkError, dist.DistStoreError, RuntimeError):
-        return "rank 0, which hosts the store, does not answer"
-    if not missing:
-        return "every rank still answers"
-    return f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} did not answer"

@@ -66,6 +66,11 @@ def transformer_engine_problem() -> str | None:
     return None
 
 
+def nccl_version() -> str | None:
+    """Return the version of torch's NCCL; None without a GPU, where gloo stands in for it."""
+    return None if on_cpu() else ".".join(map(str, torch.cuda.nccl.version()))
+
+
 def use_fused_attention() -> bool:
     """Whether local layers use torch's fused attention kernels: on a GPU.
 
@@ -180,6 +185,17 @@ def device_of_thread(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def abort_collectives() -> None:
+    """End the collectives that this process waits in on its GPU, from any thread.
+
+    The main thread then comes out of them with an error, and no process group can be used any more.
+    Nothing on a CPU: gloo's collectives end when the connections of a peer close, and cannot be
+    aborted meanwhile.
+    """
+    if not on_cpu():
+        torch.distributed.distributed_c10d._abort_process_group()
+
+
 def set_device(local_rank: int) -> None:
     """Bind this process to its GPU, if there is one, and set how precisely it multiplies.
 
@@ -212,8 +228,15 @@ def free_memory_bytes() -> float:
     return math.inf if on_cpu() else float(torch.cuda.mem_get_info()[0])
 
 
+def collect_shared_memory() -> None:
+    """Take back GPU memory that was handed to other processes and that they have let go of."""
+    if not on_cpu():
+        torch.cuda.ipc_collect()
+
+
 def return_freed_memory() -> None:
     """Let other processes have the GPU memory that this one has freed, once its work is done."""
+    collect_shared_memory()
     if not on_cpu():
         # Kernels still queued may use the memory: torch's cache gives back only what is idle.
         torch.cuda.synchronize()

@@ -21,19 +21,47 @@ _DETERMINISTIC = {
     "NCCL_ALGO": ("Ring", "CollnetDirect", "CollnetChain", "^NVLS"),
 }
 
+# What torch writes down where an NCCL collective runs past its time limit. The watch of the other
+# ranks (`rank_watch`) ends a run when a rank fails or is gone; what is left for the limit is a
+# collective that some ranks never came to, and the record of the last ones says which. Names of
+# torch 2.13; a torch that does not know one passes over it.
+_RECORDS = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_BUFFER_SIZE": "2000"}
+
 _set_here: dict[str, str] = {}
 
 
+def engines_nccl(arguments: Mapping[str, object]) -> dict[str, str]:
+    """Return the variables that SGLang sets for its NCCL; arguments: rollout.server.arguments.
+
+    SGLang sets both where they are unset, and with these flags in any case (releases 0.5.16 and
+    0.5.23). All processes of a group must have the same: memory that one shares by another way than
+    its peer expects is a hang or an error.
+    """
+    symmetric = arguments.get("enable-symm-mem") is True
+    multicast = symmetric or arguments.get("enable-nccl-nvls") is True
+    return {
+        "NCCL_CUMEM_ENABLE": str(int(symmetric)),
+        "NCCL_NVLS_ENABLE": str(int(multicast)),
+    }
+
+
 def defaults(
-    *, tensor: int, deterministic: bool, capability: tuple[int, int] | None
+    *,
+    tensor: int,
+    deterministic: bool,
+    capability: tuple[int, int] | None,
+    nccl: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Return the variables that a rank should have, by name.
 
     tensor: tensor-parallel ranks.
     deterministic: train.deterministic.
     capability: the GPU's compute capability; None without a GPU.
+    nccl: of `engines_nccl` where engines join a group of the actor's; else None.
     """
     variables = {}
+    if capability is not None:
+        variables |= _RECORDS | (nccl or {})
     if tensor > 1 and capability is not None and capability < (10, 0):
         # One queue to the GPU keeps kernels in the order of their launch. A tensor-parallel layer
         # launches its collective before the product that is to hide it, and with more queues the
@@ -63,6 +91,7 @@ def set_defaults(
     tensor: int,
     deterministic: bool,
     capability: tuple[int, int] | None,
+    nccl: Mapping[str, str] | None = None,
 ) -> None:
     """Set the variables of `defaults` that are not set yet, and remember which these were.
 
@@ -70,7 +99,9 @@ def set_defaults(
     """
     if deterministic:
         check_deterministic(environ)
-    variables = defaults(tensor=tensor, deterministic=deterministic, capability=capability)
+    variables = defaults(
+        tensor=tensor, deterministic=deterministic, capability=capability, nccl=nccl
+    )
     for name, value in variables.items():
         if name not in environ:
             environ[name] = _set_here[name] = value

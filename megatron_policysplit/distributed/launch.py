@@ -34,7 +34,9 @@ class Patience:
     """How many seconds the ranks of `launch` have to end."""
 
     save: float = 1800.0  # to save and exit after a signal
-    peers: float = 45.0  # to notice that another rank failed, and exit
+    # To notice that another rank failed, and exit: with `rank_watch.Pace` as it is, a rank in a
+    # collective that never ends takes up to 52 s after another was killed.
+    peers: float = 53.0
     terminate: float = 5.0  # from SIGTERM to SIGKILL
 
 
@@ -49,7 +51,7 @@ def launch(
 
     - SIGTERM or SIGINT is forwarded once; the ranks have `patience.save` seconds to save and exit.
     - A rank that fails is named on stderr; the others have `patience.peers` seconds to notice by
-      their collectives, then get SIGTERM and `patience.terminate` seconds later SIGKILL.
+      their watch or collectives, then get SIGTERM and `patience.terminate` seconds later SIGKILL.
     - If this process is killed, the kernel kills the ranks.
 
     The exit code is that of the ranks where all have the same, else FAILED; STOPPED if all saved

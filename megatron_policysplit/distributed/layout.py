@@ -24,7 +24,7 @@ class Layout:
     tensor_rank: int
     pipeline_rank: int
     data_rank: int  # number of this rank's replica
-    world: dist.ProcessGroup  # all ranks, with torch's time-out (30 minutes)
+    world: dist.ProcessGroup  # all ranks, with parallel.timeout_seconds
     control: dist.ProcessGroup  # all ranks again, with a short time-out (`control.py`)
     replica: dist.ProcessGroup  # the ranks of this replica
     leaders: dist.ProcessGroup | None  # the leaders of all replicas; None on other ranks

@@ -70,8 +70,14 @@ def meet(
     meeting = _Meeting(place, environ, stop, patience, say)
     store = meeting.gather()
     store.set_timeout(timedelta(seconds=timeout_seconds))
-    # The same prefix as torch's own rendezvous gives to the store of the default group.
-    return dist.PrefixStore("default_pg", store)
+    # Processes that torchrun restarts may find the store of those that they replace, and its keys.
+    attempt = environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    return dist.PrefixStore(f"policysplit/attempt_{attempt}/default_pg", store)
+
+
+def store_host(environ: Mapping[str, str] = os.environ) -> int | None:
+    """The rank that hosts the store of `meet`; None under torchrun, whose agent does."""
+    return None if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
 
 
 @dataclass
@@ -89,9 +95,7 @@ class _Meeting:
     def __post_init__(self):
         self.host, self.port = self.environ["MASTER_ADDR"], int(self.environ["MASTER_PORT"])
         self.where = f"{self.host}:{self.port}"
-        self.hosts = (
-            self.place.rank == 0 and self.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        )
+        self.hosts = self.place.rank == store_host(self.environ)
         # Processes that torchrun restarts may find the store of those that they replace.
         self.prefix = f"policysplit/meeting/{self.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
@@ -219,9 +223,10 @@ class _Meeting:
                 return
             self.check_stopped(store)
             size = self.place.world_size
-            self.check_time(_ranks(missing))
+            self.check_time(ranks_in_words(missing))
             self.speak(
-                f"waiting for {_ranks(missing)} at {self.where}; {size - len(missing)} of {size} "
+                f"waiting for {ranks_in_words(missing)} at {self.where}; "
+                f"{size - len(missing)} of {size} "
                 f"{'has' if size - len(missing) == 1 else 'have'} come"
             )
             self.pause(POLL_SECONDS)
@@ -336,7 +341,7 @@ def _is_local(family: int, address: tuple) -> bool:
     return True
 
 
-def _ranks(ranks: list[int], most: int = 8) -> str:
+def ranks_in_words(ranks: list[int], most: int = 8) -> str:
     """Ranks in words: `rank 3`, `ranks 1, 2, 3`; at most `most` are named."""
     more = f" and {len(ranks) - most} more" if len(ranks) > most else ""
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:most]))}{more}"

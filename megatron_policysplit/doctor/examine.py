@@ -54,6 +54,7 @@ def examine(question: Question) -> Iterator[Record]:
     yield from _check_network(environ, needs, count)
     if needs is not None:
         yield from guarded("run.dir", lambda: _check_directory(needs))
+        yield from guarded("allocator", lambda: variables.check_allocators(config, environ))
     yield from guarded(
         "environment",
         lambda: variables.check_variables(

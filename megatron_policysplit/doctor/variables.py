@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from megatron_policysplit.config.engine_checks import check_allocator
+from megatron_policysplit.config import Config
+from megatron_policysplit.config.engine_checks import check_actor_allocator, check_allocator
 from megatron_policysplit.distributed.environment import check_deterministic, defaults
 from megatron_policysplit.distributed.rank_variables import rank_place
 from megatron_policysplit.doctor.needs import Needs
@@ -42,7 +43,6 @@ def check_variables(
     records = [
         *_ranks(environ),
         *_visible(environ, needs),
-        *_allocator(environ, needs),
         *_proxies(environ, needs),
         *_threads(environ, needs, cores),
         *_defaults(environ, needs, capability),
@@ -50,6 +50,20 @@ def check_variables(
     if cuda is not None:
         records += _slow(environ) + _library_path(environ, libraries)
     return records or [ok("environment", "no variable is set that would break or slow a run")]
+
+
+def check_allocators(config: Config, environ: Mapping[str, str]) -> list[Record]:
+    """Expandable segments: of the actor with CUDA IPC, of servers with their memory saver."""
+    records = []
+    for check in (
+        lambda: check_actor_allocator(config, environ),
+        lambda: config.rollout.colocated and check_allocator(config.rollout.server.environment),
+    ):
+        try:
+            check()
+        except ConfigError as error:
+            records.append(fail("allocator", str(error), "unset expandable_segments"))
+    return records
 
 
 def cuda_libraries(directory: str) -> list[str]:
@@ -105,30 +119,6 @@ def _visible(environ: Mapping[str, str], needs: Needs | None) -> list[Record]:
     return [ok("CUDA_VISIBLE_DEVICES", value)]
 
 
-def _allocator(environ: Mapping[str, str], needs: Needs | None) -> list[Record]:
-    """Expandable segments: for the actor with CUDA IPC, for servers with their memory saver."""
-    if needs is None or not needs.colocated:
-        return []
-    records = []
-    try:
-        check_allocator(needs.server_environment)
-    except ConfigError as error:
-        records.append(fail("allocator", str(error), "take that setting out"))
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        value = environ.get(name, "")
-        is_expandable = "expandable_segments:true" in value.replace(" ", "").lower()
-        if is_expandable and needs.transport == "tensor":
-            records.append(
-                fail(
-                    name,
-                    f"{value}: such memory cannot be handed to colocated servers "
-                    "(weight_sync.transport=tensor)",
-                    f"unset {name}, or set weight_sync.transport=disk",
-                )
-            )
-    return records
-
-
 def _proxies(environ: Mapping[str, str], needs: Needs | None) -> list[Record]:
     """Proxies: requests to engines and to the judge do not use them (aiohttp's default)."""
     found = proxies(environ)
@@ -174,7 +164,7 @@ def _threads(environ: Mapping[str, str], needs: Needs | None, cores: int) -> lis
 def _defaults(
     environ: Mapping[str, str], needs: Needs | None, capability: tuple[int, int] | None
 ) -> list[Record]:
-    """Variables that a rank would set, where they are set to something else."""
+    """What a rank would set for its layout, where it is set to something else."""
     if needs is None:
         return []
     try:
@@ -183,11 +173,12 @@ def _defaults(
     except ConfigError as error:
         return [fail("environment", str(error), "unset it")]
     wanted = defaults(tensor=needs.tensor, deterministic=False, capability=capability)
-    return [
-        warn(name, f"{environ[name]}, where a rank would set {value}", f"unset {name}")
-        for name, value in wanted.items()
-        if environ.get(name, value) != value
-    ]
+    # The others that a rank sets may be chosen freely.
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    value = wanted.get(name)
+    if value is None or environ.get(name, value) == value:
+        return []
+    return [warn(name, f"{environ[name]}, where a rank would set {value}", f"unset {name}")]
 
 
 def _slow(environ: Mapping[str, str]) -> list[Record]:

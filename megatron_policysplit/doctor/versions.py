@@ -18,7 +18,7 @@ from megatron_policysplit.doctor.record import Record, fail, ok, warn
 # What setup.py asks for.
 MEGATRON = SpecifierSet(">=0.16,<0.20")
 TRANSFORMERS = SpecifierSet(">=4.51")
-TORCH = SpecifierSet(">=2.6")
+TORCH = SpecifierSet(">=2.8")
 PYTHON = SpecifierSet(">=3.11")
 TRITON = SpecifierSet(">=3.4")
 # Megatron-Core 0.16 names this range of Transformer Engine; later ones name no upper bound.

@@ -35,6 +35,7 @@ from typing import Protocol
 
 from megatron_policysplit.distributed.agree import raise_on_all_ranks
 from megatron_policysplit.distributed.control import Control
+from megatron_policysplit.distributed.device import return_freed_memory
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import EngineError
 from megatron_policysplit.rollout.sglang_http import EngineRefused
@@ -146,6 +147,7 @@ class Colocation:
         """
         if not self._engines_turn:
             raise RuntimeError("the GPUs are not the engines'")
+        return_freed_memory()
         free_with_engines, world = self.offload.free_bytes(), self.layout.world
         raise_on_all_ranks(world, lambda: self.control.run(self._release_all()))
         # Only once all engines have released: this rank's GPU may be part of another's engine.
@@ -227,6 +229,8 @@ class Colocation:
 
     def _wait_for_memory(self, free_with_engines: float) -> None:
         """Wait until there is room for the actor, and a moment longer for what else comes back."""
+        # What this process itself has cached would count as somebody else's.
+        return_freed_memory()
         needed = self.offload.bytes_away
         # Beyond what is needed: all but a tenth of what the engine had taken, or but 1 GiB if that
         # is more. Waited for no longer than settle_seconds, because an engine may keep some.

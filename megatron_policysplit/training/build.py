@@ -20,6 +20,7 @@ from megatron_policysplit.distributed.device import (
     use_triton,
 )
 from megatron_policysplit.distributed.environment import described_defaults
+from megatron_policysplit.distributed.rank_watch import RankWatch
 from megatron_policysplit.distributed.stop_signal import StopSignal
 from megatron_policysplit.evaluation.verdicts import EvaluationJudge
 from megatron_policysplit.training.generation import build_generation
@@ -32,14 +33,16 @@ from megatron_policysplit.training.questions import (
 from megatron_policysplit.training.run import Run
 
 
-def build_run(config: Config, stop: StopSignal) -> Run:
+def build_run(config: Config, stop: StopSignal, watch: RankWatch) -> Run:
     """Build the run, resumed from the newest complete checkpoint in its directory if there is one.
 
     Collective over all ranks. Raises a UserError for input that cannot be used, the same on every
     rank; StopRequested after a signal during the slow imports or while ranks wait for each other.
+
+    watch: not started yet.
     """
-    with ExitStack() as resources:
-        layout = parallel.initialize(config.parallel, config.run.seed, stop=stop)
+    with ExitStack() as resources, watch.noting():
+        layout = parallel.initialize(config.parallel, config.run.seed, stop=stop, watch=watch)
         control = Control(layout.control, stop)
         resources.callback(control.close)
         control.check()
@@ -83,6 +86,7 @@ def build_run(config: Config, stop: StopSignal) -> Run:
             config=config,
             layout=layout,
             control=control,
+            watch=watch,
             algorithm=build_algorithm(config.algorithm),
             actor=actor,
             generation=generation,

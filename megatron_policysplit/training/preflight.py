@@ -23,6 +23,7 @@ from megatron_policysplit.actor.checkpoint_files import (
 from megatron_policysplit.algorithms.checks import check_method
 from megatron_policysplit.config import Config
 from megatron_policysplit.config.checks import check_config
+from megatron_policysplit.config.engine_checks import check_actor_allocator
 from megatron_policysplit.config.load import world_size
 from megatron_policysplit.config.secrets import api_key
 from megatron_policysplit.distributed.environment import check_deterministic
@@ -261,6 +262,7 @@ def _check_servers(config: Config) -> None:
     if rollout.engine != "sglang":
         return
     api_key(rollout)
+    check_actor_allocator(config, os.environ)
     if rollout.addresses:
         return
     if server.python is not None and shutil.which(server.python) is None:

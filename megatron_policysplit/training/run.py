@@ -13,6 +13,7 @@ from megatron_policysplit.algorithms.modes import samples_per_mode, training_mod
 from megatron_policysplit.config import Config
 from megatron_policysplit.distributed.control import Control
 from megatron_policysplit.distributed.layout import Layout
+from megatron_policysplit.distributed.rank_watch import RankWatch
 from megatron_policysplit.evaluation.verdicts import EvaluationJudge
 from megatron_policysplit.rollout.driver import Leader
 from megatron_policysplit.rows import Mode
@@ -28,6 +29,7 @@ class Run:
     config: Config
     layout: Layout
     control: Control
+    watch: RankWatch  # of the other ranks
     algorithm: Algorithm
     actor: Actor  # scores rows and trains on them
     generation: Generation  # has questions answered

@@ -69,6 +69,16 @@ class Trainer:
                 "belongs to the end is written again"
             )
         try:
+            with run.watch.noting():
+                return self._train()
+        finally:
+            gc.unfreeze()
+            self._forget_ahead()
+            run.close()
+
+    def _train(self) -> int:
+        run, config = self.run, self.config
+        try:
             self.sync()
             self.evaluate_and_save()
             while run.state.step < config.train.steps:
@@ -85,10 +95,6 @@ class Trainer:
                 f"stopped by a signal after step {run.state.step}; run the same command to go on"
             )
             return STOPPED
-        finally:
-            gc.unfreeze()
-            self._forget_ahead()
-            run.close()
 
     def step(self) -> None:
         """Generate one rollout batch and train on it.
@@ -286,7 +292,7 @@ class Trainer:
             "actor/bad_steps_total": float(run.state.bad_steps),
         }
         metrics |= pending.metrics
-        # A write that fails here ends this rank alone; the launcher then ends the others.
+        # A write that fails here is this rank's alone: the others learn of it by its note.
         records = run.questions.records([*rollouts, *pending.unused], run.leader)
         run.journal.log.log(run.state.step, metrics)
         run.journal.log.rollouts(run.state.step, records)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,8 +20,6 @@ from megatron_policysplit.logs.streams import outlive_console
 
 if TYPE_CHECKING:
     from megatron_policysplit.config import Config
-
-SAME_ERROR_SECONDS = 3.0  # how long rank 0 waits for others with the same error
 
 
 def main(argv: list[str]) -> int:
@@ -39,10 +36,35 @@ def main(argv: list[str]) -> int:
     from megatron_policysplit.config.load import load_config
     from megatron_policysplit.errors import EngineLost, TrainingError, UserError, WriteError
 
-    config, is_starting = None, True
+    config = refusal = None
+    is_starting = True
     try:
         config = load_config(argv[0], argv[1:])
+        # Before anything imports torch, as the watch of the ranks does.
         _set_environment(config)
+    except UserError as error:
+        refusal = error  # raised below, where every error is told
+    from megatron_policysplit.distributed.rank_watch import Failure, RankWatch
+
+    def describe(error: BaseException) -> Failure:
+        if isinstance(error, UserError):
+            goes_on = isinstance(error, TrainingError | EngineLost | WriteError)
+            return Failure(f"error: {error}", FAILED if goes_on else BAD_INPUT)
+        # A file that one rank cannot write ends that rank alone; the others say what the disk says
+        # (torch's CheckpointException is not even an Exception).
+        return Failure(
+            f"error: rank {os.environ.get('RANK', 0)} failed ({_first_sentence(error)})",
+            FAILED,
+            names_others=True,
+            remark=_disk(error, config) + (machine_hint(error) if is_starting else ""),
+            is_of_a_peer=_is_of_a_peer(error),
+            traceback="".join(traceback.format_exception(error)),
+        )
+
+    watch = RankWatch(describe, int(os.environ.get("WORLD_SIZE", 1)))
+    try:
+        if refusal is not None:
+            raise refusal
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
@@ -52,31 +74,26 @@ def main(argv: list[str]) -> int:
         from megatron_policysplit.training.build import build_run
         from megatron_policysplit.training.trainer import Trainer
 
-        run = build_run(config, stop)
+        run = build_run(config, stop, watch)
         is_starting = False
-        return Trainer(run).train()
+        return watch.end(Trainer(run).train())
     except StopRequested:  # before the first weights were loaded: there is nothing to save
-        return STOPPED
-    except (TrainingError, EngineLost, WriteError) as error:
-        _report(f"error: {error}")
-        return FAILED
-    except UserError as error:
-        _report(f"error: {error}")
-        return BAD_INPUT
+        return watch.end(STOPPED)
     except BaseException as error:
-        # A collective whose peer is gone fails with a RuntimeError in the wording of its backend. A
-        # file that one rank cannot write ends that rank alone; the others learn of it when it
-        # leaves, and say what the disk says (torch's CheckpointException is not even an Exception).
-        from megatron_policysplit.distributed.control import missing_ranks
+        return watch.fail(error)
 
-        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        traceback.print_exc()
-        _report(
-            f"error: rank {rank} failed ({_first_sentence(error)}); "
-            f"{missing_ranks(rank, world_size)}{_disk(error, config)}"
-            f"{machine_hint(error) if is_starting else ''}"
-        )
-        return FAILED
+
+def _is_of_a_peer(error: BaseException) -> bool:
+    """Whether a collective or the store failed because of another rank.
+
+    gloo raises a RuntimeError in its own wording, the store and NCCL a DistError.
+    """
+    import torch.distributed as dist
+
+    lost = "closed by peer|reset by peer|timed out|broken pipe|connection refused"
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and re.search(lost, str(error).lower()) is not None
+    )
 
 
 def _disk(error: BaseException, config: Config | None) -> str:
@@ -88,13 +105,19 @@ def _disk(error: BaseException, config: Config | None) -> str:
 
 def _set_environment(config: Config) -> None:
     """Set what torch, CUDA, NCCL and Transformer Engine read when they are first used."""
-    from megatron_policysplit.distributed.environment import compute_capability, set_defaults
+    from megatron_policysplit.distributed.environment import (
+        compute_capability,
+        engines_nccl,
+        set_defaults,
+    )
 
+    joined = config.rollout.engine == "sglang" and config.weight_sync.transport == "distributed"
     set_defaults(
         os.environ,
         tensor=config.parallel.tensor,
         deterministic=config.train.deterministic,
         capability=compute_capability(),
+        nccl=engines_nccl(config.rollout.server.arguments) if joined else None,
     )
 
 
@@ -110,37 +133,6 @@ def _silence_warnings() -> None:
         "`load_state_dict` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message=text)
-
-
-def _report(text: str) -> None:
-    """Print to stderr, once for all ranks that report the same text.
-
-    Every rank with the text counts itself in the process group's store, and the first one prints.
-    Rank 0, which hosts the store, waits up to SAME_ERROR_SECONDS for the others to count.
-    """
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        print(text, file=sys.stderr, flush=True)
-        return
-    store, key = dist.distributed_c10d._get_default_store(), f"policysplit/said/{text_hash(text)}"
-    try:
-        is_first = store.add(key, 1) == 1
-    except RuntimeError:
-        is_first = True  # the rank that hosts the store is gone; better twice than not at all
-    if is_first:
-        print(text, file=sys.stderr, flush=True)
-    if dist.get_rank() == 0:
-        deadline = time.monotonic() + SAME_ERROR_SECONDS
-        while store.add(key, 0) < dist.get_world_size() and time.monotonic() < deadline:
-            time.sleep(0.05)
-
-
-def text_hash(text: str) -> str:
-    """A short name for a text, the same on every rank (Python's own hash is not)."""
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -29,6 +29,7 @@ from megatron_policysplit.serving.members import Member
 from megatron_policysplit.weight_sync import session
 from megatron_policysplit.weight_sync.bucket import Bucket
 from megatron_policysplit.weight_sync.groups import Abort, BroadcastFailed, SenderGroup, own_address
+from megatron_policysplit.weight_sync.nccl import check_nccl
 from megatron_policysplit.weight_sync.outcome import Failure, Failures, results_of_all_ranks
 from megatron_policysplit.weight_sync.transport import TransportContext
 
@@ -80,6 +81,7 @@ class DistributedTransport:
                 "(rollout.colocated=true): NCCL wants a GPU of its own for every process; use "
                 "tensor"
             )
+        results_of_all_ranks(layout, lambda: check_nccl(settings) if layout.is_chief else None)
         self.layout, self.control, self.actor = layout, context.control, context.actor
         self.members, self.read = context.members, context.read
         self.plan = context.plan_buckets(per_stage=True)

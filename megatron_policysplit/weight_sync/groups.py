@@ -11,13 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from megatron_policysplit.distributed.device import backend
+from megatron_policysplit.distributed.device import backend, device_of_thread
+
+T = TypeVar("T")
 
 POLL_SECONDS = 0.005
 POLLS_PER_ABORT_CHECK = 10  # the key is in the store, which one process serves for all ranks
@@ -59,6 +62,31 @@ class Abort:
         return self._reason
 
 
+class _Call(Generic[T]):
+    """A call in a thread of its own, which does not keep the process from ending."""
+
+    def __init__(self, name: str, call: Callable[[], T]):
+        self._results: list[T] = []
+        self._errors: list[Exception] = []
+        self._thread = threading.Thread(target=self._run, args=(call,), name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self, call: Callable[[], T]) -> None:
+        try:
+            self._results.append(call())
+        except Exception as error:  # raised by `result`, in the thread that asks
+            self._errors.append(error)
+
+    def is_over(self) -> bool:
+        return not self._thread.is_alive()
+
+    def result(self) -> T:
+        """What it returned, once it is over, or raise what it raised."""
+        if self._errors:
+            raise self._errors[0]
+        return self._results[0]
+
+
 class SenderGroup:
     """A sender's side of a stage's group, as its rank 0.
 
@@ -87,45 +115,45 @@ class SenderGroup:
             )
         self._group: dist.ProcessGroup | None = None
         self._broadcasts: list[tuple[dist.Work, torch.Tensor]] = []
+        self._issuing = _Call(name, lambda: None)  # of the last broadcast
 
     def join(self, abort: Abort) -> None:
-        """Wait until all engines have joined; BroadcastFailed if they do not, or on `abort`."""
-        failure: list[Exception] = []
+        """Wait until all engines have joined; BroadcastFailed if they do not, or on `abort`.
 
-        def make() -> None:
-            try:
-                self._group = _make_group(
-                    self.name, self.host, self.port, self.world_size, self.timeout
-                )
-            except Exception as error:  # raised again below, in the main thread
-                failure.append(error)
-
+        With gloo all are connected then. With NCCL it shows only that they have come to the store:
+        the communicator is made within the first broadcast.
+        """
         # In a thread, because making the group waits for the engines and cannot be interrupted: on
         # an abort the thread is left behind, and ends when the server is dropped.
-        thread = threading.Thread(target=make, name=self.name, daemon=True)
-        thread.start()
+        making = _Call(
+            self.name,
+            lambda: _make_group(self.name, self.host, self.port, self.world_size, self.timeout),
+        )
         try:
-            self._wait(
-                lambda: not thread.is_alive(), abort, f"the engines did not join {self.name}"
-            )
+            self._wait(making.is_over, abort, f"the engines did not join {self.name}")
         except BroadcastFailed:
             time.sleep(LATE_SECONDS)  # the caller drops the store next
             raise
-        if failure:
-            raise BroadcastFailed(f"{self.name} could not be made: {failure[0]}")
+        try:
+            self._group = making.result()
+        except Exception as error:
+            raise BroadcastFailed(f"{self.name} could not be made: {error}") from error
 
     def broadcast(self, flat: torch.Tensor, abort: Abort) -> None:
         """Send `flat` to all engines.
 
         Raises BroadcastFailed if that fails or takes longer than the time-out, or on `abort`.
         """
+        why = f"the engines did not take a bucket from {self.name}"
         try:
-            # Asynchronous, so that `abort` is seen while an engine does not take its part.
-            work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
+            # In a thread: NCCL makes its communicator within the first broadcast, in a call that
+            # waits for all engines, and for ever if one does not come. Asynchronous besides, so
+            # that `abort` is seen while an engine does not take its part.
+            self._issuing = _Call(self.name, lambda: self._issue(flat))
+            self._wait(self._issuing.is_over, abort, why)
+            work = self._issuing.result()
             self._broadcasts = [(work, flat)]
-            self._wait(
-                work.is_completed, abort, f"the engines did not take a bucket from {self.name}"
-            )
+            self._wait(work.is_completed, abort, why)
             work.wait()  # raises what went wrong
         except BroadcastFailed:
             raise
@@ -135,12 +163,17 @@ class SenderGroup:
             ) from error
         self._broadcasts = []
 
+    def _issue(self, flat: torch.Tensor) -> dist.Work:
+        with device_of_thread(flat.device):
+            return dist.broadcast(flat, src=0, group=self._group, async_op=True)
+
     def leave(self) -> None:
         """Destroy the group; engines that wait in it get an error."""
         self._server = None
         if self._group is None:
             return
-        if self._broadcasts:  # destroying would wait for the broadcast that nobody takes
+        # Destroying would wait for the broadcast that nobody takes.
+        if self._broadcasts or not self._issuing.is_over():
             c10d._abort_process_group(self._group)
         else:
             dist.destroy_process_group(self._group)
@@ -153,7 +186,7 @@ class SenderGroup:
         gloo cannot cut an operation short: it ends when its peer goes or its time-out comes, and
         whoever drops the group before that waits for it.
         """
-        return all(work.is_completed() for work, _ in self._broadcasts)
+        return self._issuing.is_over() and all(work.is_completed() for work, _ in self._broadcasts)
 
     def _wait(self, done: Callable[[], bool], abort: Abort, why: str) -> None:
         """Wait until `done()`; BroadcastFailed at the time-out (with `why`) or on `abort`."""
@@ -174,6 +207,8 @@ def _make_group(
     """Make rank 0's half of the group; waits for the halves of the engines' ranks.
 
     With torch's internals, as SGLang does: `dist.new_group` knows ranks of the default group only.
+    Nothing in this process may pass `device_id` to `init_process_group`: torch would then split the
+    default group's communicator for this one, and the engines have no part in that.
     """
     store = dist.TCPStore(host, port, world_size, False, timeout=timeout, wait_for_workers=False)
     group, _ = c10d._new_process_group_helper(

@@ -1,6 +1,8 @@
 """One engine through one weight sync: the calls before the weights, and those after them.
 
-Order: pause, begin, (the weights), end, flush, set version, continue, read the version back.
+Order: pause, begin, (the weights), end, flush, set version, continue, read the version back. If
+engines are colocated, all ranks give back what the weights took of their GPUs after `end`, and only
+then do engines take memory for their caches.
 
 Pause comes first, so that no request is answered with mixed weights. The flush comes before the
 engine continues: its prefix cache holds what the old weights computed. The version is set last,
@@ -70,18 +72,21 @@ async def end_if_open(member: Member, limit: float) -> None:
         return
 
 
-async def close_session(
-    member: Member, version: int, *, ends: bool, limit: float, after_load: Hook | None
+async def end(member: Member, limit: float) -> None:
+    """End the session: the engine lets go of what it was told to read. Raises EngineError."""
+    await with_limit(limit, member, "ending the weight update", member.client.end_update())
+
+
+async def serve_again(
+    member: Member, version: int, *, limit: float, after_load: Hook | None
 ) -> None:
     """Make the engine generate with the weights it has taken, and say that it has `version`.
 
-    ends: whether a session is open. limit: seconds for each call. after_load: what a colocated
-    engine needs before it can generate. Raises EngineError if a call fails or the engine says
-    another version; an engine that was continued is paused again.
+    No session is open. limit: seconds for each call. after_load: what a colocated engine needs
+    before it can generate. Raises EngineError if a call fails or the engine says another version;
+    an engine that was continued is paused again.
     """
     client = member.client
-    if ends:
-        await with_limit(limit, member, "ending the weight update", client.end_update())
     if after_load is not None:
         await with_limit(limit, member, "getting ready to generate", after_load(member))
     await _flush(member, limit)

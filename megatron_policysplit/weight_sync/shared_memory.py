@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_policysplit.distributed.device import collect_shared_memory
 from megatron_policysplit.errors import ConfigError, TrainingError
 
 SHARED = Path("/dev/shm")
@@ -74,6 +75,9 @@ class Buffer:
                 f"a bucket of {nbytes >> 20} MiB does not fit in {SHARED}, of which {free >> 20} "
                 "MiB are free; lower weight_sync.bucket_mib or give the machine more shared memory"
             )
+        if not host:
+            # What engines have let go of of earlier buffers is used again, not held beside this.
+            collect_shared_memory()
         self.flat = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.name: str | None = None  # of its file in host memory; None for memory of a GPU
         if host:
@@ -100,7 +104,7 @@ class Buffer:
         if self.name is not None:
             self._remove()
         else:
-            torch.cuda.ipc_collect()
+            collect_shared_memory()
 
 
 # Not a method: a finalizer that refers to its object would keep it alive.

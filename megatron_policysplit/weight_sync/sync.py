@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_policysplit.actor.actor import Actor
 from megatron_policysplit.actor.weights import Read
 from megatron_policysplit.distributed.control import Control
+from megatron_policysplit.distributed.device import return_freed_memory
 from megatron_policysplit.distributed.layout import Layout
 from megatron_policysplit.errors import EngineError
 from megatron_policysplit.serving.members import Member, Placement, State
@@ -85,8 +86,8 @@ class WeightSync:
         fails besides engines (an export, a disk) is raised on every rank; the engines are
         QUARANTINED then.
 
-        Collective over all ranks, in the main thread: at most three all-gathers of an object over
-        the world, and what the transport needs.
+        Collective over all ranks, in the main thread: at most four all-gathers of an object over
+        the world, a barrier if engines are colocated, and what the transport needs.
         """
         members = [
             member for index, member in self.members.items() if engines is None or index in engines
@@ -117,8 +118,11 @@ class WeightSync:
             )
 
         async def end(member: Member) -> None:
-            await session.close_session(
-                member, version, ends=begins, limit=self.limit, after_load=self._after_load
+            await session.end(member, self.limit)
+
+        async def serve_again(member: Member) -> None:
+            await session.serve_again(
+                member, version, limit=self.limit, after_load=self._after_load
             )
 
         failures = self._call_each(members, begin)
@@ -128,10 +132,22 @@ class WeightSync:
                 if member.index in live:
                     member.version = None  # mixed weights, from the first bucket on
             failures |= self._transport.send(version, live)
-            failures |= self._call_each(
-                [member for member in members if member.index not in failures], end
-            )
+            steps = [end, serve_again] if begins else [serve_again]
+            for step in steps:
+                remaining = [member for member in members if member.index not in failures]
+                if step is serve_again and self._after_load is not None:
+                    self._return_memory()
+                failures |= self._call_each(remaining, step)
         return failures
+
+    def _return_memory(self) -> None:
+        """Give back what this rank's export and buffers took of its GPU, and wait for all ranks.
+
+        A colocated engine takes memory for its cache next, also on GPUs of other ranks than its
+        owner's. One barrier over the world.
+        """
+        return_freed_memory()
+        self.layout.barrier()
 
     @property
     def can_restore(self) -> bool:
@@ -153,8 +169,8 @@ class WeightSync:
                 member, begins=False, limit=self.limit, before_load=self._before_load
             )
             await snapshot.load(member)
-            await session.close_session(
-                member, snapshot.version, ends=False, limit=self.limit, after_load=self._after_load
+            await session.serve_again(
+                member, snapshot.version, limit=self.limit, after_load=self._after_load
             )
         except EngineError as error:
             await self._leave_paused(member, session.as_failure(error))

@@ -27,7 +27,7 @@ from megatron_policysplit.distributed.device import training_device
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.serving.members import Member, Placement
 from megatron_policysplit.weight_sync import session
-from megatron_policysplit.weight_sync.bucket import payload
+from megatron_policysplit.weight_sync.bucket import Bucket, payload
 from megatron_policysplit.weight_sync.outcome import Failure, Failures, merge, results_of_all_ranks
 from megatron_policysplit.weight_sync.shared_memory import Buffer, SharedMemory
 from megatron_policysplit.weight_sync.transport import SyncSettings, TransportContext
@@ -144,11 +144,8 @@ class TensorTransport:
             for bucket in self.plan:
                 handle: str | Exception
                 try:
-                    if buffer is None or not buffer.reusable:
-                        buffer = self._buffer(max(b.nbytes for b in self.plan), training_device())
-                    flat = buffer.flat[: bucket.nbytes]
-                    bucket.fill(stream, flat)
-                    handle = payload(bucket, flat)
+                    buffer = self._next_buffer(buffer, bucket)
+                    handle = _filled(bucket, stream, buffer)
                 except Exception as error:  # raised below, once the other ranks of the engine know
                     handle = error
                 failure, stopped = self._gather_and_post(placement, handle)
@@ -161,6 +158,21 @@ class TensorTransport:
             return failures
         finally:
             self._release_buffers([buffer] if buffer is not None else [], failures)
+
+    def _next_buffer(self, last: Buffer | None, bucket: Bucket) -> Buffer:
+        """The buffer for a bucket, once the engine has answered for the last one.
+
+        On a GPU each has the size of its bucket, and the last one is given up first: besides the
+        one that is filled, only what the engine still reads is held.
+        """
+        if last is not None and last.reusable:
+            return last
+        if last is not None:
+            last.release()
+        device = training_device()
+        reused = device == CPU
+        nbytes = max(b.nbytes for b in self.plan) if reused else bucket.nbytes
+        return self._buffer(nbytes, device)
 
     def _gather_and_post(
         self, placement: Placement, handle: str | Exception
@@ -218,6 +230,13 @@ class TensorTransport:
         if self._memory is None:  # not in the constructor: it starts a process
             self._memory = SharedMemory()
         return self._memory.buffer(nbytes, device)
+
+
+def _filled(bucket: Bucket, stream, buffer: Buffer) -> str:
+    """Fill a buffer with a bucket; what an engine is told to find it by. No reference is kept."""
+    flat = buffer.flat[: bucket.nbytes]
+    bucket.fill(stream, flat)
+    return payload(bucket, flat)
 
 
 def check_reach(settings: SyncSettings, addresses: Sequence[str]) -> None:

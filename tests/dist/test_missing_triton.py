@@ -8,6 +8,7 @@ import torch
 
 from megatron_policysplit.distributed.device import missing_triton, mixed_products, slow_head, use_triton
 from megatron_policysplit.distributed import device
+from megatron_policysplit.errors import MachineError
 from tests.support.dist import run_distributed
 from tests.support.e2e import make_workspace
 
@@ -91,6 +92,7 @@ def test_tiles_are_larger_on_a_gpu(monkeypatch):
 def test_a_gpu_does_not_round_parts_of_sums_to_bf16(monkeypatch):
     bound = []
     monkeypatch.setattr(device, "on_cpu", lambda: False)
+    monkeypatch.setattr(device, "gpu_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", bound.append)
     before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     try:
@@ -100,16 +102,24 @@ def test_a_gpu_does_not_round_parts_of_sums_to_bf16(monkeypatch):
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before
 
 
+def test_a_rank_without_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(device, "on_cpu", lambda: False)
+    monkeypatch.setattr(device, "gpu_count", lambda: 1)
+    with pytest.raises(MachineError, match="^local rank 1 needs a GPU of its own, but this process sees only 1; give each"):
+        device.set_device(1)
+
+
 def start(rank, file, directory, reason):
     """Every rank starts a run on a machine of which `slow_head` gives `reason`."""
     from megatron_policysplit.actor import parallel
     from megatron_policysplit.config.load import load_config
+    from megatron_policysplit.distributed.rank_watch import RankWatch
     from megatron_policysplit.distributed.stop_signal import StopSignal
     from megatron_policysplit.training import build
 
     build.slow_head = lambda: [] if reason is None else [reason]
     overrides = ["parallel.tensor=1", "parallel.pipeline=2", f"run.dir={directory}", "log.console=false"]
-    run = build.build_run(load_config(str(file), overrides), StopSignal())
+    run = build.build_run(load_config(str(file), overrides), StopSignal(), RankWatch(None))
     run.close()
     parallel.shutdown()
 

@@ -127,3 +127,43 @@ def test_weights_that_are_not_finite_are_noticed_by_the_engine(config, tmp_path)
         "error: the logits of the local engine's model (weight version 0) are not finite; "
         f"the weights in {model} are not finite themselves: use another copy of the model"
     ]
+
+
+def _die_alone(rank: int, how: str, argv: list[str]) -> None:
+    """Rank 1 raises, or is killed, in its first update; rank 0 waits for it as NCCL does, for ever and in C."""
+    import ctypes
+
+    from megatron_policysplit.actor.actor import Actor
+    from megatron_policysplit.training import worker
+
+    def update(self, *arguments):
+        if rank == 0:
+            ctypes.CDLL(None).pause()
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise KeyError("moments")
+
+    Actor.update = update
+    worker.leave(worker.main(argv))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("how", ["raise", "kill"])
+def test_ranks_without_a_launcher_end_with_one_that_fails(config, tmp_path, how):
+    """As srun starts them: nobody but the other ranks notices."""
+    from megatron_policysplit.config.load import load_config
+    from megatron_policysplit.training.run_dir import prepare_run_dir
+    from tests.support.dist import Ranks
+
+    argv = [str(config), f"run.dir={tmp_path / 'run'}", "eval.path=null", "parallel.silent_seconds=3"]
+    prepare_run_dir(load_config(argv[0], argv[1:]))
+    with Ranks(_die_alone, 2, how, argv, output=tmp_path / "output") as ranks:
+        codes = ranks.codes(seconds=100)
+    errors = [line for line in ranks.text().splitlines() if line.startswith("error")]
+    if how == "raise":
+        assert codes == [1, 1], ranks.text()
+        assert errors == ["error: rank 1 failed ('moments'); every rank still answers"]
+        assert ranks.text().count("KeyError: 'moments'") == 1
+    else:
+        assert codes == [1, -signal.SIGKILL], ranks.text()
+        assert [error.split(":")[1] for error in errors] == [" rank 1 did not answer for 3 s"]

@@ -90,6 +90,50 @@ def _environment(**changes: str) -> Iterator[None]:
         os.environ.update(before)
 
 
+class Ranks:
+    """`function(rank, *args)` in processes that may be killed, hang or leave by os._exit; nobody waits for answers.
+
+    RANK, WORLD_SIZE and MASTER_* are set. What they print goes to the file `output`. On leaving the block, those that
+    still run are killed.
+    """
+
+    def __init__(self, function: Callable, world_size: int, *args: Any, output: Path):
+        self.output, context, port = output, forking_context(), free_port()
+        call = pickle.dumps((function, args))
+        with output.open("wb") as file:
+            self.processes = []
+            for rank in range(world_size):
+                environ = dict(os.environ) | _variables(rank, world_size, port)
+                surroundings = Surroundings.of(environ, file.fileno(), file.fileno())
+                self.processes.append(context.Process(target=_alone, args=(rank, surroundings, call)))
+            for process in self.processes:
+                process.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def codes(self, seconds: float) -> list[int | None]:
+        """Exit codes, -N of a rank that signal N ended; None of one that still runs after so many seconds."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+    def text(self) -> str:
+        return self.output.read_text()
+
+
+def _alone(rank: int, surroundings: "Surroundings", call: bytes) -> None:
+    surroundings.take_over()
+    function, args = pickle.loads(call)
+    function(rank, *args)
+
+
 @dataclass
 class Surroundings:
     """The environment variables, stdout and stderr that a new process is to have.

@@ -7,6 +7,8 @@ forked safely.
 import gc
 import importlib
 
+from megatron_policysplit.actor.megatron_on_cpu import import_megatron
+
 MODULES = (
     "aiohttp.web",
     "megatron.core.dist_checkpointing.strategies.filesystem_async",
@@ -29,6 +31,8 @@ MODULES = (
     "transformers.models.qwen3.modeling_qwen3",
 )
 
+# As a rank does, before anything imports Megatron-Core: Transformer Engine may be installed for a GPU that is hidden.
+import_megatron()
 for module in MODULES:
     importlib.import_module(module)
 gc.collect()

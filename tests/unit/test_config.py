@@ -103,7 +103,7 @@ def test_unknown_keys_and_the_nearest_right_one(given, nearest, tmp_path):
 
 
 def test_unknown_keys_that_resemble_none():
-    keys = "tensor, pipeline, data, expert, sequence"
+    keys = "tensor, pipeline, data, expert, sequence, timeout_seconds, silent_seconds"
     assert message(load, "parallel.tp=2") == f"unknown key parallel.tp; the keys of parallel are {keys}"
     groups = "model, parallel, data, modes, rollout, weight_sync, agreement, reward, algorithm, train, eval, "
     groups += "checkpoint, log, run"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_policysplit.config import Config
 from megatron_policysplit.doctor import machine, network, run_directory, variables
 from megatron_policysplit.doctor.asking import ProbeFailed, guarded, output_of, within
 from megatron_policysplit.doctor.machine import UNLIMITED, Compiler, Limits, Memory, Space
@@ -223,7 +224,7 @@ def test_interfaces_that_need_not_exist():
 
 def test_ports():
     free, taken = PortFacts("MASTER_PORT", "", 29500, None), PortFacts("rollout.server.port", "", 80, "in use")
-    assert statuses(network.check_ports([free, taken], None, None)) == ["OK", "FAIL"]
+    assert statuses(network.check_ports([free, taken], None, None)) == ["FAIL", "OK"]
     assert statuses(network.check_ports([free], (20000, 60999), None)) == ["WARN", "OK"]
     assert statuses(network.check_ports([], (32768, 33000), Needs(local_ranks=8))) == ["WARN"]
     derived = network.check_ports([], (1024, 65535), Needs(nodes=2))
@@ -335,8 +336,6 @@ def of_variables(environ, needs=None, *, capability=None, cuda=None, cores=8, li
         ({"CUDA_VISIBLE_DEVICES": "3"}, Needs(local_ranks=8), ("CUDA_VISIBLE_DEVICES", "FAIL")),
         ({"CUDA_VISIBLE_DEVICES": "0,1"}, Needs(local_ranks=2), ("CUDA_VISIBLE_DEVICES", "OK")),
         ({"CUDA_VISIBLE_DEVICES": ""}, Needs(local_ranks=2), ("CUDA_VISIBLE_DEVICES", "OK")),
-        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, COLOCATED, ("PYTORCH_ALLOC_CONF", "FAIL")),
-        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, Needs(), ("environment", "OK")),
         ({"https_proxy": "http://p:1"}, Needs(judge="https://j/v1"), ("proxies", "WARN")),
         ({"https_proxy": "http://p:1"}, None, ("proxies", "OK")),
         ({"SLURM_JOB_ID": "7"}, Needs(local_ranks=4), ("OMP_NUM_THREADS", "WARN")),
@@ -348,6 +347,17 @@ def of_variables(environ, needs=None, *, capability=None, cuda=None, cores=8, li
 )
 def test_variables(environ, needs, expected):
     assert of_variables(environ, needs) == [expected]
+
+
+def test_expandable_segments():
+    config, expandable = Config(), {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert variables.check_allocators(config, expandable) == []
+    config.rollout.colocated = True
+    assert statuses(variables.check_allocators(config, expandable)) == ["FAIL"]
+    config.weight_sync.transport = "disk"
+    assert variables.check_allocators(config, expandable) == []
+    config.rollout.server.environment = expandable
+    assert statuses(variables.check_allocators(config, {})) == ["FAIL"]
 
 
 def test_variables_of_a_gpu():

@@ -14,6 +14,7 @@ from megatron_policysplit.serving.processes import inherited_environment
 from tests.support.e2e import ROOT
 
 HOPPER, BLACKWELL = (9, 0), (10, 0)
+RECORDS = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_BUFFER_SIZE": "2000"}
 
 
 @pytest.fixture
@@ -24,13 +25,14 @@ def nothing_set(monkeypatch):
 @pytest.mark.parametrize("capability", [(8, 0), HOPPER])
 def test_one_queue_for_tensor_parallelism_up_to_hopper(capability):
     one = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    assert environment.defaults(tensor=2, deterministic=False, capability=capability) == one
-    assert environment.defaults(tensor=1, deterministic=False, capability=capability) == {}
+    assert environment.defaults(tensor=2, deterministic=False, capability=capability) == one | RECORDS
+    assert environment.defaults(tensor=1, deterministic=False, capability=capability) == RECORDS
 
 
 @pytest.mark.parametrize("capability", [None, BLACKWELL, (12, 0)])
 def test_and_not_elsewhere(capability):
-    assert environment.defaults(tensor=8, deterministic=False, capability=capability) == {}
+    records = {} if capability is None else RECORDS
+    assert environment.defaults(tensor=8, deterministic=False, capability=capability) == records
 
 
 def test_deterministic():
@@ -39,21 +41,23 @@ def test_deterministic():
         "NCCL_ALGO": "Ring",
         "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        **RECORDS,
     }
 
 
 def test_what_is_set_already_stays(nothing_set):
-    environ = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUBLAS_WORKSPACE_CONFIG": ":16:8", "HOME": "/"}
+    environ = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUBLAS_WORKSPACE_CONFIG": ":16:8", "TORCH_FR_BUFFER_SIZE": "7"}
     environment.set_defaults(environ, tensor=4, deterministic=True, capability=HOPPER)
     assert environ == {
         "CUDA_DEVICE_MAX_CONNECTIONS": "32",
         "CUBLAS_WORKSPACE_CONFIG": ":16:8",
-        "HOME": "/",
+        "TORCH_FR_BUFFER_SIZE": "7",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "NCCL_ALGO": "Ring",
         "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
     }
     said = environment.described_defaults()
-    assert said == "environment: NVTE_ALLOW_NONDETERMINISTIC_ALGO=0, NCCL_ALGO=Ring"
+    assert said == "environment: TORCH_NCCL_DUMP_ON_TIMEOUT=1, NVTE_ALLOW_NONDETERMINISTIC_ALGO=0, NCCL_ALGO=Ring"
 
 
 def test_nothing_is_said_where_nothing_is_set(nothing_set):
@@ -169,4 +173,6 @@ def test_a_rank_sets_them_before_torch_is_imported(tmp_path):
     command = [sys.executable, "-c", RANK, str(config), "train.deterministic=true"]
     environ = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
     said = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60)
-    assert said.stdout == "{'tensor': 3, 'deterministic': True, 'capability': (9, 0)} False\n", said.stderr
+    assert said.stdout == "{'tensor': 3, 'deterministic': True, 'capability': (9, 0), 'nccl': None} False\n", (
+        said.stderr
+    )

@@ -13,6 +13,7 @@ from megatron_policysplit.actor.checkpoint import TrainerState
 from megatron_policysplit.algorithms.loss import LossMetrics
 from megatron_policysplit.algorithms.methods import build_algorithm
 from megatron_policysplit.config import Config
+from megatron_policysplit.distributed.rank_watch import Failure, RankWatch
 from megatron_policysplit.distributed.stop_signal import StopRequested
 from megatron_policysplit.errors import DONE, STOPPED, EngineError, EngineLost
 from megatron_policysplit.training import trainer as trainers
@@ -167,6 +168,7 @@ def build(tmp_path, monkeypatch):
         run = Run(
             config=config,
             layout=LAYOUT,
+            watch=RankWatch(lambda error: Failure(f"error: {error}", 1)),
             control=parts,
             algorithm=build_algorithm(config.algorithm),
             actor=parts,

@@ -133,6 +133,25 @@ def test_a_transport_needs_an_entry_in_the_table(pigeons):
         assert member.client.calls == ["pause", "begin_update", "weights 3", "end_update", *AFTER]
 
 
+def test_ranks_give_memory_back_before_engines_take_theirs(pigeons, monkeypatch):
+    """All sessions have ended then, and no engine has been told to take memory for its cache."""
+    weights, members, _ = pigeons
+    calls = []
+    for member in members:
+        member.client.calls = calls
+
+    async def after_load(member):
+        calls.append("after_load")
+
+    weights._after_load = after_load
+    monkeypatch.setattr(sync, "return_freed_memory", lambda: calls.append("return memory"))
+    assert weights.push(3) == {}
+    returned = calls.index("return memory")
+    assert calls.count("return memory") == 1
+    assert calls[:returned].count("end_update") == 2 and "after_load" not in calls[:returned]
+    assert calls[returned + 1 :].count("after_load") == 2
+
+
 def test_an_engine_that_a_transport_names_is_left_paused(pigeons):
     weights, members, transport = pigeons
     transport.refuses = (1,)

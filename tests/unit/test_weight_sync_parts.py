@@ -204,7 +204,9 @@ def sync_once(client, *, begins=True, limit=5.0):
         one = member(client)
         await session.open_session(one, begins=begins, limit=limit, before_load=lambda m: hook("before_load"))
         client.calls.append("weights")
-        await session.close_session(one, 7, ends=begins, limit=limit, after_load=lambda m: hook("after_load"))
+        if begins:
+            await session.end(one, limit)
+        await session.serve_again(one, 7, limit=limit, after_load=lambda m: hook("after_load"))
 
     asyncio.run(run())
     return client.calls
