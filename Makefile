@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 # Test files at a time. Most tests start ranks that wait for each other, which leaves a core idle.
 TEST_WORKERS ?= 2
 
-.PHONY: help install sglang-cpu quickstart quickstart-sglang quickstart-study smollm2 test test-cases test-slow test-contract test-proxy test-faults test-gpu lint docs clean
+.PHONY: help install sglang-cpu quickstart quickstart-sglang quickstart-study smollm2 test test-cases test-slow test-contract test-proxy test-faults test-gpu gpu-check lint docs clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -76,6 +76,9 @@ test-faults: $(STAMP) $(SGLANG_STAMP)  ## Whole runs whose servers and trainers 
 
 test-gpu: $(STAMP)  ## Tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu
+
+gpu-check: $(STAMP)  ## What only a GPU can show; without one, what means something there
+	$(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK)
 
 lint: $(STAMP)  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -21,6 +21,7 @@ from megatron_policysplit.errors import ConfigError
 # The keys that a finished step does not depend on, so that a run may go on after they change.
 _FREE_GROUPS = ("parallel", "weight_sync", "agreement", "eval", "log", "checkpoint", "run")
 _FREE_KEYS = {
+    "model.layers",
     "rollout.engine",
     "rollout.lot_questions",
     "rollout.max_batch_samples",
@@ -38,6 +39,7 @@ _FREE_KEYS = {
     "train.max_tokens_per_micro_batch",
     "train.head_chunk_tokens",
     "train.deterministic",
+    "train.distributed_optimizer",
     "train.max_bad_steps",
 }
 
@@ -246,8 +248,9 @@ def _escape(value: Any) -> Any:
 def fingerprint(config: Config) -> dict[str, Any]:
     """The keys that make a run this run and no other, with their values.
 
-    Left out is what a run may change between two starts: layout, evaluation, logs, checkpoints,
-    worker processes, engine batching, how long to train and how to pack.
+    Left out is what a run may change between two starts: layout and kind of layers, where the
+    optimizer's state is, evaluation, logs, checkpoints, worker processes, engine batching, how long
+    to train and how to pack.
     """
     values = flatten(config)
     free = {name for name in values if name.split(".")[0] in _FREE_GROUPS and name != "run.seed"}

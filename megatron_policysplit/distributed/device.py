@@ -234,12 +234,18 @@ def collect_shared_memory() -> None:
         torch.cuda.ipc_collect()
 
 
+def wait_for_device() -> None:
+    """Wait until the GPU has done all that it was given."""
+    if not on_cpu():
+        torch.cuda.synchronize()
+
+
 def return_freed_memory() -> None:
     """Let other processes have the GPU memory that this one has freed, once its work is done."""
     collect_shared_memory()
+    # Kernels still queued may use the memory: torch's cache gives back only what is idle.
+    wait_for_device()
     if not on_cpu():
-        # Kernels still queued may use the memory: torch's cache gives back only what is idle.
-        torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from checkpoints_conv import check_safetensors
 from megatron_policysplit.config import Config
 from megatron_policysplit.config.load import world_size
+from megatron_policysplit.serving.interpreter import server_count
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def needs_of(config: Config, nodes: int) -> Needs:
     sglang = rollout.engine == "sglang"
     own = 0
     if sglang and not rollout.addresses:
-        own = ranks // server.tensor if rollout.colocated else server.count or 1
+        own = server_count(config)
     parameters, largest = model_size(config.model.path)
     return Needs(
         ranks=ranks,

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_policysplit.config import Config
+from megatron_policysplit.config.load import world_size
 from megatron_policysplit.errors import ConfigError
 from megatron_policysplit.serving.processes import inherited_environment
 
@@ -16,6 +18,12 @@ _QUESTION = (
     "import importlib.util as util, sys; "
     "print(*(name for name in sys.argv[1:] if util.find_spec(name) is None))"
 )
+
+
+def server_count(config: Config) -> int:
+    """Servers that a run starts itself."""
+    server = config.rollout.server
+    return world_size(config) // server.tensor if config.rollout.colocated else server.count or 1
 
 
 def check_interpreter(

@@ -29,7 +29,7 @@ from megatron_policysplit.config.secrets import api_key
 from megatron_policysplit.distributed.environment import check_deterministic
 from megatron_policysplit.errors import ConfigError, ModelError, UserError
 from megatron_policysplit.evaluation.judge_prompt import judge_api_key, read_judge_prompt
-from megatron_policysplit.serving.interpreter import check_interpreter
+from megatron_policysplit.serving.interpreter import check_interpreter, server_count
 from megatron_policysplit.training.places import check_places
 from megatron_policysplit.training.run_dir import check_run_dir
 
@@ -79,7 +79,7 @@ def _engines(config: Config) -> str:
     if rollout.addresses:
         servers = ", ".join(rollout.addresses)
     else:
-        count = _server_count(config)
+        count = server_count(config)
         place = " on the actor's GPUs" * rollout.colocated
         servers = f"{count} of tensor parallelism {server.tensor}{place}"
     return f"sglang ({servers}), weights by {config.weight_sync.transport}"
@@ -271,14 +271,8 @@ def _check_servers(config: Config) -> None:
             "an environment with SGLang (on a machine without a GPU `make sglang-cpu` makes one: "
             ".venv-sglang/bin/python)"
         )
-    modules = ["sglang", "sglang_router"][: 1 + (_server_count(config) > 1)]
+    modules = ["sglang", "sglang_router"][: 1 + (server_count(config) > 1)]
     check_interpreter(server.python, modules, server.environment)
-
-
-def _server_count(config: Config) -> int:
-    """Servers that the run starts itself."""
-    server = config.rollout.server
-    return world_size(config) // server.tensor if config.rollout.colocated else server.count or 1
 
 
 def _check_checkpoint(config: Config) -> None:

@@ -83,6 +83,7 @@ def start(rank, file, directory):
 
     from megatron_policysplit.actor import parallel
     from megatron_policysplit.config.load import load_config
+    from megatron_policysplit.distributed.rank_watch import RankWatch
     from megatron_policysplit.distributed.stop_signal import StopSignal
     from megatron_policysplit.training import build
 
@@ -96,7 +97,8 @@ def start(rank, file, directory):
     build.use_triton = lambda: True
     build.warm_up_kernels = partial(build.warm_up_kernels, warm_up=warm_up)
     overrides = ["parallel.tensor=1", "parallel.pipeline=2", f"run.dir={directory}", "log.console=false"]
-    run = build.build_run(load_config(str(file), [*overrides, "algorithm.name=siren"]), StopSignal())
+    config = load_config(str(file), [*overrides, "algorithm.name=siren"])
+    run = build.build_run(config, StopSignal(), RankWatch(None))
     columns = None if run.actor.head is None else len(run.actor.head.weight)
     run.close()
     parallel.shutdown()

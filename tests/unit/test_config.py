@@ -273,6 +273,7 @@ def test_fingerprint_separates_runs_and_allows_what_may_change():
         assert str(changed[group]) in (value, "{'size': 4}")
     free = ["train.steps=7", "parallel.tensor=2", "log.console=false", "eval.every=3", "checkpoint.every=1"]
     free += ["reward.workers=9", "rollout.lot_questions=1", "train.max_tokens_per_micro_batch=4096", "run.dir=other"]
+    free += ["model.layers=local", "train.distributed_optimizer=true"]
     assert first_difference(base, fingerprint(load(*free))) is None
 
 
