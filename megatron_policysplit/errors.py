@@ -3,10 +3,13 @@
 Those of models, checkpoints and configuration come from `checkpoints_conv`, which stands alone.
 """
 
+import re
+
 from checkpoints_conv.errors import CheckpointError, ConfigError, ModelError, UserError
 
 __all__ = [
     "BAD_INPUT",
+    "DOCTOR",
     "DONE",
     "FAILED",
     "STOPPED",
@@ -18,10 +21,12 @@ __all__ = [
     "JudgeError",
     "MachineError",
     "ModelError",
+    "PortError",
     "TrainingError",
     "UserError",
     "WriteError",
     "cannot_load",
+    "machine_hint",
 ]
 
 # Exit codes of every process.
@@ -42,11 +47,21 @@ def cannot_load(what: str, path: object, error: BaseException) -> ModelError:
     return ModelError(f"cannot load the {what} in {path}: {kind}{text}")
 
 
+# What the message of an error that the machine is the cause of ends with.
+DOCTOR = "`policysplit doctor` examines this machine"
+
+
 class MachineError(ConfigError):
     """A run cannot start because of what is, or is not, on this machine or between nodes."""
 
     def __str__(self) -> str:
-        return f"{super().__str__()} (`policysplit doctor` examines this machine)"
+        return f"{super().__str__()} ({DOCTOR})"
+
+
+def machine_hint(error: BaseException) -> str:
+    """`; ...` where a GPU, its memory or its libraries are why a rank could not start, else ""."""
+    is_of_gpu = re.search(r"\b(CUDA|NCCL|NVML|NVIDIA|cuBLAS|CUBLAS|cuDNN|CUDNN)", str(error))
+    return f"; {DOCTOR}" if is_of_gpu else ""
 
 
 class DataError(UserError):
@@ -63,6 +78,10 @@ class TrainingError(UserError):
 
 class EngineError(UserError):
     """An engine cannot be started or reached, serves another model, or refuses a request."""
+
+
+class PortError(EngineError, MachineError):
+    """An engine's port cannot be listened on."""
 
 
 class JudgeError(UserError):

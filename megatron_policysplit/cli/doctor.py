@@ -1,73 +1,65 @@
-"""`policysplit doctor`: examine this machine before a run starts on it."""
+"""`policysplit doctor`: checks of this machine, and of the nodes beside it."""
 
 from __future__ import annotations
 
-import json
-import socket
-import sys
+import os
 from typing import Annotated
 
 import typer
 
-from megatron_policysplit.errors import DONE, FAILED, UserError
+from megatron_policysplit.cli.options import Overrides
+from megatron_policysplit.errors import DONE, FAILED, ConfigError
 
 
 def doctor(
     config: Annotated[
         str | None,
         typer.Argument(
-            metavar="[CONFIG]",
-            help="YAML file of the run that is to start here; without it, what every run needs.",
+            metavar="CONFIG",
+            help="YAML file of a run that is to start here; without one, sizes are not compared.",
+            show_default=False,
         ),
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to set otherwise.")
-    ] = None,
+    overrides: Overrides = None,
     nodes: Annotated[
-        bool, typer.Option("--nodes", help="Ask all nodes of this Slurm job too, by srun.")
+        bool,
+        typer.Option("--nodes", help="All nodes of the Slurm allocation, which srun asks, too."),
     ] = False,
     hosts: Annotated[
         str | None,
-        typer.Option(help="Names of other nodes, with commas: do they resolve and answer?"),
+        typer.Option(
+            metavar="A,B",
+            help="Nodes by name, whether they resolve and can be reached; without Slurm.",
+        ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the findings as JSON, alone on stdout.")
-    ] = False,
-    one_line: Annotated[
-        bool, typer.Option("--one-line", help="With --json: one object on one line.", hidden=True)
+        bool, typer.Option("--json", help="A list of name, status, value, remedy, and no text.")
     ] = False,
 ) -> None:
-    """Examine this machine: versions, GPUs, memory, limits, names, ports, run.dir.
+    """Check this machine before a run: versions, GPUs, memory, limits, names, ports, run.dir,
+    environment. A line each with OK, WARN or FAIL, and what to do.
 
-    A line for each check: OK, WARN (a run starts and may go wrong) or FAIL (none will start), and
-    what to do. Exit code 1 if anything is FAIL.
+    Writes nothing but a probe in run.dir, which is removed, and takes no GPU memory that stays.
+
+    Exit codes: 0 nothing is a FAIL, 1 something is; 2 the command line is wrong.
     """
-    from megatron_policysplit.config.load import load_config
-    from megatron_policysplit.doctor.examine import examine
-    from megatron_policysplit.doctor.finding import FAIL, Finding
+    from megatron_policysplit.doctor.examine import examine, question_of
+    from megatron_policysplit.doctor.record import as_json as json_of
+    from megatron_policysplit.doctor.record import counted, has_failed, line_of
 
-    findings, loaded = [], None
-
-    def tell(finding: Finding) -> None:
-        findings.append(finding)
+    names = [name.strip() for name in (hosts or "").split(",") if name.strip()]
+    if hosts is not None and not names:
+        raise ConfigError(f"--hosts {hosts!r} names no node; give names with commas between them")
+    if names and nodes:
+        raise ConfigError("--nodes asks those of the allocation; give it or --hosts, not both")
+    arguments = [] if config is None else [config, *(overrides or [])]
+    question, records = question_of(arguments, names, nodes, os.environ)
+    if not as_json:
+        for record in records:
+            print(line_of(record), flush=True)
+    for record in examine(question):
+        records.append(record)
         if not as_json:
-            print(finding, flush=True)
-
-    if config is not None:
-        try:
-            loaded = load_config(config, overrides or [])
-        except UserError as error:
-            tell(Finding("configuration", FAIL, str(error)))
-    named = [host.strip() for host in (hosts or "").split(",") if host.strip()]
-    for finding in examine(loaded, hosts=named, asks_nodes=nodes):
-        tell(finding)
-    failed = sum(finding.status == FAIL for finding in findings)
-    if as_json:
-        records = [finding.record() for finding in findings]
-        if one_line:
-            print(json.dumps({"host": socket.gethostname(), "findings": records}))
-        else:
-            print(json.dumps(records, indent=2))
-    elif failed:
-        print(f"{failed} of {len(findings)} would stop a run", file=sys.stderr)
-    raise typer.Exit(FAILED if failed else DONE)
+            print(line_of(record), flush=True)
+    print(json_of(records) if as_json else counted(records))
+    raise typer.Exit(FAILED if has_failed(records) else DONE)

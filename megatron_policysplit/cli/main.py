@@ -161,7 +161,6 @@ def _exit_stopped(number: int, frame) -> None:
 
 # Registered here, between `serve` and `report`: --help lists commands in this order.
 app.command(cls=Command)(generate)
-app.command(cls=Command, short_help="Examine this machine before a run starts on it.")(doctor)
 app.command("eval", cls=Command, short_help="Measure a model's accuracy and variety in its modes.")(
     evaluate
 )
@@ -257,6 +256,9 @@ def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
         run_lock(run_config).check()
     except ConfigError as error:
         print(f"warning: {error}", file=sys.stderr)
+
+
+app.command(cls=Command, short_help="Check this machine, and nodes, before a run.")(doctor)
 
 
 def main() -> None:

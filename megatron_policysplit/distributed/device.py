@@ -180,20 +180,6 @@ def gpu_count() -> int:
     return 0 if on_cpu() else torch.cuda.device_count()
 
 
-def gpus_without_peer_access() -> list[tuple[int, int]]:
-    """Return the pairs of this process's GPUs of which the first cannot read the second's memory.
-
-    NCCL goes through host memory between them.
-    """
-    count = gpu_count()
-    return [
-        (one, other)
-        for one in range(count)
-        for other in range(count)
-        if one != other and not torch.cuda.can_device_access_peer(one, other)
-    ]
-
-
 def device_of_thread(device: torch.device) -> contextlib.AbstractContextManager:
     """Make `device` the current one of this thread; that of a new thread is the first GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

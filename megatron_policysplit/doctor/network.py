@@ -1,167 +1,294 @@
-"""Names, ports and clocks of this machine and of the other nodes."""
+"""This host's name, the ports that a run takes, and the servers that it calls."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
+import ipaddress
+import re
 import socket
-import statistics
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NoAnswer
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
 
-from megatron_policysplit.config import Config
-from megatron_policysplit.doctor.finding import FAIL, OK, WARN, Finding, output_of
+from megatron_policysplit.doctor.asking import ProbeFailed, within
+from megatron_policysplit.doctor.needs import Needs
+from megatron_policysplit.doctor.record import Record, fail, ok, warn
 
-NAME_SECONDS = 10.0  # a resolver without an answer tries for as long as this, and longer
+NAME_SECONDS = 10.0  # a resolver tries a name server that is gone for 5 s, twice
 CONNECT_SECONDS = 5.0
-SRUN_SECONDS = 300.0
-_SSH = 22  # whether something listens there does not matter: a refusal is an answer too
-SKEW_WARN, SKEW_FAIL = 2.0, 30.0  # seconds; locks and requeues compare times to half a minute
+# srun's ranks take 10000 + the job's number modulo 20000 (distributed/rank_variables.py).
+DERIVED_PORTS = (10000, 29999)
+_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_PROBLEM = "does not resolve"
 
-T = TypeVar("T")
+
+@dataclass(frozen=True)
+class HostName:
+    """A host's name, and the addresses that it resolves to (none: `error` says why)."""
+
+    name: str
+    addresses: tuple[str, ...] = ()
+    error: str = ""
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether it leads to this machine alone, wherever it is asked for."""
+        return bool(self.addresses) and all(
+            ipaddress.ip_address(address.partition("%")[0]).is_loopback
+            for address in self.addresses
+        )
 
 
-def within(seconds: float, call: Callable[[], T]) -> T:
-    """`call()` in a thread; TimeoutError if it takes longer (the thread is left behind)."""
-    pool = ThreadPoolExecutor(1)
+@dataclass(frozen=True)
+class PortFacts:
+    """A port that a run listens on."""
+
+    key: str  # what names it
+    host: str
+    port: int
+    error: str | None  # why it cannot be bound
+
+
+@dataclass(frozen=True)
+class PeerFacts:
+    """A server that a run calls."""
+
+    key: str
+    address: str
+    error: str | None  # why nothing answers there
+
+
+def resolve(name: str) -> HostName:
+    """What a name resolves to, asked for at most NAME_SECONDS."""
     try:
-        return pool.submit(call).result(seconds)
-    except NoAnswer as error:
-        raise TimeoutError(f"no answer within {seconds:g} s") from error
-    finally:
-        pool.shutdown(wait=False)
+        found = within(
+            NAME_SECONDS, lambda: socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        )
+    except ProbeFailed as error:
+        return HostName(name, error=str(error))
+    except (OSError, UnicodeError) as error:
+        return HostName(name, error=getattr(error, "strerror", None) or str(error))
+    return HostName(name, tuple(dict.fromkeys(entry[4][0] for entry in found)))
 
 
-def addresses_of(host: str) -> list[str]:
-    """The addresses of a name. Raises OSError, or TimeoutError where the resolver hangs."""
-    found = within(NAME_SECONDS, lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
-    return sorted({entry[4][0] for entry in found})
+def is_own(name: HostName) -> bool:
+    """Whether a name leads to this host: only its own addresses can be bound."""
+    return any(bind_error(address, 0) is None for address in name.addresses)
 
 
-def check_own_name(host: str, several_nodes: bool) -> list[Finding]:
-    """Whether this machine's name leads to it; gloo listens at the address of that name."""
+def bind_error(host: str, port: int) -> str | None:
+    """Why a port cannot be listened on; None if it can. host: a name, an address, or ""."""
     try:
-        addresses = addresses_of(host)
-    except OSError as error:
-        remedy = f"give {host} an entry in /etc/hosts or DNS"
-        status = FAIL if several_nodes else WARN
-        return [Finding("host name", status, f"{host} cannot be resolved ({error})", remedy)]
-    text = f"{host} is {', '.join(addresses)}"
-    is_loopback = all(address.startswith("127.") or address == "::1" for address in addresses)
-    if is_loopback and several_nodes and "GLOO_SOCKET_IFNAME" not in os.environ:
-        remedy = "set GLOO_SOCKET_IFNAME to the interface that reaches the other nodes"
-        return [Finding("host name", WARN, f"{text}, the loopback", remedy)]
-    return [Finding("host name", OK, text)]
-
-
-def check_ports(config: Config | None, environ: Mapping[str, str]) -> list[Finding]:
-    """Whether the ports with fixed numbers are free here."""
-    ports = {}
-    if environ.get("MASTER_PORT", "").isdecimal():
-        ports[int(environ["MASTER_PORT"])] = "MASTER_PORT"
-    server = None if config is None else config.rollout.server
-    if server is not None and server.port and config.rollout.engine == "sglang":
-        count = server.count or 1
-        # The router stands after the servers.
-        ports |= {server.port + i: "rollout.server.port" for i in range(count + (count > 1))}
-    findings = []
-    for port, name in ports.items():
-        with socket.socket() as probe:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError as error:
-                said = f"{port} ({name}): {error.strerror}"
-                findings.append(Finding("port", FAIL, said, f"set {name} to a free one"))
-                continue
-        findings.append(Finding("port", OK, f"{port} ({name}) is free"))
-    return findings
+            probe.bind(address)
+            # Another socket that only holds the port may be bound as well; one that listens not.
+            probe.listen(1)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
-def slurm_hosts(environ: Mapping[str, str]) -> list[str]:
-    """The nodes of this Slurm job; [] outside one. Raises as `output_of` does."""
-    nodes = environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
-    if not nodes:
+def connect_error(host: str, port: int, *, refused_is_reachable: bool = False) -> str | None:
+    """Why a TCP connection cannot be made within CONNECT_SECONDS; None if it can."""
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+    except ConnectionRefusedError as error:
+        return None if refused_is_reachable else error.strerror
+    except (OSError, UnicodeError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return None
+
+
+def look_at_ports(environ: Mapping[str, str], needs: Needs | None) -> list[PortFacts]:
+    """Try to bind the ports that the environment and the configuration name."""
+    ports = []
+    address, port = environ.get("MASTER_ADDR", ""), environ.get("MASTER_PORT", "")
+    if port.isdecimal() and int(port) < 65536 and address and is_own(resolve(address)):
+        ports.append(("MASTER_PORT", "", int(port)))
+    if needs is not None:
+        for number in needs.fixed_ports:
+            ports.append(("rollout.server.port", needs.server_host, number))
+    return [PortFacts(key, host, port, bind_error(host, port)) for key, host, port in ports]
+
+
+def look_at_peers(needs: Needs | None) -> list[PeerFacts]:
+    """Connect to the servers that the configuration names."""
+    if needs is None:
         return []
-    return output_of(["scontrol", "show", "hostnames", nodes], 30).split()
+    urls = [("rollout.addresses", address) for address in needs.addresses]
+    urls += [("eval.judge.url", needs.judge)] if needs.judge is not None else []
+    peers = []
+    for key, url in urls:
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        host = parts.hostname or ""
+        shown = f"{parts.scheme}://{host}:{port}"  # without what may be a password
+        peers.append(PeerFacts(key, shown, connect_error(host, port)))
+    return peers
 
 
-def check_hosts(hosts: Sequence[str]) -> list[Finding]:
-    """Whether each host's name resolves, and whether anything at all answers there."""
-    with ThreadPoolExecutor(min(len(hosts), 32) or 1) as pool:
-        return list(pool.map(check_host, hosts))
-
-
-def check_host(host: str) -> Finding:
-    name = f"node {host}"
+def ephemeral_ports() -> tuple[int, int] | None:
+    """The range from which the kernel gives ports to connections; None where it does not say."""
     try:
-        address = addresses_of(host)[0]
-    except OSError as error:
-        remedy = "give it an entry in /etc/hosts or DNS on every node; ranks would wait for it"
-        return Finding(name, FAIL, f"its name cannot be resolved ({error})", remedy)
-    try:
-        socket.create_connection((address, _SSH), CONNECT_SECONDS).close()
-    except ConnectionRefusedError:
-        pass
-    except OSError as error:
-        remedy = "look at routes and firewalls; ranks need every port between nodes"
-        return Finding(name, WARN, f"{address} does not answer ({error})", remedy)
-    return Finding(name, OK, address)
+        low, high = _RANGE.read_text().split()
+    except (OSError, ValueError):
+        return None
+    return int(low), int(high)
 
 
-def check_nodes(hosts: Sequence[str]) -> list[Finding]:
-    """Clocks and installed versions of all nodes of this job, asked by srun."""
-    if shutil.which("srun") is None or not hosts:
-        return [Finding("nodes", WARN, "no Slurm job to ask the other nodes in", "use salloc")]
-    srun = ["srun", "--overlap", f"--nodes={len(hosts)}", "--ntasks-per-node=1"]
-    clocks = output_of([*srun, "sh", "-c", 'echo "$(hostname) $(date +%s.%N)"'], SRUN_SECONDS)
-    findings = compare_clocks(dict(line.split() for line in clocks.splitlines() if line.strip()))
-    doctor = [sys.executable, "-m", "megatron_policysplit.cli", "doctor", "--json", "--one-line"]
-    # A doctor with something to complain about ends with 1, which srun would make its own.
-    shell = '"$@" || true'
-    reports = output_of([*srun, "sh", "-c", shell, "sh", *doctor], SRUN_SECONDS)
-    lines = [json.loads(line) for line in reports.splitlines() if line.startswith("{")]
-    return findings + compare_nodes({report["host"]: report["findings"] for report in lines})
+def interfaces() -> list[str]:
+    """Names of this host's network interfaces."""
+    return [name for _, name in socket.if_nameindex()]
 
 
-def compare_clocks(times: Mapping[str, float | str]) -> list[Finding]:
-    """times: node -> seconds since 1970, read at about the same time."""
-    seconds = {host: float(value) for host, value in times.items()}
-    middle = statistics.median(seconds.values())
-    host, offset = max(
-        ((host, value - middle) for host, value in seconds.items()), key=lambda pair: abs(pair[1])
+def check_host_name(host: HostName, environ: Mapping[str, str], nodes: int) -> Record:
+    """Whether this host's own name resolves, to an address that other nodes can reach.
+
+    gloo listens on the address that it resolves to, else on the loopback, unless
+    GLOO_SOCKET_IFNAME names an interface. nodes: of the run, or of the allocation.
+    """
+    chosen = environ.get("GLOO_SOCKET_IFNAME")
+    if host.addresses:
+        value = f"{host.name} is {', '.join(host.addresses)}"
+    else:
+        value = f"{host.name} {_PROBLEM} ({host.error})"
+    if chosen:
+        return ok("host name", f"{value}; gloo uses GLOO_SOCKET_IFNAME={chosen}")
+    if host.addresses and not host.is_loopback:
+        return ok("host name", value)
+    remedy = (
+        "set GLOO_SOCKET_IFNAME to the interface between the nodes, or give this name its address "
+        "in /etc/hosts"
     )
-    text = f"{len(seconds)} nodes within {abs(offset):.1f} s"
-    if abs(offset) < SKEW_WARN:
-        return [Finding("clocks", OK, text)]
-    status = FAIL if abs(offset) >= SKEW_FAIL else WARN
-    remedy = "let chrony or ntpd set the clocks of all nodes"
-    return [Finding("clocks", status, f"{host} is {offset:+.1f} s off", remedy)]
+    if nodes > 1:
+        return fail("host name", f"{value}: gloo cannot meet other nodes there", remedy)
+    return warn("host name", f"{value}: that is enough for one node only", remedy)
 
 
-# Findings that may differ from node to node without harm.
-_LOCAL = ("GPU", "host", "node", "port", "shared memory", "temporary", "variables", "run directory")
+def check_interfaces(environ: Mapping[str, str], present: Sequence[str]) -> list[Record]:
+    """Interfaces that variables name must exist. NCCL's value is prefixes, `=` names or `^` not."""
+    records = []
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        value = environ.get(variable)
+        if not value or value.startswith("^"):
+            continue
+        is_exact = variable.startswith("GLOO") or value.startswith("=")
+        names = [name for name in value.lstrip("=").split(",") if name]
+        found = [
+            name
+            for name in names
+            if any(name == other if is_exact else other.startswith(name) for other in present)
+        ]
+        # gloo takes all of its list, NCCL those that are there.
+        if len(found) == len(names) or (variable.startswith("NCCL") and found):
+            records.append(ok(variable, value))
+        else:
+            records.append(
+                fail(
+                    variable,
+                    f"{value}, but this host has {', '.join(present)}",
+                    f"set {variable} to one of them, or unset it",
+                )
+            )
+    return records
 
 
-def compare_nodes(reports: Mapping[str, Sequence[Mapping[str, str]]]) -> list[Finding]:
-    """reports: node -> its findings. What every node finds alike is in this node's own findings."""
-    findings = []
-    values: dict[str, dict[str, list[str]]] = {}
-    for host, records in reports.items():
-        for record in records:
-            if record["status"] == FAIL:
-                value = f"{record['name']}: {record['value']}"
-                findings.append(Finding(f"node {host}", FAIL, value, record["remedy"]))
-            if not record["name"].startswith(_LOCAL):
-                by_value = values.setdefault(record["name"], {})
-                by_value.setdefault(record["value"], []).append(host)
-    for name, by_value in values.items():
-        if len(by_value) > 1:
-            text = "; ".join(f"{value} on {', '.join(on)}" for value, on in by_value.items())
-            remedy = "give all nodes the same environment"
-            findings.append(Finding(name, WARN, f"differs: {text}", remedy))
-    return findings or [Finding("nodes", OK, f"{len(reports)} alike")]
+def check_ports(
+    ports: Sequence[PortFacts], ephemeral: tuple[int, int] | None, needs: Needs | None
+) -> list[Record]:
+    """Ports that are taken, and ports that any connection of this host may take."""
+    records = []
+    free = []
+    for facts in ports:
+        name = f"port {facts.port}"
+        value = f"{facts.key}, on {facts.host or 'any address'}"
+        if facts.error is not None:
+            remedy = (
+                "set MASTER_PORT to a free port"
+                if facts.key == "MASTER_PORT"
+                else "end what listens there (ss -ltnp), or set rollout.server.port (0 takes free "
+                "ones)"
+            )
+            records.append(fail(name, f"{value}: {facts.error}", remedy))
+        elif ephemeral is not None and ephemeral[0] <= facts.port <= ephemeral[1]:
+            records.append(
+                warn(
+                    name,
+                    f"{value}: free, but from the range {ephemeral[0]} to {ephemeral[1]} out of "
+                    "which any connection gets its port",
+                    f"choose one below {ephemeral[0]}",
+                )
+            )
+        else:
+            free.append(f"{facts.port} ({facts.key})")
+    if free:
+        named = free[0] if len(free) == 1 else f"{len(free)} ports from {free[0]} to {free[-1]}"
+        records.append(ok("ports", f"free: {named}"))
+    if ephemeral is not None:
+        records.append(_check_range(ephemeral, needs or Needs()))
+    return records
+
+
+def _check_range(ephemeral: tuple[int, int], needs: Needs) -> Record:
+    low, high = ephemeral
+    count, value = high - low + 1, f"{low} to {high} (net.ipv4.ip_local_port_range)"
+    # Every request is a connection of its own where it is not kept alive, and a closed one keeps
+    # its port for a minute.
+    need = 2 * needs.local_ranks * (needs.concurrency + needs.ranks)
+    if count < need:
+        return warn(
+            "ports of connections",
+            f"{value}: {count}, and a run here may open {need}",
+            "sysctl -w net.ipv4.ip_local_port_range='32768 60999'",
+        )
+    if needs.nodes > 1 and low <= DERIVED_PORTS[1]:
+        return warn(
+            "ports of connections",
+            f"{value}: ranks that srun starts meet at a port from {DERIVED_PORTS[0]} to "
+            f"{DERIVED_PORTS[1]}, which a connection may have",
+            "set MASTER_PORT to a free port outside of it",
+        )
+    return ok("ports of connections", value)
+
+
+def check_peer(peer: PeerFacts) -> Record:
+    """A server that a run calls answers."""
+    if peer.error is None:
+        return ok(peer.key, f"{peer.address} can be reached")
+    value = f"{peer.address} cannot be reached ({peer.error})"
+    if peer.key == "eval.judge.url":
+        return warn(peer.key, value, "start it before the first evaluation")
+    return fail(peer.key, value, "start it, or set rollout.addresses to where it is")
+
+
+def check_master(host: HostName | None) -> list[Record]:
+    """MASTER_ADDR, where it is set, resolves. host: what it resolves to."""
+    if host is None:
+        return []
+    if not host.addresses:
+        return [
+            fail(
+                "MASTER_ADDR",
+                f"{host.name} {_PROBLEM} ({host.error}); ranks try for a minute and end",
+                "set it to the name or address of the host of rank 0",
+            )
+        ]
+    return [ok("MASTER_ADDR", f"{host.name} is {', '.join(host.addresses)}")]
+
+
+def proxies(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables that name a proxy, by name, without a password that may be in them."""
+    return {
+        name: re.sub(r"//[^@/]*@", "//***@", value)
+        for name, value in environ.items()
+        if name.lower() in ("http_proxy", "https_proxy", "all_proxy") and value
+    }
+
+
+def own_name() -> HostName:
+    """This host's name and what it resolves to."""
+    return resolve(socket.gethostname())

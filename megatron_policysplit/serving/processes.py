@@ -33,7 +33,7 @@ from typing import Any
 from megatron_policysplit.distributed.environment import without_defaults
 from megatron_policysplit.distributed.launch import ended
 from megatron_policysplit.distributed.rank_variables import without_launcher
-from megatron_policysplit.errors import ConfigError, EngineError
+from megatron_policysplit.errors import ConfigError, EngineError, PortError
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
 TERMINATE_SECONDS = 15.0  # SGLang looks for a stop signal every 5 s
@@ -99,7 +99,7 @@ class Process:
     def hold_ports(self, others: int) -> list[int]:
         """Take the port and `others` free ones, if that is not done yet; returns the free ones.
 
-        Raises EngineError if the port is taken.
+        Raises PortError, an EngineError, if the port is taken.
         """
         if not self._sockets:
             self._sockets.append(_bound_socket(self.host, self._configured_port, self.what))
@@ -221,7 +221,7 @@ def _bound_socket(host: str, port: int, what: str) -> socket.socket:
             raise ConfigError(
                 f"rollout.server.port: {port} is not a port; the largest is 65535"
             ) from error
-        raise EngineError(
+        raise PortError(
             f"{what} cannot listen on {host or 'any address'}, port {port} ({error.strerror}): "
             "another process has it, or this machine has no such address; set "
             "rollout.server.port (0 takes a free one) or rollout.server.host"

@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_policysplit.errors import BAD_INPUT, FAILED, STOPPED
+from megatron_policysplit.errors import BAD_INPUT, FAILED, STOPPED, machine_hint
 from megatron_policysplit.files import disk_error, write_error
 from megatron_policysplit.logs.streams import outlive_console
 
@@ -37,6 +37,7 @@ def main(argv: list[str]) -> int:
     from megatron_policysplit.errors import EngineLost, TrainingError, UserError, WriteError
 
     config = refusal = None
+    is_starting = True
     try:
         config = load_config(argv[0], argv[1:])
         # Before anything imports torch, as the watch of the ranks does.
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
             f"error: rank {os.environ.get('RANK', 0)} failed ({_first_sentence(error)})",
             FAILED,
             names_others=True,
-            remark=_disk(error, config),
+            remark=_disk(error, config) + (machine_hint(error) if is_starting else ""),
             is_of_a_peer=_is_of_a_peer(error),
             traceback="".join(traceback.format_exception(error)),
         )
@@ -73,7 +74,9 @@ def main(argv: list[str]) -> int:
         from megatron_policysplit.training.build import build_run
         from megatron_policysplit.training.trainer import Trainer
 
-        return watch.end(Trainer(build_run(config, stop, watch)).train())
+        run = build_run(config, stop, watch)
+        is_starting = False
+        return watch.end(Trainer(run).train())
     except StopRequested:  # before the first weights were loaded: there is nothing to save
         return watch.end(STOPPED)
     except BaseException as error:

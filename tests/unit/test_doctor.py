@@ -1,400 +1,383 @@
-"""`policysplit doctor`: what each check makes of a machine, and the command on this one."""
+"""Verdicts of `policysplit doctor` about a machine and a run's needs, from facts that are made up."""
 
-import json
-import os
 import socket
-import stat
-import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_policysplit.config import Config
-from megatron_policysplit.doctor import examine, machine, network, run_directory, variables, versions
-from megatron_policysplit.doctor.finding import FAIL, OK, WARN, Finding, guarded, output_of
-from megatron_policysplit.doctor.machine import NO_LIMIT, Gpu, Space
-from megatron_policysplit.doctor.versions import Torch, Trainer
-from megatron_policysplit.errors import MachineError
-from tests.support.commands import run_module
-from tests.support.toy_chat import make_chat_model
+from megatron_policysplit.doctor import machine, network, run_directory, variables
+from megatron_policysplit.doctor.asking import ProbeFailed, guarded, output_of, within
+from megatron_policysplit.doctor.machine import UNLIMITED, Compiler, Limits, Memory, Space
+from megatron_policysplit.doctor.needs import Needs
+from megatron_policysplit.doctor.network import HostName, PeerFacts, PortFacts
+from megatron_policysplit.doctor.record import as_json, counted, fail, from_json, line_of, ok
+from megatron_policysplit.doctor.run_directory import Directory
 
 GIB = 2**30
-CUDA = Torch("3.12.3", "2.11.0+cu130", "13.0", 91900, "2.28.9")
-CPU = Torch("3.11.7", "2.13.0+cpu")
+COLOCATED = Needs(ranks=8, local_ranks=8, replicas=8, sglang=True, colocated=True, own_servers=8)
 
 
-def statuses(findings):
-    return [finding.status for finding in findings]
+def statuses(records):
+    return [record.status for record in records]
 
 
-def test_a_line():
-    assert str(Finding("port", FAIL, "80 is taken", "take another")) == (
-        "FAIL  port                  80 is taken; take another"
-    )
-    assert str(Finding("port", OK, "80 is free")) == "OK    port                  80 is free"
+# --- records and probes ------------------------------------------------------------------------------
 
 
-def test_a_check_that_fails_itself_is_a_warning():
-    def broken():
-        raise KeyError("lost")
+def test_records_as_text_and_json():
+    records = [ok("torch", "2.11.0"), fail("port 80", "taken", "take another")]
+    assert line_of(records[0]) == "OK    torch                 2.11.0"
+    assert line_of(records[1]) == f"FAIL  port 80               taken\n{' ' * 28}-> take another"
+    assert counted(records) == "1 OK, 0 WARN, 1 FAIL"
+    assert from_json(as_json(records)) == records
+    for text in ("", "{}x", '[{"name": "a"}]', '[{"name": "a", "status": "BAD", "value": "", "remedy": ""}]'):
+        with pytest.raises(ValueError):
+            from_json(text)
 
-    assert guarded("disk", broken) == [Finding("disk", WARN, "cannot be checked (KeyError: 'lost')")]
+
+def test_a_probe_that_fails_is_a_warning():
+    def hangs():
+        within(0.05, lambda: time.sleep(5))
+
+    (record,) = guarded("disk", hangs)
+    assert (record.status, record.value) == ("WARN", "could not be checked: no answer within 0.05 s")
+    (record,) = guarded("disk", lambda: [].pop())
+    assert (record.status, record.value) == ("WARN", "could not be checked: IndexError: pop from empty list")
 
 
-def test_a_program_that_hangs_or_fails():
-    with pytest.raises(TimeoutError, match="did not answer within 0.2 s"):
+def test_commands_that_hang_fail_or_are_not_there():
+    with pytest.raises(ProbeFailed, match="gave no answer within 0.2 s"):
         output_of([sys.executable, "-c", "import time; time.sleep(60)"], 0.2)
-    with pytest.raises(RuntimeError, match="ended with 3: last words"):
-        output_of([sys.executable, "-c", "print('first'); print('last words'); raise SystemExit(3)"], 30)
+    with pytest.raises(ProbeFailed, match=r"ended with code 3 \(last words\)"):
+        output_of([sys.executable, "-c", "import sys; print('last words', file=sys.stderr); sys.exit(3)"], 30)
+    with pytest.raises(ProbeFailed, match="ended with code -11"):  # an extension for another torch
+        output_of([sys.executable, "-c", "import os; os.kill(os.getpid(), 11)"], 30)
+    with pytest.raises(ProbeFailed, match="/no/program cannot be run"):
+        output_of(["/no/program"], 1)
 
 
-# --- versions ----------------------------------------------------------------------------------------
+# --- what a run needs --------------------------------------------------------------------------------
 
 
-def test_requirements_of_this_environment():
-    (finding,) = versions.check_requirements()
-    assert finding.status == OK and "required ones fit" in finding.value
+def test_bytes_of_a_run():
+    """P parameters: bf16 weights 2, gradients 4, AdamW and master weights 12; in fp32 4, 4 and 8."""
+    p = 1_000_000
+    assert Needs(parameters=p).rank_bytes == 18 * p
+    assert Needs(parameters=p, dtype="float32").rank_bytes == 16 * p
+    assert Needs(parameters=p, tensor=2, pipeline=2).rank_bytes == 18 * p // 4
+    sharded = replace(COLOCATED, parameters=p, distributed_optimizer=True)
+    assert sharded.offload_bytes == 8 * (2 + 12 / 8) * p
+    assert replace(COLOCATED, parameters=p).offload_bytes == 8 * 14 * p
+    assert Needs(parameters=p).offload_bytes == 0
+    assert Needs(parameters=p, reference=True, local_ranks=2).reference_bytes == 4 * p
+    assert (Needs(parameters=p).checkpoint_bytes, Needs(parameters=p).export_bytes) == (14 * p, 2 * p)
+    assert Needs(parameters=p, dtype="float32").checkpoint_bytes == 12 * p
 
 
-def test_requirements_that_do_not_fit(monkeypatch):
-    wanted = ["torch>=2.6", "megatron-core<0.20,>=0.16", 'triton>=3.4; extra == "gpu"', "pebble>=5"]
-    monkeypatch.setattr(versions.importlib.metadata, "requires", lambda name: wanted)
-    has = {"torch": "2.5.1", "megatron-core": "0.16.1", "pebble": None}
-    monkeypatch.setattr(versions, "installed", has.__getitem__)
-    (finding,) = versions.check_requirements()
-    assert (finding.status, finding.value) == (FAIL, "torch 2.5.1 is not >=2.6; pebble is not installed")
-
-
-@pytest.mark.parametrize(
-    "torch, trainer, expected",
-    [
-        (CPU, Trainer(), [OK]),
-        (CUDA, Trainer(gpus=8), [OK]),
-        (Torch("3.12.3", error="OSError: libcudart.so.13"), Trainer(), [FAIL]),
-        (CPU, Trainer(unused="training on the CPU: this machine has an NVIDIA GPU"), [FAIL]),
-    ],
-)
-def test_torch(torch, trainer, expected):
-    assert statuses(versions.check_torch(torch, trainer)) == expected
-
-
-def test_a_driver_too_old_for_torch(monkeypatch):
-    monkeypatch.setattr(versions.Path, "exists", lambda path: True)
-    good, driver = versions.check_torch(CUDA, Trainer(gpus=0))
-    text = "2.11.0+cu130 for CUDA 13.0, Python 3.12.3, NCCL 2.28.9, cuDNN 91900, cuBLAS "
-    assert good.value.startswith(text)
-    assert driver.status == FAIL and "a newer torch needs a newer driver" in driver.remedy
-
-
-MISSING = "Transformer Engine is not installed"
-
-
-@pytest.mark.parametrize(
-    "trainer, layers, expected",
-    [
-        (Trainer(transformer_engine=MISSING), "auto", []),
-        (Trainer(gpus=1, transformer_engine=MISSING), "auto", [WARN, OK]),
-        (Trainer(gpus=1, transformer_engine=MISSING), "transformer_engine", [FAIL, OK]),
-        (Trainer(gpus=1, transformer_engine=MISSING), "local", [OK, OK]),
-        (Trainer(gpus=1, triton="the LM head is computed in plain torch"), "auto", [OK, WARN]),
-        (Trainer(gpus=2, packages={"apex": "0.1"}), "auto", [OK, OK, OK, OK]),
-        (Trainer(gpus=2, apart=[[0, 1], [1, 0]]), "auto", [OK, OK, WARN]),
-    ],
-)
-def test_packages_of_a_gpu(trainer, layers, expected):
-    assert statuses(versions.check_gpu_packages(trainer, layers)) == expected
-
-
-@pytest.mark.parametrize(
-    "server, transport, expected",
-    [
-        (CUDA, "tensor", OK),
-        (Torch("3.12", "2.11.0+cu128", "12.8", 1, "2.27.5"), "tensor", OK),
-        (Torch("3.12", "2.14.1+cu130", "13.0", 1, "2.28.9"), "tensor", FAIL),
-        (Torch("3.12", "2.14.1+cu130", "13.0", 1, "2.28.9"), "distributed", OK),
-        (Torch("3.12", "2.14.1+cu130", "13.0", 1, "2.29.2"), "distributed", FAIL),
-        (Torch("3.12", "2.14.1+cu130", "13.0", 1, "2.29.2"), "disk", OK),
-    ],
-)
-def test_the_torch_of_servers(server, transport, expected):
-    assert statuses(versions.compare_torches(CUDA, server, transport)) == [expected]
-
-
-def test_wandb_where_it_is_wanted(monkeypatch):
-    config = Config()
-    monkeypatch.setattr(versions, "installed", lambda name: None)
-    assert [finding.name for finding in versions.check_wanted_packages(config)] == ["modelopt"]
-    config.log.wandb_project = "split"
-    assert statuses(versions.check_wanted_packages(config)) == [FAIL, OK]
-
-
-def test_this_interpreter_is_asked():
-    import torch
-
-    asked = versions.ask_torch(sys.executable)
-    assert asked.torch == torch.__version__ and asked.cuda == torch.version.cuda and not asked.error
+def test_shared_memory_ports_and_gpus_of_a_run():
+    needs = Needs(sglang=True, own_servers=2, server_tensor=2, server_port=30000, local_ranks=4)
+    assert needs.shared_bytes == 2 * 512 * 2**20
+    assert replace(needs, largest_tensor=GIB).shared_bytes == 2 * 2 * GIB  # goes alone, in a bucket of its own
+    assert replace(needs, transport="disk").shared_bytes == 0
+    assert needs.fixed_ports == [30000, 30001, 30002]  # two servers and their router
+    assert replace(needs, own_servers=1).fixed_ports == [30000]
+    assert needs.gpus == 8 and replace(needs, colocated=True).gpus == 4
 
 
 # --- machine -----------------------------------------------------------------------------------------
 
-H100 = Gpu(0, "NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB, "9.0", False)
+
+def test_shared_memory():
+    small = Space("/dev/shm", 64 << 20, 60 << 20, True)  # a container's default
+    tensor = Needs(sglang=True, own_servers=1)
+    assert machine.check_shared_memory(small, 0, None).status == "OK"
+    assert machine.check_shared_memory(small, 1, None).status == "OK"
+    assert machine.check_shared_memory(small, 2, None).status == "WARN"  # NCCL
+    assert machine.check_shared_memory(small, 0, tensor).status == "FAIL"
+    assert machine.check_shared_memory(small, 1, replace(tensor, colocated=True)).status == "OK"  # CUDA IPC
+    assert machine.check_shared_memory(Space("/dev/shm", 9 * GIB, 8 * GIB, True), 8, tensor).status == "OK"
+    assert machine.check_shared_memory(None, 0, None).status == "FAIL"
+    assert machine.check_shared_memory(replace(small, writable=False), 0, None).status == "FAIL"
+
+
+def test_temporary_files():
+    assert machine.check_temporary(Space("/tmp", 9 * GIB, GIB, True)).status == "OK"
+    assert machine.check_temporary(Space("/tmp", 9 * GIB, GIB - 1, True)).status == "WARN"
+    assert machine.check_temporary(Space("/tmp", 9 * GIB, GIB, False)).status == "FAIL"
+
+
+def test_host_memory_of_colocated_actors():
+    node = Memory(1000 * GIB, 900 * GIB)
+    needs = replace(COLOCATED, parameters=8 * GIB)  # 8 ranks x 14 bytes: 896 GiB
+    record = machine.check_memory(node, 8, needs)
+    assert record.status == "OK" and "896.0 GiB" in record.value
+    assert machine.check_memory(replace(node, available=890 * GIB), 8, needs).status == "WARN"
+    assert machine.check_memory(replace(node, limit=800 * GIB), 8, needs).status == "FAIL"
+    assert machine.check_memory(node, 8, replace(needs, colocated=False)).status == "OK"
+
+
+def test_host_memory_of_training_on_a_cpu():
+    needs = Needs(parameters=GIB, dtype="float32", local_ranks=2)  # 2 ranks x 16 GiB
+    assert machine.check_memory(Memory(40 * GIB, 33 * GIB), 0, needs).status == "OK"
+    assert machine.check_memory(Memory(40 * GIB, 31 * GIB), 0, needs).status == "WARN"
+    limited = machine.check_memory(Memory(400 * GIB, 300 * GIB, limit=30 * GIB, used=GIB), 0, needs)
+    assert limited.status == "FAIL" and limited.value.startswith("29.0 GiB of 30.0 GiB are free (limit of the control")
+    assert machine.check_memory(Memory(GIB, GIB), 0, replace(needs, parameters=None)).status == "OK"
+
+
+def test_control_groups_of_both_versions():
+    second = machine.control_groups("0::/job/step\n", root="/cg")
+    assert [str(path) for path in second] == ["/cg/job/step", "/cg/job", "/cg"]
+    first = machine.control_groups("5:cpu:/x\n4:memory:/job\n", root="/cg")
+    assert [str(path) for path in first] == ["/cg/memory/job", "/cg/memory"]
+
+
+FREE = Limits(*[(UNLIMITED, UNLIMITED)] * 3, core=(0, UNLIMITED), tasks=100)
+
+
+def test_limits_that_are_no_limits():
+    assert statuses(machine.check_limits(FREE, 8, COLOCATED)) == ["OK"] * 4
+
+
+def test_locked_memory_matters_to_infiniband():
+    little = replace(FREE, locked=(8 << 20, UNLIMITED))
+    assert machine.check_limits(little, 8, None)[0].status == "OK"
+    assert machine.check_limits(replace(little, infiniband=True), 8, None)[0].status == "WARN"
+
+
+def test_open_files():
+    """256 + 17 for each other rank + 2 for each request in flight."""
+    assert machine.check_limits(replace(FREE, files=(384, 4096)), 8, Needs())[1].status == "OK"
+    few = machine.check_limits(replace(FREE, files=(1024, 4096)), 8, Needs(ranks=64))[1]
+    assert few.status == "WARN" and few.remedy.startswith("ulimit -n 1455 ")
+    hard = machine.check_limits(replace(FREE, files=(1024, 1024)), 8, Needs(ranks=64))[1]
+    assert hard.remedy == "have the administrator raise the hard limit, which is 1024"
+
+
+def test_processes_and_core_files():
+    assert machine.check_limits(replace(FREE, processes=(4096, 4096)), 96, COLOCATED)[2].status == "WARN"
+    assert machine.check_limits(replace(FREE, processes=(4096, 4096)), 8, Needs())[2].status == "OK"
+    crash = replace(FREE, core=(UNLIMITED, UNLIMITED))
+    assert machine.check_limits(crash, 8, None)[3].remedy == "ulimit -c 0"
+    assert machine.check_limits(replace(crash, core_pattern="|/usr/lib/collect %P"), 8, None)[3].status == "OK"
 
 
 @pytest.mark.parametrize(
-    "gpus, wanted, expected",
+    "compiler, part",
     [
-        ([], 8, [OK]),
-        ([H100], None, [OK]),
-        ([H100], 2, [OK, WARN]),
-        ([Gpu(0, "NVIDIA H100", 80 * GIB, 40 * GIB, "9.0", False)], 1, [WARN]),
-        ([Gpu(0, "NVIDIA H100", 80 * GIB, 79 * GIB, "9.0", True)], 1, [WARN]),
-        ([H100, Gpu(1, "NVIDIA A100", 80 * GIB, 79 * GIB, "8.0", False)], 2, [OK, OK, WARN]),
+        (Compiler(None, None), "none on PATH"),
+        (Compiler("gcc", None), "Python.h is missing"),
+        (Compiler("gcc", "/include", "gcc ended with code 1 (no header)"), "does not compile"),
     ],
 )
-def test_gpus(gpus, wanted, expected):
-    assert statuses(machine.check_gpus(gpus, wanted)) == expected
-
-
-def test_nvidia_smi_is_read(tmp_path, monkeypatch):
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho '0, NVIDIA H100 80GB HBM3, 81559, 81076, 9.0, Disabled'\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert machine.list_gpus() == [Gpu(0, H100.name, 81559 * 2**20, 81076 * 2**20, "9.0", False)]
-
-
-@pytest.mark.parametrize(
-    "space, needed, expected",
-    [
-        (Space(64 * GIB, 63 * GIB), 3 * GIB, OK),
-        (Space(64 * 2**20, 64 * 2**20), 0, WARN),  # a container's default
-        (Space(64 * 2**20, 64 * 2**20), 3 * GIB, FAIL),
-    ],
-)
-def test_shared_memory(space, needed, expected):
-    assert statuses(machine.check_shared_memory(space, needed)) == [expected]
-
-
-def test_memory_and_temporary_files():
-    assert statuses(machine.check_host_memory(100 * GIB, 0)) == [OK]
-    assert statuses(machine.check_host_memory(100 * GIB, 120 * GIB)) == [FAIL]
-    assert statuses(machine.check_temporary(Space(GIB, GIB // 2), "/tmp")) == [WARN]
-    assert 0 < machine.available_memory() < 2**50
-
-
-def test_limits():
-    free = {"open files": NO_LIMIT, "processes": NO_LIMIT, "locked memory": NO_LIMIT}
-    assert statuses(machine.check_limits(free, has_gpu=True)) == [OK, OK, OK]
-    tight = {"open files": 1024, "processes": 100, "locked memory": 65536}
-    assert statuses(machine.check_limits(tight, has_gpu=True)) == [WARN, WARN, WARN]
-    assert statuses(machine.check_limits(tight, has_gpu=False)) == [WARN, WARN, OK]
-    assert set(machine.soft_limits()) == set(free)
-
-
-def test_compiler(tmp_path):
-    header = tmp_path / "Python.h"
-    assert statuses(machine.check_compiler("/usr/bin/cc", header, has_gpu=True)) == [FAIL]
-    (finding,) = machine.check_compiler(None, header, has_gpu=False)
-    assert finding.status == OK and "only a GPU's kernels need them" in finding.value
-    header.touch()
-    assert statuses(machine.check_compiler("/usr/bin/cc", header, has_gpu=True)) == [OK]
+def test_compilers_that_do_not_do(compiler, part):
+    assert machine.check_compiler(compiler, has_gpu=True).status == "FAIL"
+    record = machine.check_compiler(compiler, has_gpu=False)
+    assert record.status == "OK" and part in record.value
 
 
 # --- network -----------------------------------------------------------------------------------------
 
-
-def test_own_name(monkeypatch):
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    monkeypatch.setattr(network, "addresses_of", lambda host: ["127.0.1.1"])
-    assert statuses(network.check_own_name("node1", several_nodes=False)) == [OK]
-    assert statuses(network.check_own_name("node1", several_nodes=True)) == [WARN]
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
-    assert statuses(network.check_own_name("node1", several_nodes=True)) == [OK]
-
-    def unknown(host):
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr(network, "addresses_of", unknown)
-    assert statuses(network.check_own_name("node1", several_nodes=True)) == [FAIL]
+LOOPBACK = HostName("n1", ("127.0.1.1",))
 
 
-def test_a_resolver_that_hangs():
-    with pytest.raises(TimeoutError, match="no answer within 0.1 s"):
-        network.within(0.1, lambda: time.sleep(1))
+@pytest.mark.parametrize(
+    "host, environ, count, expected",
+    [
+        (HostName("n1", ("10.0.0.1",)), {}, 4, "OK"),
+        (LOOPBACK, {}, 1, "WARN"),
+        (LOOPBACK, {}, 2, "FAIL"),
+        (LOOPBACK, {"GLOO_SOCKET_IFNAME": "eth0"}, 2, "OK"),
+        (HostName("n1", ("::1", "127.0.0.1")), {}, 2, "FAIL"),
+        (HostName("n1", ("127.0.1.1", "10.0.0.1")), {}, 2, "OK"),
+        (HostName("n1", (), "Name or service not known"), {}, 1, "WARN"),
+        (HostName("n1", (), "Name or service not known"), {}, 2, "FAIL"),
+    ],
+)
+def test_own_host_name(host, environ, count, expected):
+    assert network.check_host_name(host, environ, count).status == expected
 
 
-def test_hosts():
-    good, unknown = network.check_hosts(["localhost", "no-such-host.invalid"])
-    assert good.status == OK
-    assert unknown.status == FAIL and unknown.value.startswith("its name cannot be resolved (")
+@pytest.mark.parametrize(
+    "variable, value, expected",
+    [
+        ("GLOO_SOCKET_IFNAME", "eth0", "OK"),
+        ("GLOO_SOCKET_IFNAME", "eth", "FAIL"),
+        ("GLOO_SOCKET_IFNAME", "eth0,ib9", "FAIL"),
+        ("NCCL_SOCKET_IFNAME", "eth", "OK"),
+        ("NCCL_SOCKET_IFNAME", "=eth", "FAIL"),
+        ("NCCL_SOCKET_IFNAME", "bond,ib", "OK"),
+        ("NCCL_SOCKET_IFNAME", "bond", "FAIL"),
+    ],
+)
+def test_interfaces_that_variables_name(variable, value, expected):
+    assert statuses(network.check_interfaces({variable: value}, ["lo", "eth0", "ib0"])) == [expected]
+
+
+def test_interfaces_that_need_not_exist():
+    assert network.check_interfaces({"NCCL_SOCKET_IFNAME": "^docker"}, ["lo"]) == []
 
 
 def test_ports():
-    config = Config()
-    config.rollout.engine = "sglang"
+    free, taken = PortFacts("MASTER_PORT", "", 29500, None), PortFacts("rollout.server.port", "", 80, "in use")
+    assert statuses(network.check_ports([free, taken], None, None)) == ["FAIL", "OK"]
+    assert statuses(network.check_ports([free], (20000, 60999), None)) == ["WARN", "OK"]
+    assert statuses(network.check_ports([], (32768, 33000), Needs(local_ranks=8))) == ["WARN"]
+    derived = network.check_ports([], (1024, 65535), Needs(nodes=2))
+    assert statuses(derived) == ["WARN"] and "MASTER_PORT" in derived[0].remedy
+    assert statuses(network.check_ports([], (32768, 60999), Needs(nodes=2))) == ["OK"]
+
+
+def test_ports_of_this_machine():
     with socket.socket() as taken:
-        taken.bind(("", 0))
+        taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        (finding,) = network.check_ports(None, {"MASTER_PORT": str(port)})
-        assert finding.status == FAIL and f"{port} (MASTER_PORT)" in finding.value
-        config.rollout.server.port, config.rollout.server.count = port, 2
-        assert network.check_ports(config, {})[0].status == FAIL
-        assert len(network.check_ports(config, {})) == 3  # two servers and their router
-    assert network.check_ports(Config(), {}) == []
+        assert network.bind_error("127.0.0.1", port) == "Address already in use"
+        environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        (facts,) = network.look_at_ports(environ, None)
+        assert facts.error == "Address already in use"
+        # Of another host nothing is bound here.
+        assert network.look_at_ports({**environ, "MASTER_ADDR": "192.0.2.1"}, None) == []
+        assert network.connect_error("127.0.0.1", port) is None
+    assert network.bind_error("127.0.0.1", port) is None
+    assert network.connect_error("127.0.0.1", port) == "Connection refused"
+    assert network.connect_error("127.0.0.1", port, refused_is_reachable=True) is None
 
 
-@pytest.mark.parametrize("offset, expected", [(0.5, OK), (5.0, WARN), (-120.0, FAIL)])
-def test_clocks(offset, expected):
-    (finding,) = network.compare_clocks({"a": 1000.0, "b": "1000.1", "c": 1000.0 + offset})
-    assert finding.status == expected
-    assert expected == OK or finding.value.startswith("c is ")
+def test_servers_that_a_run_calls():
+    assert network.check_peer(PeerFacts("rollout.addresses", "http://n1:1", "refused")).status == "FAIL"
+    assert network.check_peer(PeerFacts("eval.judge.url", "http://n1:1", "refused")).status == "WARN"
+    assert network.check_peer(PeerFacts("eval.judge.url", "http://n1:1", None)).status == "OK"
+    (judge,) = network.look_at_peers(Needs(judge="http://user:secret@127.0.0.1:9/v1"))
+    assert judge == PeerFacts("eval.judge.url", "http://127.0.0.1:9", "Connection refused")
 
 
-def test_nodes_that_differ():
-    def of(torch, status=OK):
-        return [Finding("torch", status, torch, "").record(), Finding("GPU 0", OK, "x", "").record()]
-
-    alike = network.compare_nodes({"a": of("2.11.0"), "b": of("2.11.0")})
-    assert alike == [Finding("nodes", OK, "2 alike")]
-    (differs,) = network.compare_nodes({"a": of("2.11.0"), "b": of("2.14.1")})
-    assert (differs.status, differs.value) == (WARN, "differs: 2.11.0 on a; 2.14.1 on b")
-    (broken,) = network.compare_nodes({"a": of("2.11.0", FAIL)})
-    assert (broken.name, broken.status, broken.value) == ("node a", FAIL, "torch: 2.11.0")
+def test_names():
+    assert network.resolve("localhost").is_loopback
+    unknown = network.resolve("no-such-host.invalid")
+    assert not unknown.addresses and unknown.error and not unknown.is_loopback
+    assert statuses(network.check_master(unknown)) == ["FAIL"] and network.check_master(None) == []
 
 
-def test_nodes_are_asked_by_srun(tmp_path, monkeypatch):
-    """A stand-in for srun that runs the command once for each of two nodes."""
-    program = tmp_path / "srun"
-    program.write_text(
-        '#!/bin/sh\necho "$@" >> calls\n'
-        'case "$*" in *hostname*) echo "n1 1000.0"; echo "n2 1000.2";;\n'
-        '*) for n in n1 n2; do echo "noise"; echo "{\\"host\\": \\"$n\\", \\"findings\\": '
-        '[{\\"name\\": \\"torch\\", \\"status\\": \\"OK\\", \\"value\\": \\"$n\\", \\"remedy\\": \\"\\"}]}"; done;;\n'
-        "esac\n"
+# --- run directory -----------------------------------------------------------------------------------
+
+PLACE = Directory("/data/runs", "nfs4", free=100 * GIB, total=200 * GIB, clock=0.0)
+
+
+def test_a_directory_that_does():
+    assert statuses(run_directory.check_directory(PLACE, Needs(nodes=2))) == ["OK"] * 5
+
+
+@pytest.mark.parametrize(
+    "changes, needs, name, expected",
+    [
+        ({"write": "Read-only file system"}, Needs(), "run.dir", "FAIL"),
+        ({"kind": "tmpfs"}, Needs(), "run.dir", "WARN"),
+        ({"kind": "ext4"}, Needs(), "run.dir", "OK"),
+        ({"kind": "ext4"}, Needs(nodes=2), "run.dir", "WARN"),
+        ({"replace": "Input/output error"}, Needs(), "run.dir renames", "FAIL"),
+        ({"rename": "Input/output error"}, Needs(), "run.dir renames", "FAIL"),
+        ({"lock": "No locks available"}, Needs(), "run.dir locks", "WARN"),
+        ({"clock": -3.0}, Needs(), "run.dir clock", "WARN"),
+        # A checkpoint of P bf16 parameters takes 14 P, an export 2 P; two are kept and one is written.
+        ({}, Needs(parameters=7 * GIB), "run.dir space", "FAIL"),
+        ({}, Needs(parameters=6 * GIB), "run.dir space", "WARN"),
+        ({}, Needs(parameters=2 * GIB), "run.dir space", "OK"),
+        ({}, Needs(parameters=2 * GIB, sglang=True, transport="disk", checkpoints_kept=3), "run.dir space", "WARN"),
+    ],
+)
+def test_directories_that_do_not(changes, needs, name, expected):
+    records = run_directory.check_directory(replace(PLACE, **changes), needs)
+    (record,) = [record for record in records if record.name == name]
+    assert record.status == expected
+    assert {other.status for other in records if other.name != name} <= {"OK"}
+
+
+def test_kinds_of_file_systems():
+    mounts = (
+        "21 1 8:1 / / rw - ext4 /dev/a rw\n"
+        "22 21 0:9 / /data rw,noatime shared:1 - nfs4 server:/x rw\n"
+        "23 21 0:8 / /data\\040two rw - lustre b rw\n"
+        "24 21 0:7 / /data rw - beegfs c rw\n"
     )
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.chdir(tmp_path)
-    clocks, torch = network.check_nodes(["n1", "n2"])
-    assert clocks.value == "2 nodes within 0.1 s"
-    assert torch.value == "differs: n1 on n1; n2 on n2"
-    calls = Path("calls").read_text().splitlines()
-    assert all(call.startswith("--overlap --nodes=2 --ntasks-per-node=1 ") for call in calls)
-    assert calls[1].endswith("-m megatron_policysplit.cli doctor --json --one-line")
+    kinds = {path: run_directory.file_system(mounts, Path(path)) for path in ("/data/r", "/data two/r", "/database")}
+    assert kinds == {"/data/r": "beegfs", "/data two/r": "lustre", "/database": "ext4"}
 
 
-def test_no_job_to_ask_in():
-    assert statuses(network.check_nodes([])) == [WARN]
-    assert network.slurm_hosts({}) == []
+def test_this_directory_is_tried_and_left_as_it_was(tmp_path):
+    directory = run_directory.look_at_directory(str(tmp_path / "not" / "there"))
+    assert directory.path == str(tmp_path) and list(tmp_path.iterdir()) == []
+    assert (directory.write, directory.replace, directory.rename, directory.lock) == (None,) * 4
+    assert directory.free > 0 and abs(directory.clock) < 60 and directory.kind != "unknown"
 
 
-# --- run directory, variables ------------------------------------------------------------------------
+# --- environment -------------------------------------------------------------------------------------
 
 
-def test_file_system():
-    mounts = "/dev/a / ext4 rw 0 0\nserver:/x /data nfs4 rw 0 0\nb /data\\040two lustre rw 0 0\n"
-    assert run_directory.file_system(Path("/data/runs"), mounts) == "nfs4"
-    assert run_directory.file_system(Path("/data two/runs"), mounts) == "lustre"
-    assert run_directory.file_system(Path("/database"), mounts) == "ext4"
+def of_variables(environ, needs=None, *, capability=None, cuda=None, cores=8, libraries=lambda directory: []):
+    records = variables.check_variables(
+        environ, needs, capability=capability, cuda=cuda, cores=cores, libraries=libraries
+    )
+    return [(record.name, record.status) for record in records]
 
 
-def test_run_directory(tmp_path, monkeypatch):
-    runs = tmp_path / "runs" / "new"
-    assert statuses(run_directory.check_run_directory(runs, GIB // 1024, 2)) == [OK]
-    assert list(tmp_path.iterdir()) == []  # nothing is left
-    monkeypatch.setattr(run_directory.Space, "of", classmethod(lambda cls, path: cls(10 * GIB, 5 * GIB)))
-    assert statuses(run_directory.check_run_directory(runs, 2 * GIB, 2)) == [WARN]
-    assert statuses(run_directory.check_run_directory(runs, 6 * GIB, 2)) == [FAIL]
-    monkeypatch.setattr(run_directory.os, "access", lambda *args: False)
-    assert statuses(run_directory.check_run_directory(runs, 1, 2)) == [FAIL]
+@pytest.mark.parametrize(
+    "environ, needs, expected",
+    [
+        ({}, None, ("environment", "OK")),
+        ({"RANK": "0"}, None, ("rank variables", "FAIL")),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, None, ("rank variables", "WARN")),
+        ({"MASTER_ADDR": "a"}, None, ("environment", "OK")),
+        ({"CUDA_VISIBLE_DEVICES": "3"}, Needs(local_ranks=8), ("CUDA_VISIBLE_DEVICES", "FAIL")),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, Needs(local_ranks=2), ("CUDA_VISIBLE_DEVICES", "OK")),
+        ({"CUDA_VISIBLE_DEVICES": ""}, Needs(local_ranks=2), ("CUDA_VISIBLE_DEVICES", "OK")),
+        ({"https_proxy": "http://p:1"}, Needs(judge="https://j/v1"), ("proxies", "WARN")),
+        ({"https_proxy": "http://p:1"}, None, ("proxies", "OK")),
+        ({"SLURM_JOB_ID": "7"}, Needs(local_ranks=4), ("OMP_NUM_THREADS", "WARN")),
+        ({}, Needs(local_ranks=4), ("environment", "OK")),  # `train` sets it for the ranks that it starts
+        ({"OMP_NUM_THREADS": "4"}, Needs(local_ranks=4), ("OMP_NUM_THREADS", "WARN")),
+        ({"OMP_NUM_THREADS": "2"}, Needs(local_ranks=4), ("OMP_NUM_THREADS", "OK")),
+        ({"NCCL_ALGO": "Tree"}, Needs(deterministic=True), ("environment", "FAIL")),
+    ],
+)
+def test_variables(environ, needs, expected):
+    assert of_variables(environ, needs) == [expected]
 
 
-def test_a_file_system_without_locks_and_with_another_clock(tmp_path, monkeypatch):
-    def refuse(*args):
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(run_directory.fcntl, "flock", refuse)
-    now = time.time()
-    monkeypatch.setattr(run_directory.time, "time", lambda: now + 60)
-    locks, clock = run_directory.check_semantics(tmp_path, is_shared=True)
-    assert locks.status == OK and "has no locks (Operation not supported)" in locks.value
-    assert clock.status == WARN and clock.value.startswith("the file server's clock is -")
-
-
-def test_variables():
-    config = Config()
-    assert statuses(variables.check_variables({}, config, has_gpu=False)) == [OK]
-    half, shown = variables.check_variables({"RANK": "0", "NCCL_DEBUG": "INFO"}, None, has_gpu=False)
-    assert half.status == FAIL and shown.value == "NCCL_DEBUG=INFO"
-    of_rank = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    assert statuses(variables.check_variables(of_rank, None, has_gpu=False)) == [WARN, OK]
-    allocator = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    assert statuses(variables.check_variables(allocator, config, has_gpu=True)) == [OK]
-    config.rollout.colocated, config.weight_sync.transport = True, "tensor"
-    assert statuses(variables.check_variables(allocator, config, has_gpu=True)) == [FAIL, OK]
-    libraries = {"LD_LIBRARY_PATH": "/usr/local/cuda-12/lib64"}
-    assert statuses(variables.check_variables(libraries, None, has_gpu=True)) == [WARN, OK]
+def test_expandable_segments():
+    config, expandable = Config(), {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert variables.check_allocators(config, expandable) == []
+    config.rollout.colocated = True
+    assert statuses(variables.check_allocators(config, expandable)) == ["FAIL"]
+    config.weight_sync.transport = "disk"
+    assert variables.check_allocators(config, expandable) == []
+    config.rollout.server.environment = expandable
+    assert statuses(variables.check_allocators(config, {})) == ["FAIL"]
 
 
-# --- the command -------------------------------------------------------------------------------------
+def test_variables_of_a_gpu():
+    connections = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    set_otherwise = [("CUDA_DEVICE_MAX_CONNECTIONS", "WARN")]
+    assert of_variables(connections, Needs(tensor=2), capability=(9, 0), cuda="13.0") == set_otherwise
+    assert of_variables(connections, Needs(tensor=2), capability=(10, 0), cuda="13.0") == [("environment", "OK")]
+    slow = {"NCCL_P2P_DISABLE": "1", "NCCL_DEBUG": "INFO"}
+    assert of_variables(slow, cuda="13.0") == [("NCCL_P2P_DISABLE", "WARN")]
+    assert of_variables(slow) == [("environment", "OK")]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_chat_model(tmp_path_factory.mktemp("model"))
+def test_libraries_on_the_loaders_path(tmp_path):
+    (tmp_path / "libnccl.so.2").touch()
+    (tmp_path / "libother.so").touch()
+    assert variables.cuda_libraries(str(tmp_path)) == ["libnccl.so.2"]
+    environ = {"LD_LIBRARY_PATH": f"/nothing::{tmp_path}"}
+    assert of_variables(environ, cuda="13.0", libraries=variables.cuda_libraries) == [("LD_LIBRARY_PATH", "WARN")]
+    assert of_variables(environ, libraries=variables.cuda_libraries) == [("environment", "OK")]
 
 
-def test_sizes_of_a_run(model):
-    config = Config()
-    config.model.path, config.model.dtype = str(model), "bfloat16"
-    from checkpoints_conv import check_safetensors
-
-    shapes = [tensor.shape for tensor in check_safetensors(model).values()]
-    counts = [int(__import__("numpy").prod(shape)) for shape in shapes]
-    size = examine.Size.of(config)
-    assert (size.checkpoint, size.pinned, size.shared_memory) == (14 * sum(counts), 0, 0)
-    config.rollout.engine, config.weight_sync.transport = "sglang", "tensor"
-    assert examine.Size.of(config).shared_memory == 4 * max(counts)
-    config.rollout.server.count, config.rollout.server.tensor = 2, 2
-    assert examine.gpus_wanted(config) == 5
-    config.rollout.colocated, config.parallel.tensor, config.parallel.data = True, 2, 2
-    config.train.distributed_optimizer = True
-    assert examine.Size.of(config).pinned == round(sum(counts) * (2 + 12 / 2) / 2 * 4)
-    assert examine.gpus_wanted(config) == 4
-
-
-def doctor(*arguments):
-    return run_module("megatron_policysplit.cli", ["doctor", *arguments])
-
-
-def test_the_command(model, tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text(f"model: {{path: {model}}}\ndata: {{path: q}}\nrun: {{dir: {tmp_path / 'run'}}}\n")
-    result = doctor(str(file), "--json")
-    records = json.loads(result.stdout)
-    assert result.returncode == (1 if any(record["status"] == FAIL for record in records) else 0)
-    names = [record["name"] for record in records]
-    assert {"packages", "torch", "shared memory", "open files", "compiler", "host name", "run directory"} <= set(names)
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_command_on_a_configuration_that_is_wrong(tmp_path):
-    result = doctor(str(tmp_path / "none.yaml"))
-    assert result.returncode == 1 and result.stdout.startswith("FAIL  configuration")
-    assert result.stderr.rstrip().endswith("would stop a run")
-
-
-def test_it_does_not_import_torch_itself():
-    script = "import sys; from megatron_policysplit.doctor.examine import examine; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout == "False\n", done.stderr
-
-
-def test_errors_of_the_machine_point_to_it():
-    assert str(MachineError("no GPU")) == "no GPU (`policysplit doctor` examines this machine)"
-    import pickle
-
-    assert str(pickle.loads(pickle.dumps(MachineError("no GPU")))) == str(MachineError("no GPU"))
+def test_a_password_of_a_proxy_is_not_shown():
+    assert network.proxies({"HTTP_PROXY": "http://me:secret@p:1"}) == {"HTTP_PROXY": "http://***@p:1"}
