@@ -279,7 +279,9 @@ def _check_files(limits: Limits, needs: Needs) -> Record:
     """Open files: connections to all ranks, and to engines."""
     soft, hard = limits.files
     need = BASE_FILES + FILES_PER_RANK * (needs.ranks - 1) + 2 * needs.concurrency
-    value = f"{_count(soft)} (ulimit -n); {needs.ranks} ranks open about {need}"
+    value = (
+        f"{_count(soft)} (ulimit -n); {needs.ranks} rank{'s' * (needs.ranks > 1)} open about {need}"
+    )
     if soft >= need:
         return ok("open files", value)
     remedy = f"ulimit -n {need} in the shell that starts the run"
