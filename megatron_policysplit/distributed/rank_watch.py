@@ -132,8 +132,9 @@ class RankWatch:
     def fail(self, error: BaseException) -> int:
         """Report an exception that ends this rank; return the exit code to leave with.
 
-        Where another rank had failed before, that failure is reported, with its code. Returns as
-        soon as every rank that answers knows it, at most `naming` + `telling` seconds later.
+        Where another rank had failed before, that failure is reported, with its code. Returns once
+        it is known here, at most `naming` seconds later; on the rank that hosts the store once
+        every rank that answers knows it, at most `telling` seconds after that.
         """
         if not self._started:
             failure = self._describe(error)
@@ -247,9 +248,12 @@ class RankWatch:
                 self._wait_until(lambda: self._notes.verdict() is not None, 2 * self._pace.naming)
                 note = self._notes.verdict() or note
         self._conclude(note, is_shared=True)
+        # The last word to the store: whoever hosts it leaves once all have said this, and torch
+        # would print a trace in C++ for a request that it cuts off.
         self._notes.mark_told()
-        answering = self._world_size - len(note.silent)
-        self._wait_until(lambda: self._notes.told() >= answering, self._pace.telling)
+        if self._rank == self._store_host:
+            answering = self._world_size - len(note.silent)
+            self._wait_until(lambda: self._notes.told() >= answering, self._pace.telling)
 
     def _completed(self, note: Note) -> Note:
         """The note of this rank with the ranks that do not answer."""
