@@ -77,6 +77,13 @@ def _check_servers(config: Config) -> None:
         return
     if rollout.colocated:
         check_allocator(server.environment)
+        # The actor comes back once no engine is starting; the other ranks wait in a collective.
+        if server.start_seconds >= config.parallel.timeout_seconds:
+            raise ConfigError(
+                f"parallel.timeout_seconds={config.parallel.timeout_seconds:g} must be above "
+                f"rollout.server.start_seconds={server.start_seconds:g}, for which ranks may wait "
+                "for a colocated engine; raise the one or lower the other"
+            )
     # Whoever reaches a server can load weights into it.
     if not rollout.addresses and not is_loopback(server.host) and rollout.api_key_variable is None:
         raise ConfigError(

@@ -32,6 +32,10 @@ def checked(*overrides):
             [SGLANG, "rollout.colocated=true", "weight_sync.transport=distributed"],
             "weight_sync.transport=tensor",
         ),
+        (
+            [SGLANG, "rollout.colocated=true", "rollout.server.start_seconds=1800"],
+            "parallel.timeout_seconds=1800 must be above rollout.server.start_seconds=1800",
+        ),
         (["rollout.overlap=true"], "algorithm.importance_cap"),
         ([SGLANG, "rollout.overlap=true", "rollout.colocated=true", "algorithm.importance_cap=2"], "colocated"),
         (
