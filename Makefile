@@ -53,7 +53,7 @@ quickstart-study: $(STAMP)  ## The 5-seed study with ablations of docs/quickstar
 smollm2: $(STAMP)  ## Policy Split on SmolLM2-135M-Instruct, pipeline parallelism 2, a few steps
 	$(BIN)/python -m examples.smollm2.run
 
-test: $(STAMP)  ## The test suite, over TEST_WORKERS processes (about 8 minutes on 2 cores)
+test: $(STAMP)  ## The test suite, over TEST_WORKERS processes (about 12 minutes on 2 cores)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow and not gpu and not contract and not faults and not cases" --durations=25
 
 test-cases: $(STAMP)  ## Inputs that once went wrong, each by the commands that a user types

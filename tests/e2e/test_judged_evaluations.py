@@ -80,7 +80,8 @@ def test_a_judge_that_refuses_is_told_before_anything_is_loaded(config, server, 
 
 def test_a_signal_during_the_judging_stops_the_run_and_it_is_judged_later(config, server, tmp_path):
     run = e2e.start(config, tmp_path / "run", *SHORT, *keys(server))
-    run.wait_for(lambda: len(server.seen) == 1)
+    # The trial of the start, answered: while the server is paused it would be held.
+    run.wait_for(lambda: len(server.seen) == 1 and not server.holding)
     server.paused.set()
     run.wait_for(lambda: len(server.prompts) > 0)
     run.rank(0).send_signal(signal.SIGTERM)
