@@ -136,7 +136,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
 def _varlen_kernel() -> Any:
     """torch's attention of packed rows; None where this torch has none that does what we need.
 
-    It came with torch 2.10, and got causal windows, scales and shared heads later.
+    Its earlier forms take neither a window, a scale nor shared heads.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn

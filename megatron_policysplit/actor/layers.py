@@ -74,7 +74,7 @@ def transformer_engine_attention() -> str | None:
     """The attention that Transformer Engine chose in its last forward pass; None before one.
 
     It chooses by the device, the shapes and what is installed, and keeps its choice in a variable
-    of its own, in all versions from 2.9 to 2.11.
+    of its own (read in the source of 2.11; None where another release has it elsewhere).
     """
     module = sys.modules.get(
         "transformer_engine.pytorch.attention.dot_product_attention.dot_product_attention"
