@@ -42,9 +42,9 @@ def choose_layers(wanted: str) -> LayerChoice:
         return LayerChoice(False, f"model.layers=auto: {problem}")
     if problem is None:
         return LayerChoice(True, "model.layers=transformer_engine")
-    remedy = _INSTALL if gpu_count() else "its layers run on a GPU only"
+    remedy = f"{_INSTALL}, or" if gpu_count() else "its layers run on a GPU only;"
     raise MachineError(
-        f"model.layers=transformer_engine, but {problem}; {remedy}, or set model.layers=auto or "
+        f"model.layers=transformer_engine, but {problem}; {remedy} set model.layers=auto or "
         "local"
     )
 

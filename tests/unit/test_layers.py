@@ -65,7 +65,7 @@ def test_transformer_engine_that_cannot_be_had(machine, gpu, problem, said):
     with pytest.raises(ConfigError) as error:
         choose_layers("transformer_engine")
     assert str(error.value).startswith(f"model.layers=transformer_engine, but {said}")
-    assert ", or set model.layers=auto or local (`policysplit doctor` " in str(error.value)
+    assert " set model.layers=auto or local (`policysplit doctor` " in str(error.value)
 
 
 CORE = "transformer_engine/__init__.py"
