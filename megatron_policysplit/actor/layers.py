@@ -44,8 +44,7 @@ def choose_layers(wanted: str) -> LayerChoice:
         return LayerChoice(True, "model.layers=transformer_engine")
     remedy = f"{_INSTALL}, or" if gpu_count() else "its layers run on a GPU only;"
     raise MachineError(
-        f"model.layers=transformer_engine, but {problem}; {remedy} set model.layers=auto or "
-        "local"
+        f"model.layers=transformer_engine, but {problem}; {remedy} set model.layers=auto or local"
     )
 
 
